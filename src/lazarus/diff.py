@@ -1,0 +1,134 @@
+"""ActivationDiff: what a user of the library holds. A thin face over the record; no torch here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lazarus.errors import GateNotMetError, MissingPackageError, SaveError
+from lazarus.render import save, text
+from lazarus.results import (
+    ActivationDiffRecord,
+    LayerRecord,
+    PromptRecord,
+    ResultRows,
+    SiteRecord,
+    Summary,
+    read_json,
+)
+
+if TYPE_CHECKING:
+    import pandas
+
+
+class ActivationDiff:
+    """The result of `activation_diff`.
+
+    `record` is the whole of it as plain data; the properties are its parts that are used most.
+    Printing it gives the table of the command line.
+    """
+
+    def __init__(self, record: ActivationDiffRecord) -> None:
+        self.record = record
+
+    @property
+    def layers(self) -> list[LayerRecord]:
+        """One record a block, in order: cosine similarity, divergence and the rest."""
+        return self.record.layers
+
+    @property
+    def sites(self) -> list[SiteRecord]:
+        """The same outside the blocks: `embedding` and, where the model has one, `final_norm`."""
+        return self.record.sites
+
+    @property
+    def results(self) -> ResultRows:
+        """One row a prompt and layer; `results.column("divergence")` is the array [prompts, layers]."""
+        return self.record.results
+
+    @property
+    def prompts(self) -> list[PromptRecord]:
+        """The prompts, whole, with their number of tokens."""
+        return self.record.prompts
+
+    @property
+    def summary(self) -> Summary:
+        """The few numbers that a reader looks for first."""
+        return self.record.summary
+
+    @property
+    def notes(self) -> list[str]:
+        """What was left out, what was assumed, what could not be measured."""
+        return self.record.notes
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """The rows as a data frame: one a prompt and layer, with the columns of the CSV file.
+
+        Raises:
+            MissingPackageError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise MissingPackageError(
+                "to_pandas needs the package pandas. Install it with "
+                "`pip install 'lazarus-introspect[pandas]'`."
+            ) from error
+        from lazarus.render.table import columns
+
+        return pandas.DataFrame(columns(self.record))
+
+    def save(self, path: str | Path) -> None:
+        """Write the result; the suffix names the format (.json, .csv, .parquet, .md).
+
+        The file is written beside its target and renamed, so that nobody reads half of it.
+
+        Raises:
+            OutputError: the format or the place cannot be written.
+            SaveError: the disk gave out on the way; an older file is left as it was.
+        """
+        save.check_output(str(path))
+        save.save(self.record, str(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> ActivationDiff:
+        """Read back what was saved as JSON.
+
+        Raises:
+            SaveError: the file cannot be read, or is no result of this schema version.
+        """
+        try:
+            return cls(read_json(Path(path).read_bytes()))
+        except OSError as error:
+            raise SaveError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
+        except SaveError as error:
+            raise SaveError(f"{path}: {error}") from error
+
+    def check_gates(self) -> None:
+        """Hold the result against `settings.fail_above`.
+
+        Raises:
+            GateNotMetError: a layer's divergence is above it, or could not be measured.
+        """
+        limit = self.record.settings.fail_above
+        if limit is None:
+            return
+        for layer in self.layers:
+            if layer.divergence is None:
+                raise GateNotMetError(
+                    f"--fail-above {limit:g}: layer {layer.layer} could not be measured; see the notes."
+                )
+        worst = max(self.layers, key=lambda layer: layer.divergence or 0.0)
+        if (worst.divergence or 0.0) > limit:
+            raise GateNotMetError(
+                f"--fail-above {limit:g}: layer {worst.layer} has a divergence of {worst.divergence:.6g}."
+            )
+
+    def __str__(self) -> str:
+        return text.page(self.record)
+
+    def __repr__(self) -> str:
+        base, finetuned = self.record.base.id, self.record.finetuned.id
+        return (
+            f"<ActivationDiff {base} | {finetuned}: {len(self.layers)} layers, {len(self.prompts)} prompts>"
+        )

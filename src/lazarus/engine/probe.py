@@ -1,0 +1,171 @@
+"""One short pass that learns how a model's blocks behave, and checks it against a pass alone.
+
+It replaces a list of families: whether the model is causal, where the batch and the tokens are in a
+block's states, how often each block runs, and whether padding leaves the other tokens alone are
+properties of the model in hand, and twenty tokens are enough to see them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lazarus.engine.recorder import Recorder, Recording, Take
+from lazarus.errors import BlocksNotFoundError
+from lazarus.metrics import to_float64
+from lazarus.models import LoadedModel
+from lazarus.tokens import Padding
+
+LENGTH = 7
+SHORT = 4
+ROWS = 3
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """How a model's blocks behave."""
+
+    n_layers: int
+    width: int
+    axes: tuple[int, int]
+    """where batch and time are in a block's states; all other axes are features"""
+    causal: bool
+    padding: Padding
+    """the batching under which a prompt's states do not depend on its neighbours"""
+    has_final_norm: bool
+    notes: tuple[str, ...] = ()
+
+    def rows(self, states: Tensor) -> Float[Tensor, "batch time hidden"]:
+        """A block's states with batch and time in front and all features in one axis."""
+        return _arranged(states, self.axes)
+
+
+def learn(model: LoadedModel, ids: Sequence[int], pad_id: int) -> Conventions:
+    """Run a few tokens of a real prompt and see.
+
+    Three rows of seven tokens: a text, the same with another last token, and its first four padded.
+    Then those four alone.
+
+    Raises:
+        BlocksNotFoundError: a block does not run, or its states have no place for each token.
+        UnsupportedModelError: the model's forward pass fails on token ids alone.
+    """
+    recorder = Recorder(model)
+    input_ids, mask = _probe_batch(ids, pad_id)
+    seen = _whole(recorder, input_ids, mask)
+    _check_calls(model, seen)
+    axes = _find_axes(model, seen)
+    blocks = [_arranged(states, axes) for states in seen.blocks]
+    assert seen.final is not None
+    return Conventions(
+        n_layers=len(blocks),
+        width=blocks[0].shape[-1],
+        axes=axes,
+        causal=all(_alike(b[0, :-1], b[1, :-1], _same_pass_limit(b)) for b in blocks),
+        padding=_find_padding(recorder, input_ids, mask, axes, blocks),
+        has_final_norm=not torch.equal(blocks[-1], seen.final),
+        notes=_notes(model, seen, blocks),
+    )
+
+
+def _probe_batch(ids: Sequence[int], pad_id: int) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]:
+    text = torch.tensor([ids[i % len(ids)] for i in range(LENGTH)])
+    input_ids = text.repeat(ROWS, 1)
+    others = [i for i in ids if i != int(text[-1])]
+    input_ids[1, -1] = others[0] if others else max(0, int(text[-1]) - 1)
+    input_ids[2, SHORT:] = pad_id
+    mask = torch.ones_like(input_ids)
+    mask[2, SHORT:] = 0
+    return input_ids, mask
+
+
+def _whole(recorder: Recorder, input_ids: Tensor, mask: Tensor) -> Recording:
+    return recorder.run(input_ids, mask, Take(torch.Tensor.detach, torch.Tensor.detach))
+
+
+def _check_calls(model: LoadedModel, seen: Recording) -> None:
+    silent = set(range(len(model.anatomy.blocks))) - set(seen.order)
+    if silent:
+        raise BlocksNotFoundError(
+            f"{model.name}: block {min(silent)} of {len(model.anatomy.blocks)} did not run. These are "
+            "not the model's blocks: name them with --layers-path."
+        )
+    if seen.embedding is None or {s.shape for s in seen.blocks} != {seen.embedding.shape}:
+        shapes = sorted({tuple(s.shape) for s in seen.blocks})
+        raise BlocksNotFoundError(
+            f"{model.name}: what enters and what leaves its blocks do not have one shape ({shapes}), "
+            "so they carry no common residual stream. Name other blocks with --layers-path."
+        )
+
+
+def _find_axes(model: LoadedModel, seen: Recording) -> tuple[int, int]:
+    """Batch and time, by their sizes."""
+    shape = seen.blocks[0].shape
+    if ROWS not in shape[:-1] or LENGTH not in shape[:-1]:
+        raise BlocksNotFoundError(
+            f"{model.name}: {ROWS} prompts of {LENGTH} tokens give block states of shape "
+            f"{tuple(shape)}, which have no place for each token. It cannot be compared by token."
+        )
+    return shape.index(ROWS), shape.index(LENGTH)
+
+
+def _arranged(states: Tensor, axes: tuple[int, int]) -> Tensor:
+    if axes == (0, 1) and states.dim() == 3:
+        return states
+    return states.movedim(axes, (0, 1)).flatten(2)
+
+
+def _alike(one: Tensor, other: Tensor, limit: float) -> bool:
+    """Whether no row differs by more than `limit` of its norm; rows that are not finite tell nothing."""
+    a, b = to_float64(one), to_float64(other)
+    difference = (a - b).norm(dim=-1) / b.norm(dim=-1)
+    return bool((difference.nan_to_num(nan=0.0, posinf=0.0) <= limit).all())
+
+
+def _same_pass_limit(states: Tensor) -> float:
+    """Between rows of one pass: the kernels are the same, and so is nearly every bit."""
+    return max(1e-4, 4 * torch.finfo(states.dtype).eps)
+
+
+def _other_pass_limit(states: Tensor) -> float:
+    """Between two passes of other shapes: far above the noise of other kernels, far below a fault."""
+    return max(1e-3, 32 * torch.finfo(states.dtype).eps)
+
+
+def _find_padding(
+    recorder: Recorder,
+    input_ids: Tensor,
+    mask: Tensor,
+    axes: tuple[int, int],
+    blocks: list[Tensor],
+) -> Padding:
+    """Whether a prompt's states in a padded batch are those it has alone."""
+    alone = _whole(recorder, input_ids[2:, :SHORT], mask[2:, :SHORT])
+    single = [_arranged(states, axes)[0] for states in alone.blocks]
+    limit = _other_pass_limit(blocks[0])
+    if all(_alike(b[2, :SHORT], s, limit) for b, s in zip(blocks, single, strict=True)):
+        return "right"
+    pair = _whole(recorder, input_ids[1:, :SHORT], mask[:2, :SHORT])
+    together = [_arranged(states, axes)[1] for states in pair.blocks]
+    if all(_alike(t, s, limit) for t, s in zip(together, single, strict=True)):
+        return "equal_lengths"
+    return "one_by_one"
+
+
+def _notes(model: LoadedModel, seen: Recording, blocks: list[Tensor]) -> tuple[str, ...]:
+    notes = []
+    if seen.order != list(range(len(model.anatomy.blocks))):
+        notes.append(
+            f"{model.name}: blocks run more than once ({len(model.anatomy.blocks)} blocks, "
+            f"{len(seen.order)} calls); layer i is the i-th call"
+        )
+    if seen.blocks[0].dim() > 3:
+        notes.append(
+            f"{model.name}: its residual stream has several parallel streams; a layer's state is all "
+            "of them, one after the other"
+        )
+    return tuple(notes)

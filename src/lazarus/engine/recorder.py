@@ -1,0 +1,156 @@
+"""The states at every site of one model's forward pass, picked while it runs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lazarus.errors import DeviceError, UnsupportedModelError
+from lazarus.models import LoadedModel
+
+_FORWARD_FAULTS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+)
+
+Site = int | Literal["embedding", "final_norm"]
+
+
+@dataclass(frozen=True)
+class StatePair:
+    """The two models' states at one site: row i of both is the same token of prompt `prompts[i]`."""
+
+    site: Site
+    prompts: Int[Tensor, " rows"]
+    base: Float[Tensor, "rows hidden"]
+    finetuned: Float[Tensor, "rows hidden"]
+
+
+@dataclass(frozen=True)
+class Take:
+    """What to keep of a block's states, and of the last hidden state [batch, time, hidden]."""
+
+    block: Callable[[Tensor], Tensor]
+    final: Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Recording:
+    """What one pass showed: what entered the first block, each block's output, and the end."""
+
+    embedding: Tensor | None
+    blocks: list[Tensor]
+    order: list[int]
+    final: Tensor | None
+
+
+class Recorder:
+    """Runs a stack on token ids and hands each site's states to `take` as soon as they are there.
+
+    What `take` returns is kept, and nothing else: whole activations are freed while the pass goes on.
+    A block's output is the first of what it returns; its input is its first positional argument.
+    """
+
+    def __init__(self, model: LoadedModel) -> None:
+        self.model = model
+        self.stack = model.anatomy.stack
+        self.device = next(self.stack.parameters()).device
+        self._accepted = _accepted_arguments(self.stack)
+
+    @contextmanager
+    def attached(self, take: Callable[[Tensor], Tensor]) -> Iterator[Recording]:
+        """Hooks on every block while the context lasts; they are always taken off again."""
+        recording = Recording(None, [], [], None)
+
+        def on_output(index: int) -> Callable[..., None]:
+            def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                if not recording.blocks and args:
+                    recording.embedding = take(args[0])
+                recording.blocks.append(take(first_tensor(output)))
+                recording.order.append(index)
+
+            return hook
+
+        handles = [
+            block.register_forward_hook(on_output(index))
+            for index, block in enumerate(self.model.anatomy.blocks)
+        ]
+        try:
+            yield recording
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def run(self, input_ids: Tensor, attention_mask: Tensor, take: Take) -> Recording:
+        """One forward pass without a cache and without the head.
+
+        Raises:
+            DeviceError: out of memory, or an operator that the device lacks.
+            UnsupportedModelError: the forward pass fails on token ids alone.
+        """
+        arguments: dict[str, Any] = {
+            "attention_mask": attention_mask.to(self.device),
+            "use_cache": False,
+            "return_dict": True,
+        }
+        if "**" not in self._accepted:
+            arguments = {k: v for k, v in arguments.items() if k in self._accepted}
+        with self._translated(input_ids), torch.no_grad(), self.attached(take.block) as recording:
+            output = self.stack(input_ids=input_ids.to(self.device), **arguments)
+            last = getattr(output, "last_hidden_state", None)
+            recording.final = take.final(first_tensor(output) if last is None else last)
+        return recording
+
+    @contextmanager
+    def _translated(self, input_ids: Tensor) -> Iterator[None]:
+        where = f"{self.model.name}, on a batch of {tuple(input_ids.shape)} tokens"
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise DeviceError(
+                f"{where}: {self.device} is out of memory. Use a smaller --batch-tokens, or --dtype bfloat16."
+            ) from error
+        except NotImplementedError as error:
+            raise DeviceError(f"{where}: {_one_line(error)} Use --device cpu, or another --dtype.") from error
+        except _FORWARD_FAULTS as error:
+            raise UnsupportedModelError(
+                f"{where}: {type(self.model.model).__name__} does not run on token ids alone: "
+                f"{_one_line(error)}"
+            ) from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def first_tensor(output: Any) -> Tensor:
+    """A block's hidden states: a tensor, or the first of the tuple, list or output that it returns."""
+    found = output if isinstance(output, Tensor) else next(iter(_items(output)), None)
+    if not isinstance(found, Tensor):
+        raise UnsupportedModelError(
+            f"a block returns {type(output).__name__} whose first item is {type(found).__name__}, not "
+            "its hidden states. This architecture cannot be compared layer by layer."
+        )
+    return found
+
+
+def _items(output: Any) -> Any:
+    if isinstance(output, dict):
+        return output.values()
+    return output if isinstance(output, tuple | list) else ()
+
+
+def _accepted_arguments(stack: nn.Module) -> set[str]:
+    parameters = inspect.signature(stack.forward).parameters.values()
+    return {"**" if p.kind is p.VAR_KEYWORD else p.name for p in parameters}

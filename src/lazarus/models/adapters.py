@@ -1,0 +1,91 @@
+"""PEFT adapters: put on a model unmerged, over the very weights that the base holds."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel
+
+from lazarus.errors import AdapterError, MissingPackageError, ModelError, WeightsError
+from lazarus.models.faults import translated
+from lazarus.models.reference import Source, adapter_settings
+
+
+def share_storage(model: PreTrainedModel) -> PreTrainedModel:
+    """A second module tree over the same weights: new Parameters, the same data.
+
+    The Parameters must be new: PEFT changes `requires_grad` and replaces modules, and neither may
+    reach the base.
+    """
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
+    memo |= {id(b): b for b in model.buffers()}
+    return copy.deepcopy(model, memo)
+
+
+def put_on(model: PreTrainedModel, adapter: Source) -> tuple[PreTrainedModel, str]:
+    """Inject an adapter into `model`, unmerged; returns the model and the adapter's type.
+
+    Raises:
+        AdapterError: it does not fit this model, or works by virtual tokens instead of weights.
+        MissingPackageError: PEFT is not installed.
+        WeightsError: its weights are pickled.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingPackageError(
+            f"{adapter.name}: an adapter needs the package peft. Install it with "
+            "`pip install 'lazarus-introspect[adapters]'`."
+        ) from error
+    settings = adapter_settings(adapter)
+    weights = adapter.file("adapter_model.safetensors")
+    if weights is None:
+        raise WeightsError(
+            f"{adapter.name}: no adapter_model.safetensors there. Pickled adapters (.bin) can run "
+            "code when they are read and are refused: save it again as safetensors."
+        )
+    with _fitted(adapter, model), translated(adapter.name):
+        wrapped, loaded = _inject(peft, model, adapter, str(Path(weights).parent))
+    unplaced = [*loaded.missing_keys, *loaded.unexpected_keys]
+    if unplaced:
+        raise AdapterError(
+            f"{adapter.name} does not fit {type(model).__name__}: {len(unplaced)} of its tensors have "
+            f"no counterpart, first {unplaced[0]}. Put it on the model that it was trained on."
+        )
+    return wrapped.get_base_model().eval(), str(settings.get("peft_type"))
+
+
+def _inject(peft: Any, model: PreTrainedModel, adapter: Source, folder: str) -> tuple[Any, Any]:
+    config = peft.PeftConfig.from_pretrained(folder)
+    if config.is_prompt_learning:
+        raise AdapterError(
+            f"{adapter.name}: a {config.peft_type.value} adapter adds virtual tokens, so the two "
+            "models would not read the same ones. Adapters of weights (LoRA and its kin) work."
+        )
+    config.inference_mode = True
+    wrapped = peft.PeftModel(model, config, autocast_adapter_dtype=False)
+    # load_adapter, not from_pretrained: it says which keys were missing instead of warning.
+    device = str(model.device)
+    loaded = wrapped.load_adapter(folder, "default", torch_device=device, autocast_adapter_dtype=False)
+    return wrapped, loaded
+
+
+@contextmanager
+def _fitted(adapter: Source, model: PreTrainedModel) -> Iterator[None]:
+    """What goes wrong inside is the fit of the adapter, unless its file itself is damaged."""
+    try:
+        yield
+    except ModelError as error:
+        told = " ".join(str(error).removeprefix(f"{adapter.name}: ").split())
+        if isinstance(error, AdapterError) or isinstance(error.__cause__, SafetensorError):
+            raise
+        raise AdapterError(
+            f"{adapter.name} does not fit {type(model).__name__}: {told[:400]} "
+            "Put it on the model that it was trained on."
+        ) from error

@@ -1,0 +1,128 @@
+"""Where a transformers model keeps its blocks: found by structure, not by a list of families."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lazarus.errors import BlocksNotFoundError
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of a model that a comparison needs."""
+
+    stack: nn.Module
+    """what is run on token ids: the text stack without its head"""
+    blocks: tuple[nn.Module, ...]
+    """its blocks, in the order in which they are listed"""
+    hidden_size: int
+    """the configured width"""
+    context: int | None
+    """the largest number of tokens in a prompt; None where the architecture sets none"""
+    uses_layer_norm: bool
+    """its blocks read the residual stream through a LayerNorm"""
+    notes: tuple[str, ...] = ()
+
+
+def dissect(model: PreTrainedModel, layers_path: str | None = None) -> Anatomy:
+    """Find the text stack and its blocks.
+
+    `layers_path` is the dotted path of the list of blocks from the model, when it cannot be found.
+
+    Raises:
+        BlocksNotFoundError: there is no single list of blocks; the message offers the candidates.
+    """
+    stack, notes = _text_stack(model)
+    config = text_config(stack, model)
+    if not hasattr(config, "hidden_size"):
+        raise BlocksNotFoundError(
+            f"{type(model).__name__}: its configuration has no hidden_size: it is no single stack of "
+            "blocks over tokens, and cannot be compared layer by layer."
+        )
+    blocks = _blocks_at(model, layers_path) if layers_path else _find_blocks(stack, config, model)
+    return Anatomy(
+        stack=stack,
+        blocks=blocks,
+        hidden_size=int(config.hidden_size),
+        context=_context(stack, config),
+        uses_layer_norm=any(isinstance(m, nn.LayerNorm) for b in blocks for m in b.modules()),
+        notes=notes,
+    )
+
+
+def text_config(stack: nn.Module, model: PreTrainedModel) -> PretrainedConfig:
+    """The configuration of the text stack: its own, or the text part of a multimodal one."""
+    config = getattr(stack, "config", model.config)
+    return config.get_text_config(decoder=not model.config.is_encoder_decoder)
+
+
+def _text_stack(model: PreTrainedModel) -> tuple[nn.Module, tuple[str, ...]]:
+    backbone = model.base_model
+    if model.config.is_encoder_decoder:
+        note = "an encoder-decoder: its encoder is compared, its decoder is not"
+        return backbone.get_encoder(), (note,)
+    # Never on the head model: ModernBERT's `decoder` is its head's Linear.
+    stack = backbone.get_decoder() if hasattr(backbone, "get_decoder") else backbone
+    if not isinstance(stack, PreTrainedModel):
+        stack = backbone
+    if stack is model and model.get_output_embeddings() is not None:
+        # A head whose base_model is itself (Llama 4): the stack is the model inside it.
+        stack = next((m for m in model.children() if isinstance(m, PreTrainedModel)), model)
+    return stack, ()
+
+
+def _find_blocks(stack: nn.Module, config: PretrainedConfig, model: PreTrainedModel) -> tuple[nn.Module, ...]:
+    """The one ModuleList as long as the layer count; else what transformers itself records."""
+    n_layers = getattr(config, "num_hidden_layers", None)
+    lists = {name: m for name, m in stack.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    outer = {k: m for k, m in lists.items() if not any(k.startswith(o + ".") for o in lists)}
+    matching = [m for m in outer.values() if len(m) == n_layers]
+    if len(matching) == 1:
+        return tuple(matching[0])
+    recorded = _recorded_class(stack)
+    if recorded is not None:
+        found = tuple(m for m in stack.modules() if isinstance(m, recorded))
+        if found:
+            return found
+    candidates = ", ".join(f"{name} ({len(m)})" for name, m in lists.items()) or "none"
+    raise BlocksNotFoundError(
+        f"{type(model).__name__}: its blocks cannot be found: no single list of {n_layers} modules. "
+        f"Its lists: {candidates}. Name the right one with --layers-path."
+    )
+
+
+def _recorded_class(stack: nn.Module) -> type[nn.Module] | tuple[type[nn.Module], ...] | None:
+    """The class whose outputs transformers collects as hidden states."""
+    recorders = getattr(stack, "_can_record_outputs", None) or {}
+    target = recorders.get("hidden_states")
+    target = getattr(target, "target_class", target)
+    return target if isinstance(target, type | tuple) else None
+
+
+def _blocks_at(model: PreTrainedModel, path: str) -> tuple[nn.Module, ...]:
+    found: Any = model
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    if not isinstance(found, nn.ModuleList) or not len(found):
+        lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+        raise BlocksNotFoundError(
+            f"--layers-path {path}: no list of blocks there in {type(model).__name__}. "
+            f"Its lists: {', '.join(lists) or 'none'}."
+        )
+    return tuple(found)
+
+
+def _context(stack: nn.Module, config: PretrainedConfig) -> int | None:
+    """The positions that the model has; RoBERTa and its kin number theirs from padding_idx + 1."""
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    for name, module in stack.named_modules():
+        is_table = name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
+        if is_table and module.padding_idx is not None:
+            return limit - module.padding_idx - 1
+    return limit

@@ -1,0 +1,153 @@
+"""What a MODEL names. What is on disk under that very name wins, and is never split at @ or +."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from transformers.utils.hub import cached_file
+
+from lazarus.errors import AdapterError, ModelNotFoundError
+from lazarus.models.faults import translated
+
+Kind = Literal["hub", "folder", "gguf"]
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[^@+\s]+)?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights are: a folder, a GGUF file in a folder, or a Hub id and revision."""
+
+    name: str
+    kind: Kind
+    path: str
+    revision: str | None = None
+    gguf_file: str | None = None
+    subfolder: str = ""
+
+    @property
+    def place(self) -> tuple[str, str | None, str | None, str]:
+        """What makes two sources the same weights."""
+        return self.path, self.revision, self.gguf_file, self.subfolder
+
+    def file(self, name: str) -> str | None:
+        """The path of one of its files, fetched from the Hub if need be; None if it has none."""
+        with translated(self.name):
+            path: str | None = cached_file(
+                self.path,
+                name,
+                revision=self.revision,
+                subfolder=self.subfolder,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+        return path
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """A MODEL: weights, an adapter on them, or an adapter alone (`model` is None)."""
+
+    name: str
+    model: Source | None
+    adapter: Source | None = None
+
+
+def parse_model(name: str) -> ModelReference:
+    """Find out what a MODEL names.
+
+    Raises:
+        ModelNotFoundError: nothing is there under that name, and it cannot be a Hub id.
+        AdapterError: in MODEL+ADAPTER, MODEL is an adapter or ADAPTER is none.
+    """
+    if _on_disk(name) is None:
+        for place in (i for i, character in enumerate(name) if character == "+"):
+            left, right = name[:place], name[place + 1 :]
+            if _may_exist(left) and _may_exist(right):
+                return _with_adapter(name, _source(left), _source(right))
+    source = _source(name)
+    if source.kind != "gguf" and source.file("adapter_config.json"):
+        return ModelReference(name, None, source)
+    return ModelReference(name, source)
+
+
+def adapter_base(adapter: Source) -> Source:
+    """The model that an adapter says it belongs to.
+
+    Raises:
+        AdapterError: its configuration does not name one.
+    """
+    named = adapter_settings(adapter).get("base_model_name_or_path")
+    if not named:
+        raise AdapterError(
+            f"{adapter.name}: this adapter does not say which model it belongs to. "
+            f"Name it: MODEL+{adapter.name}"
+        )
+    return _source(str(named))
+
+
+def adapter_settings(adapter: Source) -> dict[str, object]:
+    """The adapter's `adapter_config.json`."""
+    path = adapter.file("adapter_config.json")
+    if path is None:
+        raise AdapterError(f"{adapter.name}: no adapter_config.json there. Name a PEFT adapter.")
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path}: cannot be read: {error}. Fetch the adapter again.") from error
+    if not isinstance(settings, dict):
+        raise AdapterError(f"{path}: holds no JSON object. Fetch the adapter again.")
+    return settings
+
+
+def _with_adapter(name: str, model: Source, adapter: Source) -> ModelReference:
+    if model.kind != "gguf" and model.file("adapter_config.json"):
+        raise AdapterError(
+            f"{name}: {model.name} is itself an adapter. Write MODEL+ADAPTER, with the model first."
+        )
+    adapter_settings(adapter)
+    return ModelReference(name, model, adapter)
+
+
+def _source(name: str) -> Source:
+    path = _on_disk(name)
+    if path is not None and path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ModelNotFoundError(
+                f"{name}: this is a file, and not a .gguf one. Name the folder that the model is in."
+            )
+        return Source(name, "gguf", str(path.parent), gguf_file=path.name)
+    if path is not None:
+        return _transformer_of(Source(name, "folder", str(path)))
+    if not _HUB_ID.fullmatch(name):
+        raise ModelNotFoundError(
+            f"{name!r}: no such folder or file, and not a Hub id (org/name, org/name@revision). "
+            "Check the path."
+        )
+    hub_id, _, revision = name.partition("@")
+    return _transformer_of(Source(name, "hub", hub_id, revision or None))
+
+
+def _transformer_of(source: Source) -> Source:
+    """A sentence-transformers folder is its transformer, which may be in a folder of its own."""
+    if source.file("config.json") or not (listed := source.file("modules.json")):
+        return source
+    modules = json.loads(Path(listed).read_text(encoding="utf-8"))
+    folders = [m["path"] for m in modules if str(m.get("type", "")).endswith("Transformer")]
+    return replace(source, subfolder=folders[0]) if folders else source
+
+
+def _on_disk(name: str) -> Path | None:
+    path = Path(name).expanduser()
+    try:
+        return path if name and path.exists() else None
+    except OSError:  # a name that is too long for a path is none
+        return None
+
+
+def _may_exist(name: str) -> bool:
+    return _on_disk(name) is not None or _HUB_ID.fullmatch(name) is not None

@@ -1,0 +1,150 @@
+"""Every option of a comparison, with its default and what it may be. No torch here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+from lazarus.errors import UsageError
+
+NAMED_POSITIONS = ("auto", "last", "mean", "all")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+MEMORY_MODES = ("auto", "resident")
+ALIGNMENTS = ("ids",)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `activation_diff`, named as on the command line, checked when they are made.
+
+    Raises:
+        UsageError: a value that the option does not take.
+    """
+
+    position: str | int = "auto"
+    threshold: float = 0.1
+    dtype: str = "auto"
+    device: str = "auto"
+    batch_tokens: int | None = None
+    chat_template: str = "none"
+    memory: str = "auto"
+    align: str = "ids"
+    fail_above: float | None = None
+    no_split: bool = False
+    truncate: bool = False
+    layers_path: str | None = None
+    seed: int = 0
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        _check_position(self.position)
+        _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("memory", self.memory, MEMORY_MODES)
+        _check_choice("align", self.align, ALIGNMENTS)
+        _check_bound("threshold", self.threshold)
+        if self.fail_above is not None:
+            _check_bound("fail-above", self.fail_above)
+        if self.batch_tokens is not None and self.batch_tokens < 1:
+            raise UsageError(f"--batch-tokens {self.batch_tokens}: give a number of at least 1.")
+        _check_device(self.device)
+        if self.layers_path == "":
+            raise UsageError("--layers-path is empty. Give a path such as model.layers.")
+
+    def template_file(self) -> Path | None:
+        """The file that `chat_template` names, if it names one."""
+        return None if self.chat_template in ("none", "base", "finetuned") else Path(self.chat_template)
+
+
+class OptionArguments(TypedDict, total=False):
+    """The same as keyword arguments, for editors and type checkers (a test keeps the two equal)."""
+
+    position: str | int
+    threshold: float
+    dtype: str
+    device: str
+    batch_tokens: int | None
+    chat_template: str
+    memory: str
+    align: str
+    fail_above: float | None
+    no_split: bool
+    truncate: bool
+    layers_path: str | None
+    seed: int
+    trust_remote_code: bool
+
+
+def make_options(**given: Any) -> Options:
+    """Options from keyword arguments.
+
+    Raises:
+        UsageError: an unknown option, or a value that it does not take.
+    """
+    known = [field.name for field in fields(Options)]
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise UsageError(f"unknown option {unknown[0]!r}. The options are {', '.join(known)}.")
+    return Options(**given)
+
+
+def read_template(options: Options) -> str | None:
+    """The text of the template file, if `--chat-template` names one.
+
+    Raises:
+        UsageError: the file cannot be read.
+    """
+    path = options.template_file()
+    if path is None:
+        return None
+    try:
+        return path.expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(
+            f"--chat-template {path}: cannot be read: {reason}. Write none, base, finetuned, or the "
+            "path of a Jinja template."
+        ) from error
+
+
+def _check_position(position: str | int) -> None:
+    if isinstance(position, int) or position in NAMED_POSITIONS:
+        return
+    try:
+        int(position)
+    except ValueError as error:
+        raise UsageError(
+            f"--position {position}: not a position. Write auto, last, mean, all, or a token's index "
+            "such as 0 or -2."
+        ) from error
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"--{name} {value}: not one of {', '.join(choices)}.")
+
+
+def _check_bound(name: str, value: float) -> None:
+    if math.isnan(value) or value < 0:
+        raise UsageError(f"--{name} {value}: give a divergence, a number from 0 to 2.")
+
+
+def _check_device(device: str) -> None:
+    name, _, index = device.partition(":")
+    valid = name in ("auto", "cpu", "cuda", "mps") and (not index or (name == "cuda" and index.isdigit()))
+    if not valid or device.endswith(":"):
+        raise UsageError(f"--device {device}: not one of auto, cpu, cuda, cuda:N, mps.")
+
+
+def parse_position(position: str | int) -> Literal["auto", "last", "mean", "all"] | int:
+    """`auto`, `last`, `mean`, `all`, or an index (negative from the end), already checked.
+
+    >>> parse_position("-2")
+    -2
+    """
+    match position:
+        case "auto" | "last" | "mean" | "all":
+            return position
+        case _:
+            return int(position)

@@ -1,0 +1,159 @@
+"""Which format a path names, and how a file is written so that nobody ever reads half of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from lazarus.errors import MissingPackageError, OutputError, SaveError
+from lazarus.render import table
+from lazarus.results import ActivationDiffRecord, write_json
+
+Writer = Callable[[ActivationDiffRecord, IO[bytes]], None]
+
+NOT_YET = (".html", ".png", ".svg", ".pdf")
+LEAST_FREE_BYTES = 1 << 20
+TEMPORARY = ".lazarus-"
+
+
+@dataclass(frozen=True)
+class Format:
+    """A file format: what writes it, and the package and extra that it needs."""
+
+    write: Writer
+    package: str | None = None
+    extra: str | None = None
+
+
+FORMATS = {
+    ".json": Format(write_json),
+    ".csv": Format(table.write_csv),
+    ".parquet": Format(table.write_parquet, "pyarrow", "parquet"),
+    ".md": Format(table.write_markdown),
+}
+
+
+def format_of(path: str) -> Format:
+    """The format that the suffix names; any other suffix, or none, is JSON.
+
+    Raises:
+        OutputError: a format that this version cannot write.
+        MissingPackageError: the package that the format needs is not installed.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix in NOT_YET:
+        raise OutputError(f"-o {path}: {suffix} cannot be written by this version. Use {', '.join(FORMATS)}.")
+    chosen = FORMATS.get(suffix, FORMATS[".json"])
+    if chosen.package and importlib.util.find_spec(chosen.package) is None:
+        raise MissingPackageError(
+            f"-o {path}: {suffix} needs the package {chosen.package}. Install it with "
+            f"`pip install 'lazarus-introspect[{chosen.extra}]'`."
+        )
+    return chosen
+
+
+def check_outputs(paths: Sequence[str], inputs: Sequence[str] = ()) -> None:
+    """Check every output before anything is run: its format, its folder, its disk.
+
+    `inputs` are files that the run reads, which no output may overwrite.
+
+    Raises:
+        OutputError: a path that cannot be written, is given twice, or is an input.
+    """
+    seen: dict[str, str] = {os.path.realpath(path): path for path in inputs}
+    for path in paths:
+        check_output(path)
+        real = os.path.realpath(path)
+        if real in seen and not _is_special(path):
+            role = "is read as prompts" if seen[real] in inputs else "is given twice"
+            raise OutputError(f"-o {path}: this file {role}. Give each output a path of its own.")
+        seen[real] = path
+
+
+def check_output(path: str) -> None:
+    """Check that a path can be written, without touching what is there.
+
+    Raises:
+        OutputError: it cannot, with the reason.
+    """
+    if path in ("", "-"):
+        raise OutputError(f"-o {path!r}: no file is named. The table is on standard output as it is.")
+    format_of(path)
+    try:
+        _check_place(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"-o {path}: cannot be written: {reason}. Choose another path.") from error
+
+
+def _check_place(path: str) -> None:
+    if _is_special(path):
+        return
+    folder = Path(path).parent
+    if Path(path).is_dir():
+        raise OutputError(f"-o {path}: this is a folder. Name a file in it.")
+    if not folder.is_dir():
+        raise OutputError(f"-o {path}: there is no folder {folder}. Make it first.")
+    if Path(path).exists() and not os.access(path, os.W_OK):
+        raise OutputError(f"-o {path}: this file is read-only. Choose another, or allow writing.")
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=TEMPORARY):
+        pass
+    free = shutil.disk_usage(folder).free
+    if free < LEAST_FREE_BYTES:
+        raise OutputError(f"-o {path}: {free} bytes are free on that disk. Make room first.")
+
+
+def save(record: ActivationDiffRecord, path: str) -> None:
+    """Write a record to a file beside the target, then rename it into its place.
+
+    Raises:
+        SaveError: the disk gave out; whatever was there before is as it was.
+    """
+    write = format_of(path).write
+    try:
+        if _is_special(path):
+            with open(path, "wb") as stream:
+                write(record, stream)
+        else:
+            _write_and_rename(record, Path(path), write)
+    except OSError as error:
+        raise SaveError(
+            f"-o {path}: could not be written: {error.strerror}. An older file there is as it was. "
+            "Make room or choose another path, and run again."
+        ) from error
+
+
+def _write_and_rename(record: ActivationDiffRecord, target: Path, write: Writer) -> None:
+    target = Path(os.path.realpath(target))  # a link stays a link
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=TEMPORARY)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            write(record, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.chmod(_mode_for(target))
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _mode_for(target: Path) -> int:
+    """The permissions of the file that is replaced, or those that a new file gets."""
+    if target.exists():
+        return stat.S_IMODE(target.stat().st_mode)
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def _is_special(path: str) -> bool:
+    """A device or a pipe (/dev/stdout), which must be written to and never replaced."""
+    return Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir()

@@ -1,0 +1,77 @@
+"""CSV, Parquet and Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import IO, Any
+
+import numpy as np
+
+from lazarus.render.text import escaped
+from lazarus.results import METRICS, ActivationDiffRecord, LayerRecord, ResultRows
+
+
+def columns(record: ActivationDiffRecord) -> dict[str, Any]:
+    """The rows, one a prompt and layer, as columns; NaN where a value was not measured."""
+    rows, groups = record.results, [prompt.group for prompt in record.prompts]
+    return {
+        "prompt_index": np.repeat(np.arange(rows.n_prompts), rows.n_layers),
+        "prompt": [text for text in rows.prompts for _ in range(rows.n_layers)],
+        "group": [group for group in groups for _ in range(rows.n_layers)],
+        "layer": np.tile(np.arange(rows.n_layers), rows.n_prompts),
+        **{name: rows.column(name).ravel() for name in ResultRows.COLUMNS},
+    }
+
+
+def write_csv(record: ActivationDiffRecord, stream: IO[bytes]) -> None:
+    """One row a prompt and layer, RFC 4180; a value that was not measured is empty."""
+    text = io.TextIOWrapper(stream, encoding="utf-8", newline="", write_through=True)
+    writer = csv.writer(text)
+    table = columns(record)
+    writer.writerow(table)
+    for row in zip(*table.values(), strict=True):
+        writer.writerow(["" if value is None or value != value else _plain(value) for value in row])
+    text.detach()
+
+
+def write_parquet(record: ActivationDiffRecord, stream: IO[bytes]) -> None:
+    """The same rows as Parquet; a value that was not measured is null."""
+    import pyarrow
+    from pyarrow import parquet
+
+    arrays = {
+        name: pyarrow.array(values, from_pandas=True) if isinstance(values, np.ndarray) else values
+        for name, values in columns(record).items()
+    }
+    arrays["group"] = pyarrow.array(arrays["group"], type=pyarrow.string())
+    parquet.write_table(pyarrow.table(arrays), stream)
+
+
+def write_markdown(record: ActivationDiffRecord, stream: IO[bytes]) -> None:
+    """The table of the layers, with what was compared above it and the notes below."""
+    names = ("cosine_similarity", "divergence", "relative_l2", "norm_ratio")
+    head = ["Layer", *(METRICS[name].heading for name in names), ""]
+    lines = [
+        f"# `{record.base.id}` against `{record.finetuned.id}`",
+        "",
+        f"{len(record.prompts)} prompts, position {record.settings.position}, "
+        f"{record.settings.dtype}; `***` marks a divergence above {record.settings.threshold:g}.",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|" + "---:|" * (len(head) - 1) + "---|",
+        *(_markdown_row(layer, names) for layer in record.layers),
+    ]
+    if record.notes:
+        lines += ["", "Notes:", "", *(f"- {escaped(note)}" for note in record.notes)]
+    stream.write(("\n".join(lines) + "\n").encode())
+
+
+def _markdown_row(layer: LayerRecord, names: tuple[str, ...]) -> str:
+    values = [getattr(layer, name) for name in names]
+    cells = ["nan" if v is None else format(v, METRICS[n].format) for n, v in zip(names, values, strict=True)]
+    return "| " + " | ".join([str(layer.layer), *cells, "***" if layer.flagged else ""]) + " |"
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value

@@ -1,0 +1,236 @@
+"""Prompts and two tokenizers → one list of batches: the same ids for both models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from jinja2 import TemplateError
+from torch import Tensor
+
+from lazarus.errors import (
+    ChatTemplateError,
+    PromptDataError,
+    PromptTooLongError,
+    TokenizerMismatchError,
+)
+from lazarus.prompts import Prompt
+
+Padding = Literal["right", "equal_lengths", "one_by_one"]
+
+
+@dataclass(frozen=True)
+class TokenOptions:
+    """How prompts become ids. `chat_template` is a template's text, or None for no template."""
+
+    chat_template: str | None = None
+    context: int | None = None
+    truncate: bool = False
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """A prompt's ids, and the text that a chat template made of it."""
+
+    index: int
+    ids: list[int]
+    rendered: str | None = None
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Prompts padded on the right; `prompts` and `lengths` say whose rows they are."""
+
+    input_ids: Int[Tensor, "batch time"]
+    attention_mask: Int[Tensor, "batch time"]
+    prompts: list[int]
+    lengths: list[int]
+
+    @property
+    def n_tokens(self) -> int:
+        """Real tokens, padding left out."""
+        return sum(self.lengths)
+
+
+def tokenize_pair(
+    prompts: Sequence[Prompt], base: Any, finetuned: Any, options: TokenOptions
+) -> tuple[list[TokenizedPrompt], list[str]]:
+    """Each prompt's ids, the same for both models, and notes on what was assumed.
+
+    Raises:
+        TokenizerMismatchError: the tokenizers give different ids for one of these prompts.
+        PromptTooLongError: a prompt is longer than the context, and `truncate` is off.
+        ChatTemplateError: a prompt cannot be rendered.
+        PromptDataError: a prompt has no token.
+    """
+    rendered = render_chats(prompts, base, options.chat_template)
+    texts = [prompt.text for prompt in prompts] if rendered is None else rendered
+    special = rendered is None  # a template has its BOS in it: a second one would be added
+    ids = _encode(base, texts, special, options)
+    notes = []
+    if finetuned is not base:
+        _check_same(prompts, ids, _encode(finetuned, texts, special, options), base, finetuned)
+        notes += _compare_vocabularies(base, finetuned)
+    for index, prompt in enumerate(prompts):
+        if not ids[index]:
+            raise PromptDataError(f"{_named(index, prompt)} has no token at all. Leave it out.")
+    if options.truncate and options.context is not None:
+        notes += _cut_prompts(base, texts, special, options.context)
+    else:
+        _check_lengths(prompts, ids, options.context)
+    return [
+        TokenizedPrompt(index, ids[index], rendered[index] if rendered else None)
+        for index in range(len(prompts))
+    ], notes
+
+
+def render_chats(prompts: Sequence[Prompt], tokenizer: Any, template: str | None) -> list[str] | None:
+    """Each prompt in the chat template, up to where the assistant begins; None without a template."""
+    if template is None:
+        return None
+    texts = []
+    for index, prompt in enumerate(prompts):
+        messages = list(prompt.messages or ({"role": "user", "content": prompt.text},))
+        try:
+            text = tokenizer.apply_chat_template(
+                messages,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=messages[-1]["role"] != "assistant",
+            )
+        except (TemplateError, ValueError, TypeError) as error:
+            raise ChatTemplateError(
+                f"{_named(index, prompt)}: the chat template fails on it: {error}. Mend the template "
+                "(--chat-template FILE) or the messages."
+            ) from error
+        texts.append(text)
+    return texts
+
+
+def make_batches(
+    tokenized: Sequence[TokenizedPrompt], batch_tokens: int, padding: Padding, pad_id: int
+) -> list[TokenBatch]:
+    """Prompts of like length together, the longest first, at most `batch_tokens` with padding.
+
+    A prompt longer than `batch_tokens` is a batch of its own.
+    """
+    batches: list[list[TokenizedPrompt]] = []
+    for prompt in sorted(tokenized, key=lambda p: (-len(p.ids), p.index)):
+        if batches and _fits(batches[-1], prompt, batch_tokens, padding):
+            batches[-1].append(prompt)
+        else:
+            batches.append([prompt])
+    return [pad(batch, pad_id) for batch in batches]
+
+
+def pad(prompts: Sequence[TokenizedPrompt], pad_id: int) -> TokenBatch:
+    """One batch, padded on the right with a mask."""
+    lengths = [len(prompt.ids) for prompt in prompts]
+    input_ids = torch.full((len(prompts), max(lengths)), pad_id, dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, : lengths[row]] = torch.tensor(prompt.ids)
+        mask[row, : lengths[row]] = 1
+    return TokenBatch(input_ids, mask, [prompt.index for prompt in prompts], lengths)
+
+
+def _fits(
+    batch: Sequence[TokenizedPrompt], prompt: TokenizedPrompt, batch_tokens: int, padding: Padding
+) -> bool:
+    longest = len(batch[0].ids)
+    if padding == "one_by_one" or (padding == "equal_lengths" and len(prompt.ids) != longest):
+        return False
+    return longest * (len(batch) + 1) <= batch_tokens
+
+
+def _encode(tokenizer: Any, texts: list[str], special: bool, options: TokenOptions) -> list[list[int]]:
+    # A tokenizer.json may carry a fixed padding or truncation: both are said here, always.
+    cut = options.truncate and options.context is not None
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=special,
+        padding=False,
+        truncation=cut,
+        max_length=options.context if cut else None,
+    )
+    return [list(ids) for ids in encoded["input_ids"]]
+
+
+def _check_same(
+    prompts: Sequence[Prompt],
+    base_ids: list[list[int]],
+    finetuned_ids: list[list[int]],
+    base: Any,
+    finetuned: Any,
+) -> None:
+    for index, (ours, theirs) in enumerate(zip(base_ids, finetuned_ids, strict=True)):
+        if ours == theirs:
+            continue
+        place, (left, right) = next(
+            (i, pair) for i, pair in enumerate(zip_longest(ours, theirs)) if pair[0] != pair[1]
+        )
+        raise TokenizerMismatchError(
+            f"{_named(index, prompts[index])}: the two tokenizers give different ids. At token {place} "
+            f"base has {_token(base, left)}, fine-tuned has {_token(finetuned, right)}. States can be "
+            "compared token by token only on the same ids: use the same tokenizer files in both "
+            "folders if the vocabulary is the same, or leave out the prompts that differ."
+        )
+
+
+def _token(tokenizer: Any, token_id: int | None) -> str:
+    if token_id is None:
+        return "no token"
+    return f"{token_id} ({tokenizer.convert_ids_to_tokens(token_id)!r})"
+
+
+def _compare_vocabularies(base: Any, finetuned: Any) -> list[str]:
+    ours, theirs = base.get_vocab(), finetuned.get_vocab()
+    if ours == theirs:
+        return []
+    differing = sum(ours.get(token) != theirs.get(token) for token in ours.keys() | theirs.keys())
+    return [
+        f"the tokenizers' vocabularies differ in {differing} entries; they give the same ids for "
+        "these prompts"
+    ]
+
+
+def _check_lengths(prompts: Sequence[Prompt], ids: list[list[int]], context: int | None) -> None:
+    if context is None:
+        return
+    for index, prompt in enumerate(prompts):
+        if len(ids[index]) > context:
+            raise PromptTooLongError(
+                f"{_named(index, prompt)} has {len(ids[index])} tokens; the models' context is "
+                f"{context}. Shorten it, or cut it there with --truncate."
+            )
+
+
+def _cut_prompts(tokenizer: Any, texts: list[str], special: bool, context: int) -> list[str]:
+    whole = tokenizer(texts, add_special_tokens=special, padding=False, truncation=False)["input_ids"]
+    cut = [index for index, ids in enumerate(whole) if len(ids) > context]
+    if not cut:
+        return []
+    return [f"{len(cut)} prompts were cut to the context of {context} tokens: {listed(cut)}"]
+
+
+def listed(numbers: Sequence[int], most: int = 10) -> str:
+    """The numbers, the first few if they are many.
+
+    >>> listed([1, 2, 3], most=2)
+    '1, 2 and 1 more'
+    """
+    shown = ", ".join(map(str, numbers[:most]))
+    return shown if len(numbers) <= most else f"{shown} and {len(numbers) - most} more"
+
+
+def _named(index: int, prompt: Prompt) -> str:
+    return f"Prompt {index} ({prompt.text[:40]!r})"
+
+
+def iter_lengths(tokenized: Sequence[TokenizedPrompt]) -> Iterator[int]:
+    """The number of tokens of each prompt, in order."""
+    return (len(prompt.ids) for prompt in tokenized)
