@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, Unpack
+from typing import Any, Literal, Protocol, Unpack, runtime_checkable
 
 import torch
 from torch import nn
@@ -36,6 +36,7 @@ CPU_BATCH_TOKENS = 1024
 GPU_BATCH_TOKENS = 8192
 
 
+@runtime_checkable
 class Observer(Protocol):
     """What is told how far a run has come."""
 

@@ -124,5 +124,5 @@ def _context(stack: nn.Module, config: PretrainedConfig) -> int | None:
     for name, module in stack.named_modules():
         is_table = name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
         if is_table and module.padding_idx is not None:
-            return limit - module.padding_idx - 1
+            return limit - int(module.padding_idx) - 1
     return limit

@@ -26,6 +26,8 @@ from lazarus.models.anatomy import Anatomy, dissect
 from lazarus.models.faults import translated
 from lazarus.models.reference import ModelReference, Source, adapter_base, adapter_settings
 
+_SAFETENSORS_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
 
 @dataclass(frozen=True)
 class LoadOptions:
@@ -289,7 +291,9 @@ def _dtypes_in(path: Path) -> Counter[str]:
         with safe_open(path, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 (it is no dict)
                 part = tensors.get_slice(key)
-                counts[part.get_dtype()] += torch.Size(part.get_shape()).numel()
+                counts[_SAFETENSORS_NAMES.get(part.get_dtype(), part.get_dtype())] += torch.Size(
+                    part.get_shape()
+                ).numel()
     except SafetensorError:  # not one of the files that were loaded: those were readable
         return Counter()
     return counts

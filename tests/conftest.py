@@ -1,0 +1,70 @@
+"""Fixtures that every test may use. No network, no GPU; shapes are checked at run time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+import transformers
+from jaxtyping import install_import_hook
+
+from factories import perturbed, save_model, tiny_llama, tiny_tokenizer
+
+install_import_hook("lazarus", "beartype.beartype")
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the golden files again")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "real" in (config.getoption("-m") or ""):
+        return
+    for item in items:
+        if item.get_closest_marker("real"):
+            item.add_marker(pytest.mark.skip(reason="needs real weights: make test-real"))
+
+
+@pytest.fixture(autouse=True)
+def _one_quiet_thread() -> Iterator[None]:
+    """Two workers on two cores: one thread each, and the same sums every time."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    yield
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Compare a text with the file of that name in tests/golden (or in docs, with a path from here)."""
+
+    def compare(name: str, text: str) -> None:
+        path = GOLDEN / name
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        assert path.is_file(), f"{path} is missing: run pytest --update-golden"
+        assert text == path.read_text(encoding="utf-8"), f"{path} differs: see pytest --update-golden"
+
+    return compare
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with its tokenizer, saved as safetensors."""
+    return save_model(tmp_path_factory.mktemp("models") / "base", tiny_llama(), tiny_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def finetuned_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with its weights changed a little."""
+    folder = tmp_path_factory.mktemp("models") / "finetuned"
+    return save_model(folder, perturbed(tiny_llama()), tiny_tokenizer())
