@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,7 +16,8 @@ from jaxtyping import install_import_hook
 
 from factories import perturbed, save_model, tiny_llama, tiny_tokenizer
 
-install_import_hook("lazarus", "beartype.beartype")
+SHAPED = ["activation", "assemble", "engine", "metrics", "models", "tokens"]
+install_import_hook([f"lazarus.{name}" for name in SHAPED], "beartype.beartype")
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -34,12 +35,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def _one_quiet_thread() -> Iterator[None]:
+def _one_quiet_thread() -> None:
     """Two workers on two cores: one thread each, and the same sums every time."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    yield
 
 
 @pytest.fixture

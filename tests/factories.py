@@ -86,3 +86,10 @@ def save_model(folder: Path, model: PreTrainedModel, tokenizer: Any | None = Non
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return folder
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """`t5 t17` → 5, 17: texts that spell token ids, without special tokens."""
+    core = Tokenizer(models.WordLevel({f"t{i}": i for i in range(100)}, unk_token="t0"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="t0")

@@ -99,7 +99,7 @@ def activation_diff(
     device = _pick_device(chosen.device)
     models = _load_models(base, finetuned, _load_options(chosen, device), watcher)
     watcher.testing(found.prompts)
-    notes = [*found.notes, *dict.fromkeys(models[0].notes + models[1].notes)]
+    notes = [*found.notes, *models[0].notes, *models[1].notes]
     tokenizers = _tokenizers(models, tokenizer, chosen, notes)
     tokenized = _tokenize(models, tokenizers, found.prompts, template, chosen, notes)
     pad_id = _pad_id(tokenizers[0])

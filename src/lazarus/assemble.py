@@ -97,7 +97,7 @@ def assemble(
         ],
         results=_rows(prompts, means, len(layers)),
         summary=_summary(layers),
-        notes=[*notes, *_exclusions(pair, means)],
+        notes=list(dict.fromkeys([*notes, *_exclusions(pair, means)])),
     )
 
 
