@@ -22,7 +22,9 @@ Convention = Literal["standard", "shifted", "none"]
 def cosine(base: States, finetuned: States) -> States:
     """Cosine similarity of each pair of rows, by b·f / (‖b‖‖f‖)."""
     dots: States = np.einsum("ij,ij->i", base, finetuned)
-    return dots / np.sqrt(np.einsum("ij,ij->i", base, base) * np.einsum("ij,ij->i", finetuned, finetuned))
+    lengths = np.sqrt(np.einsum("ij,ij->i", base, base) * np.einsum("ij,ij->i", finetuned, finetuned))
+    cosines: States = dots / lengths
+    return cosines
 
 
 def recorded_states(model: PreTrainedModel, ids: Sequence[int]) -> tuple[States, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ METRICS: dict[str, Metric] = {
     "norm_ratio": norm_ratio,
     "centered_divergence": centered_divergence,
 }
-ORACLES = {
+ORACLES: dict[str, Callable[[Any, Any], Any]] = {
     "divergence": lambda b, f: 1 - cosine(b, f),
     "relative_l2": lambda b, f: np.sqrt(((f - b) ** 2).sum(1) / (b**2).sum(1)),
     "norm_ratio": lambda b, f: np.sqrt((f**2).sum(1) / (b**2).sum(1)),

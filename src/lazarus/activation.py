@@ -28,7 +28,7 @@ from lazarus.options import OptionArguments, Options, make_options, parse_positi
 from lazarus.prompts import Prompt, PromptList, check_chats, make_prompts
 from lazarus.tokens import TokenizedPrompt, TokenOptions, make_batches, tokenize_pair
 
-Model = str | Path | nn.Module
+Model = str | Path | nn.Module | ModelReference
 Prompts = str | Iterable[str | Mapping[str, Any] | Prompt] | PromptList
 Role = Literal["base", "finetuned"]
 
@@ -132,7 +132,7 @@ def _load_models(
     base: Model, finetuned: Model, options: LoadOptions, watcher: Observer
 ) -> tuple[LoadedModel, LoadedModel]:
     """Both models; two that are named are loaded as a pair, so that common weights are held once."""
-    named = [m if isinstance(m, nn.Module) else parse_model(str(m)) for m in (base, finetuned)]
+    named = [parse_model(str(m)) if isinstance(m, str | Path) else m for m in (base, finetuned)]
     match named:
         case [ModelReference() as first, ModelReference() as second]:
             return load_pair(first, second, options, watcher.loading)

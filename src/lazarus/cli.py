@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +20,7 @@ from lazarus.errors import LazarusError
 from lazarus.version import __version__
 
 if TYPE_CHECKING:
+    from lazarus.activation import Model
     from lazarus.console import ConsoleObserver
     from lazarus.prompts import PromptList
 
@@ -33,7 +35,7 @@ app = typer.Typer(
 introspect = typer.Typer(help="Look into a pair of models.", no_args_is_help=True)
 app.add_typer(introspect, name="introspect")
 
-RUN, COMPARE, PROMPTS, OUTPUT = "How it runs", "What is compared", "How prompts are read", "Output"
+RUN, COMPARE, READ, SHOW = "How it runs", "What is compared", "How prompts are read", "What it shows"
 
 
 class Command(StrEnum):
@@ -58,9 +60,35 @@ def _root(
     """Compare two language models from the inside."""
 
 
+def _option(*names: str, panel: str | None = None, **settings: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=panel, **settings)
+
+
+Base = Annotated[
+    str, _option("-b", "--base", metavar="MODEL", help="Base model: Hub id, folder, .gguf, MODEL+ADAPTER.")
+]
+Finetuned = Annotated[
+    str,
+    _option(
+        "-f",
+        "--finetuned",
+        metavar="MODEL",
+        help="Fine-tuned model; an adapter alone runs on top of BASE.",
+    ),
+]
+Prompts = Annotated[
+    list[str],
+    _option(
+        "-p",
+        "--prompts",
+        metavar="PROMPTS",
+        help='Prompts: "one,two,three", @FILE (.txt, .jsonl, .csv, .parquet) or @- for standard input. '
+        "Repeatable.",
+    ),
+]
 Outputs = Annotated[
     list[str] | None,
-    typer.Option(
+    _option(
         "-o",
         "--output",
         metavar="FILE",
@@ -68,122 +96,87 @@ Outputs = Annotated[
         "JSON). Repeatable.",
     ),
 ]
-Quiet = Annotated[
-    bool, typer.Option("-q", "--quiet", help="No progress bars, no logs.", rich_help_panel=OUTPUT)
+Position = Annotated[
+    str,
+    _option(
+        panel=COMPARE,
+        metavar="auto|last|mean|all|N",
+        help="Which tokens are compared: the last one; the mean of the hidden states; every token, averaged "
+        "within a prompt; or index N. auto is last for a causal model, mean for an encoder.",
+    ),
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Tracebacks and logs.", rich_help_panel=OUTPUT)]
+Threshold = Annotated[float, _option(panel=COMPARE, metavar="X", help="The divergence that *** marks.")]
+Align = Annotated[str, _option(panel=COMPARE, metavar="ids", help="The same token ids for both models.")]
+FailAbove = Annotated[
+    float | None,
+    _option(
+        panel=COMPARE, metavar="X", help="Exit 3 where a layer's divergence is above X.", show_default="off"
+    ),
+]
+ChatTemplate = Annotated[
+    str,
+    _option(
+        panel=READ,
+        metavar="none|base|finetuned|FILE",
+        help="Wrap each prompt as a user turn, the same text for both models.",
+    ),
+]
+NoSplit = Annotated[bool, _option("--no-split", panel=READ, help="Each -p is one prompt.")]
+Truncate = Annotated[
+    bool,
+    _option("--truncate", panel=READ, help="Cut prompts at the models' context instead of refusing them."),
+]
+Dtype = Annotated[
+    str,
+    _option(
+        panel=RUN,
+        metavar="auto|float32|bfloat16|float16",
+        help="What the models run in; auto is float32 on a CPU, the stored type on a GPU.",
+    ),
+]
+Device = Annotated[str, _option(panel=RUN, metavar="auto|cpu|cuda[:N]|mps", help="Where the models run.")]
+BatchTokens = Annotated[
+    int | None, _option(panel=RUN, metavar="N", help="Tokens in one batch.", show_default="auto")
+]
+Memory = Annotated[str, _option(panel=RUN, metavar="auto|resident", help="Both models in memory.")]
+LayersPath = Annotated[
+    str | None,
+    _option(
+        panel=RUN,
+        metavar="PATH",
+        help="Where the blocks are, such as model.layers, when they cannot be found.",
+        show_default="found",
+    ),
+]
+Seed = Annotated[int, _option(panel=RUN, metavar="N", help="Of every random choice.")]
+TrustRemoteCode = Annotated[
+    bool, _option("--trust-remote-code", panel=RUN, help="Allow a model's own Python code.")
+]
+Quiet = Annotated[bool, _option("-q", "--quiet", panel=SHOW, help="No progress bars, no logs.")]
+Debug = Annotated[bool, _option("--debug", panel=SHOW, help="Tracebacks and logs.")]
 
 
 @introspect.command("activation-diff")
 def activation_diff(
-    base: Annotated[
-        str,
-        typer.Option(
-            "-b",
-            "--base",
-            metavar="MODEL",
-            help="Base model: Hub id, folder, .gguf, MODEL+ADAPTER.",
-        ),
-    ],
-    finetuned: Annotated[
-        str,
-        typer.Option(
-            "-f",
-            "--finetuned",
-            metavar="MODEL",
-            help="Fine-tuned model; an adapter alone runs on top of BASE.",
-        ),
-    ],
-    prompts: Annotated[
-        list[str],
-        typer.Option(
-            "-p",
-            "--prompts",
-            metavar="PROMPTS",
-            help='Prompts: "one,two,three", @FILE (.txt, .jsonl, .csv, .parquet) or @-. Repeatable.',
-        ),
-    ],
+    context: typer.Context,
+    base: Base,
+    finetuned: Finetuned,
+    prompts: Prompts,
     output: Outputs = None,
-    position: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|last|mean|all|N",
-            help="Which tokens are compared; auto is last for a causal model, mean for an encoder.",
-            rich_help_panel=COMPARE,
-        ),
-    ] = "auto",
-    threshold: Annotated[
-        float, typer.Option(help="The divergence that *** marks.", rich_help_panel=COMPARE)
-    ] = 0.1,
-    align: Annotated[
-        str,
-        typer.Option(metavar="ids", help="The same token ids for both models.", rich_help_panel=COMPARE),
-    ] = "ids",
-    fail_above: Annotated[
-        float | None,
-        typer.Option(
-            metavar="X",
-            help="Exit 3 where a layer's divergence is above X.",
-            rich_help_panel=COMPARE,
-        ),
-    ] = None,
-    chat_template: Annotated[
-        str,
-        typer.Option(
-            metavar="none|base|finetuned|FILE",
-            help="Wrap each prompt as a user turn, the same text for both models.",
-            rich_help_panel=PROMPTS,
-        ),
-    ] = "none",
-    no_split: Annotated[
-        bool, typer.Option("--no-split", help="Each -p is one prompt.", rich_help_panel=PROMPTS)
-    ] = False,
-    truncate: Annotated[
-        bool,
-        typer.Option(
-            "--truncate",
-            help="Cut prompts at the models' context instead of refusing them.",
-            rich_help_panel=PROMPTS,
-        ),
-    ] = False,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|float32|bfloat16|float16",
-            help="What the models run in; auto is float32 on a CPU, the stored type on a GPU.",
-            rich_help_panel=RUN,
-        ),
-    ] = "auto",
-    device: Annotated[
-        str,
-        typer.Option(metavar="auto|cpu|cuda[:N]|mps", help="Where the models run.", rich_help_panel=RUN),
-    ] = "auto",
-    batch_tokens: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Tokens in one batch.",
-            show_default="auto",
-            rich_help_panel=RUN,
-        ),
-    ] = None,
-    memory: Annotated[
-        str,
-        typer.Option(metavar="auto|resident", help="Both models in memory.", rich_help_panel=RUN),
-    ] = "auto",
-    layers_path: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH",
-            help="Where the blocks are, such as model.layers, when they cannot be found.",
-            rich_help_panel=RUN,
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of every random choice.", rich_help_panel=RUN)] = 0,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option("--trust-remote-code", help="Allow a model's own Python code.", rich_help_panel=RUN),
-    ] = False,
+    position: Position = "auto",
+    threshold: Threshold = 0.1,
+    align: Align = "ids",
+    fail_above: FailAbove = None,
+    chat_template: ChatTemplate = "none",
+    no_split: NoSplit = False,
+    truncate: Truncate = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    batch_tokens: BatchTokens = None,
+    memory: Memory = "auto",
+    layers_path: LayersPath = None,
+    seed: Seed = 0,
+    trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -196,33 +189,16 @@ def activation_diff(
 
     lazarus introspect activation-diff -b org/base -f org/tuned -p "Hello,How are you" -o diff.json
     """
+    from lazarus.options import OptionArguments
+
+    options = {name: context.params[name] for name in OptionArguments.__annotations__}
     with _reported(debug):
         from lazarus.prompts import parse_prompts
 
         files = [value[1:] for value in prompts if value[:1] == "@" and value[:2] != "@@"]
         _check_outputs(output or [], files)
         found = parse_prompts(prompts, no_split=no_split)
-        _compare(
-            base,
-            finetuned,
-            found,
-            output or [],
-            _observer(quiet, debug),
-            position=position,
-            threshold=threshold,
-            align=align,
-            fail_above=fail_above,
-            chat_template=chat_template,
-            no_split=no_split,
-            truncate=truncate,
-            dtype=dtype,
-            device=device,
-            batch_tokens=batch_tokens,
-            memory=memory,
-            layers_path=layers_path,
-            seed=seed,
-            trust_remote_code=trust_remote_code,
-        )
+        _compare(base, finetuned, found, output or [], _observer(quiet, debug), **options)
 
 
 @app.command()
@@ -234,7 +210,13 @@ def demo(output: Outputs = None, quiet: Quiet = False, debug: Debug = False) -> 
 
         _check_outputs(output or [], [])
         found = parse_prompts([f"@{PROMPTS}"])
-        _compare(str(BASE), str(FINETUNED), found, output or [], _observer(quiet, debug))
+        observer = _observer(quiet, debug)
+        from lazarus.models import parse_model
+
+        base, finetuned = (
+            replace(parse_model(str(path)), name=f"demo/{path.name}") for path in (BASE, FINETUNED)
+        )
+        _compare(base, finetuned, found, output or [], observer)
 
 
 @app.command()
@@ -261,8 +243,8 @@ def main() -> None:
 
 
 def _compare(
-    base: str,
-    finetuned: str,
+    base: Model,
+    finetuned: Model,
     found: PromptList,
     outputs: Sequence[str],
     observer: Any,
