@@ -26,7 +26,7 @@ from lazarus.models import (
 )
 from lazarus.options import OptionArguments, Options, make_options, parse_position, read_template
 from lazarus.prompts import Prompt, PromptList, check_chats, make_prompts
-from lazarus.tokens import TokenizedPrompt, TokenOptions, make_batches, tokenize_pair
+from lazarus.tokens import TokenBatch, TokenizedPrompt, TokenOptions, make_batches, tokenize_pair
 
 Model = str | Path | nn.Module | ModelReference
 Prompts = str | Iterable[str | Mapping[str, Any] | Prompt] | PromptList
@@ -103,25 +103,26 @@ def activation_diff(
     tokenizers = _tokenizers(models, tokenizer, chosen, notes)
     tokenized = _tokenize(models, tokenizers, found.prompts, template, chosen, notes)
     pad_id = _pad_id(tokenizers[0])
-    pair = learn_pair(*models, tokenized[0].ids, pad_id)
+    sample = [token for prompt in tokenized[:16] for token in prompt.ids]
+    pair = learn_pair(*models, sample, pad_id)
     facts = RunFacts(chosen, device, _position(chosen, pair), _batch_tokens(chosen, device))
-    notes += pair.notes
-    notes += check_positions(facts.position, [len(prompt.ids) for prompt in tokenized])
-    means = _measure(pair, tokenized, facts, pad_id, watcher)
+    lengths = [len(prompt.ids) for prompt in tokenized]
+    notes += pair.notes(max(lengths)) + check_positions(facts.position, lengths)
+    batches = make_batches(tokenized, facts.batch_tokens, pair.padding(max(lengths)), pad_id)
+    means = _measure(pair, batches, len(tokenized), facts, watcher)
     return ActivationDiff(assemble(pair, facts, found.prompts, tokenized, means, notes))
 
 
 def _measure(
     pair: ModelPair,
-    tokenized: Sequence[TokenizedPrompt],
+    batches: Sequence[TokenBatch],
+    n_prompts: int,
     facts: RunFacts,
-    pad_id: int,
     watcher: Observer,
 ) -> dict[Site, PromptMeans]:
     """The one loop over pairs of states: each goes into its site's accumulator and is forgotten."""
     centered = pair.base.anatomy.uses_layer_norm and pair.finetuned.anatomy.uses_layer_norm
-    means = {site: PromptMeans(len(tokenized), centered) for site in pair.sites}
-    batches = make_batches(tokenized, facts.batch_tokens, pair.padding, pad_id)
+    means = {site: PromptMeans(n_prompts, centered) for site in pair.sites}
     watcher.running(sum(batch.n_tokens for batch in batches))
     for states in run_pairs(pair, batches, facts.position, watcher.advanced):
         means[states.site].update(states.prompts, states.base, states.finetuned)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import sys
@@ -34,6 +35,8 @@ app = typer.Typer(
 )
 introspect = typer.Typer(help="Look into a pair of models.", no_args_is_help=True)
 app.add_typer(introspect, name="introspect")
+
+_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 RUN, COMPARE, READ, SHOW = "How it runs", "What is compared", "How prompts are read", "What it shows"
 
@@ -196,7 +199,7 @@ def activation_diff(
         from lazarus.prompts import parse_prompts
 
         files = [value[1:] for value in prompts if value[:1] == "@" and value[:2] != "@@"]
-        _check_outputs(output or [], files)
+        _check_outputs(output or [], [*files, chat_template, base, finetuned])
         found = parse_prompts(prompts, no_split=no_split)
         _compare(base, finetuned, found, output or [], _observer(quiet, debug), **options)
 
@@ -297,6 +300,14 @@ def _reported(debug: bool) -> Iterator[None]:
             traceback.print_exc()
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(error.exit_code) from error
+    except OSError as error:
+        if error.errno not in _DISK_FAULTS:
+            raise
+        typer.echo(
+            f"Error: standard output cannot be written: {error.strerror}. Make room, or send it elsewhere.",
+            err=True,
+        )
+        raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         typer.echo("Interrupted.", err=True)
         raise typer.Exit(130) from error

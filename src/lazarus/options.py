@@ -100,6 +100,11 @@ def read_template(options: Options) -> str | None:
         return None
     try:
         return path.expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"--chat-template {path}: not UTF-8: byte 0x{error.object[error.start]:02x} at position "
+            f"{error.start}. Convert the file to UTF-8."
+        ) from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(
@@ -122,11 +127,11 @@ def _check_position(position: str | int) -> None:
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise UsageError(f"--{name} {value}: not one of {', '.join(choices)}.")
+        raise UsageError(f"--{name} {value}: not a choice. Write {' or '.join(choices)}.")
 
 
 def _check_bound(name: str, value: float) -> None:
-    if math.isnan(value) or value < 0:
+    if not math.isfinite(value) or value < 0:
         raise UsageError(f"--{name} {value}: give a divergence, a number from 0 to 2.")
 
 
@@ -134,7 +139,7 @@ def _check_device(device: str) -> None:
     name, _, index = device.partition(":")
     valid = name in ("auto", "cpu", "cuda", "mps") and (not index or (name == "cuda" and index.isdigit()))
     if not valid or device.endswith(":"):
-        raise UsageError(f"--device {device}: not one of auto, cpu, cuda, cuda:N, mps.")
+        raise UsageError(f"--device {device}: not a device. Write auto, cpu, cuda, cuda:N or mps.")
 
 
 def parse_position(position: str | int) -> Literal["auto", "last", "mean", "all"] | int:

@@ -14,7 +14,11 @@ from typing import Any
 from lazarus.errors import MissingPackageError, PromptsError
 
 TEXT_FIELDS = ("prompt", "text")
+EXAMPLE = "Give one, as in -p 'Hello' or -p @prompts.txt."
 HOW_TO_FIX = "Give each row a field `prompt`, `text` or `messages`."
+
+# Not JSON, a number of thousands of digits, or brackets within brackets without end.
+_JSON_FAULTS = (ValueError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,9 @@ def parse_prompts(values: Sequence[str], *, no_split: bool = False) -> PromptLis
             found.prompts.append(Prompt(value.removeprefix("@") if value[:2] == "@@" else value))
         else:
             found.prompts += _from_list(value, found.notes)
+    if not found.prompts:
+        given = ", ".join(repr(value) for value in values)
+        raise PromptsError(f"No prompt: -p {given} holds none. {EXAMPLE}")
     check_prompts(found.prompts)
     return found
 
@@ -84,7 +91,7 @@ def make_prompts(
 def check_prompts(prompts: Sequence[Prompt]) -> None:
     """Refuse an empty list, an empty prompt, and text that is not Unicode."""
     if not prompts:
-        raise PromptsError("No prompt: -p holds none. Give one, as in -p 'Hello' or -p @prompts.txt.")
+        raise PromptsError(f"No prompt: the list is empty. {EXAMPLE}")
     for index, prompt in enumerate(prompts):
         if not prompt.text.strip():
             raise PromptsError(f"Prompt {index} is empty. Give it a text, or leave it out.")
@@ -111,8 +118,8 @@ def _check_unicode(text: str, place: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise PromptsError(
-            f"{place} is not valid Unicode: it has {text[error.start]!a} at character "
-            f"{error.start}. Write it in UTF-8."
+            f"{place} is not valid Unicode: it has {text[error.start]!a}, which is no character, at "
+            f"index {error.start}. Write it in UTF-8."
         ) from error
 
 
@@ -122,8 +129,8 @@ def _from_list(value: str, notes: list[str]) -> list[Prompt]:
         rows = list(csv.reader([value], skipinitialspace=True))
     except csv.Error as error:
         raise PromptsError(
-            f"-p {value[:40]!r}: {error}. Quote a prompt that has a line break in it, or give it "
-            "with --no-split."
+            f"-p {value[:40]!r}: this is no CSV row: {error}. Quote a prompt that has a line break or "
+            "a comma in it, or give it with --no-split."
         ) from error
     if not _is_strict_csv(value):
         notes.append(
@@ -170,7 +177,7 @@ def _from_file(name: str, notes: list[str]) -> list[Prompt]:
 def _read(name: str) -> str:
     """The file's text, or standard input's for `-`; a byte order mark is dropped."""
     try:
-        raw = sys.stdin.buffer.read() if name == "-" else Path(name).expanduser().read_bytes()
+        raw = _standard_input() if name == "-" else Path(name).expanduser().read_bytes()
     except IsADirectoryError as error:
         raise PromptsError(f"-p @{name}: this is a folder. Name a file in it.") from error
     except (OSError, ValueError) as error:
@@ -186,6 +193,12 @@ def _read(name: str) -> str:
         ) from error
 
 
+def _standard_input() -> bytes:
+    if sys.stdin is None:  # closed by whoever started this process
+        raise PromptsError("-p @-: there is no standard input. Pipe the prompts in, or name a file.")
+    return sys.stdin.buffer.read()
+
+
 def _jsonl_rows(text: str, name: str) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -193,7 +206,7 @@ def _jsonl_rows(text: str, name: str) -> Iterator[tuple[str, Any]]:
         place = f"-p @{name}, line {number}"
         try:
             yield place, json.loads(line)
-        except json.JSONDecodeError as error:
+        except _JSON_FAULTS as error:
             raise PromptsError(f"{place}: not JSON: {error}. Put one object on each line.") from error
 
 
@@ -221,7 +234,9 @@ def _parquet_rows(name: str) -> Iterator[tuple[str, Any]]:
     try:
         rows = pyarrow.parquet.read_table(Path(name).expanduser()).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
-        raise PromptsError(f"-p @{name}: cannot be read as Parquet: {error}.") from error
+        raise PromptsError(
+            f"-p @{name}: cannot be read as Parquet: {str(error).rstrip('.')}. Write the file again."
+        ) from error
     for number, row in enumerate(rows):
         yield f"-p @{name}, row {number}", row
 
@@ -229,7 +244,7 @@ def _parquet_rows(name: str) -> Iterator[tuple[str, Any]]:
 def _from_row(row: Any, place: str) -> Prompt:
     """A structured row: the first of `prompt`, `text` and `messages` that it has, kept whole."""
     if not isinstance(row, Mapping):
-        raise PromptsError(f"{place}: this is {type(row).__name__}, not an object. {HOW_TO_FIX}")
+        raise PromptsError(f"{place}: this is a {type(row).__name__}, not an object. {HOW_TO_FIX}")
     group = row.get("group")
     group = None if group in (None, "") else str(group)
     for name in TEXT_FIELDS:
@@ -246,6 +261,7 @@ def _text(value: Any, name: str, place: str) -> str:
         raise PromptsError(f"{place}: `{name}` is {value!r:.40}, not a text. Write a text there.")
     if not value.strip():
         raise PromptsError(f"{place}: `{name}` is empty. Give it a text, or drop the row.")
+    _check_unicode(value, f"{place}: `{name}`")
     return value
 
 
@@ -253,8 +269,10 @@ def _messages(value: Any, place: str) -> tuple[Mapping[str, str], ...]:
     if isinstance(value, str):  # a CSV cell holds the chat as JSON
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise PromptsError(f"{place}: `messages` is not JSON: {error}.") from error
+        except _JSON_FAULTS as error:
+            raise PromptsError(
+                f"{place}: `messages` is not JSON: {error}. Write the chat as a JSON list."
+            ) from error
     is_chat = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
     if not is_chat or not all(
         isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)

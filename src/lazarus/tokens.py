@@ -104,8 +104,8 @@ def render_chats(prompts: Sequence[Prompt], tokenizer: Any, template: str | None
             )
         except (TemplateError, ValueError, TypeError) as error:
             raise ChatTemplateError(
-                f"{_named(index, prompt)}: the chat template fails on it: {error}. Mend the template "
-                "(--chat-template FILE) or the messages."
+                f"{_named(index, prompt)}: the chat template fails on it: {str(error).rstrip('.')}. Mend "
+                "the template (--chat-template FILE) or the messages."
             ) from error
         texts.append(text)
     return texts

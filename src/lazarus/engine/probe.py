@@ -47,7 +47,7 @@ class Conventions:
 def learn(model: LoadedModel, ids: Sequence[int], pad_id: int) -> Conventions:
     """Run a few tokens of a real prompt and see.
 
-    Three rows of seven tokens: a text, the same with another last token, and its first four padded.
+    Three rows of seven tokens: a text, the same with another last token, and its last four, padded.
     Then those four alone.
 
     Raises:
@@ -77,6 +77,7 @@ def _probe_batch(ids: Sequence[int], pad_id: int) -> tuple[Int[Tensor, "b t"], I
     input_ids = text.repeat(ROWS, 1)
     others = [i for i in ids if i != int(text[-1])]
     input_ids[1, -1] = others[0] if others else max(0, int(text[-1]) - 1)
+    input_ids[2, :SHORT] = text[-SHORT:]
     input_ids[2, SHORT:] = pad_id
     mask = torch.ones_like(input_ids)
     mask[2, SHORT:] = 0
@@ -149,7 +150,7 @@ def _find_padding(
     limit = _other_pass_limit(blocks[0])
     if all(_alike(b[2, :SHORT], s, limit) for b, s in zip(blocks, single, strict=True)):
         return "right"
-    pair = _whole(recorder, input_ids[1:, :SHORT], mask[:2, :SHORT])
+    pair = _whole(recorder, input_ids[[0, 2], :SHORT], mask[[0, 2], :SHORT])
     together = [_arranged(states, axes)[1] for states in pair.blocks]
     if all(_alike(t, s, limit) for t, s in zip(together, single, strict=True)):
         return "equal_lengths"

@@ -24,18 +24,20 @@ class ModelPair:
     base_conventions: Conventions
     finetuned_conventions: Conventions
 
-    @property
-    def padding(self) -> Padding:
-        """The batching that is right for both: the more careful of the two."""
+    def padding(self, longest: int) -> Padding:
+        """The batching that is right for both models and prompts of up to `longest` tokens."""
         needed = {self.base_conventions.padding, self.finetuned_conventions.padding}
+        # An attention that picks its keys breaks ties by where they stand in the padded batch.
+        if any(longest > (model.anatomy.picked_keys or longest) for model in (self.base, self.finetuned)):
+            needed.add("equal_lengths")
         return next(p for p in ("one_by_one", "equal_lengths", "right") if p in needed)
 
-    @property
-    def notes(self) -> list[str]:
+    def notes(self, longest: int) -> list[str]:
         """What a reader must know of how the two models run."""
         notes = [*self.base_conventions.notes, *self.finetuned_conventions.notes]
-        if self.padding != "right":
-            how = "one at a time" if self.padding == "one_by_one" else "with others of their length"
+        padding = self.padding(longest)
+        if padding != "right":
+            how = "one at a time" if padding == "one_by_one" else "with others of their length"
             notes.append(f"padding changes the states of this architecture, so prompts ran {how}")
         return notes
 

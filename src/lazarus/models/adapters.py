@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +14,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lazarus.errors import AdapterError, MissingPackageError, ModelError, WeightsError
-from lazarus.models.faults import translated
+from lazarus.models.faults import one_line, translated
 from lazarus.models.reference import Source, adapter_settings
+
+_SIZE_MISMATCH = re.compile(r"size mismatch for (\S+): .*?torch\.Size\((.*?)\).*?torch\.Size\((.*?)\)")
 
 
 def share_storage(model: PreTrainedModel) -> PreTrainedModel:
@@ -50,6 +53,7 @@ def put_on(model: PreTrainedModel, adapter: Source) -> tuple[PreTrainedModel, st
             f"{adapter.name}: no adapter_model.safetensors there. Pickled adapters (.bin) can run "
             "code when they are read and are refused: save it again as safetensors."
         )
+    _check_type(peft, adapter, settings.get("peft_type"))
     with _fitted(adapter, model), translated(adapter.name):
         wrapped, loaded = _inject(peft, model, adapter, str(Path(weights).parent))
     unplaced = [*loaded.missing_keys, *loaded.unexpected_keys]
@@ -59,6 +63,14 @@ def put_on(model: PreTrainedModel, adapter: Source) -> tuple[PreTrainedModel, st
             f"no counterpart, first {unplaced[0]}. Put it on the model that it was trained on."
         )
     return wrapped.get_base_model().eval(), str(settings.get("peft_type"))
+
+
+def _check_type(peft: Any, adapter: Source, kind: object) -> None:
+    if kind not in list(peft.PeftType):
+        raise AdapterError(
+            f"{adapter.name}: adapter_config.json names the peft_type {kind!r}, which peft "
+            f"{peft.__version__} does not know. Check it, or upgrade peft."
+        )
 
 
 def _inject(peft: Any, model: PreTrainedModel, adapter: Source, folder: str) -> tuple[Any, Any]:
@@ -78,14 +90,23 @@ def _inject(peft: Any, model: PreTrainedModel, adapter: Source, folder: str) -> 
 
 @contextmanager
 def _fitted(adapter: Source, model: PreTrainedModel) -> Iterator[None]:
-    """What goes wrong inside is the fit of the adapter, unless its file itself is damaged."""
+    """What goes wrong inside is the fit of the adapter, unless its file or a package is at fault."""
     try:
         yield
     except ModelError as error:
-        told = " ".join(str(error).removeprefix(f"{adapter.name}: ").split())
-        if isinstance(error, AdapterError) or isinstance(error.__cause__, SafetensorError):
+        fault = error.__cause__
+        if fault is None or isinstance(fault, SafetensorError | ImportError):
             raise
         raise AdapterError(
-            f"{adapter.name} does not fit {type(model).__name__}: {told[:400]} "
-            "Put it on the model that it was trained on."
+            f"{adapter.name} does not fit {type(model).__name__}: {_misfit(fault)}. Put it on the "
+            "model that it was trained on."
         ) from error
+
+
+def _misfit(fault: BaseException) -> str:
+    """The first tensor of another shape, out of the page that torch writes about all of them."""
+    text = one_line(fault)
+    if found := _SIZE_MISMATCH.search(text):
+        tensor, theirs, ours = found.groups()
+        return f"its {tensor} has the shape {theirs}, and the model has {ours} there"
+    return text[:400]

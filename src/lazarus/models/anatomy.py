@@ -23,6 +23,8 @@ class Anatomy:
     """the configured width"""
     context: int | None
     """the largest number of tokens in a prompt; None where the architecture sets none"""
+    picked_keys: int | None
+    """how many keys a sparse attention picks for each token; None where it reads all of them"""
     uses_layer_norm: bool
     """its blocks read the residual stream through a LayerNorm"""
     notes: tuple[str, ...] = ()
@@ -49,6 +51,7 @@ def dissect(model: PreTrainedModel, layers_path: str | None = None) -> Anatomy:
         blocks=blocks,
         hidden_size=int(config.hidden_size),
         context=_context(stack, config),
+        picked_keys=getattr(config, "index_topk", None),
         uses_layer_norm=any(isinstance(m, nn.LayerNorm) for b in blocks for m in b.modules()),
         notes=notes,
     )

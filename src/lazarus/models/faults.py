@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pickle
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from json import JSONDecodeError
 
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -13,6 +16,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassError,
 )
 from safetensors import SafetensorError
 
@@ -22,6 +26,82 @@ from lazarus.errors import (
     ModelNotFoundError,
     UnsupportedModelError,
     WeightsError,
+)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A fault that has a sentence of its own; it is known by its type, or by a part of its text."""
+
+    signs: tuple[type[BaseException] | str, ...]
+    kind: type[ModelError]
+    sentence: str
+
+    def fits(self, error: BaseException) -> bool:
+        return any(
+            sign in one_line(error) if isinstance(sign, str) else isinstance(error, sign)
+            for sign in self.signs
+        )
+
+
+# The first that fits is told. Elsewhere transformers' own text is passed on, on one line.
+_KNOWN = (
+    _Known(
+        ("trust_remote_code", "execute the configuration file"),
+        UnsupportedModelError,
+        "this model comes with Python code of its own. Read that code, then allow it with "
+        "--trust-remote-code.",
+    ),
+    _Known(
+        (ImportError,),
+        UnsupportedModelError,
+        "a package is missing: {text}. Install it and run again.",
+    ),
+    _Known(
+        ("Unrecognized model in",),
+        ModelNotFoundError,
+        "no config.json there that names a `model_type`, so transformers cannot tell what it is. Name "
+        "a folder that save_pretrained wrote.",
+    ),
+    _Known(
+        ("does not recognize this architecture",),
+        UnsupportedModelError,
+        "transformers does not know its architecture: {first_sentence}. Check `model_type` in "
+        "config.json; a newer model needs a newer transformers.",
+    ),
+    _Known(
+        (StrictDataclassError,),
+        ModelError,
+        "its config.json cannot be used: {text}. Mend it, or fetch it again.",
+    ),
+    _Known(
+        ("is not a valid JSON file", JSONDecodeError),
+        ModelError,
+        "a file is not JSON: {text}. It is damaged or cut short: fetch it again.",
+    ),
+    _Known(
+        ("Couldn't instantiate the backend tokenizer",),
+        ModelError,
+        "its files make no tokenizer: there is no tokenizer.json that is whole. Copy the tokenizer's "
+        "files from the base model; a SentencePiece or tiktoken file needs "
+        "`pip install 'lazarus-introspect[sentencepiece]'`.",
+    ),
+    _Known(
+        (SafetensorError, struct.error, "GGUF magic", "cannot reshape array"),
+        WeightsError,
+        "the weights cannot be read: {text}. A file is damaged or cut short: fetch it again.",
+    ),
+    _Known(
+        (FileNotFoundError,),
+        WeightsError,
+        "a file is missing: {text}. Fetch the model again.",
+    ),
+    _Known(
+        ("no file named model.safetensors", "Unable to find a safetensors"),
+        WeightsError,
+        "no safetensors weights there. Pickled weights (.bin) can run code when they are read and are "
+        "refused: load the model where you trust it, and write it again with save_pretrained.",
+    ),
 )
 
 _LOADING_FAULTS = (
@@ -34,7 +114,9 @@ _LOADING_FAULTS = (
     TypeError,
     AssertionError,
     SafetensorError,
+    StrictDataclassError,
     pickle.UnpicklingError,
+    struct.error,
 )
 
 
@@ -97,25 +179,16 @@ def _of_the_hub(name: str, fault: BaseException) -> ModelError | None:
 
 
 def _of_the_files(name: str, error: BaseException) -> ModelError:
-    text = " ".join(str(error).split())
-    if "trust_remote_code" in text or "execute the configuration file" in text:
-        return UnsupportedModelError(
-            f"{name}: this model comes with Python code of its own. Read that code, then allow it "
-            "with --trust-remote-code."
-        )
-    if isinstance(error, ImportError):
-        return UnsupportedModelError(f"{name}: a package is missing: {text} Install it and run again.")
-    if isinstance(error, SafetensorError):
-        return WeightsError(
-            f"{name}: the weights cannot be read: {text}. A file is damaged or cut short: fetch it again."
-        )
-    if isinstance(error, FileNotFoundError):
-        return WeightsError(f"{name}: a file is missing: {text}. Fetch the model again.")
-    if "no file named model.safetensors" in text or "Unable to find a safetensors" in text:
-        return WeightsError(
-            f"{name}: no safetensors weights there. Pickled weights (.bin) can run code when they "
-            "are read and are refused: save the model again with safe_serialization."
-        )
-    if "size mismatch" in text or ("mismatch" in text and "shape" in text):
-        return WeightsError(f"{name}: the weights do not have the shapes of config.json: {text}")
-    return ModelError(f"{name}: transformers cannot load it: {text}")
+    text = one_line(error)
+    if isinstance(error, JSONDecodeError):  # it does not say which file
+        text += f" of the one that begins with {error.doc[:30]!r}"
+    for known in _KNOWN:
+        if known.fits(error):
+            told = known.sentence.format(text=text, first_sentence=text.partition(". ")[0])
+            return known.kind(f"{name}: {told}")
+    return ModelError(f"{name}: transformers cannot load it: {text}. --debug shows where it failed.")
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line and without its full stop."""
+    return " ".join(str(error).split()).rstrip(".")

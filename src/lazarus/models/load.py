@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from lazarus.errors import (
     AdapterError,
@@ -160,12 +161,13 @@ def _load(source: Source, options: LoadOptions) -> _Weights:
         head = _head_class(config)
         if options.device.type != "cpu":
             where["device_map"] = {"": options.device}
-        quantised = getattr(config, "quantization_config", None) is not None
+        quantised = _is_quantised(source, config)
         model, report = head.from_pretrained(
             source.path,
             dtype="auto" if quantised or options.dtype is None else options.dtype,
             use_safetensors=None if source.gguf_file else True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # the report names them; transformers' own error does not
             **where,
         )
     weights = _Weights(source, model.eval().requires_grad_(requires_grad=False))
@@ -175,6 +177,17 @@ def _load(source: Source, options: LoadOptions) -> _Weights:
         )
     weights.notes += _check_report(source, model, report, options)
     return weights
+
+
+def _is_quantised(source: Source, config: Any) -> bool:
+    """transformers reads a quantisation that it does not know as plain numbers, with a warning."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is not None and not AutoHfQuantizer.supports_quant_method(settings):
+        raise UnsupportedModelError(
+            f"{source.name}: its weights are quantised by {settings.get('quant_method')!r}, which "
+            "transformers cannot read. Use an unquantised checkpoint."
+        )
+    return settings is not None
 
 
 def _require_gguf(source: Source) -> None:
@@ -206,8 +219,13 @@ def _check_report(
     needed = [key for key in missing if key in _needed_keys(model, options)]
     if needed:
         raise WeightsError(
-            f"{source.name}: {len(needed)} tensors of {type(model).__name__} are missing, first "
+            f"{source.name}: missing tensors of {type(model).__name__}: {len(needed)}, first "
             f"{needed[0]}. The checkpoint is incomplete or of another class: fetch it again."
+        )
+    for name, stored, configured in sorted(report["mismatched_keys"]):
+        raise WeightsError(
+            f"{source.name}: {name} has the shape {list(stored)}, and config.json asks for "
+            f"{list(configured)}. Weights and configuration are not of one model: fetch both again."
         )
     notes = []
     if missing:

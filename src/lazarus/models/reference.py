@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from transformers.utils.hub import cached_file
+from transformers.utils.hub import cached_file, resolve_revision
 
-from lazarus.errors import AdapterError, ModelNotFoundError
+from lazarus.errors import AdapterError, ModelError, ModelNotFoundError
 from lazarus.models.faults import translated
 
 Kind = Literal["hub", "folder", "gguf"]
@@ -20,7 +21,10 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[^@+\s]+)?")
 
 @dataclass(frozen=True)
 class Source:
-    """Where weights are: a folder, a GGUF file in a folder, or a Hub id and revision."""
+    """Where weights are: a folder, a GGUF file, or a Hub id at a commit.
+
+    `revision` is the commit that the name stood for when it was read, so that every file is of that one.
+    """
 
     name: str
     kind: Kind
@@ -30,9 +34,10 @@ class Source:
     subfolder: str = ""
 
     @property
-    def place(self) -> tuple[str, str | None, str | None, str]:
-        """What makes two sources the same weights."""
-        return self.path, self.revision, self.gguf_file, self.subfolder
+    def place(self) -> tuple[str, str | None, str]:
+        """What makes two sources the same weights, however they are spelled."""
+        path = self.gguf_file or self.path
+        return path if self.kind == "hub" else os.path.realpath(path), self.revision, self.subfolder
 
     def file(self, name: str) -> str | None:
         """The path of one of its files, fetched from the Hub if need be; None if it has none."""
@@ -80,6 +85,7 @@ def adapter_base(adapter: Source) -> Source:
 
     Raises:
         AdapterError: its configuration does not name one.
+        ModelNotFoundError: nothing is there under the name in its configuration.
     """
     named = adapter_settings(adapter).get("base_model_name_or_path")
     if not named:
@@ -87,7 +93,14 @@ def adapter_base(adapter: Source) -> Source:
             f"{adapter.name}: this adapter does not say which model it belongs to. "
             f"Name it: MODEL+{adapter.name}"
         )
-    return _source(str(named))
+    try:
+        base = _source(str(named))
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(
+            f"{adapter.name}: the model that this adapter belongs to is not there: {error} Or name "
+            f"another: MODEL+{adapter.name}"
+        ) from error
+    return replace(base, name=f"{base.name} (base of {adapter.name})")
 
 
 def adapter_settings(adapter: Source) -> dict[str, object]:
@@ -120,7 +133,8 @@ def _source(name: str) -> Source:
             raise ModelNotFoundError(
                 f"{name}: this is a file, and not a .gguf one. Name the folder that the model is in."
             )
-        return Source(name, "gguf", str(path.parent), gguf_file=path.name)
+        # The whole path: transformers takes a bare name from the current folder before any other.
+        return Source(name, "gguf", str(path.parent), gguf_file=str(path.absolute()))
     if path is not None:
         return _transformer_of(Source(name, "folder", str(path)))
     if not _HUB_ID.fullmatch(name):
@@ -129,15 +143,26 @@ def _source(name: str) -> Source:
             "Check the path."
         )
     hub_id, _, revision = name.partition("@")
-    return _transformer_of(Source(name, "hub", hub_id, revision or None))
+    if _on_disk(hub_id) is not None:  # transformers would read the folder, and forget the revision
+        raise ModelNotFoundError(
+            f"{name}: {hub_id} is a folder here, and folders have no revisions. Name it without "
+            f"@{revision}, or run in another folder to have it from the Hub."
+        )
+    pinned = resolve_revision(hub_id, revision or None)
+    return _transformer_of(Source(name, "hub", hub_id, getattr(pinned, "resolved", pinned)))
 
 
 def _transformer_of(source: Source) -> Source:
     """A sentence-transformers folder is its transformer, which may be in a folder of its own."""
     if source.file("config.json") or not (listed := source.file("modules.json")):
         return source
-    modules = json.loads(Path(listed).read_text(encoding="utf-8"))
-    folders = [m["path"] for m in modules if str(m.get("type", "")).endswith("Transformer")]
+    try:
+        modules = json.loads(Path(listed).read_text(encoding="utf-8"))
+        folders = [m["path"] for m in modules if str(m.get("type", "")).endswith("Transformer")]
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ModelError(
+            f"{source.name}: its modules.json is no list of modules: {error}. Fetch the model again."
+        ) from error
     return replace(source, subfolder=folders[0]) if folders else source
 
 

@@ -1,0 +1,119 @@
+"""The documentation is true: the reference is generated, the README's commands run, the map matches."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+import typer.main
+from typer.testing import CliRunner
+
+import lazarus
+from lazarus.cli import app
+from lazarus.options import OptionArguments, Options
+from lazarus.results import METRICS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_reference_of_options_is_what_the_command_takes(golden: Callable[[str, str], None]) -> None:
+    golden("../../docs/reference.md", reference())
+
+
+def reference() -> str:
+    """Every command and option, from the command line's own definition."""
+    root = typer.main.get_command(app)
+    lines = [
+        "# Reference of the command line",
+        "",
+        "Written by `make docs-reference` from the program itself.",
+    ]
+    for path, command in sorted(_commands("lazarus", root)):
+        lines += ["", f"## `{path}`", "", (command.help or "").strip().split("\n")[0], ""]
+        lines += ["| Option | Meaning | Default |", "|---|---|---|"]
+        lines += [_row(parameter) for parameter in command.params]
+    lines += ["", "## Metrics", "", "| Name | Formula | Range | What it is |", "|---|---|---|---|"]
+    lines += [f"| `{m.name}` | {m.formula} | {m.range} | {m.source} |" for m in METRICS.values()]
+    return "\n".join(lines) + "\n"
+
+
+def _commands(path: str, command: Any) -> list[tuple[str, Any]]:
+    children = getattr(command, "commands", {})
+    if not children:
+        return [(path, command)]
+    return [found for name, child in children.items() for found in _commands(f"{path} {name}", child)]
+
+
+def _row(parameter: Any) -> str:
+    names = ", ".join(getattr(parameter, "opts", []))
+    metavar = getattr(parameter, "metavar", None) or ""
+    default = getattr(parameter, "show_default", None)
+    if not isinstance(default, str):
+        value = getattr(parameter, "default", None)
+        required = getattr(parameter, "required", False)
+        default = "required" if required else "off" if value is False else "" if value is None else str(value)
+    cells = (f"`{names} {metavar}".strip() + "`", getattr(parameter, "help", None) or "", default)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def test_the_arguments_and_the_options_record_are_the_same() -> None:
+    assert get_type_hints(OptionArguments) == get_type_hints(Options)
+
+
+def test_all_is_the_namespace() -> None:
+    assert sorted(lazarus.__all__) == sorted(
+        name for name in dir(lazarus) if getattr(lazarus, name) is not None
+    )
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_readme_shows_what_the_demo_prints() -> None:
+    shown = next(block for block in _blocks("console") if block.startswith("$ make demo"))
+    printed = CliRunner().invoke(app, ["demo"]).stdout
+    assert shown.removeprefix("$ make demo\n") == printed
+
+
+@pytest.mark.parametrize(
+    "command", [line for block in _blocks("bash") for line in block.splitlines() if line]
+)
+def test_the_readmes_commands_run(
+    command: str, base_folder: Path, finetuned_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("base").symlink_to(base_folder)
+    Path("finetuned").symlink_to(finetuned_folder)
+    Path("prompts.txt").write_text("Hello\nWhat is AI\n", encoding="utf-8")
+    words = shlex.split(command)
+    assert words[0] == "lazarus"
+    result = CliRunner().invoke(app, words[1:])
+    assert result.exit_code == 0, result.output
+
+
+def test_the_readmes_python_runs(
+    base_folder: Path, finetuned_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("base").symlink_to(base_folder)
+    Path("finetuned").symlink_to(finetuned_folder)
+    blocks = _blocks("python")
+    assert blocks
+    for block in blocks:
+        exec(block, {})
+
+
+def test_the_map_of_the_house_is_true() -> None:
+    """Every module stands in the README's map, and everything in the map stands in the source."""
+    listed = set(re.findall(r"^      ?(\w+(?:\.py|/))", README, flags=re.MULTILINE))
+    source = ROOT / "src" / "lazarus"
+    there = {path.name for path in source.glob("*.py")} | {
+        f"{path.parent.name}/" for path in source.glob("*/__init__.py")
+    }
+    assert listed == there - {"__init__.py", "__main__.py", "version.py"} | {"__init__.py"}
