@@ -162,20 +162,12 @@ def test_version_and_schema() -> None:
     jsonschema.Draft202012Validator.check_schema(printed)
 
 
-@pytest.mark.parametrize(
-    ("code", "loads"),
-    [
-        (
-            "import lazarus, lazarus.cli, lazarus.results, lazarus.prompts, lazarus.render.save, lazarus.diff",
-            False,
-        ),
-        (
-            "import sys; sys.argv = ['lazarus', '--help']; import lazarus.cli\ntry: lazarus.cli.main()\nexcept SystemExit: pass",
-            False,
-        ),
-        ("import lazarus; lazarus.activation_diff", True),  # the test of this test
-    ],
-)
+LIGHT = "import lazarus, lazarus.cli, lazarus.results, lazarus.prompts, lazarus.diff, lazarus.render.save"
+HELP = "import sys, lazarus.cli; sys.argv = ['lazarus', '--help']\ntry: lazarus.cli.main()\nexcept SystemExit: pass"
+HEAVY = "import lazarus; lazarus.activation_diff"  # the test of this test
+
+
+@pytest.mark.parametrize(("code", "loads"), [(LIGHT, False), (HELP, False), (HEAVY, True)])
 def test_neither_help_nor_import_loads_torch(code: str, loads: bool) -> None:
     code += "\nimport sys; sys.stderr.write(str({'torch', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -148,12 +148,13 @@ def test_padding_is_never_read(lengths: list[int]) -> None:
     states = torch.full((len(lengths), max(lengths), 3), float("nan"))
     for row, length in enumerate(lengths):
         states[row, :length] = torch.arange(length)[:, None] + 10.0 * row
-    for position in ("last", "mean", "all", 0, -1):
-        picker = RowPicker.of(list(range(len(lengths))), lengths, position)  # type: ignore[arg-type]
+    positions: list[Any] = ["last", "mean", "all", 0, -1]
+    for position in positions:
+        picker = RowPicker.of(list(range(len(lengths))), lengths, position)
         picked = picker.pick(states)
         assert picked.isfinite().all()
         assert len(picked) == len(picker.prompts)
-        tokens = [t + 10.0 * r for r, n in enumerate(lengths) for t in compared_tokens(position, n)]  # type: ignore[arg-type]
+        tokens = [t + 10.0 * r for r, n in enumerate(lengths) for t in compared_tokens(position, n)]
         if position != "mean":
             assert picked[:, 0].tolist() == tokens
 
@@ -195,7 +196,8 @@ def test_the_probe_finds_the_model_that_padding_changes() -> None:
     plain = block.forward
 
     def leaking(states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return plain(states + 0.1 * states.mean((0, 1)), *args, **kwargs)
+        leaked: torch.Tensor = plain(states + 0.1 * states.mean((0, 1)), *args, **kwargs)
+        return leaked
 
     block.forward = leaking
     conventions = learn(wrap_model(model, "leaky"), [5, 17, 80, 3, 41, 9, 12], 0)

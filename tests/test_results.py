@@ -1,0 +1,131 @@
+"""Records, their JSON, their schema, and files that are whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+
+import lazarus
+from lazarus.errors import SaveError
+from lazarus.render import save, text
+from lazarus.results import ResultRow, ResultRows, json_schema
+
+LATER = {
+    "layers": "noise_floor normalized_divergence relative_l2 norm_ratio interval top1_share local",
+    "sites": "noise_floor normalized_divergence relative_l2 norm_ratio interval top1_share local",
+    "summary": "verdict onset_layer most_changed_block most_divergent_layer max_divergence first_flagged_layer",
+}
+
+
+@pytest.fixture(scope="module")
+def diff(base_folder: Path, finetuned_folder: Path) -> lazarus.ActivationDiff:
+    prompts: list[Any] = [{"prompt": "Hello\n\x1b[0m", "group": "g"}, "What is AI?" * 3]
+    return lazarus.activation_diff(str(base_folder), str(finetuned_folder), prompts)
+
+
+@pytest.fixture
+def document(diff: lazarus.ActivationDiff, tmp_path: Path) -> Any:
+    diff.save(tmp_path / "x.json")
+    return json.loads((tmp_path / "x.json").read_bytes())
+
+
+def test_the_json_has_the_fields_of_the_contract_and_of_what_comes_later(document: Any) -> None:
+    jsonschema.Draft202012Validator(json_schema()).validate(document)
+    assert list(document)[:4] == ["schema_version", "command", "tool", "created"]
+    assert set(document["base"]) >= set(
+        ["id", "revision", "kind", "architecture", "n_layers", "hidden_size", "stored_dtype", "run_dtype"]
+    )
+    assert set(document["prompts"][0]) >= {"index", "text", "group", "n_tokens"}
+    for part, names in LATER.items():
+        record = document[part] if part == "summary" else document[part][0]
+        assert set(record) >= set(names.split())
+    assert {"output", "readout", "groups", "notes"} <= set(document)
+    assert document["prompts"][1]["text"] == "What is AI?" * 3
+    assert document["prompts"][0]["group"] == "g"
+
+
+def test_numbers_are_at_full_precision(diff: lazarus.ActivationDiff, document: Any) -> None:
+    for ours, saved in zip(diff.layers, document["layers"], strict=True):
+        assert saved["divergence"] == ours.divergence
+    mean = diff.results.column("divergence").mean(axis=0)
+    np.testing.assert_allclose([layer.divergence for layer in diff.layers], mean, rtol=1e-15)
+
+
+def test_a_result_comes_back_as_it_was(diff: lazarus.ActivationDiff, tmp_path: Path) -> None:
+    diff.save(tmp_path / "x.json")
+    assert lazarus.ActivationDiff.load(tmp_path / "x.json").record == diff.record
+
+
+@pytest.mark.parametrize(
+    "mutate",
+    [
+        lambda d: d.update(schema_version="2.0"),
+        lambda d: d["layers"][0].update(surprise=1),
+        lambda d: d["layers"][0].pop("divergence"),
+        lambda d: d["results"].pop(),
+        lambda d: d["results"].reverse(),
+    ],
+)
+def test_what_is_no_result_is_refused(document: Any, mutate: Any, tmp_path: Path) -> None:
+    mutate(document)
+    (tmp_path / "y.json").write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(SaveError, match=r"y\.json: "):
+        lazarus.ActivationDiff.load(tmp_path / "y.json")
+
+
+def test_rows_are_a_sequence_over_columns() -> None:
+    columns = {"divergence": np.array([[0.1, np.nan], [0.3, 0.4]])}
+    rows = ResultRows(["a", "b"], columns)
+    assert len(rows) == 4
+    assert [row.divergence for row in rows] == [0.1, None, 0.3, 0.4]
+    assert (rows[-1].prompt, rows[-1].layer, rows[2].prompt_index) == ("b", 1, 1)
+    assert rows[1:3] == [rows[1], rows[2]]
+    assert ResultRows.from_rows(list(rows)) == rows
+    with pytest.raises(IndexError):
+        rows[4]
+    assert isinstance(rows[0], ResultRow)
+
+
+def test_saving_keeps_permissions_and_links_and_leaves_nothing_beside(
+    diff: lazarus.ActivationDiff, tmp_path: Path
+) -> None:
+    target = tmp_path / "real.json"
+    target.write_text("old", encoding="utf-8")
+    target.chmod(0o640)
+    (tmp_path / "link.json").symlink_to(target)
+    diff.save(tmp_path / "link.json")
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads(target.read_bytes())["command"] == "activation-diff"
+    assert stat.S_IMODE(target.stat().st_mode) == 0o640
+    diff.save(tmp_path / "new.csv")
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE((tmp_path / "new.csv").stat().st_mode) == 0o666 & ~mask
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link.json", "new.csv", "real.json"]
+
+
+def test_a_device_is_written_to_and_not_replaced(diff: lazarus.ActivationDiff) -> None:
+    save.save(diff.record, "/dev/null")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    with pytest.raises(SaveError, match="No space left on device"):
+        save.save(diff.record, "/dev/full")
+
+
+def test_control_characters_stay_on_their_line(diff: lazarus.ActivationDiff) -> None:
+    assert "Prompt: Hello\\n\\x1b[0m..." in str(diff).splitlines()
+    assert text.escaped("a\u2028b\u202ec\ud800") == "a\\u2028b\\u202ec\\ud800"
+    assert text.escaped("naïve 日本 👩‍💻") == "naïve 日本 👩‍💻"
+
+
+def test_to_pandas_has_a_row_a_prompt_and_layer(diff: lazarus.ActivationDiff) -> None:
+    frame = diff.to_pandas()
+    assert len(frame) == 2 * 4
+    assert frame["divergence"].tolist() == diff.results.column("divergence").ravel().tolist()
+    assert frame["group"].isna().tolist() == [False] * 4 + [True] * 4
