@@ -45,7 +45,7 @@ def test_whatever_csv_writes_is_read_back(items: list[str]) -> None:
         write = list.append
 
     out = Joined()
-    csv.writer(out, quoting=csv.QUOTE_ALL, lineterminator="").writerow(items)  # type: ignore[arg-type]
+    csv.writer(out, quoting=csv.QUOTE_ALL, lineterminator="").writerow(items)
     expected = [
         item.strip().removeprefix("@") if item.strip()[:2] == "@@" else item.strip() for item in items
     ]

@@ -24,9 +24,15 @@ def share_storage(model: PreTrainedModel) -> PreTrainedModel:
     """A second module tree over the same weights: new Parameters, the same data.
 
     The Parameters must be new: PEFT changes `requires_grad` and replaces modules, and neither may
-    reach the base.
+    reach the base. A quantised one has a class of its own, with more than data in it, and nothing to
+    train: both trees hold it. Only bitsandbytes' 8-bit ones are copied, because they hand their scales
+    over to the first tree that runs.
     """
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.data, requires_grad=False) if type(p) is nn.Parameter else p
+        for p in model.parameters()
+        if not hasattr(p, "SCB")
+    }
     memo |= {id(b): b for b in model.buffers()}
     return copy.deepcopy(model, memo)
 
@@ -68,24 +74,42 @@ def put_on(model: PreTrainedModel, adapter: Source) -> tuple[PreTrainedModel, st
 def _check_type(peft: Any, adapter: Source, kind: object) -> None:
     if kind not in list(peft.PeftType):
         raise AdapterError(
-            f"{adapter.name}: adapter_config.json names the peft_type {kind!r}, which peft "
-            f"{peft.__version__} does not know. Check it, or upgrade peft."
+            f"{adapter.name}: adapter_config.json names the peft_type {kind!r}, which this "
+            "version of peft does not know. Check it, or upgrade peft."
         )
 
 
 def _inject(peft: Any, model: PreTrainedModel, adapter: Source, folder: str) -> tuple[Any, Any]:
     config = peft.PeftConfig.from_pretrained(folder)
-    if config.is_prompt_learning:
-        raise AdapterError(
-            f"{adapter.name}: a {config.peft_type.value} adapter adds virtual tokens, so the two "
-            "models would not read the same ones. Adapters of weights (LoRA and its kin) work."
-        )
+    refuse_virtual(adapter.name, config)
     config.inference_mode = True
+    if str(getattr(config, "init_lora_weights", "")).lower() == "olora":
+        # PEFT takes OLoRA's start off the weights in place: not off those that the base shares.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
     wrapped = peft.PeftModel(model, config, autocast_adapter_dtype=False)
     # load_adapter, not from_pretrained: it says which keys were missing instead of warning.
     device = str(model.device)
     loaded = wrapped.load_adapter(folder, "default", torch_device=device, autocast_adapter_dtype=False)
     return wrapped, loaded
+
+
+def refuse_virtual(name: str, config: Any) -> None:
+    """Refuse an adapter that does not act by weights, on every token alike.
+
+    Raises:
+        AdapterError: it adds virtual tokens, or waits for tokens of its own.
+    """
+    if config.is_prompt_learning:
+        raise AdapterError(
+            f"{name}: a {config.peft_type.value} adapter adds virtual tokens, so the two "
+            "models would not read the same ones. Adapters of weights (LoRA and its kin) work."
+        )
+    if getattr(config, "alora_invocation_tokens", None):
+        raise AdapterError(
+            f"{name}: an activated LoRA acts only after its invocation tokens, and the rest of the time "
+            "its model is the base. Adapters that act on every token (LoRA and its kin) work."
+        )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from lazarus.errors import (
     UnsupportedModelError,
     WeightsError,
 )
-from lazarus.models.adapters import put_on, share_storage
+from lazarus.models.adapters import put_on, refuse_virtual, share_storage
 from lazarus.models.anatomy import Anatomy, dissect
 from lazarus.models.faults import translated
 from lazarus.models.reference import ModelReference, Source, adapter_base, adapter_settings
@@ -88,8 +89,6 @@ def load_pair(
     else:
         other = _load(finetuned_source, options)
     _same_attention(weights.model, other.model)
-    if finetuned.model is None and base.model is not None:
-        other.notes += _other_base(_adapter_of(finetuned), base_source)
     return _finish(base, weights, options), _finish(finetuned, other, options)
 
 
@@ -104,7 +103,10 @@ def load_one(reference: ModelReference, options: LoadOptions) -> LoadedModel:
 
 
 def wrap_model(model: nn.Module, name: str, layers_path: str | None = None) -> LoadedModel:
-    """A model that the caller has in memory, an adapter's wrapper taken off its outside."""
+    """A model that the caller has in memory, an adapter's wrapper taken off its outside.
+
+    One in training mode runs as a second tree over the same weights, so that it stays as it is.
+    """
     unwrap = getattr(model, "get_base_model", None)
     inner = unwrap() if callable(unwrap) else model
     if not isinstance(inner, PreTrainedModel):
@@ -112,10 +114,27 @@ def wrap_model(model: nn.Module, name: str, layers_path: str | None = None) -> L
             f"{name}: {type(model).__name__} is not a transformers model. Give an id, a path, or a "
             "PreTrainedModel."
         )
-    adapter = ", ".join(getattr(model, "active_adapters", [])) if inner is not model else None
+    adapter, notes = _adapters_in(model, inner, name)
+    if any(module.training for module in inner.modules()):
+        inner = share_storage(inner).eval()
     anatomy = dissect(inner, layers_path)
     dtype = str(inner.dtype).removeprefix("torch.")
-    return LoadedModel(name, "loaded", inner, anatomy, adapter=adapter, stored_dtype=dtype)
+    notes += [f"{name}: {note}" for note in anatomy.notes]
+    return LoadedModel(
+        name, "loaded", inner, anatomy, adapter=adapter, stored_dtype=dtype, notes=tuple(notes)
+    )
+
+
+def _adapters_in(model: Any, inner: PreTrainedModel, name: str) -> tuple[str | None, list[str]]:
+    """The adapters that run with a model in memory, and a note where PEFT put them into its base."""
+    configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
+    active = configs if inner is model else model.active_adapters
+    for each in active:
+        refuse_virtual(name, configs[each])
+    told = ", ".join(f"{each} ({configs[each].peft_type.value})" for each in active) or None
+    if told is None or inner is not model:
+        return told, []
+    return told, [f"{name} runs with the adapter that is in it: {told}"]
 
 
 def _adapter_of(reference: ModelReference) -> Source:
@@ -136,10 +155,9 @@ def _source_under(finetuned: ModelReference, base: ModelReference) -> Source:
 
 
 def _other_base(adapter: Source, base: Source) -> list[str]:
-    named = adapter_settings(adapter).get("base_model_name_or_path")
-    if not named or str(named).rstrip("/") in (base.name, base.path):
-        return []
-    if Path(str(named)).exists() and Path(str(named)).resolve() == Path(base.path).resolve():
+    """A note, if the adapter names another base than the one that it is on; any spelling will do."""
+    named = str(adapter_settings(adapter).get("base_model_name_or_path") or "")
+    if not named or os.path.realpath(os.path.expanduser(named)) == os.path.realpath(base.place[0]):
         return []
     return [f"{adapter.name} names {named} as its base; it was put on {base.name}"]
 
@@ -216,13 +234,14 @@ def _check_report(
 ) -> list[str]:
     """transformers fills missing tensors with random numbers and warns; that is no model to compare."""
     missing = sorted(report["missing_keys"])
-    needed = [key for key in missing if key in _needed_keys(model, options)]
+    needed = sorted(_needed_keys(model, options).intersection(missing)) if missing else []
     if needed:
         raise WeightsError(
             f"{source.name}: missing tensors of {type(model).__name__}: {len(needed)}, first "
             f"{needed[0]}. The checkpoint is incomplete or of another class: fetch it again."
         )
-    for name, stored, configured in sorted(report["mismatched_keys"]):
+    if report["mismatched_keys"]:
+        name, stored, configured = min(report["mismatched_keys"])
         raise WeightsError(
             f"{source.name}: {name} has the shape {list(stored)}, and config.json asks for "
             f"{list(configured)}. Weights and configuration are not of one model: fetch both again."
@@ -230,8 +249,8 @@ def _check_report(
     notes = []
     if missing:
         notes.append(
-            f"{source.name}: {len(missing)} tensors outside the text stack are missing, first "
-            f"{missing[0]}; they play no part in the comparison"
+            f"{source.name}: {len(missing)} tensors that play no part in the comparison are missing, "
+            f"first {missing[0]}"
         )
     unexpected = sorted(report["unexpected_keys"])
     if unexpected:
@@ -244,20 +263,15 @@ def _check_report(
 
 def _needed_keys(model: PreTrainedModel, options: LoadOptions) -> set[str]:
     """The names of the tensors of the text stack and of the head that reads it."""
-    parts = [dissect(model, options.layers_path).stack, model.get_output_embeddings()]
-    tensors = {id(t) for part in parts if part is not None for t in _tensors(part)}
-    return {
-        name
-        for name, tensor in [
-            *model.named_parameters(remove_duplicate=False),
-            *model.named_buffers(remove_duplicate=False),
-        ]
-        if id(tensor) in tensors
-    }
+    stack = dissect(model, options.layers_path).stack
+    needed = _tensors(stack) | _tensors(model.get_output_embeddings())
+    needed -= _tensors(getattr(stack, "pooler", None))  # it only reads the last states
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name for name, tensor in named if id(tensor) in needed}
 
 
-def _tensors(module: nn.Module) -> list[torch.Tensor]:
-    return [*module.parameters(), *module.buffers()]
+def _tensors(module: nn.Module | None) -> set[int]:
+    return set() if module is None else {id(t) for t in [*module.parameters(), *module.buffers()]}
 
 
 def _same_attention(base: PreTrainedModel, finetuned: PreTrainedModel) -> None:
@@ -268,11 +282,13 @@ def _same_attention(base: PreTrainedModel, finetuned: PreTrainedModel) -> None:
 
 
 def _finish(reference: ModelReference, weights: _Weights, options: LoadOptions) -> LoadedModel:
-    model, adapter = weights.model, None
+    model, adapter, notes = weights.model, None, list(weights.notes)
     sources = [weights.source]
     if reference.adapter is not None:
         model, kind = put_on(model, reference.adapter)
-        adapter = f"{reference.adapter.name} ({kind})"
+        commit = f", commit {reference.adapter.revision}" if reference.adapter.revision else ""
+        adapter = f"{reference.adapter.name} ({kind}{commit})"
+        notes += _other_base(reference.adapter, weights.source)
         sources.insert(0, reference.adapter)
     anatomy = dissect(model, options.layers_path)
     return LoadedModel(
@@ -283,9 +299,9 @@ def _finish(reference: ModelReference, weights: _Weights, options: LoadOptions) 
         source=weights.source,
         tokenizer_sources=tuple(sources),
         adapter=adapter,
-        revision=getattr(model.config, "_commit_hash", None),
+        revision=weights.source.revision,
         stored_dtype=_stored_dtype(weights.source),
-        notes=(*weights.notes, *(f"{reference.name}: {note}" for note in anatomy.notes)),
+        notes=(*notes, *(f"{reference.name}: {note}" for note in anatomy.notes)),
     )
 
 

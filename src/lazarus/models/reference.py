@@ -87,14 +87,15 @@ def adapter_base(adapter: Source) -> Source:
         AdapterError: its configuration does not name one.
         ModelNotFoundError: nothing is there under the name in its configuration.
     """
-    named = adapter_settings(adapter).get("base_model_name_or_path")
+    settings = adapter_settings(adapter)
+    named, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if not named:
         raise AdapterError(
             f"{adapter.name}: this adapter does not say which model it belongs to. "
             f"Name it: MODEL+{adapter.name}"
         )
     try:
-        base = _source(str(named))
+        base = _source(f"{named}@{revision}" if revision and _on_disk(str(named)) is None else str(named))
     except ModelNotFoundError as error:
         raise ModelNotFoundError(
             f"{adapter.name}: the model that this adapter belongs to is not there: {error} Or name "

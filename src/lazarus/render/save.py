@@ -62,19 +62,21 @@ def format_of(path: str) -> Format:
 def check_outputs(paths: Sequence[str], inputs: Sequence[str] = ()) -> None:
     """Check every output before anything is run: its format, its folder, its disk.
 
-    `inputs` are files that the run reads, which no output may overwrite.
+    `inputs` are what the run reads; no output may overwrite a file among them.
 
     Raises:
         OutputError: a path that cannot be written, is given twice, or is an input.
     """
-    seen: dict[str, str] = {os.path.realpath(path): path for path in inputs}
+    read = {os.path.realpath(os.path.expanduser(path)) for path in inputs}
+    seen: set[str] = set()
     for path in paths:
         check_output(path)
         real = os.path.realpath(path)
-        if real in seen and not _is_special(path):
-            role = "is read as prompts" if seen[real] in inputs else "is given twice"
-            raise OutputError(f"-o {path}: this file {role}. Give each output a path of its own.")
-        seen[real] = path
+        overwrites = real in read and os.path.isfile(real)
+        if overwrites or (real in seen and not _is_special(path)):
+            fault = "is read by this run" if overwrites else "is given twice"
+            raise OutputError(f"-o {path}: this file {fault}. Give each output a path of its own.")
+        seen.add(real)
 
 
 def check_output(path: str) -> None:
@@ -103,8 +105,14 @@ def _check_place(path: str) -> None:
         raise OutputError(f"-o {path}: there is no folder {folder}. Make it first.")
     if Path(path).exists() and not os.access(path, os.W_OK):
         raise OutputError(f"-o {path}: this file is read-only. Choose another, or allow writing.")
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=TEMPORARY):
-        pass
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=TEMPORARY):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"-o {path}: no file can be made in {folder}: {error.strerror}. Choose another folder, or "
+            "allow writing there."
+        ) from error
     free = shutil.disk_usage(folder).free
     if free < LEAST_FREE_BYTES:
         raise OutputError(f"-o {path}: {free} bytes are free on that disk. Make room first.")
@@ -124,9 +132,10 @@ def save(record: ActivationDiffRecord, path: str) -> None:
         else:
             _write_and_rename(record, Path(path), write)
     except OSError as error:
+        older = "" if _is_special(path) else "An older file there is as it was. "
         raise SaveError(
-            f"-o {path}: could not be written: {error.strerror}. An older file there is as it was. "
-            "Make room or choose another path, and run again."
+            f"-o {path}: could not be written: {error.strerror}. {older}Make room or choose another "
+            "path, and run again."
         ) from error
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 
+import numpy as np
+
 from lazarus.results import ActivationDiffRecord, LayerRecord
 
 PROMPT_CHARACTERS = 50
@@ -46,7 +48,7 @@ def summary(record: ActivationDiffRecord) -> str:
         lines.append(f"No layer above the threshold of {threshold:g}")
     else:
         lines.append(f"First layer above {threshold:g}: {found.first_flagged_layer}")
-    lines.append(_what_was_compared(record))
+    lines += [*_spread(record), _what_was_compared(record)]
     lines += [f"Note: {escaped(note)}" for note in record.notes]
     return "\n".join(lines)
 
@@ -110,6 +112,20 @@ def _number(value: float | None) -> str:
     """Four decimals, or as many digits as a small number needs to be told from zero."""
     value = _nan(value)
     return f"{value:.4f}" if value == 0 or value >= 0.0001 else f"{value:.1e}"
+
+
+def _spread(record: ActivationDiffRecord) -> list[str]:
+    """Between which prompts the mean of the most divergent layer lies."""
+    layer = record.summary.most_divergent_layer
+    if layer is None or len(record.prompts) == 1:
+        return []
+    values = record.results.column("divergence")[:, layer]
+    ends = [int(np.nanargmin(values)), int(np.nanargmax(values))]
+    least, most = (
+        f"{_number(float(values[i]))} ({escaped(record.prompts[i].text[:PROMPT_CHARACTERS])}...)"
+        for i in ends
+    )
+    return [f"Prompts at layer {layer}: from {least} to {most}"]
 
 
 def _what_was_compared(record: ActivationDiffRecord) -> str:
