@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Literal
@@ -21,6 +21,8 @@ from lazarus.errors import (
 from lazarus.prompts import Prompt
 
 Padding = Literal["right", "equal_lengths", "one_by_one"]
+
+PORTION = 512
 
 
 @dataclass(frozen=True)
@@ -70,18 +72,28 @@ def tokenize_pair(
     rendered = render_chats(prompts, base, options.chat_template)
     texts = [prompt.text for prompt in prompts] if rendered is None else rendered
     special = rendered is None  # a template has its BOS in it: a second one would be added
-    ids = _encode(base, texts, special, options)
+    ids = list(_encode(base, texts, special))
     notes = []
     if finetuned is not base:
-        _check_same(prompts, ids, _encode(finetuned, texts, special, options), base, finetuned)
+        _check_same(prompts, ids, _encode(finetuned, texts, special), base, finetuned)
         notes += _compare_vocabularies(base, finetuned)
     for index, prompt in enumerate(prompts):
         if not ids[index]:
             raise PromptDataError(f"{_named(index, prompt)} has no token at all. Leave it out.")
-    if options.truncate and options.context is not None:
-        notes += _cut_prompts(base, texts, special, options.context)
-    else:
-        _check_lengths(prompts, ids, options.context)
+    too_long = [i for i, found in enumerate(ids) if options.context and len(found) > options.context]
+    if too_long and not options.truncate:
+        first = too_long[0]
+        raise PromptTooLongError(
+            f"{_named(first, prompts[first])} has {len(ids[first])} tokens; the models' context is "
+            f"{options.context}. Shorten it, or cut it there with --truncate."
+        )
+    if too_long:
+        cut = _encode(base, [texts[i] for i in too_long], special, options.context)
+        for index, shorter in zip(too_long, cut, strict=True):
+            ids[index] = shorter
+        notes.append(
+            f"{len(too_long)} prompts were cut to the context of {options.context} tokens: {listed(too_long)}"
+        )
     return [
         TokenizedPrompt(index, ids[index], rendered[index] if rendered else None)
         for index in range(len(prompts))
@@ -147,23 +159,26 @@ def _fits(
     return longest * (len(batch) + 1) <= batch_tokens
 
 
-def _encode(tokenizer: Any, texts: list[str], special: bool, options: TokenOptions) -> list[list[int]]:
-    # A tokenizer.json may carry a fixed padding or truncation: both are said here, always.
-    cut = options.truncate and options.context is not None
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=special,
-        padding=False,
-        truncation=cut,
-        max_length=options.context if cut else None,
-    )
-    return [list(ids) for ids in encoded["input_ids"]]
+def _encode(
+    tokenizer: Any, texts: Sequence[str], special: bool, most: int | None = None
+) -> Iterator[list[int]]:
+    """The ids of each text, cut to `most`; in portions, since a tokenizer keeps what one call needed."""
+    for start in range(0, len(texts), PORTION):
+        # A tokenizer.json may carry a fixed padding or truncation: both are said here, always.
+        encoded = tokenizer(
+            list(texts[start : start + PORTION]),
+            add_special_tokens=special,
+            padding=False,
+            truncation=most is not None,
+            max_length=most,
+        )
+        yield from map(list, encoded["input_ids"])
 
 
 def _check_same(
     prompts: Sequence[Prompt],
     base_ids: list[list[int]],
-    finetuned_ids: list[list[int]],
+    finetuned_ids: Iterable[list[int]],
     base: Any,
     finetuned: Any,
 ) -> None:
@@ -198,25 +213,6 @@ def _compare_vocabularies(base: Any, finetuned: Any) -> list[str]:
     ]
 
 
-def _check_lengths(prompts: Sequence[Prompt], ids: list[list[int]], context: int | None) -> None:
-    if context is None:
-        return
-    for index, prompt in enumerate(prompts):
-        if len(ids[index]) > context:
-            raise PromptTooLongError(
-                f"{_named(index, prompt)} has {len(ids[index])} tokens; the models' context is "
-                f"{context}. Shorten it, or cut it there with --truncate."
-            )
-
-
-def _cut_prompts(tokenizer: Any, texts: list[str], special: bool, context: int) -> list[str]:
-    whole = tokenizer(texts, add_special_tokens=special, padding=False, truncation=False)["input_ids"]
-    cut = [index for index, ids in enumerate(whole) if len(ids) > context]
-    if not cut:
-        return []
-    return [f"{len(cut)} prompts were cut to the context of {context} tokens: {listed(cut)}"]
-
-
 def listed(numbers: Sequence[int], most: int = 10) -> str:
     """The numbers, the first few if they are many.
 
@@ -229,8 +225,3 @@ def listed(numbers: Sequence[int], most: int = 10) -> str:
 
 def _named(index: int, prompt: Prompt) -> str:
     return f"Prompt {index} ({prompt.text[:40]!r})"
-
-
-def iter_lengths(tokenized: Sequence[TokenizedPrompt]) -> Iterator[int]:
-    """The number of tokens of each prompt, in order."""
-    return (len(prompt.ids) for prompt in tokenized)
