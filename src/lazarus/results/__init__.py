@@ -1,0 +1,60 @@
+"""What comes back, as data: no torch here.
+
+metrics.py    what each number is called and means
+rows.py       one row a prompt and layer, held as columns
+records.py    the record of a run and its parts
+document.py   the record as JSON, and the JSON Schema
+"""
+
+from lazarus.results.document import json_schema, read_json, write_json
+from lazarus.results.glossary import METRICS, Metric
+from lazarus.results.records import (
+    SCHEMA_VERSION,
+    ActivationDiffRecord,
+    Environment,
+    GroupContrast,
+    GroupCurve,
+    Groups,
+    LayerRecord,
+    LocalChange,
+    Measures,
+    ModelInfo,
+    Output,
+    PromptRecord,
+    Readout,
+    ReadoutToken,
+    Settings,
+    SiteRecord,
+    Summary,
+    Tool,
+)
+from lazarus.results.rows import ResultRow, ResultRows, finite_or_none
+
+__all__ = [
+    "METRICS",
+    "SCHEMA_VERSION",
+    "ActivationDiffRecord",
+    "Environment",
+    "GroupContrast",
+    "GroupCurve",
+    "Groups",
+    "LayerRecord",
+    "LocalChange",
+    "Measures",
+    "Metric",
+    "ModelInfo",
+    "Output",
+    "PromptRecord",
+    "Readout",
+    "ReadoutToken",
+    "ResultRow",
+    "ResultRows",
+    "Settings",
+    "SiteRecord",
+    "Summary",
+    "Tool",
+    "finite_or_none",
+    "json_schema",
+    "read_json",
+    "write_json",
+]

@@ -1,0 +1,81 @@
+"""Records to and from JSON, and the JSON Schema that documents it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import IO, Any
+
+import msgspec
+
+from lazarus.errors import SaveError
+from lazarus.results.records import SCHEMA_VERSION, ActivationDiffRecord, LayerRecord, SiteRecord
+from lazarus.results.rows import ResultRow, ResultRows
+
+
+def write_json(record: ActivationDiffRecord, stream: IO[bytes]) -> None:
+    """Write the record as JSON, one row a line, without ever holding the whole text."""
+    encoder = msgspec.json.Encoder()
+    separator = b"{\n"
+    for name in record.__struct_fields__:
+        value = getattr(record, name)
+        stream.write(separator + b"  " + encoder.encode(name) + b": ")
+        if isinstance(value, Sequence) and not isinstance(value, str) and value:
+            for position, item in enumerate(value):
+                stream.write(b"[\n    " if position == 0 else b",\n    ")
+                stream.write(encoder.encode(_labelled(item)))
+            stream.write(b"\n  ]")
+        else:
+            stream.write(encoder.encode(value))
+        separator = b",\n"
+    stream.write(b"\n}\n")
+
+
+def read_json(text: bytes) -> ActivationDiffRecord:
+    """Read a record back, checking every field.
+
+    Raises:
+        SaveError: it is not JSON, or not a result of this schema version.
+    """
+    try:
+        return _DECODER.decode(text)
+    except msgspec.DecodeError as error:
+        raise SaveError(
+            f"not an activation-diff result of schema version {SCHEMA_VERSION}: {error}. "
+            "Save it again with this version of lazarus."
+        ) from error
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of what `-o FILE.json` writes."""
+    (reference,), components = msgspec.json.schema_components(
+        [ActivationDiffRecord], schema_hook=_rows_schema, ref_template="#/$defs/{name}"
+    )
+    _, rows = msgspec.json.schema_components([ResultRow], ref_template="#/$defs/{name}")
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "lazarus activation-diff",
+        **reference,
+        "$defs": {**components, **rows},
+    }
+
+
+def _labelled(item: object) -> object:
+    """The record with its layer or name in front, where a reader's eye looks for it."""
+    if isinstance(item, LayerRecord):
+        return {"layer": item.layer, **msgspec.structs.asdict(item)}
+    if isinstance(item, SiteRecord):
+        return {"name": item.name, **msgspec.structs.asdict(item)}
+    return item
+
+
+def _rows_schema(kind: type) -> dict[str, Any]:
+    assert kind is ResultRows, kind
+    return {"type": "array", "items": {"$ref": "#/$defs/ResultRow"}}
+
+
+def _rows_from_json(kind: type, rows: Any) -> ResultRows:
+    assert kind is ResultRows, kind
+    return ResultRows.from_rows(msgspec.convert(rows, list[ResultRow]))
+
+
+_DECODER = msgspec.json.Decoder(ActivationDiffRecord, dec_hook=_rows_from_json)

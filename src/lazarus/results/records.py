@@ -1,0 +1,213 @@
+"""What comes back: frozen records. Fields of later features are there from the start, null until measured."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from lazarus.results.rows import Layer, Record, ResultRows
+
+SCHEMA_VERSION: Literal["1.0"] = "1.0"
+
+Cosine = Annotated[float, Meta(description="cosine similarity, -1 to 1, mean over prompts")]
+Divergence = Annotated[float, Meta(description="1 - cosine similarity, 0 to 2, mean over prompts")]
+
+
+class Tool(Record, frozen=True, kw_only=True):
+    """Which program made the result."""
+
+    name: str
+    version: str
+
+
+class ModelInfo(Record, frozen=True, kw_only=True):
+    """One of the two models, as it was run."""
+
+    id: Annotated[str, Meta(description="as the user named it")]
+    revision: Annotated[str | None, Meta(description="the Hub commit, null for local files")]
+    kind: Literal["hub", "folder", "gguf", "adapter", "loaded"]
+    architecture: Annotated[str, Meta(description="the transformers class")]
+    n_layers: Annotated[int, Meta(ge=1, description="blocks, in the order in which they run")]
+    hidden_size: Annotated[int, Meta(ge=1, description="width of the residual stream")]
+    stored_dtype: Annotated[str | None, Meta(description="type of most of the stored weights")]
+    run_dtype: Annotated[str, Meta(description="type in which the model ran")]
+    attention: Annotated[str | None, Meta(description="attention implementation")]
+    adapter: Annotated[str | None, Meta(description="adapter, and its type, if there is one")]
+
+
+class Settings(Record, frozen=True, kw_only=True):
+    """Every option that the run used; `auto` is replaced by what it came to."""
+
+    position: str
+    threshold: float
+    dtype: str
+    device: str
+    batch_tokens: Annotated[int, Meta(description="tokens in one batch, padding included")]
+    chat_template: str
+    memory: Literal["resident", "stream"]
+    align: Literal["ids", "text"]
+    localize: bool
+    noise_floor: bool
+    fail_above: float | None
+    expect: Literal["identical", "changed"] | None
+    no_split: bool
+    truncate: bool
+    layers_path: str | None
+    seed: int
+    trust_remote_code: bool
+
+
+class Environment(Record, frozen=True, kw_only=True):
+    """The software and hardware of the run."""
+
+    python: str
+    platform: str
+    torch: str
+    transformers: str
+    device_name: str
+    n_threads: int
+
+
+class PromptRecord(Record, frozen=True, kw_only=True):
+    """One prompt. `text` is what the user gave; `rendered` is what a chat template made of it."""
+
+    index: int
+    text: str
+    group: str | None
+    n_tokens: Annotated[int, Meta(ge=1)]
+    rendered: str | None
+
+
+class LocalChange(Record, frozen=True, kw_only=True):
+    """What a block's own weights change, apart from what it inherits (null until measured)."""
+
+    relative_l2: float | None
+    cosine_similarity: float | None
+
+
+class Measures(Record, frozen=True, kw_only=True):
+    """The numbers of one layer or site: means over prompts of each prompt's own mean over tokens."""
+
+    cosine_similarity: Cosine | None
+    divergence: Divergence | None
+    flagged: Annotated[bool, Meta(description="divergence above settings.threshold")]
+    n_prompts: Annotated[int, Meta(ge=0, description="prompts with at least one finite pair")]
+    relative_l2: Annotated[float | None, Meta(description="‖f − b‖ / ‖b‖")]
+    norm_ratio: Annotated[float | None, Meta(description="‖f‖ / ‖b‖")]
+    centered_cosine_similarity: Annotated[
+        float | None, Meta(description="feature-mean-centred cosine; null without LayerNorm")
+    ]
+    noise_floor: Annotated[float | None, Meta(description="numerical noise, in relative L2")] = None
+    unrelated_similarity: Annotated[float | None, Meta(description="mean cosine of unrelated prompts")] = None
+    normalized_divergence: Annotated[
+        float | None, Meta(description="divergence over 1 - unrelated_similarity")
+    ] = None
+    interval: Annotated[
+        tuple[float, float] | None, Meta(description="95 % interval of the divergence: low, high")
+    ] = None
+    top1_share: float | None = None
+    top3_share: float | None = None
+    cka: Annotated[float | None, Meta(description="debiased linear CKA")] = None
+    local: LocalChange | None = None
+
+
+class LayerRecord(Measures, frozen=True, kw_only=True):
+    """One block: the residual stream after it, before the final norm."""
+
+    layer: Layer
+
+
+class SiteRecord(Measures, frozen=True, kw_only=True):
+    """A site outside the blocks: what enters the first one, and what leaves the final norm."""
+
+    name: Literal["embedding", "final_norm"]
+
+
+class Output(Record, frozen=True, kw_only=True):
+    """The effect on the next-token distribution at the compared position (null until measured)."""
+
+    kl_base_finetuned: float | None
+    kl_finetuned_base: float | None
+    js: float | None
+    top1_agreement: float | None
+    base_rank_of_finetuned_top1: float | None
+
+
+class ReadoutToken(Record, frozen=True, kw_only=True):
+    """A token that the mean difference promotes or suppresses."""
+
+    token: str
+    token_id: int
+    score: float
+
+
+class Readout(Record, frozen=True, kw_only=True):
+    """The mean difference at a layer, read through each model's own head (null until measured)."""
+
+    layer: Layer
+    base_promoted: list[ReadoutToken]
+    base_suppressed: list[ReadoutToken]
+    finetuned_promoted: list[ReadoutToken]
+    finetuned_suppressed: list[ReadoutToken]
+    static_share: float | None
+
+
+class GroupCurve(Record, frozen=True, kw_only=True):
+    """The divergence per layer of one group of prompts (null until measured)."""
+
+    group: str
+    n_prompts: int
+    divergence: list[float | None]
+
+
+class GroupContrast(Record, frozen=True, kw_only=True):
+    """Mean log divergence of group a less that of group b, per layer, and its test."""
+
+    group_a: str
+    group_b: str
+    log_ratio: list[float | None]
+    p_value: float | None
+    layer: Layer | None
+
+
+class Groups(Record, frozen=True, kw_only=True):
+    """What the prompts' groups show."""
+
+    curves: list[GroupCurve]
+    contrasts: list[GroupContrast]
+
+
+class Summary(Record, frozen=True, kw_only=True):
+    """The few numbers that a reader looks for first; null where there is none."""
+
+    most_divergent_layer: Layer | None
+    max_divergence: float | None
+    first_flagged_layer: Layer | None
+    n_flagged_layers: int
+    verdict: Literal["identical", "within_noise", "changed"] | None = None
+    weights_identical: bool | None = None
+    onset_layer: Layer | None = None
+    most_changed_block: Layer | None = None
+
+
+class ActivationDiffRecord(Record, frozen=True, kw_only=True):
+    """The whole result of activation-diff: the object that JSON holds."""
+
+    schema_version: Literal["1.0"]
+    command: Literal["activation-diff"]
+    tool: Tool
+    created: Annotated[str, Meta(description="ISO 8601, UTC")]
+    base: ModelInfo
+    finetuned: ModelInfo
+    settings: Settings
+    environment: Environment
+    prompts: list[PromptRecord]
+    layers: list[LayerRecord]
+    sites: list[SiteRecord]
+    results: ResultRows
+    summary: Summary
+    output: Output | None = None
+    readout: list[Readout] | None = None
+    groups: Groups | None = None
+    notes: list[str]
