@@ -36,8 +36,8 @@ def most(diff: ActivationDiff, metric: str = "relative_l2") -> float:
     return float(diff.results.column(metric).max())
 
 
-def pair_of(base: str, finetuned: str) -> tuple[LoadedModel, LoadedModel]:
-    options = LoadOptions(torch.float32, torch.device("cpu"))
+def pair_of(base: str, finetuned: str, dtype: torch.dtype = torch.float32) -> tuple[LoadedModel, LoadedModel]:
+    options = LoadOptions(dtype, torch.device("cpu"))
     return load_pair(parse_model(base), parse_model(finetuned), options, lambda role, name: None)
 
 

@@ -24,12 +24,7 @@ from transformers import (
 )
 
 from factories import perturbed, save_model, tiny_llama, tiny_tokenizer
-from layouts import (
-    edit_json,
-    edit_weights,
-    save_fp8,
-    save_sentence_transformer,
-)
+from layouts import compare, edit_json, edit_weights, most, save_fp8, save_sentence_transformer
 from lazarus import ActivationDiff
 from lazarus.errors import UnsupportedModelError, WeightsError
 

@@ -163,7 +163,7 @@ def test_version_and_schema() -> None:
 
 
 LIGHT = "import lazarus, lazarus.cli, lazarus.results, lazarus.prompts, lazarus.diff, lazarus.render.save"
-HELP = "import sys; sys.argv = ['', '--help']; import lazarus.cli\ntry: lazarus.cli.main()\nexcept SystemExit: pass"
+HELP = "import sys, lazarus.cli as c; sys.argv = ['', '--help']\ntry: c.main()\nexcept SystemExit: pass"
 HEAVY = "import lazarus; lazarus.activation_diff"  # the test of this test
 
 

@@ -1,4 +1,4 @@
-"""Every way of naming a model, and every kind of checkpoint, on tiny real ones."""
+"""Every way of naming a model: the Hub, the disk, GGUF, and models in memory."""
 
 from __future__ import annotations
 
@@ -15,17 +15,10 @@ import huggingface_hub
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedModel,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from factories import perturbed, save_model, tiny_llama, tiny_tokenizer
-from layouts import (
-    publish,
-    save_gguf,
-)
+from layouts import addresses, compare, most, pair_of, publish, save_gguf
 from lazarus import ActivationDiff
 from lazarus.errors import ModelNotFoundError, PairError, UnsupportedModelError
 

@@ -17,10 +17,9 @@ from lazarus.errors import SaveError
 from lazarus.render import save, text
 from lazarus.results import ResultRow, ResultRows, json_schema
 
-MEASURES = ["noise_floor", "normalized_divergence", "relative_l2", "norm_ratio", "interval", "top1_share", "local"]
-FOUND = (
-    ["verdict", "onset_layer", "most_changed_block", "most_divergent_layer", "max_divergence", "first_flagged_layer"]
-)
+MEASURES = {"noise_floor", "normalized_divergence", "relative_l2", "norm_ratio", "interval", "local"}
+FOUND = {"verdict", "onset_layer", "most_changed_block", "max_divergence", "first_flagged_layer"}
+MODEL = {"id", "revision", "kind", "architecture", "n_layers", "hidden_size", "stored_dtype", "run_dtype"}
 FIELDS = {"layers": MEASURES, "sites": MEASURES, "summary": FOUND}
 
 
@@ -39,11 +38,11 @@ def document(diff: lazarus.ActivationDiff, tmp_path: Path) -> Any:
 def test_the_json_has_the_fields_of_the_contract_and_of_what_comes_later(document: Any) -> None:
     jsonschema.Draft202012Validator(json_schema()).validate(document)
     assert list(document)[:4] == ["schema_version", "command", "tool", "created"]
-    assert set(document["base"]) >= {"id", "revision", "kind", "architecture", "n_layers", "hidden_size", "stored_dtype", "run_dtype"}
+    assert set(document["base"]) >= MODEL
     assert set(document["prompts"][0]) >= {"index", "text", "group", "n_tokens"}
     for part, names in FIELDS.items():
         record = document[part] if part == "summary" else document[part][0]
-        assert set(record) >= set(names)
+        assert set(record) >= names
     assert {"output", "readout", "groups", "notes"} <= set(document)
     assert document["prompts"][1]["text"] == "What is AI?" * 3
     assert document["prompts"][0]["group"] == "g"

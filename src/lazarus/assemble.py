@@ -178,7 +178,7 @@ def _settings(pair: ModelPair, facts: RunFacts) -> Settings:
     return Settings(
         position=str(facts.position),
         threshold=options.threshold,
-        dtype=str(pair.base.model.dtype).removeprefix("torch."),
+        dtype=pair.base.run_dtype,
         device=str(facts.device),
         batch_tokens=facts.batch_tokens,
         chat_template=options.chat_template,
@@ -205,7 +205,7 @@ def _model_info(model: LoadedModel, conventions: Conventions) -> ModelInfo:
         n_layers=conventions.n_layers,
         hidden_size=model.anatomy.hidden_size,
         stored_dtype=model.stored_dtype,
-        run_dtype=str(model.model.dtype).removeprefix("torch."),
+        run_dtype=model.run_dtype,
         attention=getattr(model.model.config, "_attn_implementation", None),
         adapter=model.adapter,
     )

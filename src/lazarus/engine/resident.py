@@ -35,6 +35,11 @@ class ModelPair:
     def notes(self, longest: int) -> list[str]:
         """What a reader must know of how the two models run."""
         notes = [*self.base_conventions.notes, *self.finetuned_conventions.notes]
+        if self.base.run_dtype != self.finetuned.run_dtype:
+            notes.append(
+                f"{self.base.name} ran in {self.base.run_dtype}, {self.finetuned.name} in "
+                f"{self.finetuned.run_dtype}: part of the divergence is the rounding of the narrower type"
+            )
         padding = self.padding(longest)
         if padding != "right":
             how = "one at a time" if padding == "one_by_one" else "with others of their length"

@@ -56,6 +56,11 @@ class LoadedModel:
     stored_dtype: str | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def run_dtype(self) -> str:
+        """The type in which it runs, such as `float32`."""
+        return str(self.model.dtype).removeprefix("torch.")
+
 
 @dataclass
 class _Weights:

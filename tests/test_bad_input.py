@@ -1,0 +1,124 @@
+"""Whatever a user does wrong: one message that helps, the right exit code, no traceback, and no file left."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from bad_input import SUBJECTS, BadInput, Outcome, alone, here, observe, page
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="/dev/full, /proc and RLIMIT_FSIZE are Linux's"
+)
+
+KINDS = {kind.title: kind for kinds in SUBJECTS.values() for kind in kinds}
+IN_A_PROCESS = (
+    "unknown option",
+    "bytes that are no text",
+    "prompt file not UTF-8",
+    "weights cut short",
+    "disk full on the way",
+)
+
+MakeFolder = Callable[[], Path]
+
+
+@pytest.fixture(scope="session")
+def make_folder(
+    tmp_path_factory: pytest.TempPathFactory, base_folder: Path, finetuned_folder: Path
+) -> MakeFolder:
+    """Makes new folders in which `base` and `finetuned` are good models."""
+
+    def make() -> Path:
+        folder = tmp_path_factory.mktemp("mistake")
+        (folder / "base").symlink_to(base_folder)
+        (folder / "finetuned").symlink_to(finetuned_folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def outcome_of(make_folder: MakeFolder) -> Callable[[BadInput], Outcome]:
+    """What comes of a kind; each is run once, for its own test and for the page."""
+
+    @cache
+    def run(kind: BadInput) -> Outcome:
+        return _without_paths(observe(here, kind, folder := make_folder()), folder)
+
+    return run
+
+
+def _without_paths(outcome: Outcome, folder: Path) -> Outcome:
+    return Outcome(
+        outcome.exit_code, outcome.stdout, outcome.stderr.replace(f"{folder}/", ""), outcome.touched
+    )
+
+
+def test_every_title_is_used_once() -> None:
+    assert len(KINDS) == sum(len(kinds) for kinds in SUBJECTS.values()) >= 55
+
+
+@pytest.mark.parametrize("title", KINDS)
+def test_a_mistake_is_told_in_one_message(title: str, outcome_of: Callable[[BadInput], Outcome]) -> None:
+    check(KINDS[title], outcome_of(KINDS[title]))
+
+
+@pytest.mark.parametrize("title", IN_A_PROCESS)
+def test_a_process_of_its_own_says_the_same(title: str, make_folder: MakeFolder) -> None:
+    check(KINDS[title], observe(alone, KINDS[title], make_folder()))
+
+
+def check(kind: BadInput, outcome: Outcome) -> None:
+    """Hold what came of it against what must come of it."""
+    assert outcome.exit_code == kind.exit_code, outcome.stderr
+    assert [part for part in kind.says if part not in outcome.message] == [], outcome.message
+    assert "Traceback" not in outcome.stdout + outcome.stderr
+    assert "unexpected" not in outcome.stderr or kind.by_typer, outcome.stderr
+    if kind.by_typer:
+        assert outcome.stderr.startswith("Usage: lazarus ")
+        assert outcome.stderr.count("─ Error ─") == 1
+        assert re.search(r"Try 'lazarus .*-h' for help\.", outcome.stderr)
+    else:
+        start = "Interrupted." if kind.exit_code == 130 else "Error: "
+        assert outcome.stderr.startswith(start)
+        assert outcome.stderr.splitlines(keepends=True) == [outcome.stderr]
+    assert outcome.touched == kind.saves
+
+
+def test_ctrl_c_in_a_process_of_its_own(make_folder: MakeFolder) -> None:
+    folder = make_folder()
+    os.mkfifo(folder / "prompts.txt")
+    arguments = KINDS["unknown option"].prepare(folder)[:-2]
+    arguments[arguments.index("Hello")] = "@prompts.txt"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lazarus", *arguments], cwd=folder, stderr=subprocess.PIPE, text=True
+    )
+    pipe = _once_it_is_read(folder / "prompts.txt", process)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    os.close(pipe)
+    assert (process.returncode, stderr) == (130, "Interrupted.\n")
+
+
+def _once_it_is_read(fifo: Path, process: subprocess.Popen[str]) -> int:
+    """Open the pipe for writing as soon as the process has opened it for reading."""
+    while process.poll() is None:
+        with suppress(OSError):
+            return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+    raise AssertionError(process.communicate())
+
+
+def test_the_page_of_errors_is_what_the_command_says(
+    golden: Callable[[str, str], None], outcome_of: Callable[[BadInput], Outcome]
+) -> None:
+    golden("../../docs/errors.md", page(SUBJECTS, outcome_of))

