@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from bad_input import SUBJECTS, BadInput, Outcome, alone, here, observe, page
+from bad_input import SUBJECTS, BadInput, Outcome, alone, compare, here, observe, page
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="/dev/full, /proc and RLIMIT_FSIZE are Linux's"
@@ -53,15 +54,11 @@ def outcome_of(make_folder: MakeFolder) -> Callable[[BadInput], Outcome]:
 
     @cache
     def run(kind: BadInput) -> Outcome:
-        return _without_paths(observe(here, kind, folder := make_folder()), folder)
+        folder = make_folder()
+        outcome = observe(here, kind, folder)
+        return replace(outcome, stderr=outcome.stderr.replace(f"{folder}/", ""))
 
     return run
-
-
-def _without_paths(outcome: Outcome, folder: Path) -> Outcome:
-    return Outcome(
-        outcome.exit_code, outcome.stdout, outcome.stderr.replace(f"{folder}/", ""), outcome.touched
-    )
 
 
 def test_every_title_is_used_once() -> None:
@@ -85,9 +82,9 @@ def check(kind: BadInput, outcome: Outcome) -> None:
     assert "Traceback" not in outcome.stdout + outcome.stderr
     assert "unexpected" not in outcome.stderr or kind.by_typer, outcome.stderr
     if kind.by_typer:
-        assert outcome.stderr.startswith("Usage: lazarus ")
+        assert outcome.stderr.startswith("Usage: ")
         assert outcome.stderr.count("─ Error ─") == 1
-        assert re.search(r"Try 'lazarus .*-h' for help\.", outcome.stderr)
+        assert "-h' for help." in outcome.stderr
     else:
         start = "Interrupted." if kind.exit_code == 130 else "Error: "
         assert outcome.stderr.startswith(start)
@@ -98,11 +95,8 @@ def check(kind: BadInput, outcome: Outcome) -> None:
 def test_ctrl_c_in_a_process_of_its_own(make_folder: MakeFolder) -> None:
     folder = make_folder()
     os.mkfifo(folder / "prompts.txt")
-    arguments = KINDS["unknown option"].prepare(folder)[:-2]
-    arguments[arguments.index("Hello")] = "@prompts.txt"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lazarus", *arguments], cwd=folder, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-m", "lazarus", *compare(p="@prompts.txt")]
+    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
     pipe = _once_it_is_read(folder / "prompts.txt", process)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
@@ -115,6 +109,7 @@ def _once_it_is_read(fifo: Path, process: subprocess.Popen[str]) -> int:
     while process.poll() is None:
         with suppress(OSError):
             return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+        time.sleep(0.01)
     raise AssertionError(process.communicate())
 
 

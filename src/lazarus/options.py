@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -127,7 +128,12 @@ def _check_position(position: str | int) -> None:
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise UsageError(f"--{name} {value}: not a choice. Write {' or '.join(choices)}.")
+        raise UsageError(f"--{name} {value}: not a choice. Write {_either(choices)}.")
+
+
+def _either(choices: Sequence[str]) -> str:
+    *others, last = choices
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _check_bound(name: str, value: float) -> None:

@@ -17,9 +17,6 @@ TEXT_FIELDS = ("prompt", "text")
 EXAMPLE = "Give one, as in -p 'Hello' or -p @prompts.txt."
 HOW_TO_FIX = "Give each row a field `prompt`, `text` or `messages`."
 
-# Not JSON, a number of thousands of digits, or brackets within brackets without end.
-_JSON_FAULTS = (ValueError, RecursionError)
-
 
 @dataclass(frozen=True)
 class Prompt:
@@ -126,18 +123,17 @@ def _check_unicode(text: str, place: str) -> None:
 def _from_list(value: str, notes: list[str]) -> list[Prompt]:
     """The comma-separated form: one CSV row, white space dropped, empty items dropped."""
     try:
-        rows = list(csv.reader([value], skipinitialspace=True))
+        items = _items(value, strict=False)
     except csv.Error as error:
         raise PromptsError(
-            f"-p {value[:40]!r}: this is no CSV row: {error}. Quote a prompt that has a line break or "
-            "a comma in it, or give it with --no-split."
+            f"-p {value[:40]!r}: a line break outside of quotation marks. Quote a prompt that has one, "
+            "or give it with --no-split."
         ) from error
     if not _is_strict_csv(value):
         notes.append(
             f"-p {value[:40]!r}: its quotation marks are not those of a CSV row and were read as "
             "Python's csv reads them; --no-split keeps a prompt as it is"
         )
-    items = [item.strip() for row in rows for item in row]
     for item in items:
         if item.startswith("@") and not item.startswith("@@"):
             raise PromptsError(
@@ -147,9 +143,15 @@ def _from_list(value: str, notes: list[str]) -> list[Prompt]:
     return [Prompt(item.removeprefix("@") if item[:2] == "@@" else item) for item in items if item]
 
 
+def _items(value: str, *, strict: bool) -> list[str]:
+    csv.field_size_limit(sys.maxsize)
+    rows = csv.reader([value], skipinitialspace=True, strict=strict)
+    return [item.strip() for row in rows for item in row]
+
+
 def _is_strict_csv(value: str) -> bool:
     try:
-        list(csv.reader([value], skipinitialspace=True, strict=True))
+        _items(value, strict=True)
     except csv.Error:
         return False
     return True
@@ -204,10 +206,18 @@ def _jsonl_rows(text: str, name: str) -> Iterator[tuple[str, Any]]:
         if not line.strip():
             continue
         place = f"-p @{name}, line {number}"
-        try:
-            yield place, json.loads(line)
-        except _JSON_FAULTS as error:
-            raise PromptsError(f"{place}: not JSON: {error}. Put one object on each line.") from error
+        yield place, _from_json(line, f"{place}:", "Put one object on each line.")
+
+
+def _from_json(text: str, place: str, advice: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise PromptsError(f"{place} not JSON: {error}. {advice}") from error
+    except (ValueError, RecursionError) as error:  # what Python's reader refuses of valid JSON
+        raise PromptsError(
+            f"{place} too many brackets within brackets, or a number of thousands of digits. {advice}"
+        ) from error
 
 
 def _csv_rows(text: str, name: str) -> Iterator[tuple[str, Any]]:
@@ -234,8 +244,9 @@ def _parquet_rows(name: str) -> Iterator[tuple[str, Any]]:
     try:
         rows = pyarrow.parquet.read_table(Path(name).expanduser()).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
         raise PromptsError(
-            f"-p @{name}: cannot be read as Parquet: {str(error).rstrip('.')}. Write the file again."
+            f"-p @{name}: cannot be read as Parquet: {reason}. Write the file again."
         ) from error
     for number, row in enumerate(rows):
         yield f"-p @{name}, row {number}", row
@@ -267,12 +278,7 @@ def _text(value: Any, name: str, place: str) -> str:
 
 def _messages(value: Any, place: str) -> tuple[Mapping[str, str], ...]:
     if isinstance(value, str):  # a CSV cell holds the chat as JSON
-        try:
-            value = json.loads(value)
-        except _JSON_FAULTS as error:
-            raise PromptsError(
-                f"{place}: `messages` is not JSON: {error}. Write the chat as a JSON list."
-            ) from error
+        value = _from_json(value, f"{place}, `messages`:", "Write the chat as a JSON list.")
     is_chat = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
     if not is_chat or not all(
         isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -165,14 +166,38 @@ def _encode(
     """The ids of each text, cut to `most`; in portions, since a tokenizer keeps what one call needed."""
     for start in range(0, len(texts), PORTION):
         # A tokenizer.json may carry a fixed padding or truncation: both are said here, always.
-        encoded = tokenizer(
-            list(texts[start : start + PORTION]),
-            add_special_tokens=special,
-            padding=False,
-            truncation=most is not None,
-            max_length=most,
-        )
+        portion = list(texts[start : start + PORTION])
+        with _Reading(start, start + len(portion) - 1):
+            encoded = tokenizer(
+                portion,
+                add_special_tokens=special,
+                padding=False,
+                truncation=most is not None,
+                max_length=most,
+            )
         yield from map(list, encoded["input_ids"])
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A tokenizer reads the prompts from `first` to `last`."""
+
+    first: int
+    last: int
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if kind is Exception:  # what tokenizers, written in Rust, raises; no except clause can name it
+            which = (
+                f"Prompt {self.first}" if self.first == self.last else f"Prompts {self.first} to {self.last}"
+            )
+            raise PromptDataError(
+                f"{which}: the tokenizer fails: {error}. It has no token for a part of the text: leave "
+                "the prompt out, or mend tokenizer.json."
+            ) from error
 
 
 def _check_same(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pickle
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from json import JSONDecodeError
+from types import TracebackType
 
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -21,7 +22,6 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 
 from lazarus.errors import (
-    LazarusError,
     ModelError,
     ModelNotFoundError,
     UnsupportedModelError,
@@ -75,9 +75,19 @@ _KNOWN = (
         "its config.json cannot be used: {text}. Mend it, or fetch it again.",
     ),
     _Known(
-        ("is not a valid JSON file", JSONDecodeError),
+        ("is not a valid JSON file",),
+        ModelError,
+        "{text}. It is damaged or cut short: fetch it again.",
+    ),
+    _Known(
+        (JSONDecodeError,),
         ModelError,
         "a file is not JSON: {text}. It is damaged or cut short: fetch it again.",
+    ),
+    _Known(
+        (UnicodeDecodeError,),
+        ModelError,
+        "a file is not UTF-8: {text}. It is damaged: fetch it again.",
     ),
     _Known(
         ("Couldn't instantiate the backend tokenizer",),
@@ -120,8 +130,7 @@ _LOADING_FAULTS = (
 )
 
 
-@contextmanager
-def translated(name: str) -> Iterator[None]:
+def translated(name: str) -> AbstractContextManager[None]:
     """Turn what loading `name` raises into a ModelError that says what to do.
 
     Raises:
@@ -130,12 +139,21 @@ def translated(name: str) -> Iterator[None]:
         UnsupportedModelError: custom code, or a package that the model needs.
         ModelError: whatever else transformers says about it.
     """
-    try:
-        yield
-    except LazarusError:
-        raise
-    except _LOADING_FAULTS as error:
-        raise _told(name, error) from error
+    return _Translation(name)
+
+
+@dataclass(frozen=True)
+class _Translation:
+    name: str
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        # No except clause can name what tokenizers, written in Rust, raises: Exception itself.
+        if error is not None and (kind is Exception or isinstance(error, _LOADING_FAULTS)):
+            raise _told(self.name, error) from error
 
 
 def _told(name: str, error: BaseException) -> ModelError:
@@ -182,6 +200,11 @@ def _of_the_files(name: str, error: BaseException) -> ModelError:
     text = one_line(error)
     if isinstance(error, JSONDecodeError):  # it does not say which file
         text += f" of the one that begins with {error.doc[:30]!r}"
+    if type(error) is Exception:
+        return ModelError(
+            f"{name}: tokenizer.json cannot be read: {text}. It is damaged, or newer than the package "
+            "tokenizers here: fetch it again, or upgrade that package."
+        )
     for known in _KNOWN:
         if known.fits(error):
             told = known.sentence.format(text=text, first_sentence=text.partition(". ")[0])

@@ -1,0 +1,15 @@
+"""How fast lazarus is, and how much memory it takes, against the script that it replaces.
+
+speed.py        the command: runs every part, prints the table, saves every figure
+places.py       where the files are
+weights.py      the two models: SmolLM2-135M-Instruct, and a real fine-tune of it
+naive.py        what is measured against: one prompt at a time, every hidden state
+in_process.py   lazarus, the naive loop, two bare forward passes and the GEMM rate, in one process
+commands.py     whole commands in processes of their own: seconds and peak memory
+results.py      what was measured, as records
+report.py       the figures with their targets: a table, and docs/benchmarks.md
+
+Run as `python -m benchmarks.speed` from the root of the repository. speed, commands, results and
+report import no torch: a process inherits the peak memory of the one that starts it, so that one must
+be small.
+"""

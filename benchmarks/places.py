@@ -1,0 +1,21 @@
+"""Where the benchmark's files are."""
+
+from pathlib import Path
+
+_HERE = Path(__file__).resolve().parent
+
+ROOT = _HERE.parent
+PROMPTS = _HERE / "prompts.txt"
+CACHE = _HERE / "cache"
+BASE = CACHE / "smollm2"
+RESULTS = _HERE / "results" / "speed.json"
+LAST_RESULTS = CACHE / "last.json"
+DOCS = ROOT / "docs" / "benchmarks.md"
+
+STEPS = 40
+TRAINING_FACTS = "finetuning.json"
+
+
+def finetuned(steps: int = STEPS) -> Path:
+    """The folder of the fine-tune that took so many steps."""
+    return CACHE / ("smollm2-arithmetic" if steps == STEPS else f"smollm2-arithmetic-{steps}-steps")

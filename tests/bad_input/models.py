@@ -1,0 +1,200 @@
+"""A MODEL that is not there, is no model, or is one that is refused."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import httpx2
+import huggingface_hub.errors as hub
+from transformers import ViTConfig, ViTModel
+
+from bad_input.kind import BadInput, Prepare, change_json, compare, damaged, overwrite, typed
+from factories import save_model, tiny_tokenizer
+
+
+def _hub_says(fault: type[hub.HfHubHTTPError], status: int) -> AbstractContextManager[Any]:
+    """The Hub as it answers; the request is cut off where transformers makes it."""
+    request = httpx2.Request("GET", "https://huggingface.co/org/model/resolve/main/config.json")
+    answer = fault("refused", response=httpx2.Response(status, request=request))
+    return patch("transformers.utils.hub.hf_hub_download", side_effect=answer)
+
+
+def _an_empty_folder(folder: Path) -> list[str]:
+    (folder / "empty").mkdir()
+    return compare(f="empty")
+
+
+def _an_image_model(folder: Path) -> list[str]:
+    config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=32)
+    save_model(folder / "vision", ViTModel(config), tiny_tokenizer())
+    return compare(b="vision", f="vision")
+
+
+def _configured(**changes: Any) -> Prepare:
+    """A model whose config.json has these values."""
+    return damaged(lambda model: change_json(model / "config.json", **changes))
+
+
+def _with_broken_modules(model: Path) -> None:
+    (model / "config.json").unlink()
+    (model / "modules.json").write_text('[{"path": "0_Tra', encoding="utf-8")
+
+
+def _with_code(model: Path) -> None:
+    change_json(
+        model / "config.json",
+        model_type="own",
+        architectures=["OwnModel"],
+        auto_map={"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"},
+    )
+    (model / "own.py").write_text("raise SystemExit('this code must not run')\n", encoding="utf-8")
+
+
+NAMES = (
+    BadInput(
+        "model path missing",
+        "`-f models/org/tuned`, which is not there",
+        typed(f="models/org/tuned"),
+        ("models/org/tuned", "no such folder or file", "not a Hub id", "Check the path"),
+    ),
+    BadInput(
+        "model name empty",
+        "`-f ''`",
+        typed(f=""),
+        ("''", "no such folder or file", "Check the path"),
+    ),
+    BadInput(
+        "model a relative path",
+        "`-f ./tuned`, which is not there",
+        typed(f="./tuned"),
+        ("./tuned", "no such folder or file", "Check the path"),
+    ),
+    BadInput(
+        "a folder at a revision",
+        "`-f finetuned@v9`, and `finetuned` is a folder",
+        typed(f="finetuned@v9"),
+        ("finetuned@v9", "folders have no revisions", "without @v9"),
+    ),
+    BadInput(
+        "Hub id unknown offline",
+        "`-b org/model`, not in the cache and without a network",
+        typed(b="org/model"),
+        ("org/model", "no such folder", "not in the cache", "HF_HUB_OFFLINE"),
+    ),
+    BadInput(
+        "revision unknown offline",
+        "`-b org/model@v9`, not in the cache and without a network",
+        typed(b="org/model@v9"),
+        ("org/model@v9", "not in the cache", "HF_HUB_OFFLINE"),
+    ),
+    BadInput(
+        "Hub id unknown",
+        "`-b org/model`, which the Hub does not have or does not show",
+        typed(b="org/model"),
+        ("org/model", "no such model on the Hub", "Check the name", "hf auth login", "HF_TOKEN"),
+        around=lambda: _hub_says(hub.RepositoryNotFoundError, 404),
+    ),
+    BadInput(
+        "revision unknown",
+        "`-b org/model@v9`, a revision that the Hub does not have",
+        typed(b="org/model@v9"),
+        ("org/model@v9", "no such revision", "branch, a tag or a commit"),
+        around=lambda: _hub_says(hub.RevisionNotFoundError, 404),
+    ),
+    BadInput(
+        "Hub id gated",
+        "`-b org/model`, which is gated",
+        typed(b="org/model"),
+        ("org/model", "gated", "Ask for access", "hf auth login", "HF_TOKEN"),
+        around=lambda: _hub_says(hub.GatedRepoError, 403),
+    ),
+    BadInput(
+        "a file that is no gguf",
+        "`-f base/model.safetensors`",
+        typed(f="base/model.safetensors"),
+        ("base/model.safetensors", "not a .gguf", "Name the folder"),
+    ),
+    BadInput(
+        "an empty folder",
+        "`-f empty`, an empty folder",
+        _an_empty_folder,
+        ("empty", "no config.json", "model_type", "save_pretrained"),
+    ),
+)
+
+CONFIGURATIONS = (
+    BadInput(
+        "no config.json",
+        "a model folder without `config.json`",
+        damaged(lambda model: (model / "config.json").unlink()),
+        ("damaged", "no config.json", "model_type", "save_pretrained"),
+    ),
+    BadInput(
+        "config.json broken",
+        "a `config.json` that is cut short",
+        damaged(overwrite("config.json", '{"model_type": "lla')),
+        ("damaged/config.json", "not a valid JSON file", "fetch it again"),
+    ),
+    BadInput(
+        "modules.json broken",
+        "a sentence-transformers folder whose `modules.json` is cut short",
+        damaged(_with_broken_modules),
+        ("damaged", "modules.json", "Fetch the model again"),
+    ),
+    BadInput(
+        "no model type",
+        "a `config.json` without `model_type`",
+        _configured(model_type=None),
+        ("damaged", "no config.json there that names a `model_type`", "save_pretrained"),
+    ),
+    BadInput(
+        "unknown model type",
+        "a `config.json` with a `model_type` that transformers does not know",
+        _configured(model_type="llama9", architectures=["Llama9ForCausalLM"]),
+        ("damaged", "`llama9`", "config.json", "newer transformers"),
+    ),
+    BadInput(
+        "a value of the wrong kind",
+        "a `config.json` with a text where a number belongs",
+        _configured(num_hidden_layers="four"),
+        ("damaged", "config.json", "num_hidden_layers", "four", "Mend it"),
+    ),
+    BadInput(
+        "impossible heads",
+        "a `config.json` with more heads than the width has room for",
+        _configured(num_attention_heads=7),
+        ("damaged", "config.json", "attention heads (7)", "Mend it"),
+    ),
+    BadInput(
+        "custom code",
+        "a model with Python code of its own (`auto_map`)",
+        damaged(_with_code),
+        ("damaged", "Python code of its own", "--trust-remote-code"),
+    ),
+    BadInput(
+        "no text model",
+        "an image model",
+        _an_image_model,
+        ("vision", "ViTModel", "token ids alone"),
+    ),
+    BadInput(
+        "quantised without its package",
+        "a GPTQ checkpoint without the package that reads it",
+        _configured(quantization_config={"quant_method": "gptq", "bits": 4}),
+        ("damaged", "GPTQ", "a package is missing", "pip install optimum"),
+        around=lambda: patch(
+            "transformers.quantizers.quantizer_gptq.is_optimum_available", return_value=False
+        ),
+    ),
+    BadInput(
+        "quantised in an unknown way",
+        "a checkpoint whose `quant_method` transformers does not know",
+        _configured(quantization_config={"quant_method": "int3"}),
+        ("damaged", "quantised by 'int3'", "cannot read", "unquantised checkpoint"),
+    ),
+)
+
+KINDS = (*NAMES, *CONFIGURATIONS)

@@ -1,0 +1,130 @@
+"""Two good models that cannot be compared, and runs that end early."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+from bad_input.kind import BadInput, Prepare, change_json, compare, damaged, overwrite, typed
+from factories import save_model, tiny_llama, tiny_tokenizer
+
+
+def _other(tokenizer_size: int = 300, **changes: Any) -> Prepare:
+    """A fine-tuned model `other` of another shape or with another tokenizer."""
+
+    def prepare(folder: Path) -> list[str]:
+        save_model(folder / "other", tiny_llama(**changes), tiny_tokenizer(tokenizer_size))
+        return compare(f="other")
+
+    return prepare
+
+
+def _without_tokenizers(folder: Path) -> list[str]:
+    for name in ("one", "other"):
+        shutil.copytree(folder / "base", folder / name)
+        _no_tokenizer(folder / name)
+    return compare(b="one", f="other")
+
+
+def _words_alone(folder: Path) -> list[str]:
+    words = Tokenizer(WordLevel({"Hello": 3}))
+    save_model(folder / "words", tiny_llama(), PreTrainedTokenizerFast(tokenizer_object=words))
+    return compare(b="words", f="words", p="Goodbye")
+
+
+def _no_tokenizer(model: Path) -> None:
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+
+
+class _Interrupted(io.BytesIO):
+    """Standard input at which the user gives up waiting."""
+
+    def read(self, _size: int | None = -1) -> bytes:
+        signal.raise_signal(signal.SIGINT)
+        return b""
+
+
+TOKENIZERS = (
+    BadInput(
+        "different tokenizers",
+        "two models with different tokenizers",
+        _other(tokenizer_size=270),
+        ("Prompt 0 ('Hello')", "different ids", "base has", "fine-tuned has", "same tokenizer"),
+    ),
+    BadInput(
+        "no tokenizer",
+        "two models without a tokenizer",
+        _without_tokenizers,
+        ("neither one nor other brings a tokenizer", "beside the weights"),
+    ),
+    BadInput(
+        "a tokenizer too large",
+        "a model with the tokenizer of a larger one",
+        _other(vocab_size=60),
+        ("Prompt 0", "token id", "other has embeddings for 60", "use its own"),
+    ),
+    BadInput(
+        "tokenizer broken",
+        "a `tokenizer.json` that is cut short",
+        damaged(overwrite("tokenizer.json", '{"version": "1.')),
+        ("damaged (tokenizer)", "not JSON", '{"version": "1.', "fetch it again"),
+    ),
+    BadInput(
+        "tokenizer of an unknown kind",
+        "a `tokenizer.json` of a kind that the package tokenizers does not know",
+        damaged(lambda model: change_json(model / "tokenizer.json", model={"type": "BPE9"})),
+        ("damaged (tokenizer)", "tokenizer.json cannot be read", "newer", "upgrade"),
+    ),
+    BadInput(
+        "tokenizer without the word",
+        "a prompt for which the tokenizer has no token",
+        _words_alone,
+        ("Prompt 0", "the tokenizer fails", "leave the prompt out"),
+    ),
+    BadInput(
+        "tokenizer incomplete",
+        "a `tokenizer_config.json` without its `tokenizer.json`",
+        damaged(lambda model: (model / "tokenizer.json").unlink()),
+        ("damaged (tokenizer)", "no tokenizer.json", "from the base model"),
+    ),
+)
+
+KINDS = (
+    BadInput(
+        "different depth",
+        "two models with a different number of layers",
+        _other(num_hidden_layers=3),
+        ("base has 4 layers", "other has 3", "same depth"),
+    ),
+    BadInput(
+        "different width",
+        "two models of different widths",
+        _other(hidden_size=48),
+        ("base has 32 features", "other has 48", "width"),
+    ),
+    BadInput(
+        "a gate not met",
+        "`--fail-above 0.000001` and two models that differ by more",
+        typed("--fail-above", "0.000001"),
+        ("--fail-above 1e-06", "layer", "divergence of"),
+        exit_code=3,
+        saves=("diff.json",),
+    ),
+    BadInput(
+        "interrupted",
+        "Ctrl-C",
+        typed(p="@-"),
+        ("Interrupted",),
+        exit_code=130,
+        around=lambda: patch("sys.stdin", io.TextIOWrapper(_Interrupted())),
+    ),
+)
