@@ -14,10 +14,10 @@ demo: $(VENV)/.installed  ## compare the pair of models that ships with the pack
 	@$(BIN)/lazarus demo
 
 test: $(VENV)/.installed-dev  ## run every test that needs no network and no real weights
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 test-real: $(VENV)/.installed-dev $(VENV)/.real-weights  ## run the tests on SmolLM2-135M and MiniLM
-	$(BIN)/python -m pytest -q -m real tests
+	$(BIN)/python -m pytest -q -m real tests/test_real.py
 
 check: $(VENV)/.installed-dev  ## format, lint, types, architecture
 	$(BIN)/ruff format --check .
@@ -30,7 +30,7 @@ format: $(VENV)/.installed-dev  ## format the code and write the generated pages
 	$(BIN)/ruff check --fix .
 
 docs-reference: $(VENV)/.installed-dev  ## write the generated pages and the golden files again
-	$(BIN)/python -m pytest -q -n 2 --update-golden tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --update-golden tests
 
 train-demo: $(VENV)/.installed-dev  ## train the demo pair again (minutes)
 	$(BIN)/python -m lazarus.demo.train

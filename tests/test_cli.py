@@ -179,3 +179,11 @@ def test_python_m_lazarus_is_the_command() -> None:
         [sys.executable, "-m", "lazarus", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout == "lazarus 0.1.0\n"
+
+
+def test_an_output_that_fails_does_not_cost_the_others(run: Run) -> None:
+    result = run("-p", "Hello", "-o", "/dev/full", "-o", "x.json")
+    assert result.exit_code == 1
+    assert "-o /dev/full: could not be written: No space left on device" in result.stderr
+    assert json.loads(Path("x.json").read_bytes())["command"] == "activation-diff"
+    assert result.stdout.endswith("Results saved to: x.json\n")

@@ -85,6 +85,14 @@ def test_a_scaled_copy_is_not_divergent_and_its_ratio_is_the_scale(scale: float,
     torch.testing.assert_close(norm_ratio(base, base * scale), torch.full((12,), scale, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_all_at_once_is_each_by_itself(dtype: torch.dtype) -> None:
+    states = pair(11, dtype=dtype)
+    values = compare_rows(*states, centered=True).values
+    for column, name in enumerate(ROW_METRICS):
+        torch.testing.assert_close(values[:, column], METRICS[name](*states), rtol=1e-15, atol=0)
+
+
 def test_opposite_states_have_divergence_two() -> None:
     base, _ = pair(2)
     torch.testing.assert_close(divergence(base, -base), torch.full((12,), 2.0, dtype=torch.float64))

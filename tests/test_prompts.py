@@ -111,3 +111,17 @@ def test_the_library_takes_texts_rows_and_prompts() -> None:
     assert make_prompts("a,b", no_split=True).prompts == [Prompt("a,b")]
     with pytest.raises(PromptsError, match="prompt 1: no prompt; its fields are"):
         make_prompts(["a", {"question": "b"}])
+
+
+def test_a_line_ends_only_where_an_editor_ends_it(tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_bytes("one\u2028still one\r\ntwo\x0cstill two\rthree\n".encode())
+    assert texts(f"@{path}") == ["one\u2028still one", "two\x0cstill two", "three"]
+
+
+def test_a_json_file_is_lines_of_text_and_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    path.write_text('["a"]\n', encoding="utf-8")
+    found = parse_prompts([f"@{path}"])
+    assert [prompt.text for prompt in found.prompts] == ['["a"]']
+    assert "is a .jsonl" in found.notes[0]

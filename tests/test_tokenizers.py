@@ -57,7 +57,7 @@ def test_other_vocabularies_that_give_the_same_ids_are_noted(
     diff = compare(base_folder, tuned(tmp_path / "tuned", tokenizer))
     assert diff.results == expected.results
     [note] = diff.notes
-    assert "vocabularies differ in 1 entries; they give the same ids for these prompts" in note
+    assert "vocabularies differ: 1; they give the same ids for these prompts" in note
 
 
 def test_other_ids_are_refused(tmp_path: Path, base_folder: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_prompt_may_be_as_long_as_the_context(make: Any, context: int, tmp_pat
     cut = activation_diff(folder, folder, ["Hello", over, full], truncate=True)
     assert [prompt.n_tokens for prompt in cut.prompts[1:]] == [context, context]
     assert cut.prompts[1].text == over
-    assert cut.notes == [f"1 prompts were cut to the context of {context} tokens: 1"]
+    assert cut.notes == [f"prompts cut to the context of {context} tokens: 1 (1 of 3)"]
 
 
 def test_the_shorter_context_of_the_two_counts(tmp_path: Path, base_folder: Path) -> None:

@@ -32,7 +32,7 @@ Model = str | Path | nn.Module | ModelReference
 Prompts = str | Iterable[str | Mapping[str, Any] | Prompt] | PromptList
 Role = Literal["base", "finetuned"]
 
-CPU_BATCH_TOKENS = 1024
+CPU_BATCH_TOKENS = 512
 GPU_BATCH_TOKENS = 8192
 
 

@@ -160,8 +160,16 @@ def _exclusions(pair: ModelPair, means: Means) -> list[str]:
 
 
 def _why_no_data(pair: ModelPair) -> str:
-    broken = " ".join(_broken_weights(pair)) or "The weights are finite: try --dtype float32."
-    return f"No layer has one pair of states that are finite and not zero. {broken}"
+    broken = "; ".join(_broken_weights(pair))
+    if broken:
+        return (
+            f"No layer has one pair of states that are finite and not zero. {broken}. Fetch or train that "
+            "model again."
+        )
+    return (
+        "No layer has one pair of states that are finite and not zero, and yet all weights are finite: they "
+        f"overflow in {pair.base.run_dtype}. Run with --dtype float32."
+    )
 
 
 def _broken_weights(pair: ModelPair) -> list[str]:

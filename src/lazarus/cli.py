@@ -196,11 +196,14 @@ def activation_diff(
 
     options = {name: context.params[name] for name in OptionArguments.__annotations__}
     with _reported(debug):
-        from lazarus.prompts import parse_prompts
+        from lazarus.options import make_options
+        from lazarus.prompts import check_chats, parse_prompts
 
+        make_options(**options)
         files = [value[1:] for value in prompts if value[:1] == "@" and value[:2] != "@@"]
         _check_outputs(output or [], [*files, chat_template, base, finetuned])
         found = parse_prompts(prompts, no_split=no_split)
+        check_chats(found.prompts, chat_template)
         _compare(base, finetuned, found, output or [], _observer(quiet, debug), **options)
 
 
@@ -253,20 +256,25 @@ def _compare(
     observer: Any,
     **options: Any,
 ) -> None:
-    """Check what can be checked, run, print, save, and then hold the gate."""
-    from lazarus.options import make_options
-    from lazarus.prompts import check_chats
-
-    check_chats(found.prompts, make_options(**options).chat_template)
+    """Run, print, save, and then hold the gate."""
     from lazarus.activation import activation_diff as run
     from lazarus.render import text
 
     with observer:
         diff = run(base, finetuned, found, observer=observer, **options)
     typer.echo(f"\n{text.table(diff.record)}\n\n{text.summary(diff.record)}")
-    for path in outputs:
-        diff.save(path)
-        typer.echo(text.saved(path))
+    faults = []
+    for path in outputs:  # one that cannot be written does not cost the user the others
+        try:
+            diff.save(path)
+        except LazarusError as fault:
+            faults.append(fault)
+        else:
+            typer.echo(text.saved(path))
+    for fault in faults[:-1]:
+        typer.echo(f"Error: {fault}", err=True)
+    if faults:
+        raise faults[-1]
     diff.check_gates()
 
 

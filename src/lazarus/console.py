@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Literal, Self
@@ -70,6 +71,9 @@ class ConsoleObserver:
 
 def quieten(*, show_bars: bool, show_logs: bool) -> None:
     """Keep the libraries below off standard error, unless their bars or logs are wanted."""
+    if not show_bars:
+        # tqdm reads it when it is imported; transformers draws the bar of a GGUF file with tqdm itself.
+        os.environ["TQDM_DISABLE"] = "1"
     import transformers
     from huggingface_hub.utils.tqdm import disable_progress_bars
 

@@ -78,13 +78,21 @@ def centered_divergence(
 def compare_rows(
     base: Float[Tensor, "rows hidden"], finetuned: Float[Tensor, "rows hidden"], centered: bool
 ) -> RowValues:
-    """Every metric of every pair of rows; `centered` adds the one for models with LayerNorm."""
+    """Every metric of every pair of rows; `centered` adds the one for models with LayerNorm.
+
+    The same formulas as above, with each length computed once. A length is finite and not zero exactly
+    where the row is: float64 holds the square of every number of the narrower types.
+    """
     b, f = to_float64(base), to_float64(finetuned)
-    valid = torch.ones(len(b), dtype=torch.bool, device=b.device)
-    for states in (b, f):
-        valid &= states.isfinite().all(-1) & (states != 0).any(-1)
-    columns = [divergence(b, f), relative_l2(b, f), norm_ratio(b, f)]
-    columns.append(centered_divergence(b, f) if centered else torch.full_like(columns[0], np.nan))
+    b_length, f_length = b.norm(dim=-1), f.norm(dim=-1)
+    valid = (b_length > 0) & (f_length > 0) & (b_length + f_length).isfinite()
+    unit_difference = b / b_length[:, None] - f / f_length[:, None]
+    columns = [
+        unit_difference.square().sum(-1) / 2,
+        (f - b).norm(dim=-1) / b_length,
+        f_length / b_length,
+        centered_divergence(b, f) if centered else torch.full_like(b_length, torch.nan),
+    ]
     return RowValues(torch.stack(columns, dim=-1), valid)
 
 

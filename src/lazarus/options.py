@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -137,7 +136,7 @@ def _either(choices: Sequence[str]) -> str:
 
 
 def _check_bound(name: str, value: float) -> None:
-    if not math.isfinite(value) or value < 0:
+    if not 0 <= value <= 2:
         raise UsageError(f"--{name} {value}: give a divergence, a number from 0 to 2.")
 
 

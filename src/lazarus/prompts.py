@@ -168,7 +168,9 @@ def _from_file(name: str, notes: list[str]) -> list[Prompt]:
     elif suffix == ".csv":
         rows = _csv_rows(_read(name), name)
     else:
-        lines = [line.strip() for line in _read(name).splitlines()]
+        if suffix == ".json":
+            notes.append(f"{name} was read as lines of text; a file with an object on each line is a .jsonl")
+        lines = (line.strip() for line in io.StringIO(_read(name), newline=None))
         return [Prompt(line) for line in lines if line]
     prompts = [_from_row(row, place) for place, row in rows]
     if not prompts:

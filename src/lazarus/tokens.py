@@ -93,7 +93,8 @@ def tokenize_pair(
         for index, shorter in zip(too_long, cut, strict=True):
             ids[index] = shorter
         notes.append(
-            f"{len(too_long)} prompts were cut to the context of {options.context} tokens: {listed(too_long)}"
+            f"prompts cut to the context of {options.context} tokens: {listed(too_long)} "
+            f"({len(too_long)} of {len(prompts)})"
         )
     return [
         TokenizedPrompt(index, ids[index], rendered[index] if rendered else None)
@@ -233,7 +234,7 @@ def _compare_vocabularies(base: Any, finetuned: Any) -> list[str]:
         return []
     differing = sum(ours.get(token) != theirs.get(token) for token in ours.keys() | theirs.keys())
     return [
-        f"the tokenizers' vocabularies differ in {differing} entries; they give the same ids for "
+        f"entries in which the tokenizers' vocabularies differ: {differing}; they give the same ids for "
         "these prompts"
     ]
 

@@ -122,16 +122,18 @@ class Recorder:
                 f"{where}: {self.device} is out of memory. Use a smaller --batch-tokens, or --dtype bfloat16."
             ) from error
         except NotImplementedError as error:
-            raise DeviceError(f"{where}: {_one_line(error)} Use --device cpu, or another --dtype.") from error
+            raise DeviceError(
+                f"{where}: {_one_line(error)}. Use --device cpu, or another --dtype."
+            ) from error
         except _FORWARD_FAULTS as error:
             raise UnsupportedModelError(
                 f"{where}: {type(self.model.model).__name__} does not run on token ids alone: "
-                f"{_one_line(error)}"
+                f"{_one_line(error)}. Lazarus compares models of text."
             ) from error
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+    return " ".join(str(error).split())[:300].rstrip(".")
 
 
 def first_tensor(output: Any) -> Tensor:

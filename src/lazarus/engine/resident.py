@@ -14,6 +14,16 @@ from lazarus.errors import ShapeMismatchError
 from lazarus.models import LoadedModel
 from lazarus.tokens import Padding, TokenBatch
 
+_INERT = {
+    "_name_or_path",
+    "dtype",
+    "transformers_version",
+    "architectures",
+    "use_cache",
+    "quantization_config",
+}
+"""Entries of a configuration that do not change how blocks behave."""
+
 
 @dataclass(frozen=True)
 class ModelPair:
@@ -61,7 +71,8 @@ def learn_pair(base: LoadedModel, finetuned: LoadedModel, ids: Sequence[int], pa
         ShapeMismatchError: their depth or width is not the same.
         BlocksNotFoundError: one of them has no residual stream over tokens.
     """
-    ours, theirs = learn(base, ids, pad_id), learn(finetuned, ids, pad_id)
+    ours = learn(base, ids, pad_id)
+    theirs = ours if _same_design(base, finetuned) else learn(finetuned, ids, pad_id)
     for what, b, f in (
         ("layers", ours.n_layers, theirs.n_layers),
         ("features in the residual stream", ours.width, theirs.width),
@@ -73,6 +84,13 @@ def learn_pair(base: LoadedModel, finetuned: LoadedModel, ids: Sequence[int], pa
                 "with one derived from it."
             )
     return ModelPair(base, finetuned, ours, theirs)
+
+
+def _same_design(base: LoadedModel, finetuned: LoadedModel) -> bool:
+    """The same class and the same configuration: then the blocks of both behave alike."""
+    one, other = base.model.config.to_dict(), finetuned.model.config.to_dict()
+    differing = {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
+    return type(base.model) is type(finetuned.model) and differing <= _INERT
 
 
 def run_pairs(

@@ -114,7 +114,7 @@ def _blocks_at(model: PreTrainedModel, path: str) -> tuple[nn.Module, ...]:
         lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
         raise BlocksNotFoundError(
             f"--layers-path {path}: no list of blocks there in {type(model).__name__}. "
-            f"Its lists: {', '.join(lists) or 'none'}."
+            f"Name one of its lists: {', '.join(lists) or 'it has none'}."
         )
     return tuple(found)
 
