@@ -271,8 +271,8 @@ def _compare(
             faults.append(fault)
         else:
             typer.echo(text.saved(path))
-    for fault in faults[:-1]:
-        typer.echo(f"Error: {fault}", err=True)
+    for other in faults[:-1]:
+        typer.echo(f"Error: {other}", err=True)
     if faults:
         raise faults[-1]
     diff.check_gates()
