@@ -98,8 +98,9 @@ def run_bare(stacks: Sequence[nn.Module], batches: Sequence[TokenBatch]) -> None
     """Both forward passes over every batch, and nothing else."""
     with torch.no_grad():
         for batch in batches:
+            input_ids, mask = batch.padded()
             for stack in stacks:
-                stack(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+                stack(input_ids=input_ids, attention_mask=mask, use_cache=False)
 
 
 def timed(work: Callable[[], object], precision: str = "highest") -> float:
@@ -168,7 +169,7 @@ def measure(pair: Pair, dtype: str, n_runs: int) -> InProcess:
         dtype=dtype,
         n_threads=torch.get_num_threads(),
         n_tokens=sum(batch.n_tokens for batch in batches),
-        n_padded=sum(batch.input_ids.numel() for batch in batches),
+        n_padded=sum(batch.padded()[0].numel() for batch in batches),
         n_batches=len(batches),
         batch_tokens=batch_tokens,
         linear_parameters=count_parameters(pair.linears),

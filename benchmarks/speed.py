@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -32,7 +33,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, help="rounds of each measurement (default: 5)")
     parser.add_argument("--prompts", type=int, help="only the first so many prompts, and save nothing")
     parser.add_argument(
-        "--part", action="append", choices=PARTS, help="only this part, and save nothing; repeatable"
+        "--part",
+        action="append",
+        choices=PARTS,
+        help="only this part, in the place of its last figures; repeatable",
     )
     parser.add_argument("--quick", action="store_true", help="try everything out; figures mean nothing")
     parser.add_argument(
@@ -56,6 +60,17 @@ class Benchmark:
         self.models = (places.BASE, places.finetuned(chosen.steps))
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.results = Results(now, describe_machine(), len(self.texts))
+        if chosen.part and self.saves:
+            self.results = _without(read(places.RESULTS), chosen.part, self.results)
+
+    @property
+    def saves(self) -> bool:
+        """Whether the results are those of all prompts, or parts of such results from this machine."""
+        if self.chosen.prompts is not None:
+            return False
+        if not self.chosen.part:
+            return True
+        return places.RESULTS.exists() and read(places.RESULTS).machine.cpu == describe_machine().cpu
 
     def run(self) -> None:
         """Run them all, the short ones first."""
@@ -99,6 +114,20 @@ class Benchmark:
             progress.print(f"{found.n_prompts:,} prompts: peak {found.peak / 2**20:.0f} MiB", highlight=False)
 
 
+def _without(last: Results, parts: Sequence[str], new: Results) -> Results:
+    """The last results less the parts that are measured again."""
+    return Results(
+        new.created,
+        new.machine,
+        new.n_prompts,
+        last.finetuning,
+        [] if "in-process" in parts else last.in_process,
+        {} if "commands" in parts else last.commands,
+        [] if "memory" in parts else last.memory,
+        None if "help" in parts else last.help,
+    )
+
+
 def write_docs(source: Path, target: Path) -> None:
     """Write the page of the last results."""
     target.parent.mkdir(exist_ok=True)
@@ -118,7 +147,7 @@ def main() -> None:
         save(benchmark.results, places.LAST_RESULTS)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print(report.table(benchmark.results))
-    if not chosen.part and chosen.prompts is None:
+    if benchmark.saves:
         save(benchmark.results, places.RESULTS)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lazarus
 from lazarus.demo import BASE, FINETUNED, PROMPTS
+from lazarus.results import json_schema
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +26,12 @@ def test_arithmetic_diverges_more_than_prose_at_every_layer(diff: lazarus.Activa
     groups = np.array([prompt.group for prompt in diff.prompts])
     arithmetic, prose = (divergence[groups == name].mean(axis=0) for name in ("arithmetic", "prose"))
     assert (arithmetic > prose).all()
+
+
+def test_its_result_follows_the_published_schema(diff: lazarus.ActivationDiff, tmp_path: Path) -> None:
+    diff.save(tmp_path / "demo.json")
+    document = json.loads((tmp_path / "demo.json").read_bytes())
+    jsonschema.Draft202012Validator(json_schema()).validate(document)
 
 
 def test_the_weights_are_small_bfloat16_safetensors() -> None:

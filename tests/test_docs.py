@@ -43,10 +43,9 @@ def reference() -> str:
 
 
 def _commands(path: str, command: Any) -> list[tuple[str, Any]]:
-    children = getattr(command, "commands", {})
-    if not children:
-        return [(path, command)]
-    return [found for name, child in children.items() for found in _commands(f"{path} {name}", child)]
+    children = getattr(command, "commands", {}).items()
+    below = [found for name, child in children for found in _commands(f"{path} {name}", child)]
+    return [(path, command), *below] if command.params else below
 
 
 def _row(parameter: Any) -> str:

@@ -172,9 +172,10 @@ def test_every_prompt_is_in_one_batch_that_is_not_too_large(
     batches = make_batches(prompts, limit, padding, pad_id=0)
     assert sorted(i for batch in batches for i in batch.prompts) == list(range(len(lengths)))
     for batch in batches:
-        assert batch.input_ids.numel() <= limit or len(batch.prompts) == 1
-        assert batch.attention_mask.sum(1).tolist() == batch.lengths
-        assert (batch.input_ids == 7 * batch.attention_mask).all()
+        input_ids, mask = batch.padded()
+        assert input_ids.numel() <= limit or len(batch.prompts) == 1
+        assert mask.sum(1).tolist() == batch.lengths
+        assert (input_ids == 7 * mask).all()
         assert padding == "right" or len(set(batch.lengths)) == 1
         assert padding != "one_by_one" or len(batch.prompts) == 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -40,23 +41,41 @@ class TokenizedPrompt:
     """A prompt's ids, and the text that a chat template made of it."""
 
     index: int
-    ids: list[int]
+    ids: Sequence[int]
     rendered: str | None = None
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Prompts padded on the right; `prompts` and `lengths` say whose rows they are."""
+    """Prompts that run together. The padded tensors are made when they are asked for, and not kept."""
 
-    input_ids: Int[Tensor, "batch time"]
-    attention_mask: Int[Tensor, "batch time"]
-    prompts: list[int]
-    lengths: list[int]
+    members: list[TokenizedPrompt]
+    pad_id: int
+
+    @property
+    def prompts(self) -> list[int]:
+        """Whose the rows are."""
+        return [prompt.index for prompt in self.members]
+
+    @property
+    def lengths(self) -> list[int]:
+        """The tokens of each row, padding left out."""
+        return [len(prompt.ids) for prompt in self.members]
 
     @property
     def n_tokens(self) -> int:
-        """Real tokens, padding left out."""
+        """The tokens of all rows, padding left out."""
         return sum(self.lengths)
+
+    def padded(self) -> tuple[Int[Tensor, "batch time"], Int[Tensor, "batch time"]]:
+        """Input ids and attention mask, padded on the right."""
+        lengths = self.lengths
+        input_ids = torch.full((len(lengths), max(lengths)), self.pad_id, dtype=torch.long)
+        mask = torch.zeros_like(input_ids)
+        for row, prompt in enumerate(self.members):
+            input_ids[row, : lengths[row]] = torch.tensor(prompt.ids)
+            mask[row, : lengths[row]] = 1
+        return input_ids, mask
 
 
 def tokenize_pair(
@@ -138,18 +157,7 @@ def make_batches(
             batches[-1].append(prompt)
         else:
             batches.append([prompt])
-    return [pad(batch, pad_id) for batch in batches]
-
-
-def pad(prompts: Sequence[TokenizedPrompt], pad_id: int) -> TokenBatch:
-    """One batch, padded on the right with a mask."""
-    lengths = [len(prompt.ids) for prompt in prompts]
-    input_ids = torch.full((len(prompts), max(lengths)), pad_id, dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, : lengths[row]] = torch.tensor(prompt.ids)
-        mask[row, : lengths[row]] = 1
-    return TokenBatch(input_ids, mask, [prompt.index for prompt in prompts], lengths)
+    return [TokenBatch(batch, pad_id) for batch in batches]
 
 
 def _fits(
@@ -163,7 +171,7 @@ def _fits(
 
 def _encode(
     tokenizer: Any, texts: Sequence[str], special: bool, most: int | None = None
-) -> Iterator[list[int]]:
+) -> Iterator[array[int]]:
     """The ids of each text, cut to `most`; in portions, since a tokenizer keeps what one call needed."""
     for start in range(0, len(texts), PORTION):
         # A tokenizer.json may carry a fixed padding or truncation: both are said here, always.
@@ -176,7 +184,7 @@ def _encode(
                 truncation=most is not None,
                 max_length=most,
             )
-        yield from map(list, encoded["input_ids"])
+        yield from (array("i", ids) for ids in encoded["input_ids"])
 
 
 @dataclass(frozen=True)
@@ -203,8 +211,8 @@ class _Reading:
 
 def _check_same(
     prompts: Sequence[Prompt],
-    base_ids: list[list[int]],
-    finetuned_ids: Iterable[list[int]],
+    base_ids: Sequence[Sequence[int]],
+    finetuned_ids: Iterable[Sequence[int]],
     base: Any,
     finetuned: Any,
 ) -> None:

@@ -110,18 +110,21 @@ def run_pairs(
     base, finetuned = Recorder(pair.base), Recorder(pair.finetuned)
     for batch in batches:
         picker = RowPicker.of(batch.prompts, batch.lengths, position)
-        ours = _pass(base, batch, picker, pair.base_conventions)
-        theirs = _pass(finetuned, batch, picker, pair.finetuned_conventions)
+        padded = batch.padded()
+        ours = _pass(base, padded, picker, pair.base_conventions)
+        theirs = _pass(finetuned, padded, picker, pair.finetuned_conventions)
         # zip stops at the last common site: a final norm that only one of them has is no site.
         for site, b, f in zip(pair.sites, ours, theirs, strict=False):
             yield StatePair(site, picker.prompts, b, f)
         advanced(batch.n_tokens)
 
 
-def _pass(recorder: Recorder, batch: TokenBatch, picker: RowPicker, conventions: Conventions) -> list[Tensor]:
+def _pass(
+    recorder: Recorder, padded: tuple[Tensor, Tensor], picker: RowPicker, conventions: Conventions
+) -> list[Tensor]:
     """The compared rows of one model at every site, in the order of the sites."""
     take = Take(block=lambda states: picker.pick(conventions.rows(states)), final=picker.pick)
-    seen = recorder.run(batch.input_ids, batch.attention_mask, take)
+    seen = recorder.run(*padded, take)
     assert seen.embedding is not None
     assert seen.final is not None
     assert len(seen.blocks) == conventions.n_layers, (len(seen.blocks), conventions.n_layers)

@@ -93,7 +93,7 @@ def load_pair(
         other = _Weights(finetuned_source, share_storage(weights.model), list(weights.notes))
     else:
         other = _load(finetuned_source, options)
-    _same_attention(weights.model, other.model)
+    weights.notes += _same_attention(weights.model, other.model)
     return _finish(base, weights, options), _finish(finetuned, other, options)
 
 
@@ -279,11 +279,14 @@ def _tensors(module: nn.Module | None) -> set[int]:
     return set() if module is None else {id(t) for t in [*module.parameters(), *module.buffers()]}
 
 
-def _same_attention(base: PreTrainedModel, finetuned: PreTrainedModel) -> None:
+def _same_attention(base: PreTrainedModel, finetuned: PreTrainedModel) -> list[str]:
     """One attention implementation for both: two kernels differ by more than the noise."""
-    if base.config._attn_implementation != finetuned.config._attn_implementation:
-        for model in (base, finetuned):
-            model.set_attn_implementation("eager")
+    ours, theirs = (model.config._attn_implementation for model in (base, finetuned))
+    if ours == theirs:
+        return []
+    for model in (base, finetuned):
+        model.set_attn_implementation("eager")
+    return [f"both ran with eager attention: left alone, base takes {ours} and fine-tuned {theirs}"]
 
 
 def _finish(reference: ModelReference, weights: _Weights, options: LoadOptions) -> LoadedModel:
