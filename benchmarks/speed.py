@@ -1,6 +1,6 @@
 """Measure lazarus against the naive loop: `python -m benchmarks.speed` from the root of the repository.
 
-Every figure is taken within one run, the runs are interleaved, and all of them are saved.
+Every ratio is taken within one run, the runs are interleaved, and all of them are saved.
 """
 
 from __future__ import annotations
