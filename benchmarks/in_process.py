@@ -90,7 +90,7 @@ class Pair:
     def batches(self, batch_tokens: int) -> list[TokenBatch]:
         """The batches that lazarus makes."""
         prompts = [Prompt(text) for text in self.texts]
-        tokenized, _ = tokenize_pair(prompts, self.tokenizer, self.tokenizer, TokenOptions())
+        tokenized, _, _ = tokenize_pair(prompts, self.tokenizer, self.tokenizer, TokenOptions())
         return make_batches(tokenized, batch_tokens, "right", self.tokenizer.pad_token_id or 0)
 
 

@@ -19,3 +19,8 @@ TRAINING_FACTS = "finetuning.json"
 def finetuned(steps: int = STEPS) -> Path:
     """The folder of the fine-tune that took so many steps."""
     return CACHE / ("smollm2-arithmetic" if steps == STEPS else f"smollm2-arithmetic-{steps}-steps")
+
+
+def pair_folder(name: str) -> Path:
+    """The folder of one of the models that `python -m benchmarks.pairs` makes."""
+    return CACHE / f"smollm2-{name}"

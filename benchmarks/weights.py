@@ -9,7 +9,7 @@ import importlib.util
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,24 +59,43 @@ def _gguf_file() -> Path:
 def make_finetuned(folder: Path, steps: int) -> None:
     """Train every weight on lines of arithmetic, in float32, and save the result in bfloat16."""
     torch.manual_seed(SEED)
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
-    rows = _token_rows(tokenizer, HELD_OUT + steps * BATCH)
-    held_out, training = rows[:HELD_OUT], rows[HELD_OUT:]
-    before, started = _loss(model, held_out), time.perf_counter()
-    _train(model, training)
-    seconds, after = time.perf_counter() - started, _loss(model, held_out)
+    model, tokenizer = load_base()
+    held_out, training = arithmetic_rows(tokenizer, steps * BATCH)
+    facts = finetune(model, training, held_out)
+    save(model.to(torch.bfloat16), tokenizer, folder, facts)
+
+
+def load_base(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """The base model and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=dtype)
+    return model, AutoTokenizer.from_pretrained(BASE)
+
+
+def save(model: Any, tokenizer: Any, folder: Path, facts: Finetuning | None = None) -> None:
+    """Save a model or an adapter with its tokenizer and, if it was trained, how."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if facts is not None:
+        (folder / TRAINING_FACTS).write_bytes(msgspec.json.encode(facts))
+
+
+def finetune(
+    model: Any, training: Tensor, held_out: Tensor, learning_rate: float = LEARNING_RATE
+) -> Finetuning:
+    """Train what is not frozen, one step for each batch of rows."""
+    steps = len(training) // BATCH
+    before, started = loss(model, held_out), time.perf_counter()
+    _train(model, training, learning_rate)
+    seconds, after = time.perf_counter() - started, loss(model, held_out)
     console.print(
         f"fine-tuned for {steps} steps in {seconds:.0f} s: loss {before:.3f} before, {after:.3f} after"
     )
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    facts = Finetuning(steps, LEARNING_RATE, before, after, seconds)
-    (folder / TRAINING_FACTS).write_bytes(msgspec.json.encode(facts))
+    return Finetuning(steps, learning_rate, before, after, seconds)
 
 
-def _train(model: Any, rows: Tensor) -> None:
-    optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+def _train(model: Any, rows: Tensor, learning_rate: float) -> None:
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimiser = torch.optim.AdamW(weights, lr=learning_rate)
     model.train()
     for batch in torch.split(rows, BATCH):
         model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
@@ -86,14 +105,21 @@ def _train(model: Any, rows: Tensor) -> None:
 
 
 @torch.no_grad()
-def _loss(model: Any, rows: Tensor) -> float:
+def loss(model: Any, rows: Tensor) -> float:
+    """The mean loss per token, in nats."""
     return float(model(input_ids=rows, labels=rows, use_cache=False).loss)
 
 
-def _token_rows(tokenizer: Any, n_rows: int) -> Tensor:
+def arithmetic_rows(tokenizer: Any, n_rows: int) -> tuple[Tensor, Tensor]:
+    """The held-out rows, and as many for training as are asked for."""
+    rows = token_rows(tokenizer, _lines(random.Random(SEED)), HELD_OUT + n_rows)
+    return rows[:HELD_OUT], rows[HELD_OUT:]
+
+
+def token_rows(tokenizer: Any, lines: Iterable[str], n_rows: int) -> Tensor:
     """The lines one after the other, cut into rows of equal length."""
     tokens: list[int] = []
-    for line in _lines(random.Random(SEED)):
+    for line in lines:
         tokens += tokenizer(line + "\n").input_ids
         if len(tokens) >= n_rows * ROW:
             break

@@ -13,6 +13,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 M = TypeVar("M", bound=PreTrainedModel)
 
+FEW_PROMPTS = (
+    "no interval and no onset",
+    "intervals of so few",
+    "unrelated prompts are all but the same",
+    "one dimension carries",
+)
+
 TEXT = (
     "Hello, how are you? What is AI? The answer is 42, and the capital of France is Paris.",
     "Calculate 2 + 2. Write a Python function that returns a list of the first ten primes.",
@@ -93,3 +100,8 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.WordLevel({f"t{i}": i for i in range(100)}, unk_token="t0"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="t0")
+
+
+def notes_on_models(diff: Any) -> list[str]:
+    """The notes of a result but those that follow from few prompts, or from toy states."""
+    return [note for note in diff.notes if not any(part in note for part in FEW_PROMPTS)]

@@ -15,7 +15,7 @@ from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PromptTuningConfi
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from factories import perturbed, save_model, tiny_llama, tiny_tokenizer
+from factories import notes_on_models, perturbed, save_model, tiny_llama, tiny_tokenizer
 from layouts import addresses, compare, edit_json, most, pair_of, publish, save_adapter, save_gguf
 from lazarus.errors import AdapterError
 from lazarus.models.adapters import share_storage
@@ -73,7 +73,7 @@ def test_an_adapter_may_be_alone_or_on_its_model_on_either_side(base_folder: Pat
     info = alone.record.finetuned
     assert (info.id, info.kind, info.adapter) == (str(lora), "adapter", f"{lora} (LORA)")
     assert (info.stored_dtype, info.architecture, info.revision) == ("float32", "LlamaForCausalLM", None)
-    assert alone.notes == []
+    assert notes_on_models(alone) == []
 
 
 def test_two_adapters_of_one_model_can_be_compared(base_folder: Path, adapters: dict[str, Path]) -> None:
@@ -182,7 +182,7 @@ def test_a_base_under_another_spelling_is_the_same_base(
     adapter = tmp_path / "adapter"
     shutil.copytree(lora, adapter)
     edit_json(adapter / "adapter_config.json", base_model_name_or_path=spelling.format(base_folder))
-    assert compare(base_folder, typed.format(base=base_folder, adapter=adapter)).notes == []
+    assert notes_on_models(compare(base_folder, typed.format(base=base_folder, adapter=adapter))) == []
 
 
 @pytest.mark.parametrize("typed", ["{adapter}", "{base}+{adapter}"])
@@ -190,7 +190,8 @@ def test_another_base_than_the_one_it_names_is_noted(
     typed: str, base_folder: Path, finetuned_folder: Path, lora: Path
 ) -> None:
     diff = compare(finetuned_folder, typed.format(base=finetuned_folder, adapter=lora))
-    assert diff.notes == [f"{lora} names {base_folder} as its base; it was put on {finetuned_folder}"]
+    [note] = notes_on_models(diff)
+    assert note == f"{lora} names {base_folder} as its base; it was put on {finetuned_folder}"
 
 
 def test_an_adapter_of_the_hub_keeps_its_commit_and_that_of_its_base(
@@ -209,7 +210,7 @@ def test_an_adapter_of_the_hub_keeps_its_commit_and_that_of_its_base(
     assert (info.kind, info.revision) == ("adapter", commits[1])
     assert info.adapter == f"org/adapter (LORA, commit {commits[2]})"
     assert diff.results == compare(f"{base_folder}+{lora}", base_folder).results
-    assert diff.notes == []
+    assert notes_on_models(diff) == []
     on_main = compare("org/base", "org/base+org/adapter@main")
     assert on_main.results == compare(finetuned_folder, lora).results
 
@@ -245,7 +246,7 @@ def test_a_peft_model_in_memory_runs_with_its_adapter(training: bool, base_folde
     diff = compare(base_folder, wrapped, tokenizer=tiny_tokenizer())
     assert diff.results == compare(base_folder, lora).results
     assert (diff.record.finetuned.kind, diff.record.finetuned.adapter) == ("loaded", "default (LORA)")
-    assert diff.notes == []
+    assert notes_on_models(diff) == []
     assert before == [(name, p.requires_grad, p.data_ptr()) for name, p in wrapped.named_parameters()]
     assert {m.training for m in wrapped.modules()} == {training}
 
@@ -255,7 +256,7 @@ def test_a_base_in_memory_that_peft_has_changed_is_noted(lora: Path) -> None:
     wrapped = PeftModel.from_pretrained(model, lora)
     diff = compare(model, wrapped, tokenizer=tiny_tokenizer())
     assert most(diff) == 0
-    assert diff.notes == ["LlamaForCausalLM runs with the adapter that is in it: default (LORA)"]
+    assert notes_on_models(diff) == ["LlamaForCausalLM runs with the adapter that is in it: default (LORA)"]
 
 
 # --- Tokenizers

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 import lazarus
 from architectures import CAUSAL, ENCODER_DECODERS, ENCODERS, MULTIMODAL, UNBUILDABLE, build
-from factories import perturbed, word_tokenizer
+from factories import notes_on_models, perturbed, word_tokenizer
 from lazarus.models import dissect
 from reference import Convention, block_outputs, convention_of, cosine, recorded_states
 
@@ -86,7 +86,7 @@ def examine(name: str) -> Finding:
             ),
             default=0.0,
         ),
-        notes=tuple(diff.notes),
+        notes=tuple(notes_on_models(diff)),
     )
 
 

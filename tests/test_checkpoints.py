@@ -23,7 +23,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from factories import perturbed, save_model, tiny_llama, tiny_tokenizer
+from factories import notes_on_models, perturbed, save_model, tiny_llama, tiny_tokenizer
 from layouts import compare, edit_json, edit_weights, most, save_fp8, save_sentence_transformer
 from lazarus import ActivationDiff
 from lazarus.errors import UnsupportedModelError, WeightsError
@@ -61,7 +61,7 @@ def test_a_sentence_transformer_is_its_transformer(subfolder: str, tmp_path: Pat
     diff = compare(base, folder)
     assert diff.results == compare(base, plain).results
     assert diff.record.finetuned.stored_dtype == "float32"
-    assert diff.notes == []
+    assert notes_on_models(diff) == []
 
 
 def test_an_encoder_is_compared_over_the_mean_and_needs_no_pooler(tmp_path: Path, bert: BertModel) -> None:
@@ -72,10 +72,10 @@ def test_an_encoder_is_compared_over_the_mean_and_needs_no_pooler(tmp_path: Path
         tmp_path / "without", BertModel(bert.config, add_pooling_layer=False), tiny_tokenizer()
     )
     other = compare(base, save_model(tmp_path / "masked", masked, tiny_tokenizer()))
-    assert (most(other), other.record.settings.position, other.notes) == (0, "mean", [])
+    assert (most(other), other.record.settings.position, notes_on_models(other)) == (0, "mean", [])
     diff = compare(base, without)
     assert diff.record.settings.position == "mean"
-    [note] = diff.notes
+    [note] = notes_on_models(diff)
     assert "2 tensors that play no part in the comparison are missing" in note
     assert "pooler.dense" in note
 
@@ -91,8 +91,8 @@ def test_an_encoder_decoder_is_its_encoder(tmp_path: Path) -> None:
     assert named.results == in_memory.results
     assert (named.record.base.n_layers, named.record.settings.position) == (3, "mean")
     for diff in (named, in_memory):
-        assert all("an encoder-decoder: its encoder is compared" in note for note in diff.notes)
-        assert len(diff.notes) in (1, 2)
+        assert all("an encoder-decoder: its encoder is compared" in note for note in notes_on_models(diff))
+        assert len(notes_on_models(diff)) in (1, 2)
 
 
 def test_a_multimodal_model_is_its_text_stack(tmp_path: Path) -> None:
@@ -115,12 +115,12 @@ def test_a_multimodal_model_is_its_text_stack(tmp_path: Path) -> None:
     text.model.load_state_dict(whole.model.language_model.state_dict())
     multimodal = save_model(tmp_path / "multimodal", whole, tiny_tokenizer())
     diff = compare(multimodal, save_model(tmp_path / "text", text, tiny_tokenizer()))
-    assert (most(diff), diff.record.base.n_layers, diff.notes) == (0, 3, [])
+    assert (most(diff), diff.record.base.n_layers, notes_on_models(diff)) == (0, 3, [])
 
     blind = edit_weights(multimodal, tmp_path / "blind", _without("vision"))
     diff = compare(multimodal, blind)
     assert most(diff) == 0
-    [note] = diff.notes
+    [note] = notes_on_models(diff)
     assert "play no part in the comparison are missing, first model.vision_tower" in note
 
 
@@ -220,7 +220,9 @@ def test_the_head_does_not_matter(
     diff = compare(base_folder, save(tmp_path / "model"))
     assert diff.results == expected.results
     assert diff.record.finetuned.architecture == architecture
-    assert diff.notes == []
+    has_head = architecture == "LlamaForCausalLM"
+    assert (diff.record.output is not None) == has_head
+    assert any("the effect on the output was not measured" in note for note in diff.notes) != has_head
 
 
 def test_tensors_without_a_place_are_noted(
@@ -230,7 +232,7 @@ def test_tensors_without_a_place_are_noted(
     folder = edit_weights(finetuned_folder, tmp_path / "more", lambda tensors: tensors.update(more))
     diff = compare(base_folder, folder)
     assert diff.results == expected.results
-    assert diff.notes == [
+    assert notes_on_models(diff) == [
         f"{folder}: 2 tensors of the checkpoint have no place in LlamaForCausalLM, first model.extra; "
         "they were left out"
     ]
@@ -248,4 +250,4 @@ def test_a_tied_head_is_not_missing(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "tied", model, tiny_tokenizer())
     diff = compare(folder, model)
     assert most(diff) == 0
-    assert len(diff.notes) == 1, "only that the model in memory has no tokenizer"
+    assert len(notes_on_models(diff)) == 1, "only that the model in memory has no tokenizer"

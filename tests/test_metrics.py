@@ -15,6 +15,8 @@ from torch import Tensor
 from lazarus.metrics import (
     ROW_METRICS,
     PromptMeans,
+    Rows,
+    RowValues,
     centered_divergence,
     compare_rows,
     divergence,
@@ -88,7 +90,7 @@ def test_a_scaled_copy_is_not_divergent_and_its_ratio_is_the_scale(scale: float,
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_all_at_once_is_each_by_itself(dtype: torch.dtype) -> None:
     states = pair(11, dtype=dtype)
-    values = compare_rows(*states, centered=True).values
+    values = compare_rows(Rows.of(*states), centered=True).values
     for column, name in enumerate(ROW_METRICS):
         torch.testing.assert_close(values[:, column], METRICS[name](*states), rtol=1e-15, atol=0)
 
@@ -152,7 +154,7 @@ def test_independent_states_that_share_one_coordinate() -> None:
 def test_a_zero_or_infinite_row_is_not_valid(bad: float, side: int) -> None:
     states = pair(4)
     states[side][3] = bad
-    rows = compare_rows(*states, centered=True)
+    rows = compare_rows(Rows.of(*states), centered=True)
     assert rows.valid.tolist() == [i != 3 for i in range(12)]
 
 
@@ -160,10 +162,10 @@ def accumulated(order: list[int], split: list[int], seed: int = 5) -> PromptMean
     """Twelve rows of four prompts, given in an order and in parts."""
     base, finetuned = pair(seed)
     prompts = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 3])
-    means = PromptMeans(4, centered=True)
+    means = PromptMeans(ROW_METRICS, 4)
     for part in np.split(np.array(order), split):
         index = torch.tensor(part, dtype=torch.long)
-        means.update(prompts[index], base[index], finetuned[index])
+        means.update(prompts[index], compare_rows(Rows.of(base[index], finetuned[index]), centered=True))
     return means
 
 
@@ -178,11 +180,12 @@ def test_any_order_and_split_give_the_same_means(order: list[int], split: list[i
 def test_two_halves_merge_into_one_pass_and_empty_is_neutral() -> None:
     base, finetuned = pair(6)
     prompts = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 3])
-    whole, left, right = PromptMeans(4), PromptMeans(4), PromptMeans(4)
-    whole.update(prompts, base, finetuned)
-    left.update(prompts[:5], base[:5], finetuned[:5])
-    right.update(prompts[5:], base[5:], finetuned[5:])
-    for merged in (left.merge(right), right.merge(left), whole.merge(PromptMeans(4))):
+    rows = compare_rows(Rows.of(base, finetuned), centered=False)
+    whole, left, right = (PromptMeans(ROW_METRICS, 4) for _ in range(3))
+    whole.update(prompts, rows)
+    left.update(prompts[:5], RowValues(rows.values[:5], rows.valid[:5]))
+    right.update(prompts[5:], RowValues(rows.values[5:], rows.valid[5:]))
+    for merged in (left.merge(right), right.merge(left), whole.merge(PromptMeans(ROW_METRICS, 4))):
         for name in ("divergence", "relative_l2", "norm_ratio"):
             np.testing.assert_allclose(merged.means()[name], whole.means()[name], rtol=1e-13)
         assert merged.n_rows.tolist() == [3, 2, 4, 3]
@@ -198,11 +201,12 @@ def test_merging_leaves_its_parts_alone() -> None:
 def test_the_prompt_is_the_unit() -> None:
     """A prompt with many tokens weighs as much as one with few, and duplicated tokens change nothing."""
     base, finetuned = pair(7)
-    once, twice = PromptMeans(2), PromptMeans(2)
+    once, twice = PromptMeans(ROW_METRICS, 2), PromptMeans(ROW_METRICS, 2)
+    rows = compare_rows(Rows.of(base, finetuned), centered=False)
     prompts = torch.tensor([0] * 10 + [1] * 2)
-    once.update(prompts, base, finetuned)
+    once.update(prompts, rows)
     for _ in range(2):
-        twice.update(prompts, base, finetuned)
+        twice.update(prompts, rows)
     by_prompt = divergence(base, finetuned)
     expected = (by_prompt[:10].mean() + by_prompt[10:].mean()) / 2
     assert mean_over_prompts(once.means()["divergence"]) == pytest.approx(float(expected), rel=1e-13)
@@ -213,8 +217,10 @@ def test_a_row_that_is_not_finite_is_counted_and_left_out() -> None:
     base, finetuned = pair(8)
     base[0] = float("nan")
     finetuned[11] = 0.0
-    means = PromptMeans(3)
-    means.update(torch.tensor([0] * 6 + [1] * 5 + [2]), base, finetuned)
+    means = PromptMeans(ROW_METRICS, 3)
+    means.update(
+        torch.tensor([0] * 6 + [1] * 5 + [2]), compare_rows(Rows.of(base, finetuned), centered=False)
+    )
     assert means.n_excluded.tolist() == [1, 0, 1]
     found = means.means()["divergence"]
     assert found[0] == pytest.approx(float(divergence(base, finetuned)[1:6].mean()), rel=1e-13)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from factories import perturbed, save_model, tiny_llama, tiny_tokenizer
+from factories import notes_on_models, perturbed, save_model, tiny_llama, tiny_tokenizer
 from layouts import addresses, compare, most, pair_of, publish, save_gguf
 from lazarus import ActivationDiff
 from lazarus.errors import ModelNotFoundError, PairError, UnsupportedModelError
@@ -160,7 +160,7 @@ def test_models_in_memory_give_what_their_folders_give(expected: ActivationDiff)
     diff = compare(tiny_llama(), perturbed(tiny_llama()), tokenizer=tiny_tokenizer())
     assert diff.results == expected.results
     assert diff.record.base.kind == "loaded"
-    assert diff.notes == []
+    assert notes_on_models(diff) == []
 
 
 def test_a_name_and_a_model_in_memory_can_be_mixed(
@@ -171,7 +171,8 @@ def test_a_name_and_a_model_in_memory_can_be_mixed(
         compare(tiny_llama(), str(finetuned_folder)),
     ):
         assert diff.results == expected.results
-        assert diff.notes == ["LlamaForCausalLM brings no tokenizer; the other model's was used for both"]
+        [note] = notes_on_models(diff)
+        assert note == "LlamaForCausalLM brings no tokenizer; the other model's was used for both"
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, RobertaConfig, RobertaForMaskedLM
 
-from factories import TEMPLATE, perturbed, save_model, tiny_llama, tiny_tokenizer
+from factories import TEMPLATE, notes_on_models, perturbed, save_model, tiny_llama, tiny_tokenizer
 from layouts import compare
 from lazarus import ActivationDiff, activation_diff
 from lazarus.errors import PairError, PromptTooLongError, TokenizerMismatchError
@@ -43,10 +43,12 @@ def test_one_tokenizer_serves_both_if_one_model_has_none(
         (bare_base, compare(bare_base, finetuned_folder)),
     ):
         assert diff.results == expected.results
-        assert diff.notes == [f"{lacking} brings no tokenizer; the other model's was used for both"]
+        assert notes_on_models(diff) == [
+            f"{lacking} brings no tokenizer; the other model's was used for both"
+        ]
     with pytest.raises(PairError, match="brings a tokenizer"):
         compare(bare_base, bare)
-    assert compare(bare_base, bare, tokenizer=tiny_tokenizer()).notes == []
+    assert notes_on_models(compare(bare_base, bare, tokenizer=tiny_tokenizer())) == []
 
 
 def test_other_vocabularies_that_give_the_same_ids_are_noted(
@@ -56,7 +58,7 @@ def test_other_vocabularies_that_give_the_same_ids_are_noted(
     tokenizer.add_tokens(["<tool>"])
     diff = compare(base_folder, tuned(tmp_path / "tuned", tokenizer))
     assert diff.results == expected.results
-    [note] = diff.notes
+    [note] = notes_on_models(diff)
     assert "vocabularies differ: 1; they give the same ids for these prompts" in note
 
 
@@ -80,7 +82,7 @@ def test_a_padding_and_a_truncation_in_the_file_do_nothing(
         diff = compare(base, folder)
         assert diff.results == expected.results
         assert [prompt.n_tokens for prompt in diff.prompts] == [15, 7]
-        assert diff.notes == []
+        assert notes_on_models(diff) == []
 
 
 # --- Chat templates
@@ -118,9 +120,9 @@ def test_an_answer_that_is_there_is_not_asked_for_again(base_folder: Path, finet
 
 def test_a_rendered_prompt_has_exactly_its_own_ids() -> None:
     tokenizer = tiny_tokenizer()
-    [plain], _ = tokenize_pair(make_prompts(["Hello"]).prompts, tokenizer, tokenizer, TokenOptions())
+    [plain], _, _ = tokenize_pair(make_prompts(["Hello"]).prompts, tokenizer, tokenizer, TokenOptions())
     chats = make_prompts(CHATS).prompts
-    rendered, _ = tokenize_pair(chats, tokenizer, tiny_tokenizer(), TokenOptions(TEMPLATE))
+    rendered, _, _ = tokenize_pair(chats, tokenizer, tiny_tokenizer(), TokenOptions(TEMPLATE))
     assert plain.ids[0] == 0, "without a template the tokenizer puts a BOS in front"
     for prompt in rendered:
         assert prompt.ids.count(0) == 1
@@ -148,7 +150,7 @@ def test_a_prompt_may_be_as_long_as_the_context(make: Any, context: int, tmp_pat
     folder = save_model(tmp_path / "model", make().eval(), tiny_tokenizer())
     full, over = marks(context), marks(context + 1)
     diff = activation_diff(folder, folder, [full])
-    assert (diff.prompts[0].n_tokens, diff.notes) == (context, [])
+    assert (diff.prompts[0].n_tokens, notes_on_models(diff)) == (context, [])
     assert [layer.divergence for layer in diff.layers] == [0.0] * len(diff.layers)
 
     words = f"Prompt 1 .* has {context + 1} tokens; the models' context is {context}"
@@ -158,7 +160,7 @@ def test_a_prompt_may_be_as_long_as_the_context(make: Any, context: int, tmp_pat
     cut = activation_diff(folder, folder, ["Hello", over, full], truncate=True)
     assert [prompt.n_tokens for prompt in cut.prompts[1:]] == [context, context]
     assert cut.prompts[1].text == over
-    assert cut.notes == [f"prompts cut to the context of {context} tokens: 1 (1 of 3)"]
+    assert notes_on_models(cut) == [f"prompts cut to the context of {context} tokens: 1 (1 of 3)"]
 
 
 def test_the_shorter_context_of_the_two_counts(tmp_path: Path, base_folder: Path) -> None:

@@ -11,22 +11,30 @@ from torch import nn
 
 from lazarus.assemble import RunFacts, assemble
 from lazarus.diff import ActivationDiff
-from lazarus.engine import ModelPair, Site, check_positions, learn_pair, run_pairs
-from lazarus.errors import ChatTemplateError, DeviceError, PairError, PromptDataError
-from lazarus.metrics import PromptMeans
+from lazarus.engine import ModelPair, check_positions, check_shapes, learn_pair
+from lazarus.errors import DeviceError, UnsupportedModelError
+from lazarus.findings import read_differences
+from lazarus.measure import Plan, measure
+from lazarus.metrics import FEWEST_FOR_CKA
 from lazarus.models import (
     LoadedModel,
     LoadOptions,
     ModelReference,
     load_one,
     load_pair,
-    load_tokenizer,
     parse_model,
     wrap_model,
 )
-from lazarus.options import OptionArguments, Options, make_options, parse_position, read_template
+from lazarus.options import (
+    OptionArguments,
+    Options,
+    make_options,
+    parse_position,
+    read_template,
+    readout_layers,
+)
 from lazarus.prompts import Prompt, PromptList, check_chats, make_prompts
-from lazarus.tokens import TokenBatch, TokenizedPrompt, TokenOptions, make_batches, tokenize_pair
+from lazarus.reading import Reading, read_prompts
 
 Model = str | Path | nn.Module | ModelReference
 Prompts = str | Iterable[str | Mapping[str, Any] | Prompt] | PromptList
@@ -99,34 +107,56 @@ def activation_diff(
     device = _pick_device(chosen.device)
     models = _load_models(base, finetuned, _load_options(chosen, device), watcher)
     watcher.testing(found.prompts)
-    notes = [*found.notes, *models[0].notes, *models[1].notes]
-    tokenizers = _tokenizers(models, tokenizer, chosen, notes)
-    tokenized = _tokenize(models, tokenizers, found.prompts, template, chosen, notes)
-    pad_id = _pad_id(tokenizers[0])
-    sample = [token for prompt in tokenized[:16] for token in prompt.ids]
-    pair = learn_pair(*models, sample, pad_id)
+    reading = read_prompts(models, tokenizer, found.prompts, template, chosen)
+    pair = learn_pair(*models, reading.samples, reading.pad_ids, reading.align)
+    check_shapes(pair, len(found.prompts), FEWEST_FOR_CKA, localize=chosen.localize)
     facts = RunFacts(chosen, device, _position(chosen, pair), _batch_tokens(chosen, device))
-    lengths = [len(prompt.ids) for prompt in tokenized]
+    layers = _readout_layers(chosen, pair)
+    lengths = [len(prompt.ids) for prompt in reading.base]
+    notes = [*found.notes, *models[0].notes, *models[1].notes, *reading.notes]
     notes += pair.notes(max(lengths)) + check_positions(facts.position, lengths)
-    batches = make_batches(tokenized, facts.batch_tokens, pair.padding(max(lengths)), pad_id)
-    means = _measure(pair, batches, len(tokenized), facts, watcher)
-    return ActivationDiff(assemble(pair, facts, found.prompts, tokenized, means, notes))
+    measured = measure(pair, _plan(facts, reading, pair), watcher.running, watcher.advanced)
+    readout = read_differences(pair, measured, layers, reading.tokenizers) if layers else None
+    return ActivationDiff(assemble(pair, facts, found.prompts, reading, measured, readout, notes))
 
 
-def _measure(
-    pair: ModelPair,
-    batches: Sequence[TokenBatch],
-    n_prompts: int,
-    facts: RunFacts,
-    watcher: Observer,
-) -> dict[Site, PromptMeans]:
-    """The one loop over pairs of states: each goes into its site's accumulator and is forgotten."""
-    centered = pair.base.anatomy.uses_layer_norm and pair.finetuned.anatomy.uses_layer_norm
-    means = {site: PromptMeans(n_prompts, centered) for site in pair.sites}
-    watcher.running(sum(batch.n_tokens for batch in batches))
-    for states in run_pairs(pair, batches, facts.position, watcher.advanced):
-        means[states.site].update(states.prompts, states.base, states.finetuned)
-    return means
+def _plan(facts: RunFacts, reading: Reading, pair: ModelPair) -> Plan:
+    return Plan(
+        base_prompts=reading.base,
+        finetuned_prompts=reading.finetuned,
+        pad_ids=reading.pad_ids,
+        batch_tokens=facts.batch_tokens,
+        position=facts.position,
+        localize=facts.options.localize,
+        noise_floor=not facts.options.no_noise_floor and pair.same_width,
+        seed=facts.options.seed,
+    )
+
+
+def _readout_layers(options: Options, pair: ModelPair) -> list[int]:
+    """The layers whose mean difference is read through the heads; none unless that was asked for.
+
+    Raises:
+        UsageError: the models have no such layer.
+        UnsupportedModelError: a head cannot be run by itself, or there is no difference to read.
+    """
+    if options.readout is None:
+        return []
+    for model, conventions in (
+        (pair.base, pair.base_conventions),
+        (pair.finetuned, pair.finetuned_conventions),
+    ):
+        if conventions.head_reads is None:
+            raise UnsupportedModelError(
+                f"--readout {options.readout}: {model.name} has no next-token head that can be run by "
+                "itself. Leave --readout out."
+            )
+    if not pair.same_width:
+        raise UnsupportedModelError(
+            f"--readout {options.readout}: states of {pair.widths[0]} and {pair.widths[1]} features have no "
+            "difference to read. Leave --readout out."
+        )
+    return readout_layers(options.readout, pair.base_conventions.n_layers)
 
 
 def _load_models(
@@ -180,70 +210,6 @@ def _pick_device(name: str) -> torch.device:
             f"--device {name}: there is no such device here ({n_cuda} CUDA devices). Use --device cpu."
         )
     return device
-
-
-def _tokenizers(
-    models: tuple[LoadedModel, LoadedModel], given: Any | None, options: Options, notes: list[str]
-) -> tuple[Any, Any]:
-    """Each model's tokenizer; one that brings none is read with the other's."""
-    if given is not None:
-        return given, given
-    base, finetuned = (load_tokenizer(model, trust_remote_code=options.trust_remote_code) for model in models)
-    if base is None and finetuned is None:
-        raise PairError(
-            f"neither {models[0].name} nor {models[1].name} brings a tokenizer. Put the tokenizer's "
-            "files beside the weights, or give activation_diff a tokenizer."
-        )
-    for lacking, model in zip((base, finetuned), models, strict=True):
-        if lacking is None:
-            notes.append(f"{model.name} brings no tokenizer; the other model's was used for both")
-    return (finetuned, finetuned) if base is None else (base, base if finetuned is None else finetuned)
-
-
-def _tokenize(
-    models: tuple[LoadedModel, LoadedModel],
-    tokenizers: tuple[Any, Any],
-    prompts: Sequence[Prompt],
-    template: str | None,
-    options: Options,
-    notes: list[str],
-) -> list[TokenizedPrompt]:
-    if options.chat_template in ("base", "finetuned"):
-        side = ("base", "finetuned").index(options.chat_template)
-        template = _own_template(tokenizers[side], models[side].name, options)
-    contexts = [m.anatomy.context for m in models if m.anatomy.context is not None]
-    token_options = TokenOptions(template, min(contexts, default=None), options.truncate)
-    tokenized, token_notes = tokenize_pair(prompts, *tokenizers, token_options)
-    notes += token_notes
-    for model in models:
-        _check_vocabulary(model, tokenized)
-    return tokenized
-
-
-def _own_template(tokenizer: Any, name: str, options: Options) -> str:
-    try:
-        return str(tokenizer.get_chat_template())
-    except ValueError as error:
-        raise ChatTemplateError(
-            f"--chat-template {options.chat_template}: {name} has no chat template. Use the other "
-            "model's, or a file."
-        ) from error
-
-
-def _check_vocabulary(model: LoadedModel, tokenized: Sequence[TokenizedPrompt]) -> None:
-    table = model.model.get_input_embeddings()
-    size = getattr(table, "num_embeddings", None)
-    for prompt in tokenized:
-        if size is not None and max(prompt.ids) >= size:
-            raise PromptDataError(
-                f"Prompt {prompt.index} has the token id {max(prompt.ids)}, and {model.name} has "
-                f"embeddings for {size}. Its tokenizer belongs to another model: use its own."
-            )
-
-
-def _pad_id(tokenizer: Any) -> int:
-    """Any id will do for padding: it is masked and never compared."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
 
 
 def _position(options: Options, pair: ModelPair) -> Literal["last", "mean", "all"] | int:

@@ -7,7 +7,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,10 +15,13 @@ import transformers
 
 from lazarus.engine import Conventions, ModelPair, Site
 from lazarus.errors import NoDataError
-from lazarus.metrics import PromptMeans, mean_over_prompts
+from lazarus.findings import Findings, limits
+from lazarus.measure import Measured
+from lazarus.metrics import SiteMeasures
 from lazarus.models import LoadedModel
 from lazarus.options import Options
 from lazarus.prompts import Prompt
+from lazarus.reading import Reading
 from lazarus.results import (
     SCHEMA_VERSION,
     ActivationDiffRecord,
@@ -26,17 +29,13 @@ from lazarus.results import (
     LayerRecord,
     ModelInfo,
     PromptRecord,
-    ResultRows,
+    Readout,
     Settings,
     SiteRecord,
-    Summary,
     Tool,
-    finite_or_none,
 )
-from lazarus.tokens import TokenizedPrompt, listed
+from lazarus.tokens import listed
 from lazarus.version import __version__
-
-Means = Mapping[Site, PromptMeans]
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,9 @@ def assemble(
     pair: ModelPair,
     facts: RunFacts,
     prompts: Sequence[Prompt],
-    tokenized: Sequence[TokenizedPrompt],
-    means: Means,
+    reading: Reading,
+    measured: Measured,
+    readout: list[Readout] | None,
     notes: Sequence[str],
 ) -> ActivationDiffRecord:
     """The whole record of a run.
@@ -62,14 +62,11 @@ def assemble(
     Raises:
         NoDataError: no layer has one finite pair of states.
     """
-    threshold = facts.options.threshold
-    layers = [
-        LayerRecord(layer=site, **_measures(means[site], threshold))
-        for site in pair.sites
-        if isinstance(site, int)
-    ]
-    if all(layer.n_prompts == 0 for layer in layers):
+    options = facts.options
+    found = Findings(pair, measured, options.threshold, [p.group for p in prompts], options.seed)
+    if pair.same_width and not any(measured.sites[layer].means.n_rows.any() for layer in found.layers):
         raise NoDataError(_why_no_data(pair))
+    layers = [_layer(found, layer) for layer in found.layers]
     return ActivationDiffRecord(
         schema_version=SCHEMA_VERSION,
         command="activation-diff",
@@ -77,81 +74,59 @@ def assemble(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         base=_model_info(pair.base, pair.base_conventions),
         finetuned=_model_info(pair.finetuned, pair.finetuned_conventions),
-        settings=_settings(pair, facts),
+        settings=_settings(pair, facts, measured),
         environment=_environment(facts.device),
-        prompts=[
-            PromptRecord(
-                index=index,
-                text=prompt.text,
-                group=prompt.group,
-                n_tokens=len(tokens.ids),
-                rendered=tokens.rendered,
-            )
-            for index, (prompt, tokens) in enumerate(zip(prompts, tokenized, strict=True))
-        ],
+        prompts=_prompts(prompts, reading),
         layers=layers,
         sites=[
-            SiteRecord(name=site, **_measures(means[site], threshold))
-            for site in pair.sites
-            if not isinstance(site, int)
+            SiteRecord(name=site, **found.measures(site))
+            for site in ("embedding", "final_norm")
+            if site in pair.sites
         ],
-        results=_rows(prompts, means, len(layers)),
-        summary=_summary(layers),
-        notes=list(dict.fromkeys([*notes, *_exclusions(pair, means)])),
+        results=found.rows([prompt.text for prompt in prompts]),
+        summary=found.summary(),
+        output=found.output,
+        readout=readout,
+        groups=found.groups(),
+        notes=list(dict.fromkeys([*notes, *_exclusions(pair, measured.sites), *limits(found, layers)])),
     )
 
 
-def _measures(means: PromptMeans, threshold: float) -> dict[str, Any]:
-    """One site's numbers, the mean over prompts of each prompt's mean."""
-    found = {name: mean_over_prompts(values) for name, values in means.means().items()}
-    divergence = found["divergence"]
-    return {
-        "cosine_similarity": finite_or_none(1 - divergence),
-        "divergence": finite_or_none(divergence),
-        "flagged": divergence > threshold,
-        "n_prompts": int((means.n_rows > 0).sum()),
-        "relative_l2": finite_or_none(found["relative_l2"]),
-        "norm_ratio": finite_or_none(found["norm_ratio"]),
-        "centered_cosine_similarity": finite_or_none(1 - found["centered_divergence"]),
-    }
-
-
-def _rows(prompts: Sequence[Prompt], means: Means, n_layers: int) -> ResultRows:
-    by_layer = [means[layer].means() for layer in range(n_layers)]
-    columns = {
-        name: np.stack([values[name] for values in by_layer], axis=1)
-        for name in ("divergence", "relative_l2", "norm_ratio")
-    }
-    columns["cosine_similarity"] = 1 - columns["divergence"]
-    columns["centered_cosine_similarity"] = 1 - np.stack(
-        [values["centered_divergence"] for values in by_layer], axis=1
-    )
-    return ResultRows([prompt.text for prompt in prompts], columns)
-
-
-def _summary(layers: Sequence[LayerRecord]) -> Summary:
-    measured = [layer for layer in layers if layer.divergence is not None]
-    largest = max(measured, key=lambda layer: layer.divergence or 0.0)
-    flagged = [layer.layer for layer in layers if layer.flagged]
-    return Summary(
-        most_divergent_layer=largest.layer,
-        max_divergence=largest.divergence,
-        first_flagged_layer=flagged[0] if flagged else None,
-        n_flagged_layers=len(flagged),
+def _layer(found: Findings, layer: int) -> LayerRecord:
+    matched = found.pair.matched[layer]
+    return LayerRecord(
+        layer=layer, finetuned_layer=None if matched == layer else matched, **found.measures(layer)
     )
 
 
-def _exclusions(pair: ModelPair, means: Means) -> list[str]:
+def _prompts(prompts: Sequence[Prompt], reading: Reading) -> list[PromptRecord]:
+    apart = reading.align == "text"
+    return [
+        PromptRecord(
+            index=index,
+            text=prompt.text,
+            group=prompt.group,
+            n_tokens=len(base.ids),
+            rendered=base.rendered,
+            finetuned_n_tokens=len(finetuned.ids) if apart else None,
+        )
+        for index, (prompt, base, finetuned) in enumerate(
+            zip(prompts, reading.base, reading.finetuned, strict=True)
+        )
+    ]
+
+
+def _exclusions(pair: ModelPair, sites: Mapping[Site, SiteMeasures]) -> list[str]:
     """What was left out because a state was zero or not finite: which layers, which prompts."""
     notes = []
-    left_out = [(str(site), tuple(np.flatnonzero(means[site].n_excluded))) for site in pair.sites]
-    for prompts, sites in groupby(left_out, key=lambda item: item[1]):
-        names = [name for name, _ in sites]
+    left_out = [(str(site), tuple(np.flatnonzero(sites[site].means.n_excluded))) for site in pair.sites]
+    for prompts, places in groupby(left_out, key=lambda item: item[1]):
+        names = [name for name, _ in places]
         if prompts:
             where = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
             notes.append(
                 f"layer {where}: states that are zero or not finite were left out, in "
-                f"{len(prompts)} of {means['embedding'].n_rows.size} prompts: "
+                f"{len(prompts)} of {sites['embedding'].means.n_rows.size} prompts: "
                 f"{listed([int(p) for p in prompts])}"
             )
     if notes:
@@ -181,7 +156,7 @@ def _broken_weights(pair: ModelPair) -> list[str]:
     return notes
 
 
-def _settings(pair: ModelPair, facts: RunFacts) -> Settings:
+def _settings(pair: ModelPair, facts: RunFacts, measured: Measured) -> Settings:
     options = facts.options
     return Settings(
         position=str(facts.position),
@@ -191,11 +166,12 @@ def _settings(pair: ModelPair, facts: RunFacts) -> Settings:
         batch_tokens=facts.batch_tokens,
         chat_template=options.chat_template,
         memory="resident",
-        align="ids",
-        localize=False,
-        noise_floor=False,
+        align=pair.align,
+        localize=options.localize,
+        readout=options.readout,
+        noise_floor=bool(measured.noise),
         fail_above=options.fail_above,
-        expect=None,
+        expect=options.expect,
         no_split=options.no_split,
         truncate=options.truncate,
         layers_path=options.layers_path,

@@ -109,7 +109,47 @@ Position = Annotated[
     ),
 ]
 Threshold = Annotated[float, _option(panel=COMPARE, metavar="X", help="The divergence that *** marks.")]
-Align = Annotated[str, _option(panel=COMPARE, metavar="ids", help="The same token ids for both models.")]
+Align = Annotated[
+    str,
+    _option(
+        panel=COMPARE,
+        metavar="ids|text",
+        help="The same token ids for both, refused where the tokenizers differ on these prompts; or each "
+        "model reads the text with its own tokenizer, compared where the text ends.",
+    ),
+]
+Localize = Annotated[
+    bool,
+    _option(
+        "--localize",
+        panel=COMPARE,
+        help="Also measure what each block itself adds, apart from what it inherits.",
+    ),
+]
+ReadoutLayers = Annotated[
+    str | None,
+    _option(
+        "--readout",
+        panel=COMPARE,
+        metavar="auto|all|LAYERS",
+        help="Read the mean difference at these layers (7,15,-1) as the tokens that it promotes and "
+        "suppresses.",
+        show_default="off",
+    ),
+]
+NoNoiseFloor = Annotated[
+    bool,
+    _option("--no-noise-floor", panel=COMPARE, help="Leave out the measurement of the numerical noise."),
+]
+Expect = Annotated[
+    str | None,
+    _option(
+        panel=COMPARE,
+        metavar="identical|changed",
+        help="Exit 3 where the two models are not that, beyond the noise.",
+        show_default="off",
+    ),
+]
 FailAbove = Annotated[
     float | None,
     _option(
@@ -169,7 +209,11 @@ def activation_diff(
     position: Position = "auto",
     threshold: Threshold = 0.1,
     align: Align = "ids",
+    localize: Localize = False,
+    readout: ReadoutLayers = None,
+    no_noise_floor: NoNoiseFloor = False,
     fail_above: FailAbove = None,
+    expect: Expect = None,
     chat_template: ChatTemplate = "none",
     no_split: NoSplit = False,
     truncate: Truncate = False,

@@ -105,14 +105,19 @@ class ActivationDiff:
             raise SaveError(f"{path}: {error}") from error
 
     def check_gates(self) -> None:
-        """Hold the result against `settings.fail_above`.
+        """Hold the result against `settings.fail_above` and `settings.expect`.
 
         Raises:
-            GateNotMetError: a layer's divergence is above it, or could not be measured.
+            GateNotMetError: a layer's divergence is above the limit, or could not be measured; or the
+                models are not what was expected of them, beyond the noise.
         """
-        limit = self.record.settings.fail_above
-        if limit is None:
-            return
+        if self.record.settings.fail_above is not None:
+            self._check_limit(self.record.settings.fail_above)
+        expected, verdict = self.record.settings.expect, self.summary.verdict
+        if expected is not None and (verdict == "changed") != (expected == "changed"):
+            raise GateNotMetError(f"--expect {expected}: {text.verdict(self.record)}")
+
+    def _check_limit(self, limit: float) -> None:
         for layer in self.layers:
             if layer.divergence is None:
                 raise GateNotMetError(

@@ -12,7 +12,8 @@ from lazarus.errors import UsageError
 NAMED_POSITIONS = ("auto", "last", "mean", "all")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MEMORY_MODES = ("auto", "resident")
-ALIGNMENTS = ("ids",)
+ALIGNMENTS = ("ids", "text")
+EXPECTATIONS = ("identical", "changed")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,11 @@ class Options:
     chat_template: str = "none"
     memory: str = "auto"
     align: str = "ids"
+    localize: bool = False
+    readout: str | None = None
+    no_noise_floor: bool = False
     fail_above: float | None = None
+    expect: Literal["identical", "changed"] | None = None
     no_split: bool = False
     truncate: bool = False
     layers_path: str | None = None
@@ -43,6 +48,20 @@ class Options:
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("memory", self.memory, MEMORY_MODES)
         _check_choice("align", self.align, ALIGNMENTS)
+        if self.align == "text" and self.position not in ("auto", "last", "mean"):
+            raise UsageError(
+                f"--align text compares where the text ends, and --position is {self.position}. "
+                "Use last or mean."
+            )
+        if self.expect is not None:
+            _check_choice("expect", self.expect, EXPECTATIONS)
+            if self.no_noise_floor:
+                raise UsageError(
+                    f"--expect {self.expect} asks for more than the noise, and --no-noise-floor leaves the "
+                    "noise unmeasured. Leave one of the two out."
+                )
+        if self.readout is not None:
+            parse_readout(self.readout)
         _check_bound("threshold", self.threshold)
         if self.fail_above is not None:
             _check_bound("fail-above", self.fail_above)
@@ -68,7 +87,11 @@ class OptionArguments(TypedDict, total=False):
     chat_template: str
     memory: str
     align: str
+    localize: bool
+    readout: str | None
+    no_noise_floor: bool
     fail_above: float | None
+    expect: Literal["identical", "changed"] | None
     no_split: bool
     truncate: bool
     layers_path: str | None
@@ -158,3 +181,45 @@ def parse_position(position: str | int) -> Literal["auto", "last", "mean", "all"
             return position
         case _:
             return int(position)
+
+
+def parse_readout(readout: str) -> Literal["auto", "all"] | list[int]:
+    """`auto`, `all`, or layers (negative from the end), separated by commas.
+
+    Raises:
+        UsageError: it is none of these.
+
+    >>> parse_readout("7,-1")
+    [7, -1]
+    """
+    match readout:
+        case "auto" | "all":
+            return readout
+    try:
+        return [int(layer) for layer in readout.split(",")]
+    except ValueError as error:
+        raise UsageError(
+            f"--readout {readout}: not layers. Write auto, all, or layers such as 7,15,-1."
+        ) from error
+
+
+def readout_layers(readout: str, n_layers: int) -> list[int]:
+    """The layers that are read out, in order; `auto` is a quarter, half, three quarters and the end.
+
+    Raises:
+        UsageError: the models have no such layer.
+
+    >>> readout_layers("auto", 30), readout_layers("7,-1", 30)
+    ([8, 15, 22, 29], [7, 29])
+    """
+    chosen = parse_readout(readout)
+    if chosen == "all":
+        return list(range(n_layers))
+    if chosen == "auto":
+        return sorted({max(0, round(n_layers * quarter / 4) - (quarter == 4)) for quarter in (1, 2, 3, 4)})
+    for layer in chosen:
+        if not -n_layers <= layer < n_layers:
+            raise UsageError(
+                f"--readout {readout}: there is no layer {layer} in models of {n_layers} layers."
+            )
+    return sorted({layer % n_layers for layer in chosen})

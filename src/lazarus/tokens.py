@@ -34,8 +34,10 @@ class TokenOptions:
     """How prompts become ids. `chat_template` is a template's text, or None for no template."""
 
     chat_template: str | None = None
-    context: int | None = None
+    contexts: tuple[int | None, int | None] = (None, None)
+    """how many tokens base and the fine-tuned model have positions for; None for no limit"""
     truncate: bool = False
+    align: Literal["ids", "text"] = "ids"
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class TokenBatch:
 
     members: list[TokenizedPrompt]
     pad_id: int
+    extra_padding: int = 0
+    """tokens of padding beyond the longest prompt"""
 
     @property
     def prompts(self) -> list[int]:
@@ -69,10 +73,15 @@ class TokenBatch:
         """The tokens of all rows, padding left out."""
         return sum(self.lengths)
 
+    @property
+    def padded_length(self) -> int:
+        """The tokens of each row, padding included."""
+        return max(self.lengths) + self.extra_padding
+
     def padded(self) -> tuple[Int[Tensor, "batch time"], Int[Tensor, "batch time"]]:
         """Input ids and attention mask, padded on the right."""
         lengths = self.lengths
-        input_ids = torch.full((len(lengths), max(lengths)), self.pad_id, dtype=torch.long)
+        input_ids = torch.full((len(lengths), self.padded_length), self.pad_id, dtype=torch.long)
         mask = torch.zeros_like(input_ids)
         for row, prompt in enumerate(self.members):
             input_ids[row, : lengths[row]] = torch.tensor(prompt.ids)
@@ -80,10 +89,32 @@ class TokenBatch:
         return input_ids, mask
 
 
+@dataclass(frozen=True)
+class BatchPair:
+    """The same prompts for both models: the same batch, or each tokenizer's own reading of the texts."""
+
+    base: TokenBatch
+    finetuned: TokenBatch
+
+    @classmethod
+    def of(
+        cls, base: Sequence[TokenBatch], finetuned: Sequence[TokenizedPrompt], pad_id: int
+    ) -> list[BatchPair]:
+        """Each batch of base beside the fine-tuned model's reading of its prompts."""
+        return [cls(b, TokenBatch([finetuned[i] for i in b.prompts], pad_id)) for b in base]
+
+    @classmethod
+    def same(cls, batches: Sequence[TokenBatch]) -> list[BatchPair]:
+        """The same ids for both models."""
+        return [cls(batch, batch) for batch in batches]
+
+
 def tokenize_pair(
     prompts: Sequence[Prompt], base: Any, finetuned: Any, options: TokenOptions
-) -> tuple[list[TokenizedPrompt], list[str]]:
-    """Each prompt's ids, the same for both models, and notes on what was assumed.
+) -> tuple[list[TokenizedPrompt], list[TokenizedPrompt], list[str]]:
+    """Each prompt's ids for base and for the fine-tuned model, and notes on what was assumed.
+
+    They are the same list, unless `align` is `text`: then each tokenizer reads the text its own way.
 
     Raises:
         TokenizerMismatchError: the tokenizers give different ids for one of these prompts.
@@ -92,35 +123,73 @@ def tokenize_pair(
         PromptDataError: a prompt has no token.
     """
     rendered = render_chats(prompts, base, options.chat_template)
-    texts = [prompt.text for prompt in prompts] if rendered is None else rendered
-    special = rendered is None  # a template has its BOS in it: a second one would be added
-    ids = list(_encode(base, texts, special))
-    notes = []
+    texts = _Texts(prompts, rendered)
+    ours: list[array[int]] = list(_encode(base, texts))
+    notes: list[str] = []
+    if options.align == "text" and finetuned is not base:
+        theirs, their_notes = _fitted(
+            texts, finetuned, list(_encode(finetuned, texts)), options.contexts[1], options
+        )
+        ours, notes = _fitted(texts, base, ours, options.contexts[0], options)
+        return texts.with_ids(ours), texts.with_ids(theirs), [*notes, *their_notes]
     if finetuned is not base:
-        _check_same(prompts, ids, _encode(finetuned, texts, special), base, finetuned)
-        notes += _compare_vocabularies(base, finetuned)
-    for index, prompt in enumerate(prompts):
+        _check_same(prompts, ours, _encode(finetuned, texts), base, finetuned)
+        notes = _compare_vocabularies(base, finetuned)
+    context = min((c for c in options.contexts if c is not None), default=None)
+    ours, more_notes = _fitted(texts, base, ours, context, options)
+    tokenized = texts.with_ids(ours)
+    return tokenized, tokenized, notes + more_notes
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """What the tokenizers read: the prompts, or what a chat template made of them."""
+
+    prompts: Sequence[Prompt]
+    rendered: list[str] | None
+
+    @property
+    def special(self) -> bool:
+        """A template has its BOS in it: a second one would be added."""
+        return self.rendered is None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def some(self, indices: Sequence[int]) -> list[str]:
+        """The texts of these prompts."""
+        return [self.prompts[i].text if self.rendered is None else self.rendered[i] for i in indices]
+
+    def with_ids(self, ids: Sequence[Sequence[int]]) -> list[TokenizedPrompt]:
+        """The prompts, tokenised."""
+        rendered: Sequence[str | None] = self.rendered or [None] * len(self)
+        return [
+            TokenizedPrompt(i, found, text) for i, (found, text) in enumerate(zip(ids, rendered, strict=True))
+        ]
+
+
+def _fitted(
+    texts: _Texts, tokenizer: Any, ids: list[array[int]], context: int | None, options: TokenOptions
+) -> tuple[list[array[int]], list[str]]:
+    """The ids, cut to the context where that is allowed; no prompt may be empty."""
+    for index, prompt in enumerate(texts.prompts):
         if not ids[index]:
             raise PromptDataError(f"{_named(index, prompt)} has no token at all. Leave it out.")
-    too_long = [i for i, found in enumerate(ids) if options.context and len(found) > options.context]
-    if too_long and not options.truncate:
+    too_long = [i for i, found in enumerate(ids) if context and len(found) > context]
+    if not too_long:
+        return ids, []
+    if not options.truncate:
         first = too_long[0]
         raise PromptTooLongError(
-            f"{_named(first, prompts[first])} has {len(ids[first])} tokens; the models' context is "
-            f"{options.context}. Shorten it, or cut it there with --truncate."
+            f"{_named(first, texts.prompts[first])} has {len(ids[first])} tokens; the models' context is "
+            f"{context}. Shorten it, or cut it there with --truncate."
         )
-    if too_long:
-        cut = _encode(base, [texts[i] for i in too_long], special, options.context)
-        for index, shorter in zip(too_long, cut, strict=True):
-            ids[index] = shorter
-        notes.append(
-            f"prompts cut to the context of {options.context} tokens: {listed(too_long)} "
-            f"({len(too_long)} of {len(prompts)})"
-        )
-    return [
-        TokenizedPrompt(index, ids[index], rendered[index] if rendered else None)
-        for index in range(len(prompts))
-    ], notes
+    for index, shorter in zip(too_long, _encode(tokenizer, texts, too_long, context), strict=True):
+        ids[index] = shorter
+    return ids, [
+        f"prompts cut to the context of {context} tokens: {listed(too_long)} "
+        f"({len(too_long)} of {len(texts)})"
+    ]
 
 
 def render_chats(prompts: Sequence[Prompt], tokenizer: Any, template: str | None) -> list[str] | None:
@@ -180,16 +249,17 @@ def _most_rows(lengths: Sequence[int], start: int, batch_tokens: int, padding: P
 
 
 def _encode(
-    tokenizer: Any, texts: Sequence[str], special: bool, most: int | None = None
+    tokenizer: Any, texts: _Texts, indices: Sequence[int] | None = None, most: int | None = None
 ) -> Iterator[array[int]]:
     """The ids of each text, cut to `most`; in portions, since a tokenizer keeps what one call needed."""
-    for start in range(0, len(texts), PORTION):
+    indices = range(len(texts)) if indices is None else indices
+    for start in range(0, len(indices), PORTION):
         # A tokenizer.json may carry a fixed padding or truncation: both are said here, always.
-        portion = list(texts[start : start + PORTION])
-        with _Reading(start, start + len(portion) - 1):
+        portion = indices[start : start + PORTION]
+        with _Reading(portion[0], portion[-1]):
             encoded = tokenizer(
-                portion,
-                add_special_tokens=special,
+                texts.some(portion),
+                add_special_tokens=texts.special,
                 padding=False,
                 truncation=most is not None,
                 max_length=most,
@@ -236,7 +306,8 @@ def _check_same(
             f"{_named(index, prompts[index])}: the two tokenizers give different ids. At token {place} "
             f"base has {_token(base, left)}, fine-tuned has {_token(finetuned, right)}. States can be "
             "compared token by token only on the same ids: use the same tokenizer files in both "
-            "folders if the vocabulary is the same, or leave out the prompts that differ."
+            "folders if the vocabulary is the same, leave out the prompts that differ, or compare where "
+            "the texts end with --align text."
         )
 
 

@@ -151,9 +151,9 @@ KINDS = (
     ),
     BadInput(
         "alignment unknown",
-        "`--align text`",
-        typed("--align", "text"),
-        ("--align text", "ids"),
+        "`--align words`",
+        typed("--align", "words"),
+        ("--align words", "ids or text"),
         exit_code=2,
     ),
     BadInput(

@@ -17,12 +17,12 @@ from bad_input.kind import BadInput, Prepare, change_json, compare, damaged, ove
 from factories import save_model, tiny_llama, tiny_tokenizer
 
 
-def _other(tokenizer_size: int = 300, **changes: Any) -> Prepare:
+def _other(*more: str, tokenizer_size: int = 300, **changes: Any) -> Prepare:
     """A fine-tuned model `other` of another shape or with another tokenizer."""
 
     def prepare(folder: Path) -> list[str]:
         save_model(folder / "other", tiny_llama(**changes), tiny_tokenizer(tokenizer_size))
-        return compare(f="other")
+        return [*compare(f="other"), *more]
 
     return prepare
 
@@ -101,15 +101,15 @@ TOKENIZERS = (
 KINDS = (
     BadInput(
         "different depth",
-        "two models with a different number of layers",
-        _other(num_hidden_layers=3),
-        ("base has 4 layers", "other has 3", "same depth"),
+        "`--localize` for two models with a different number of layers",
+        _other("--localize", num_hidden_layers=3),
+        ("base and other have 4 blocks of 32", "3 of 32", "Leave --localize out"),
     ),
     BadInput(
         "different width",
         "two models of different widths",
         _other(hidden_size=48),
-        ("base has 32 features", "other has 48", "width"),
+        ("base and other have 32 and 48 features", "from 50 prompts on, and these are 1", "give more"),
     ),
     BadInput(
         "a gate not met",

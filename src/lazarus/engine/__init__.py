@@ -2,23 +2,35 @@
 
 positions.py   which rows of a batch are compared
 recorder.py    the states at every site of one model's forward pass
+head.py        a model's own head on a few rows
+local.py       the fine-tuned model's blocks on base's states: what each block itself changes
+noise.py       what is changed to see the noise: one unit in the last place, on a sample of the prompts
 probe.py       one short pass that learns how a model's blocks behave, and checks it
+pair.py        two models, what they have in common, and what cannot be asked of them
 resident.py    both models in memory, batch by batch
 """
 
+from lazarus.engine.head import Head
+from lazarus.engine.noise import one_ulp_away, pick_sample
+from lazarus.engine.pair import ModelPair, check_shapes, learn_pair
 from lazarus.engine.positions import Position, check_positions
 from lazarus.engine.probe import Conventions, learn
 from lazarus.engine.recorder import Site, StatePair
-from lazarus.engine.resident import ModelPair, learn_pair, run_pairs
+from lazarus.engine.resident import run_noise, run_pairs
 
 __all__ = [
     "Conventions",
+    "Head",
     "ModelPair",
     "Position",
     "Site",
     "StatePair",
     "check_positions",
+    "check_shapes",
     "learn",
     "learn_pair",
+    "one_ulp_away",
+    "pick_sample",
+    "run_noise",
     "run_pairs",
 ]

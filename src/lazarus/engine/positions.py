@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lazarus.errors import PositionError, UnsupportedModelError
 from lazarus.metrics import to_float64
+from lazarus.tokens import TokenBatch
 
 Position = Literal["auto", "last", "mean", "all"] | int
 
@@ -62,15 +63,15 @@ class RowPicker:
     n_tokens: int
 
     @classmethod
-    def of(cls, prompts: Sequence[int], lengths: Sequence[int], position: Position) -> RowPicker:
-        """The picker of a batch whose row i is prompt `prompts[i]` with `lengths[i]` tokens."""
-        spans = [compared_tokens(position, length) for length in lengths]
+    def of(cls, batch: TokenBatch, position: Position) -> RowPicker:
+        """The picker of this batch's compared rows."""
+        spans = [compared_tokens(position, length) for length in batch.lengths]
         sizes = torch.tensor([len(span) for span in spans])
         rows = torch.repeat_interleave(torch.arange(len(spans)), sizes)
         tokens = torch.tensor([token for span in spans for token in span])
         average = position == "mean"
-        owners = torch.tensor(prompts)
-        return cls(rows, tokens, owners if average else owners[rows], average, max(lengths))
+        owners = torch.tensor(batch.prompts)
+        return cls(rows, tokens, owners if average else owners[rows], average, batch.padded_length)
 
     def pick(self, states: Float[Tensor, "batch time hidden"]) -> Float[Tensor, "out hidden"]:
         """The compared rows; padding is never read, not even multiplied by zero.

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers.utils import ModelOutput
 
+from lazarus.engine.head import find_head
 from lazarus.engine.recorder import Recorder, Recording, Take
 from lazarus.errors import BlocksNotFoundError
 from lazarus.metrics import to_float64
@@ -37,6 +39,8 @@ class Conventions:
     padding: Padding
     """the batching under which a prompt's states do not depend on its neighbours"""
     has_final_norm: bool
+    head_reads: type[ModelOutput] | None
+    """what the stack hands to a causal model's head; None where the head cannot be run by itself"""
     notes: tuple[str, ...] = ()
 
     def rows(self, states: Tensor) -> Float[Tensor, "batch time hidden"]:
@@ -61,13 +65,15 @@ def learn(model: LoadedModel, ids: Sequence[int], pad_id: int) -> Conventions:
     axes = _find_axes(model, seen)
     blocks = [_arranged(states, axes) for states in seen.blocks]
     assert seen.final is not None
+    causal = all(_alike(b[0, :-1], b[1, :-1], _same_pass_limit(b)) for b in blocks)
     return Conventions(
         n_layers=len(blocks),
         width=blocks[0].shape[-1],
         axes=axes,
-        causal=all(_alike(b[0, :-1], b[1, :-1], _same_pass_limit(b)) for b in blocks),
+        causal=causal,
         padding=_find_padding(recorder, input_ids, mask, axes, blocks),
         has_final_norm=not torch.equal(blocks[-1], seen.final),
+        head_reads=find_head(model, input_ids, mask) if causal else None,
         notes=_notes(model, seen, blocks),
     )
 

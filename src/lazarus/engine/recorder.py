@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lazarus.errors import DeviceError, UnsupportedModelError
 from lazarus.models import LoadedModel
 
-_FORWARD_FAULTS = (
+FORWARD_FAULTS = (
     RuntimeError,
     ValueError,
     TypeError,
@@ -24,17 +24,22 @@ _FORWARD_FAULTS = (
     AssertionError,
 )
 
-Site = int | Literal["embedding", "final_norm"]
+Site = int | Literal["embedding", "final_norm", "logits"]
 
 
 @dataclass(frozen=True)
 class StatePair:
-    """The two models' states at one site: row i of both is the same token of prompt `prompts[i]`."""
+    """The two models' states at one site: row i of both is the same token of prompt `prompts[i]`.
+
+    All of a prompt's rows come in one pair, but for those of the site `logits`, which may come in parts.
+    """
 
     site: Site
     prompts: Int[Tensor, " rows"]
-    base: Float[Tensor, "rows hidden"]
-    finetuned: Float[Tensor, "rows hidden"]
+    base: Float[Tensor, "rows base_width"]
+    finetuned: Float[Tensor, "rows finetuned_width"]
+    local: Float[Tensor, "rows base_width"] | None = None
+    """what the fine-tuned model's block makes of base's states, where that was asked for"""
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,6 @@ class Recorder:
         self.model = model
         self.stack = model.anatomy.stack
         self.device = next(self.stack.parameters()).device
-        self._accepted = _accepted_arguments(self.stack)
 
     @contextmanager
     def attached(self, take: Callable[[Tensor], Tensor]) -> Iterator[Recording]:
@@ -99,13 +103,7 @@ class Recorder:
             DeviceError: out of memory, or an operator that the device lacks.
             UnsupportedModelError: the forward pass fails on token ids alone.
         """
-        arguments: dict[str, Any] = {
-            "attention_mask": attention_mask.to(self.device),
-            "use_cache": False,
-            "return_dict": True,
-        }
-        if "**" not in self._accepted:
-            arguments = {k: v for k, v in arguments.items() if k in self._accepted}
+        arguments = accepted(self.stack, attention_mask=attention_mask.to(self.device))
         with self._translated(input_ids), torch.no_grad(), self.attached(take.block) as recording:
             output = self.stack(input_ids=input_ids.to(self.device), **arguments)
             last = getattr(output, "last_hidden_state", None)
@@ -122,17 +120,16 @@ class Recorder:
                 f"{where}: {self.device} is out of memory. Use a smaller --batch-tokens, or --dtype bfloat16."
             ) from error
         except NotImplementedError as error:
-            raise DeviceError(
-                f"{where}: {_one_line(error)}. Use --device cpu, or another --dtype."
-            ) from error
-        except _FORWARD_FAULTS as error:
+            raise DeviceError(f"{where}: {one_line(error)}. Use --device cpu, or another --dtype.") from error
+        except FORWARD_FAULTS as error:
             raise UnsupportedModelError(
                 f"{where}: {type(self.model.model).__name__} does not run on token ids alone: "
-                f"{_one_line(error)}. Lazarus compares models of text."
+                f"{one_line(error)}. Lazarus compares models of text."
             ) from error
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An error's text on one line, cut where it goes on for pages."""
     return " ".join(str(error).split())[:300].rstrip(".")
 
 
@@ -153,6 +150,10 @@ def _items(output: Any) -> Any:
     return output if isinstance(output, tuple | list) else ()
 
 
-def _accepted_arguments(stack: nn.Module) -> set[str]:
-    parameters = inspect.signature(stack.forward).parameters.values()
-    return {"**" if p.kind is p.VAR_KEYWORD else p.name for p in parameters}
+def accepted(module: nn.Module, **arguments: Any) -> dict[str, Any]:
+    """The arguments of a run without a cache, less those that the module does not take."""
+    arguments |= {"use_cache": False, "return_dict": True}
+    parameters = inspect.signature(module.forward).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return arguments
+    return {name: value for name, value in arguments.items() if name in {p.name for p in parameters}}

@@ -3,129 +3,156 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from lazarus.engine.head import MOST_LOGITS, Head
+from lazarus.engine.local import beside
+from lazarus.engine.noise import nudged
+from lazarus.engine.pair import ModelPair
 from lazarus.engine.positions import Position, RowPicker
-from lazarus.engine.probe import Conventions, learn
-from lazarus.engine.recorder import Recorder, Site, StatePair, Take
-from lazarus.errors import ShapeMismatchError
+from lazarus.engine.probe import Conventions
+from lazarus.engine.recorder import Recorder, StatePair, Take
 from lazarus.models import LoadedModel
-from lazarus.tokens import Padding, TokenBatch
+from lazarus.tokens import BatchPair, Padding, TokenBatch
 
-_INERT = {
-    "_name_or_path",
-    "dtype",
-    "transformers_version",
-    "architectures",
-    "use_cache",
-    "quantization_config",
-}
-"""Entries of a configuration that do not change how blocks behave."""
+EXTRA_PADDING = 8
 
 
 @dataclass(frozen=True)
-class ModelPair:
-    """Two models of the same depth and width, and how the blocks of each behave."""
+class States:
+    """One model's compared rows of one batch: at every site in order, and those that its head reads."""
 
-    base: LoadedModel
-    finetuned: LoadedModel
-    base_conventions: Conventions
-    finetuned_conventions: Conventions
-
-    def padding(self, longest: int) -> Padding:
-        """The batching that is right for both models and prompts of up to `longest` tokens."""
-        needed = {self.base_conventions.padding, self.finetuned_conventions.padding}
-        # An attention that picks its keys breaks ties by where they stand in the padded batch.
-        if any(longest > (model.anatomy.picked_keys or longest) for model in (self.base, self.finetuned)):
-            needed.add("equal_lengths")
-        return next(p for p in ("one_by_one", "equal_lengths", "right") if p in needed)
-
-    def notes(self, longest: int) -> list[str]:
-        """What a reader must know of how the two models run."""
-        notes = [*self.base_conventions.notes, *self.finetuned_conventions.notes]
-        if self.base.run_dtype != self.finetuned.run_dtype:
-            notes.append(
-                f"{self.base.name} ran in {self.base.run_dtype}, {self.finetuned.name} in "
-                f"{self.finetuned.run_dtype}: part of the divergence is the rounding of the narrower type"
-            )
-        padding = self.padding(longest)
-        if padding != "right":
-            how = "one at a time" if padding == "one_by_one" else "with others of their length"
-            notes.append(f"padding changes the states of this architecture, so prompts ran {how}")
-        return notes
-
-    @property
-    def sites(self) -> list[Site]:
-        """Every site in the order in which the states reach it."""
-        layers: list[Site] = list(range(self.base_conventions.n_layers))
-        normed = self.base_conventions.has_final_norm and self.finetuned_conventions.has_final_norm
-        return ["embedding", *layers, "final_norm"] if normed else ["embedding", *layers]
+    prompts: Tensor
+    sites: list[Tensor]
+    head_prompts: Tensor
+    head_rows: Tensor
 
 
-def learn_pair(base: LoadedModel, finetuned: LoadedModel, ids: Sequence[int], pad_id: int) -> ModelPair:
-    """Learn how both models' blocks behave, and that they can be compared layer by layer.
+class Side:
+    """One of the two models, ready to run batches."""
 
-    Raises:
-        ShapeMismatchError: their depth or width is not the same.
-        BlocksNotFoundError: one of them has no residual stream over tokens.
-    """
-    ours = learn(base, ids, pad_id)
-    theirs = ours if _same_design(base, finetuned) else learn(finetuned, ids, pad_id)
-    for what, b, f in (
-        ("layers", ours.n_layers, theirs.n_layers),
-        ("features in the residual stream", ours.width, theirs.width),
-    ):
-        if b != f:
-            raise ShapeMismatchError(
-                f"{base.name} has {b} {what}, {finetuned.name} has {f}. Layer by layer, cosine "
-                "similarity is defined only for models of the same depth and width: compare a model "
-                "with one derived from it."
-            )
-    return ModelPair(base, finetuned, ours, theirs)
+    def __init__(self, model: LoadedModel, conventions: Conventions) -> None:
+        self.model = model
+        self.conventions = conventions
+        self.recorder = Recorder(model)
+        self.head = Head(model, conventions.head_reads) if conventions.head_reads else None
 
+    def run(self, batch: TokenBatch, position: Position) -> States:
+        """The compared rows of one batch. The head reads them too, or the last ones where they are means."""
+        picker = RowPicker.of(batch, position)
+        head_picker = RowPicker.of(batch, "last") if picker.average else picker
+        head_rows: list[Tensor] = []
 
-def _same_design(base: LoadedModel, finetuned: LoadedModel) -> bool:
-    """The same class and the same configuration: then the blocks of both behave alike."""
-    one, other = base.model.config.to_dict(), finetuned.model.config.to_dict()
-    differing = {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
-    return type(base.model) is type(finetuned.model) and differing <= _INERT
+        def final(states: Tensor) -> Tensor:
+            head_rows.append(head_picker.pick(states))
+            return head_rows[0] if head_picker is picker else picker.pick(states)
+
+        seen = self.recorder.run(*batch.padded(), Take(self.picking(picker), final))
+        assert seen.embedding is not None
+        assert seen.final is not None
+        assert len(seen.blocks) == self.conventions.n_layers, (len(seen.blocks), self.conventions.n_layers)
+        sites = [seen.embedding, *seen.blocks, seen.final]
+        return States(picker.prompts, sites, head_picker.prompts, head_rows[0])
+
+    def picking(self, picker: RowPicker) -> Callable[[Tensor], Tensor]:
+        """Takes the compared rows out of a block's states."""
+        return lambda states: picker.pick(self.conventions.rows(states))
 
 
 def run_pairs(
     pair: ModelPair,
-    batches: Sequence[TokenBatch],
+    batches: Sequence[BatchPair],
     position: Position,
     advanced: Callable[[int], None],
+    *,
+    localize: bool = False,
 ) -> Iterator[StatePair]:
     """Run every batch through both models; yields each site's pair of states, batch by batch.
 
-    Only the compared rows of one batch are ever kept. `advanced` is told the tokens of each batch
-    when it is done.
+    Only the compared rows of one batch are ever kept. `localize` also runs each block of the fine-tuned
+    model on what base's block receives. `advanced` is told the tokens of each batch when it is done.
 
     Raises:
         DeviceError: a batch does not fit the device's memory.
     """
-    base, finetuned = Recorder(pair.base), Recorder(pair.finetuned)
+    base, finetuned = Side(pair.base, pair.base_conventions), Side(pair.finetuned, pair.finetuned_conventions)
     for batch in batches:
-        picker = RowPicker.of(batch.prompts, batch.lengths, position)
-        padded = batch.padded()
-        ours = _pass(base, padded, picker, pair.base_conventions)
-        theirs = _pass(finetuned, padded, picker, pair.finetuned_conventions)
+        local: list[Tensor] = []
+        picking = base.picking(RowPicker.of(batch.base, position))
+        with beside(pair.base, pair.finetuned, picking, local) if localize else nullcontext():
+            ours = base.run(batch.base, position)
+        theirs = finetuned.run(batch.finetuned, position)
+        matched = [theirs.sites[0], *(theirs.sites[1 + i] for i in pair.matched), theirs.sites[-1]]
+        own: Sequence[Tensor | None] = local or [None] * len(pair.matched)
         # zip stops at the last common site: a final norm that only one of them has is no site.
-        for site, b, f in zip(pair.sites, ours, theirs, strict=False):
-            yield StatePair(site, picker.prompts, b, f)
+        for site, b, f, changed in zip(pair.sites, ours.sites, matched, [None, *own, None], strict=False):
+            yield StatePair(site, ours.prompts, b, f, changed)
+        if pair.shares_vocabulary:
+            yield from _logits(base.head, finetuned.head, ours, theirs)
+        advanced(batch.base.n_tokens)
+
+
+def run_noise(
+    pair: ModelPair,
+    batches: Sequence[TokenBatch],
+    position: Position,
+    padding: Padding,
+    seed: int,
+    advanced: Callable[[int], None],
+) -> Iterator[tuple[int, StatePair]]:
+    """Base against base with what ought not to matter changed; yields each trial's number and pairs.
+
+    Each trial runs the same prompts in other batches, with other padding where padding is right for the
+    model, and with the first block's input moved by one unit in the last place. Both states of a pair
+    are base's: no second copy of the weights is needed.
+    """
+    base = Side(pair.base, pair.base_conventions)
+    generator = torch.Generator().manual_seed(seed)
+    for batch in batches:
+        plain = base.run(batch, position)
+        for trial, parts in enumerate(_recomposed(batch, padding)):
+            moved = []
+            for part in parts:
+                with nudged(pair.base.anatomy.blocks[0], generator):
+                    moved.append(base.run(part, position))
+            other = _joined(moved)
+            for site, b, f in zip(pair.sites, plain.sites, other.sites, strict=False):
+                yield trial, StatePair(site, plain.prompts, b, f)
+            for states in _logits(base.head, base.head, plain, other):
+                yield trial, states
         advanced(batch.n_tokens)
 
 
-def _pass(
-    recorder: Recorder, padded: tuple[Tensor, Tensor], picker: RowPicker, conventions: Conventions
-) -> list[Tensor]:
-    """The compared rows of one model at every site, in the order of the sites."""
-    take = Take(block=lambda states: picker.pick(conventions.rows(states)), final=picker.pick)
-    seen = recorder.run(*padded, take)
-    assert seen.embedding is not None
-    assert seen.final is not None
-    assert len(seen.blocks) == conventions.n_layers, (len(seen.blocks), conventions.n_layers)
-    return [seen.embedding, *seen.blocks, seen.final]
+def _recomposed(batch: TokenBatch, padding: Padding) -> list[list[TokenBatch]]:
+    """The same prompts in the same order: in two halves, and in one batch with more padding."""
+    padded = replace(batch, extra_padding=EXTRA_PADDING) if padding == "right" else batch
+    middle = len(batch.members) // 2
+    halves = [replace(batch, members=part) for part in (batch.members[:middle], batch.members[middle:])]
+    return [halves if middle else [padded], [padded]]
+
+
+def _joined(parts: Sequence[States]) -> States:
+    """The rows of several batches, one after the other."""
+    sites = [torch.cat(rows) for rows in zip(*(part.sites for part in parts), strict=True)]
+    others: list[Any] = [
+        torch.cat([getattr(part, name) for part in parts])
+        for name in ("prompts", "head_prompts", "head_rows")
+    ]
+    return States(others[0], sites, others[1], others[2])
+
+
+def _logits(base: Head | None, finetuned: Head | None, ours: States, theirs: States) -> Iterator[StatePair]:
+    """Both models' logits at the rows that the heads read, a few rows at a time, over the common tokens."""
+    if base is None or finetuned is None:
+        return
+    n_rows = max(1, MOST_LOGITS // base.n_tokens)
+    for start in range(0, len(ours.head_rows), n_rows):
+        part = slice(start, start + n_rows)
+        b, f = base.logits(ours.head_rows[part]), finetuned.logits(theirs.head_rows[part])
+        common = min(b.shape[1], f.shape[1])
+        yield StatePair("logits", ours.head_prompts[part], b[:, :common], f[:, :common])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 
-import numpy as np
-
+from lazarus.render.escape import PROMPT_CHARACTERS, escaped
+from lazarus.render.summary import summary_lines, verdict
 from lazarus.results import ActivationDiffRecord, LayerRecord
 
-PROMPT_CHARACTERS = 50
+__all__ = ["escaped", "loading", "page", "prompts", "saved", "summary", "table", "verdict"]
+
 PROMPTS_SHOWN = 20
 HEADER = "Layer    Avg Cos Sim    Divergence"
 RULE = "-" * 35
@@ -32,24 +32,20 @@ def prompts(texts: Sequence[str]) -> str:
 
 
 def table(record: ActivationDiffRecord) -> str:
-    """The table, a row a layer."""
-    return "\n".join([HEADER, RULE, *(_row(layer) for layer in record.layers)])
+    """The table, a row a layer; with a column of local change or of CKA where there is one."""
+    extra: dict[str, list[float | None]] = {}
+    if record.settings.localize:
+        extra["Local"] = [layer.local.relative_l2 if layer.local else None for layer in record.layers]
+    if record.base.hidden_size != record.finetuned.hidden_size:
+        extra["CKA"] = [layer.cka for layer in record.layers]
+    header = HEADER + "".join(f"{name:>12}" for name in extra)
+    rows = [_row(layer, [values[i] for values in extra.values()]) for i, layer in enumerate(record.layers)]
+    return "\n".join([header, RULE + "-" * 12 * len(extra), *rows])
 
 
 def summary(record: ActivationDiffRecord) -> str:
-    """What a reader needs besides the table: where it is largest, where it begins, and the notes."""
-    found, threshold = record.summary, record.settings.threshold
-    lines = []
-    if found.most_divergent_layer is not None:
-        lines.append(
-            f"Most divergent layer: {found.most_divergent_layer} (divergence {_number(found.max_divergence)})"
-        )
-    if found.first_flagged_layer is None:
-        lines.append(f"No layer above the threshold of {threshold:g}")
-    else:
-        lines.append(f"First layer above {threshold:g}: {found.first_flagged_layer}")
-    lines += [*_spread(record), _what_was_compared(record)]
-    lines += [f"Note: {escaped(note)}" for note in record.notes]
+    """What a reader needs besides the table, in at most eight lines, and then the notes."""
+    lines = [*summary_lines(record), *(f"Note: {escaped(note)}" for note in record.notes)]
     return "\n".join(lines)
 
 
@@ -69,70 +65,12 @@ def page(record: ActivationDiffRecord) -> str:
     return "\n\n".join(blocks)
 
 
-def escaped(text: str) -> str:
-    r"""The text with control characters written out, so that it stays on its line.
-
-    >>> escaped("a\tb\x1b[0m")
-    'a\\tb\\x1b[0m'
-    """
-    return "".join(_escape(character) if _is_control(character) else character for character in text)
-
-
-def _is_control(character: str) -> bool:
-    # Cc: control; Cs: half a surrogate; Zl, Zp: line breaks; the bidirectional marks reorder a line.
-    is_marked = unicodedata.bidirectional(character) in {
-        "LRE",
-        "RLE",
-        "LRO",
-        "RLO",
-        "PDF",
-        "LRI",
-        "RLI",
-        "FSI",
-        "PDI",
-    }
-    return unicodedata.category(character) in {"Cc", "Cs", "Zl", "Zp"} or is_marked
-
-
-def _escape(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
-
-
-def _row(layer: LayerRecord) -> str:
+def _row(layer: LayerRecord, extra: Sequence[float | None]) -> str:
     cosine, divergence = _nan(layer.cosine_similarity), _nan(layer.divergence)
     row = f"{layer.layer:<10}{cosine:>8.4f}{divergence:>14.4f}"
+    row += "".join(f"{_nan(value):>12.6f}" for value in extra)
     return row + MARK if layer.flagged else row
 
 
 def _nan(value: float | None) -> float:
     return float("nan") if value is None else value
-
-
-def _number(value: float | None) -> str:
-    """Four decimals, or as many digits as a small number needs to be told from zero."""
-    value = _nan(value)
-    return f"{value:.4f}" if value == 0 or value >= 0.0001 else f"{value:.1e}"
-
-
-def _spread(record: ActivationDiffRecord) -> list[str]:
-    """Between which prompts the mean of the most divergent layer lies."""
-    layer = record.summary.most_divergent_layer
-    if layer is None or len(record.prompts) == 1:
-        return []
-    values = record.results.column("divergence")[:, layer]
-    ends = [int(np.nanargmin(values)), int(np.nanargmax(values))]
-    least, most = (
-        f"{_number(float(values[i]))} ({escaped(record.prompts[i].text[:PROMPT_CHARACTERS])}...)"
-        for i in ends
-    )
-    return [f"Prompts at layer {layer}: from {least} to {most}"]
-
-
-def _what_was_compared(record: ActivationDiffRecord) -> str:
-    settings = record.settings
-    tokens = {
-        "last": "the last token of each prompt",
-        "mean": "the mean over each prompt's tokens",
-        "all": "every token, averaged within each prompt",
-    }.get(settings.position, f"token {settings.position} of each prompt")
-    return f"Compared: {tokens}, in {settings.dtype} on {settings.device}"

@@ -27,6 +27,7 @@ from lazarus.results.records import (
     SiteRecord,
     Summary,
     Tool,
+    Verdict,
 )
 from lazarus.results.rows import ResultRow, ResultRows, finite_or_none
 
@@ -53,6 +54,7 @@ __all__ = [
     "SiteRecord",
     "Summary",
     "Tool",
+    "Verdict",
     "finite_or_none",
     "json_schema",
     "read_json",

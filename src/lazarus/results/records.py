@@ -10,6 +10,7 @@ from lazarus.results.rows import Layer, Record, ResultRows
 
 SCHEMA_VERSION: Literal["1.0"] = "1.0"
 
+Verdict = Literal["identical", "within_noise", "changed"]
 Cosine = Annotated[float, Meta(description="cosine similarity, -1 to 1, mean over prompts")]
 Divergence = Annotated[float, Meta(description="1 - cosine similarity, 0 to 2, mean over prompts")]
 
@@ -48,6 +49,7 @@ class Settings(Record, frozen=True, kw_only=True):
     memory: Literal["resident", "stream"]
     align: Literal["ids", "text"]
     localize: bool
+    readout: str | None
     noise_floor: bool
     fail_above: float | None
     expect: Literal["identical", "changed"] | None
@@ -77,13 +79,16 @@ class PromptRecord(Record, frozen=True, kw_only=True):
     group: str | None
     n_tokens: Annotated[int, Meta(ge=1)]
     rendered: str | None
+    finetuned_n_tokens: Annotated[
+        int | None, Meta(description="with align text: tokens in the fine-tuned model's own reading")
+    ] = None
 
 
 class LocalChange(Record, frozen=True, kw_only=True):
-    """What a block's own weights change, apart from what it inherits (null until measured)."""
+    """What a block's own weights change, apart from what it inherits: F(b) against B(b)."""
 
-    relative_l2: float | None
-    cosine_similarity: float | None
+    relative_l2: Annotated[float | None, Meta(description="‖F(b) − B(b)‖ / ‖B(b)‖")]
+    cosine_similarity: Annotated[float | None, Meta(description="cosine of F(b) and B(b)")]
 
 
 class Measures(Record, frozen=True, kw_only=True):
@@ -98,7 +103,12 @@ class Measures(Record, frozen=True, kw_only=True):
     centered_cosine_similarity: Annotated[
         float | None, Meta(description="feature-mean-centred cosine; null without LayerNorm")
     ]
-    noise_floor: Annotated[float | None, Meta(description="numerical noise, in relative L2")] = None
+    noise_floor: Annotated[
+        float | None, Meta(description="what numerical noise alone may reach, in relative L2")
+    ] = None
+    noise_floor_divergence: Annotated[
+        float | None, Meta(description="what numerical noise alone may reach, in divergence")
+    ] = None
     unrelated_similarity: Annotated[float | None, Meta(description="mean cosine of unrelated prompts")] = None
     normalized_divergence: Annotated[
         float | None, Meta(description="divergence over 1 - unrelated_similarity")
@@ -106,8 +116,12 @@ class Measures(Record, frozen=True, kw_only=True):
     interval: Annotated[
         tuple[float, float] | None, Meta(description="95 % interval of the divergence: low, high")
     ] = None
-    top1_share: float | None = None
-    top3_share: float | None = None
+    top1_share: Annotated[
+        float | None, Meta(description="share of the mean cosine that its largest dimension carries")
+    ] = None
+    top3_share: Annotated[
+        float | None, Meta(description="share of the mean cosine that its three largest dimensions carry")
+    ] = None
     cka: Annotated[float | None, Meta(description="debiased linear CKA")] = None
     local: LocalChange | None = None
 
@@ -116,6 +130,9 @@ class LayerRecord(Measures, frozen=True, kw_only=True):
     """One block: the residual stream after it, before the final norm."""
 
     layer: Layer
+    finetuned_layer: Annotated[
+        Layer | None, Meta(description="its counterpart in a model of other depth; null where it is the same")
+    ] = None
 
 
 class SiteRecord(Measures, frozen=True, kw_only=True):
@@ -125,13 +142,19 @@ class SiteRecord(Measures, frozen=True, kw_only=True):
 
 
 class Output(Record, frozen=True, kw_only=True):
-    """The effect on the next-token distribution at the compared position (null until measured)."""
+    """The effect on the next-token distribution at the compared position: means over prompts."""
 
-    kl_base_finetuned: float | None
-    kl_finetuned_base: float | None
-    js: float | None
-    top1_agreement: float | None
-    base_rank_of_finetuned_top1: float | None
+    kl_base_finetuned: Annotated[float | None, Meta(description="KL(base‖finetuned), nats")]
+    kl_finetuned_base: Annotated[float | None, Meta(description="KL(finetuned‖base), nats")]
+    js: Annotated[float | None, Meta(description="Jensen-Shannon divergence, nats, 0 to ln 2")]
+    top1_agreement: Annotated[float | None, Meta(description="share of prompts with the same first choice")]
+    base_rank_of_finetuned_top1: Annotated[
+        float | None, Meta(description="rank in base of the fine-tuned model's first choice, from 1")
+    ]
+    logits_relative_l2: Annotated[float | None, Meta(description="‖f − b‖ / ‖b‖ of the logits")]
+    noise_floor: Annotated[
+        float | None, Meta(description="what numerical noise alone may reach, in the logits' relative L2")
+    ]
 
 
 class ReadoutToken(Record, frozen=True, kw_only=True):
@@ -143,18 +166,21 @@ class ReadoutToken(Record, frozen=True, kw_only=True):
 
 
 class Readout(Record, frozen=True, kw_only=True):
-    """The mean difference at a layer, read through each model's own head (null until measured)."""
+    """The mean difference at a layer, read through each model's own final norm and head."""
 
     layer: Layer
     base_promoted: list[ReadoutToken]
     base_suppressed: list[ReadoutToken]
     finetuned_promoted: list[ReadoutToken]
     finetuned_suppressed: list[ReadoutToken]
-    static_share: float | None
+    static_share: Annotated[
+        float | None,
+        Meta(description="how much of the change is one shift for all prompts; below 0: none detected"),
+    ]
 
 
 class GroupCurve(Record, frozen=True, kw_only=True):
-    """The divergence per layer of one group of prompts (null until measured)."""
+    """The divergence per layer of one group of prompts."""
 
     group: str
     n_prompts: int
@@ -166,9 +192,13 @@ class GroupContrast(Record, frozen=True, kw_only=True):
 
     group_a: str
     group_b: str
-    log_ratio: list[float | None]
-    p_value: float | None
-    layer: Layer | None
+    log_ratio: Annotated[
+        list[float | None], Meta(description="mean log divergence of a less that of b; null within the noise")
+    ]
+    p_value: Annotated[
+        float | None, Meta(description="one-sided permutation test of the largest log_ratio over layers")
+    ]
+    layer: Annotated[Layer | None, Meta(description="where log_ratio is largest")]
 
 
 class Groups(Record, frozen=True, kw_only=True):
@@ -185,10 +215,20 @@ class Summary(Record, frozen=True, kw_only=True):
     max_divergence: float | None
     first_flagged_layer: Layer | None
     n_flagged_layers: int
-    verdict: Literal["identical", "within_noise", "changed"] | None = None
-    weights_identical: bool | None = None
-    onset_layer: Layer | None = None
-    most_changed_block: Layer | None = None
+    verdict: Annotated[
+        Verdict | None,
+        Meta(description="bit for bit the same; different by no more than the noise; or changed"),
+    ] = None
+    causes: Annotated[
+        list[str], Meta(description="where nothing changed: what was found that may explain it")
+    ]
+    weights_identical: Annotated[bool | None, Meta(description="both run on the same weights")] = None
+    onset_layer: Annotated[
+        Layer | None, Meta(description="from here on every layer's divergence is above the noise")
+    ] = None
+    most_changed_block: Annotated[
+        Layer | None, Meta(description="the block with the largest local change")
+    ] = None
 
 
 class ActivationDiffRecord(Record, frozen=True, kw_only=True):

@@ -1,11 +1,10 @@
-"""The formulas, and the accumulator that turns pairs of states into numbers a prompt.
-
-Everything here is float64: on the few rows that are compared, never on whole activations.
-"""
+"""A pair of rows → its metrics, and each prompt's means over its rows."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -14,11 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 ROW_METRICS = ("divergence", "relative_l2", "norm_ratio", "centered_divergence")
+LOCAL_METRICS = ("local_relative_l2", "local_divergence")
 
 
 @dataclass(frozen=True)
 class RowValues:
-    """The metrics of each row, and which rows are valid (both vectors finite and not zero)."""
+    """The metrics of each row, and which rows are valid (both vectors finite, and not zero)."""
 
     values: Float[Tensor, "rows metrics"]
     valid: Bool[Tensor, " rows"]
@@ -75,49 +75,89 @@ def centered_divergence(
     return divergence(b - b.mean(-1, keepdim=True), f - f.mean(-1, keepdim=True))
 
 
-def compare_rows(
-    base: Float[Tensor, "rows hidden"], finetuned: Float[Tensor, "rows hidden"], centered: bool
-) -> RowValues:
+@dataclass(frozen=True)
+class Rows:
+    """Pairs of states in float64, with their lengths and directions, each computed once.
+
+    A length is finite and not zero exactly where the row is: float64 holds the square of every number
+    of the narrower types.
+    """
+
+    base: Float[Tensor, "rows hidden"]
+    finetuned: Float[Tensor, "rows hidden"]
+    base_length: Float[Tensor, " rows"]
+    finetuned_length: Float[Tensor, " rows"]
+
+    @classmethod
+    def of(cls, base: Float[Tensor, "rows hidden"], finetuned: Float[Tensor, "rows hidden"]) -> Rows:
+        """The rows of two models at one site, in whatever type they ran in."""
+        b, f = to_float64(base), to_float64(finetuned)
+        return cls(b, f, b.norm(dim=-1), f.norm(dim=-1))
+
+    @cached_property
+    def base_unit(self) -> Float[Tensor, "rows hidden"]:
+        """b̂, the direction of each base state."""
+        return self.base / self.base_length[:, None]
+
+    @cached_property
+    def finetuned_unit(self) -> Float[Tensor, "rows hidden"]:
+        """f̂, the direction of each fine-tuned state."""
+        return self.finetuned / self.finetuned_length[:, None]
+
+    @cached_property
+    def valid(self) -> Bool[Tensor, " rows"]:
+        """Where both states are finite and not zero."""
+        total = self.base_length + self.finetuned_length
+        return (self.base_length > 0) & (self.finetuned_length > 0) & total.isfinite()
+
+    def only_valid(self) -> Rows:
+        """The rows that are valid; these very ones where all are."""
+        if bool(self.valid.all()):
+            return self
+        parts = (self.base, self.finetuned, self.base_length, self.finetuned_length)
+        return Rows(*(part[self.valid] for part in parts))
+
+
+def compare_rows(rows: Rows, centered: bool) -> RowValues:
     """Every metric of every pair of rows; `centered` adds the one for models with LayerNorm.
 
-    The same formulas as above, with each length computed once. A length is finite and not zero exactly
-    where the row is: float64 holds the square of every number of the narrower types.
+    The same formulas as above, with each length computed once.
     """
-    b, f = to_float64(base), to_float64(finetuned)
-    b_length, f_length = b.norm(dim=-1), f.norm(dim=-1)
-    valid = (b_length > 0) & (f_length > 0) & (b_length + f_length).isfinite()
-    unit_difference = b / b_length[:, None] - f / f_length[:, None]
+    b, f = rows.base, rows.finetuned
     columns = [
-        unit_difference.square().sum(-1) / 2,
-        (f - b).norm(dim=-1) / b_length,
-        f_length / b_length,
-        centered_divergence(b, f) if centered else torch.full_like(b_length, torch.nan),
+        (rows.base_unit - rows.finetuned_unit).square().sum(-1) / 2,
+        (f - b).norm(dim=-1) / rows.base_length,
+        rows.finetuned_length / rows.base_length,
+        centered_divergence(b, f) if centered else torch.full_like(rows.base_length, torch.nan),
     ]
-    return RowValues(torch.stack(columns, dim=-1), valid)
+    return RowValues(torch.stack(columns, dim=-1), rows.valid)
+
+
+def compare_local(rows: Rows) -> RowValues:
+    """What a block's own weights change: `rows` are B(b) and F(b), both blocks' outputs on base's states."""
+    columns = [
+        (rows.finetuned - rows.base).norm(dim=-1) / rows.base_length,
+        (rows.base_unit - rows.finetuned_unit).square().sum(-1) / 2,
+    ]
+    return RowValues(torch.stack(columns, dim=-1), rows.valid)
 
 
 class PromptMeans:
-    """Accumulates one site: for each prompt, the sum of each metric over its rows, and their number.
+    """Accumulates, for each prompt, the sum of each metric over its rows, and their number.
 
     The prompt is the unit: averages go over a prompt's tokens first, then over prompts. Updates may
     come in any order and split, and two accumulators that saw different pairs merge into one that saw
     both; `means` does not depend on it beyond the rounding of a prompt's own sum.
     """
 
-    def __init__(self, n_prompts: int, centered: bool = False) -> None:
-        self.centered = centered
-        self.sums = np.zeros((n_prompts, len(ROW_METRICS)))
+    def __init__(self, metrics: Sequence[str], n_prompts: int) -> None:
+        self.metrics = tuple(metrics)
+        self.sums = np.zeros((n_prompts, len(self.metrics)))
         self.n_rows = np.zeros(n_prompts, dtype=np.int64)
         self.n_excluded = np.zeros(n_prompts, dtype=np.int64)
 
-    def update(
-        self,
-        prompts: Int[Tensor, " rows"],
-        base: Float[Tensor, "rows hidden"],
-        finetuned: Float[Tensor, "rows hidden"],
-    ) -> None:
-        """Take in pairs of rows; `prompts` names the prompt that each row belongs to."""
-        rows = compare_rows(base, finetuned, self.centered)
+    def update(self, prompts: Int[Tensor, " rows"], rows: RowValues) -> None:
+        """Take in the metrics of some rows; `prompts` names the prompt that each row belongs to."""
         valid = rows.valid.cpu().numpy()
         index = prompts.cpu().numpy()
         np.add.at(self.sums, index[valid], rows.values.cpu().numpy()[valid])
@@ -126,7 +166,7 @@ class PromptMeans:
 
     def merge(self, other: PromptMeans) -> PromptMeans:
         """A new accumulator that has seen what both have seen."""
-        merged = PromptMeans(len(self.n_rows), self.centered)
+        merged = PromptMeans(self.metrics, len(self.n_rows))
         merged.sums = self.sums + other.sums
         merged.n_rows = self.n_rows + other.n_rows
         merged.n_excluded = self.n_excluded + other.n_excluded
@@ -135,7 +175,7 @@ class PromptMeans:
     def means(self) -> dict[str, NDArray[np.float64]]:
         """For each metric, its mean over each prompt's rows, [prompts]; NaN for one without rows."""
         counts = np.where(self.n_rows > 0, self.n_rows, np.nan)[:, None]
-        return dict(zip(ROW_METRICS, (self.sums / counts).T, strict=True))
+        return dict(zip(self.metrics, (self.sums / counts).T, strict=True))
 
 
 def mean_over_prompts(values: NDArray[np.float64]) -> float:

@@ -1,0 +1,99 @@
+"""A model's own head on a few rows: whatever it does between the last block and the logits.
+
+No list of families: the head is run by the model's own code. To get logits out of states after the final
+norm, the stack is made to return them; to read states before it, the last block is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from lazarus.engine.recorder import FORWARD_FAULTS, accepted, first_tensor
+from lazarus.models import LoadedModel
+
+MOST_LOGITS = 2**24
+"""How many logits are held at once."""
+
+
+class Head:
+    """The head of one model, on rows [rows, hidden] of one sequence."""
+
+    def __init__(self, model: LoadedModel, output_class: type[ModelOutput]) -> None:
+        self.model = model.model
+        self.stack = model.anatomy.stack
+        self.last_block = model.anatomy.blocks[-1]
+        self.n_tokens = int(self.model.config.get_text_config().vocab_size)
+        self._output_class = output_class
+
+    def logits(self, states: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocabulary"]:
+        """Next-token logits from states after the final norm."""
+        given = self._output_class(last_hidden_state=states[None])
+        with _returning(self.stack, given):
+            return self._run(len(states), states.device)
+
+    def read(self, states: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocabulary"]:
+        """Next-token logits from states of the residual stream: through the final norm, and then the head."""
+
+        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+            given = states[None].to(first_tensor(output))
+            return given if isinstance(output, Tensor) else type(output)((given, *output[1:]))
+
+        handle = self.last_block.register_forward_hook(hook)
+        try:
+            return self._run(len(states), states.device)
+        finally:
+            handle.remove()
+
+    def _run(self, n_rows: int, device: torch.device) -> Tensor:
+        ids = torch.zeros(1, n_rows, dtype=torch.long, device=device)
+        with torch.no_grad():
+            logits: Tensor = self.model(input_ids=ids, **accepted(self.model)).logits
+        return logits[0]
+
+
+def find_head(
+    model: LoadedModel, input_ids: Int[Tensor, "batch time"], mask: Int[Tensor, "batch time"]
+) -> type[ModelOutput] | None:
+    """What the stack returns to the head, if the head can be run by itself; else None.
+
+    The head by itself must give the logits of the whole model on these tokens, in the very bits.
+    """
+    stack, whole = model.anatomy.stack, model.model
+    if stack is whole or whole.get_output_embeddings() is None:
+        return None
+    seen: list[Any] = []
+    handle = stack.register_forward_hook(lambda _module, _args, output: seen.append(output))
+    device = next(stack.parameters()).device
+    try:
+        with torch.no_grad():
+            arguments = accepted(whole, attention_mask=mask.to(device))
+            expected = whole(input_ids=input_ids.to(device), **arguments).logits
+        states = seen[0].last_hidden_state
+        found = type(seen[0])
+        logits = Head(model, found).logits(states.reshape(-1, states.shape[-1]))
+    except FORWARD_FAULTS:
+        return None  # a head that wants more than token ids and states: no output is measured
+    finally:
+        handle.remove()
+    close = torch.allclose(logits.reshape(expected.shape), expected, rtol=1e-3, atol=1e-3, equal_nan=True)
+    return found if close else None
+
+
+@contextmanager
+def _returning(module: nn.Module, output: Any) -> Iterator[None]:
+    """The module returns `output` whatever it is given, while the context lasts."""
+    own = vars(module).get("forward")  # accelerate puts one of its own there
+    module.forward = lambda *_args, **_kwargs: output
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own

@@ -1,0 +1,57 @@
+"""What each block's own weights change: the fine-tuned block on the very arguments that base's block got."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from lazarus.engine.recorder import FORWARD_FAULTS, first_tensor, one_line
+from lazarus.errors import UnsupportedModelError
+from lazarus.models import LoadedModel
+
+
+@contextmanager
+def beside(
+    base: LoadedModel, finetuned: LoadedModel, take: Callable[[Tensor], Tensor], taken: list[Tensor]
+) -> Iterator[None]:
+    """While base runs, run each of the fine-tuned model's blocks on what base's block receives.
+
+    For B and F the two models' block and b base's state before it, `taken` gets what `take` keeps of
+    F(b), in the order in which the blocks run. So F(b) − B(b) is what the block's own weights change,
+    and nothing of it is inherited.
+
+    Raises:
+        UnsupportedModelError: a block of the fine-tuned model does not run on base's states.
+    """
+
+    def hook_for(index: int, block: nn.Module) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
+            try:
+                returned = block(*map(_copied, args), **{k: _copied(v) for k, v in kwargs.items()})
+            except FORWARD_FAULTS as error:
+                raise UnsupportedModelError(
+                    f"--localize: block {index} of {finetuned.name} does not run on the states of "
+                    f"{base.name}: {one_line(error)}. Leave --localize out for this pair."
+                ) from error
+            taken.append(take(first_tensor(returned)))
+
+        return hook
+
+    pairs = zip(base.anatomy.blocks, finetuned.anatomy.blocks, strict=True)
+    handles = [
+        block.register_forward_hook(hook_for(index, other), with_kwargs=True)
+        for index, (block, other) in enumerate(pairs)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _copied(argument: Any) -> Any:
+    """A block may write what it shares with later blocks into a dict: into base's only base's blocks do."""
+    return dict(argument) if type(argument) is dict else argument

@@ -1,0 +1,154 @@
+"""Two models that can be compared, and what they have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lazarus.engine.probe import Conventions, learn
+from lazarus.engine.recorder import Site
+from lazarus.errors import ShapeMismatchError
+from lazarus.models import LoadedModel
+from lazarus.tokens import Padding
+
+_INERT = {
+    "_name_or_path",
+    "dtype",
+    "transformers_version",
+    "architectures",
+    "use_cache",
+    "quantization_config",
+}
+"""Entries of a configuration that do not change how blocks behave."""
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """Two models, and how the blocks of each behave."""
+
+    base: LoadedModel
+    finetuned: LoadedModel
+    base_conventions: Conventions
+    finetuned_conventions: Conventions
+    align: Literal["ids", "text"] = "ids"
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """The width of each model's residual stream."""
+        return self.base_conventions.width, self.finetuned_conventions.width
+
+    @property
+    def same_width(self) -> bool:
+        """Whether a cosine between their states is defined."""
+        return self.widths[0] == self.widths[1]
+
+    @property
+    def same_shape(self) -> bool:
+        """Whether they have as many blocks, of the same width."""
+        return self.same_width and self.base_conventions.n_layers == self.finetuned_conventions.n_layers
+
+    @property
+    def matched(self) -> list[int]:
+        """For each block of base, the fine-tuned model's block at the same relative depth."""
+        ours, theirs = self.base_conventions.n_layers, self.finetuned_conventions.n_layers
+        return [round(i * (theirs - 1) / max(ours - 1, 1)) for i in range(ours)]
+
+    @property
+    def shares_vocabulary(self) -> bool:
+        """Whether token i of both heads is the same token."""
+        heads = (self.base_conventions.head_reads, self.finetuned_conventions.head_reads)
+        return self.align == "ids" and None not in heads
+
+    def padding(self, longest: int) -> Padding:
+        """The batching that is right for both models and prompts of up to `longest` tokens."""
+        needed = {self.base_conventions.padding, self.finetuned_conventions.padding}
+        # An attention that picks its keys breaks ties by where they stand in the padded batch.
+        if any(longest > (model.anatomy.picked_keys or longest) for model in (self.base, self.finetuned)):
+            needed.add("equal_lengths")
+        if self.align == "text" and needed != {"right"}:
+            return "one_by_one"  # prompts of one length for base are of several for the other tokenizer
+        return next(p for p in ("one_by_one", "equal_lengths", "right") if p in needed)
+
+    def notes(self, longest: int) -> list[str]:
+        """What a reader must know of how the two models run."""
+        notes = [*self.base_conventions.notes, *self.finetuned_conventions.notes]
+        if self.base.run_dtype != self.finetuned.run_dtype:
+            notes.append(
+                f"{self.base.name} ran in {self.base.run_dtype}, {self.finetuned.name} in "
+                f"{self.finetuned.run_dtype}: part of the divergence is the rounding of the narrower type"
+            )
+        padding = self.padding(longest)
+        if padding != "right":
+            how = "one at a time" if padding == "one_by_one" else "with others of their length"
+            notes.append(f"padding changes the states of this architecture, so prompts ran {how}")
+        return notes + self._shape_notes()
+
+    def _shape_notes(self) -> list[str]:
+        """What two models of different shape cannot be asked."""
+        notes = []
+        ours, theirs = self.base_conventions.n_layers, self.finetuned_conventions.n_layers
+        if ours != theirs:
+            notes.append(
+                f"{self.base.name} has {ours} layers, {self.finetuned.name} has {theirs}: they are matched "
+                "by relative depth (finetuned_layer in JSON)"
+            )
+        if not self.same_width:
+            notes.append(
+                f"residual streams of {self.widths[0]} and {self.widths[1]} features have no cosine: CKA is "
+                "given instead"
+            )
+        return notes
+
+    @property
+    def sites(self) -> list[Site]:
+        """Every site in the order in which the states reach it."""
+        layers: list[Site] = list(range(self.base_conventions.n_layers))
+        normed = self.base_conventions.has_final_norm and self.finetuned_conventions.has_final_norm
+        return ["embedding", *layers, "final_norm"] if normed else ["embedding", *layers]
+
+
+def learn_pair(
+    base: LoadedModel,
+    finetuned: LoadedModel,
+    ids: tuple[Sequence[int], Sequence[int]],
+    pad_ids: tuple[int, int],
+    align: Literal["ids", "text"] = "ids",
+) -> ModelPair:
+    """Learn how both models' blocks behave, from a few of each one's own token ids.
+
+    Raises:
+        BlocksNotFoundError: one of them has no residual stream over tokens.
+    """
+    ours = learn(base, ids[0], pad_ids[0])
+    theirs = ours if _same_design(base, finetuned) else learn(finetuned, ids[1], pad_ids[1])
+    return ModelPair(base, finetuned, ours, theirs, align)
+
+
+def check_shapes(pair: ModelPair, n_prompts: int, fewest: int, *, localize: bool) -> None:
+    """Refuse a pair that cannot be compared in the way that was asked for.
+
+    Raises:
+        ShapeMismatchError: widths differ and there are too few prompts for CKA, or blocks cannot be
+            put beside each other.
+    """
+    names = f"{pair.base.name} and {pair.finetuned.name}"
+    if not pair.same_width and n_prompts < fewest:
+        raise ShapeMismatchError(
+            f"{names} have {pair.widths[0]} and {pair.widths[1]} features in the residual stream, so their "
+            f"states have no cosine. CKA compares them from {fewest} prompts on, and these are {n_prompts}: "
+            "give more prompts, or compare a model with one derived from it."
+        )
+    if localize and not pair.same_shape:
+        raise ShapeMismatchError(
+            f"--localize runs each block of one model on the states of the other, and {names} have "
+            f"{pair.base_conventions.n_layers} blocks of {pair.widths[0]} features and "
+            f"{pair.finetuned_conventions.n_layers} of {pair.widths[1]}. Leave --localize out."
+        )
+
+
+def _same_design(base: LoadedModel, finetuned: LoadedModel) -> bool:
+    """The same class and the same configuration: then the blocks of both behave alike."""
+    one, other = base.model.config.to_dict(), finetuned.model.config.to_dict()
+    differing = {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
+    return type(base.model) is type(finetuned.model) and differing <= _INERT

@@ -1,0 +1,100 @@
+"""What a reader must know of the numbers themselves: too few prompts, a cosine that one dimension carries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from lazarus.findings.numbers import Findings
+from lazarus.metrics import MOST_KEPT
+from lazarus.results import LayerRecord
+from lazarus.statistics import MIN_PROMPTS
+
+FEW_PROMPTS = 30
+
+
+def limits(found: Findings, layers: Sequence[LayerRecord]) -> list[str]:
+    """Notes on what could not be measured, and on numbers that say less than they seem to."""
+    return [
+        *_few_prompts(found),
+        *_baseline(found, layers),
+        *_shares(layers),
+        *_noise(found),
+        *_output(found),
+        *_cka(found),
+    ]
+
+
+def _few_prompts(found: Findings) -> list[str]:
+    n_prompts = len(found.groups_of_prompts)
+    if n_prompts < MIN_PROMPTS:
+        return [f"no interval and no onset: they need {MIN_PROMPTS} prompts"]
+    if n_prompts < FEW_PROMPTS:
+        return [
+            f"{n_prompts} prompts: intervals of so few are rough; from {FEW_PROMPTS} on they can be trusted"
+        ]
+    return []
+
+
+def _baseline(found: Findings, layers: Sequence[LayerRecord]) -> list[str]:
+    if len(found.groups_of_prompts) < 2 or not found.pair.same_width:
+        return []
+    close = [
+        r.layer for r in layers if r.unrelated_similarity is not None and r.normalized_divergence is None
+    ]
+    if not close:
+        return []
+    return [
+        f"layer {ranges(close)}: unrelated prompts are all but the same at the compared tokens, so no "
+        "normalised divergence is given there"
+    ]
+
+
+def _shares(layers: Sequence[LayerRecord]) -> list[str]:
+    heavy = [layer.layer for layer in layers if (layer.top1_share or 0) > 0.5]
+    if not heavy:
+        return []
+    return [
+        f"layer {ranges(heavy)}: one dimension carries more than half of the mean cosine, which says little "
+        "of the others; see normalized_divergence"
+    ]
+
+
+def _noise(found: Findings) -> list[str]:
+    if found.floors or not found.pair.same_width:
+        return []
+    return ["the noise floor was not measured, so no verdict is given and no onset"]
+
+
+def _output(found: Findings) -> list[str]:
+    pair = found.pair
+    if found.output is not None:
+        sizes = [int(m.model.config.get_text_config().vocab_size) for m in (pair.base, pair.finetuned)]
+        if sizes[0] != sizes[1]:
+            return [
+                f"heads of {sizes[0]} and {sizes[1]} tokens: next-token distributions are compared over the "
+                f"first {min(sizes)}"
+            ]
+        return []
+    if pair.align == "text" or not (pair.base_conventions.causal and pair.finetuned_conventions.causal):
+        return []
+    return ["no next-token head that can be run by itself: the effect on the output was not measured"]
+
+
+def _cka(found: Findings) -> list[str]:
+    n_prompts = len(found.groups_of_prompts)
+    return [f"CKA is of {MOST_KEPT} of the {n_prompts} prompts"] if n_prompts > MOST_KEPT else []
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Ascending numbers as ranges.
+
+    >>> ranges([0, 1, 2, 5, 7, 8])
+    '0 to 2, 5, 7 to 8'
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)

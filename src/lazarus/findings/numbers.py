@@ -1,0 +1,243 @@
+"""From what the accumulators hold to the numbers of the result: means, references, verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lazarus.engine import ModelPair, Site
+from lazarus.measure import Measured
+from lazarus.metrics import PromptMeans, SiteMeasures, mean_over_prompts, normalized_divergence
+from lazarus.models import weights_identical, why_the_same
+from lazarus.results import (
+    GroupContrast,
+    GroupCurve,
+    Groups,
+    LocalChange,
+    Output,
+    ResultRows,
+    Summary,
+    Verdict,
+    finite_or_none,
+)
+from lazarus.statistics import (
+    Floor,
+    Intervals,
+    contrasts,
+    find_verdict,
+    group_curves,
+    intervals,
+    noise_floor,
+    onset,
+)
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Every number of a run, computed when it is asked for and then kept."""
+
+    pair: ModelPair
+    measured: Measured
+    threshold: float
+    groups_of_prompts: Sequence[str | None]
+    seed: int
+
+    @cached_property
+    def layers(self) -> list[int]:
+        """The layers, in order."""
+        return [site for site in self.pair.sites if isinstance(site, int)]
+
+    @cached_property
+    def by_prompt(self) -> Mapping[Site, Mapping[str, Floats]]:
+        """For each site and metric, every prompt's mean over its rows, [prompts]."""
+        return {site: found.means.means() for site, found in self.measured.sites.items()}
+
+    @cached_property
+    def floors(self) -> Mapping[Site, Floor]:
+        """What noise alone may reach at each site, and in the logits; empty where it was not measured."""
+        dtype = self.pair.base.run_dtype
+        sites = {site for trial in self.measured.noise for site in trial}
+        return {
+            site: noise_floor([_l2_and_divergence(t[site]) for t in self.measured.noise if site in t], dtype)
+            for site in sites
+        }
+
+    @cached_property
+    def divergence(self) -> Floats:
+        """Every prompt's divergence at every layer, [prompts, layers]; NaN where it was not measured."""
+        return np.stack([self.by_prompt[layer]["divergence"] for layer in self.layers], axis=1)
+
+    @cached_property
+    def layer_intervals(self) -> Intervals | None:
+        """The intervals over prompts at every layer."""
+        return intervals(self.divergence, self.seed)
+
+    def measures(self, site: Site) -> dict[str, Any]:
+        """The fields of one layer's or site's record: means over prompts, and what stands beside them."""
+        found, accumulators = self._means(site), self.measured.sites[site]
+        directions, floor = accumulators.directions, self.floors.get(site)
+        unrelated = directions.unrelated_similarity()
+        return {
+            "cosine_similarity": finite_or_none(1 - found["divergence"]),
+            "divergence": finite_or_none(found["divergence"]),
+            "flagged": found["divergence"] > self.threshold,
+            "n_prompts": int((accumulators.means.n_rows > 0).sum()),
+            "relative_l2": finite_or_none(found["relative_l2"]),
+            "norm_ratio": finite_or_none(found["norm_ratio"]),
+            "centered_cosine_similarity": finite_or_none(1 - found["centered_divergence"]),
+            "noise_floor": floor.relative_l2 if floor else None,
+            "noise_floor_divergence": floor.divergence if floor else None,
+            "unrelated_similarity": finite_or_none(unrelated),
+            "normalized_divergence": finite_or_none(normalized_divergence(found["divergence"], unrelated)),
+            "interval": self._interval(site),
+            "top1_share": finite_or_none(directions.top_share(1)),
+            "top3_share": finite_or_none(directions.top_share(3)),
+            "cka": finite_or_none(accumulators.kept.cka()),
+            "local": _local(accumulators),
+        }
+
+    def rows(self, texts: Sequence[str]) -> ResultRows:
+        """One row a prompt and layer."""
+        local: dict[Site, Mapping[str, Floats]] = {
+            layer: self.measured.sites[layer].local.means() for layer in self.layers
+        }
+
+        def column(means: Mapping[Site, Mapping[str, Floats]], name: str) -> Floats:
+            return np.stack([means[layer][name] for layer in self.layers], axis=1)
+
+        columns = {
+            "cosine_similarity": 1 - self.divergence,
+            "divergence": self.divergence,
+            "relative_l2": column(self.by_prompt, "relative_l2"),
+            "norm_ratio": column(self.by_prompt, "norm_ratio"),
+            "centered_cosine_similarity": 1 - column(self.by_prompt, "centered_divergence"),
+            "local_relative_l2": column(local, "local_relative_l2"),
+            "local_cosine_similarity": 1 - column(local, "local_divergence"),
+        }
+        return ResultRows(list(texts), columns)
+
+    @cached_property
+    def verdict(self) -> Verdict | None:
+        """Whether anything changed beyond the noise; None where the noise was not measured."""
+        if not self.pair.same_width:
+            return "changed"
+        seen: dict[Site, float] = {site: self._means(site)["relative_l2"] for site in self.pair.sites}
+        if self.output is not None and self.output.logits_relative_l2 is not None:
+            seen["logits"] = self.output.logits_relative_l2
+        if not self.floors and any(value != 0 for value in seen.values()):
+            return None
+        return find_verdict(seen, self.floors)
+
+    @cached_property
+    def output(self) -> Output | None:
+        """The effect on the next-token distribution; None where the heads were not run."""
+        means = self.measured.output
+        if not means.n_rows.any():
+            return None
+        floor = self.floors.get("logits")
+        found = {name: finite_or_none(mean_over_prompts(v)) for name, v in means.means().items()}
+        return Output(**found, noise_floor=floor.relative_l2 if floor else None)
+
+    def groups(self) -> Groups | None:
+        """The curve of each group of prompts, and how much more the first diverges than the others."""
+        curves = group_curves(self.divergence, self.groups_of_prompts)
+        if not curves:
+            return None
+        floor = np.array([self._divergence_floor(layer) for layer in self.layers])
+        found = contrasts(self.divergence, self.groups_of_prompts, floor, self.seed)
+        return Groups(
+            curves=[
+                GroupCurve(group=c.group, n_prompts=c.n_prompts, divergence=_listed(c.mean_divergence))
+                for c in curves
+            ],
+            contrasts=[
+                GroupContrast(
+                    group_a=c.group_a,
+                    group_b=c.group_b,
+                    log_ratio=_listed(c.log_ratio),
+                    p_value=c.p_value,
+                    layer=c.layer,
+                )
+                for c in found
+            ],
+        )
+
+    def summary(self) -> Summary:
+        """The few numbers that a reader looks for first."""
+        means = {layer: mean_over_prompts(self.by_prompt[layer]["divergence"]) for layer in self.layers}
+        measured = {layer: value for layer, value in means.items() if not np.isnan(value)}
+        largest = max(measured, key=lambda layer: measured[layer], default=None)
+        flagged = [layer for layer, value in measured.items() if value > self.threshold]
+        same = self.pair.same_shape and weights_identical(self.pair.base, self.pair.finetuned)
+        unchanged = self.verdict in ("identical", "within_noise")
+        return Summary(
+            most_divergent_layer=largest,
+            max_divergence=None if largest is None else measured[largest],
+            first_flagged_layer=flagged[0] if flagged else None,
+            n_flagged_layers=len(flagged),
+            verdict=self.verdict,
+            causes=why_the_same(self.pair.base, self.pair.finetuned, same) if unchanged else [],
+            weights_identical=same,
+            onset_layer=self._onset(),
+            most_changed_block=self._most_changed_block(),
+        )
+
+    def _means(self, site: Site) -> dict[str, float]:
+        return {name: mean_over_prompts(values) for name, values in self.by_prompt[site].items()}
+
+    def _divergence_floor(self, site: Site) -> float:
+        """The floor in divergence; without a measured one, that of rounding a single number."""
+        floor = self.floors.get(site) or noise_floor([], self.pair.base.run_dtype)
+        return floor.divergence
+
+    def _interval(self, site: Site) -> tuple[float, float] | None:
+        if isinstance(site, int):
+            found, column = self.layer_intervals, self.layers.index(site)
+        else:
+            found, column = intervals(self.by_prompt[site]["divergence"][:, None], self.seed), 0
+        if found is None or np.isnan(found.low[column]):
+            return None
+        return float(found.low[column]), float(found.high[column])
+
+    def _onset(self) -> int | None:
+        if self.layer_intervals is None or not self.floors:
+            return None
+        floor = np.array([self.floors[layer].divergence for layer in self.layers])
+        return onset(self.layer_intervals.band_low, floor)
+
+    def _most_changed_block(self) -> int | None:
+        local = {layer: _local(self.measured.sites[layer]) for layer in self.layers}
+        changed = {
+            layer: change.relative_l2 for layer, change in local.items() if change and change.relative_l2
+        }
+        return max(changed, key=lambda layer: changed[layer] or 0.0, default=None)
+
+
+def _l2_and_divergence(means: PromptMeans) -> tuple[float, float]:
+    found = means.means()
+    l2, divergence = (
+        float(np.nan_to_num(mean_over_prompts(found[n]))) for n in ("relative_l2", "divergence")
+    )
+    return l2, divergence
+
+
+def _local(accumulators: SiteMeasures) -> LocalChange | None:
+    means = accumulators.local
+    if not means.n_rows.any():
+        return None
+    found = {name: mean_over_prompts(values) for name, values in means.means().items()}
+    return LocalChange(
+        relative_l2=finite_or_none(found["local_relative_l2"]),
+        cosine_similarity=finite_or_none(1 - found["local_divergence"]),
+    )
+
+
+def _listed(values: Floats) -> list[float | None]:
+    return [finite_or_none(value) for value in values]

@@ -1,0 +1,73 @@
+"""What a fine-tune was on: the mean difference, read as tokens through each model's own head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lazarus.engine import Conventions, Head, ModelPair
+from lazarus.measure import Measured
+from lazarus.models import LoadedModel
+from lazarus.results import Readout, ReadoutToken, finite_or_none
+
+N_TOKENS = 10
+
+
+def read_differences(
+    pair: ModelPair, measured: Measured, layers: Sequence[int], tokenizers: tuple[Any, Any]
+) -> list[Readout]:
+    """The tokens that the mean difference δ̄ promotes and suppresses, at each of the chosen layers.
+
+    The score of a token is its logit for δ̄ less its logit for no difference at all, both through the
+    final norm and the head of one model (logit lens, nostalgebraist 2020; on mean differences: Minder et
+    al. 2025, arXiv 2510.13900). A norm takes the length away, so scores compare tokens within a layer only.
+    """
+    differences = [measured.sites[layer].directions.mean_difference() for layer in layers]
+    models = ((pair.base, pair.base_conventions), (pair.finetuned, pair.finetuned_conventions))
+    read = [
+        [_extremes(scores, tokenizer) for scores in _scores(model, conventions, differences)]
+        for (model, conventions), tokenizer in zip(models, tokenizers, strict=True)
+    ]
+    return [
+        Readout(
+            layer=layer,
+            base_promoted=base[0],
+            base_suppressed=base[1],
+            finetuned_promoted=finetuned[0],
+            finetuned_suppressed=finetuned[1],
+            static_share=finite_or_none(measured.sites[layer].directions.static_share()),
+        )
+        for layer, base, finetuned in zip(layers, *read, strict=True)
+    ]
+
+
+def _scores(
+    model: LoadedModel, conventions: Conventions, differences: Sequence[NDArray[Any]]
+) -> Float[Tensor, "layers vocabulary"]:
+    """The logits of each difference less those of none."""
+    assert conventions.head_reads is not None
+    head = Head(model, conventions.head_reads)
+    vectors = torch.stack([torch.from_numpy(d) for d in differences])
+    vectors = torch.cat([torch.zeros_like(vectors[:1]), vectors]).to(model.model.device)
+    logits = head.read(vectors.float()).double().cpu()
+    return logits[1:] - logits[:1]
+
+
+def _extremes(scores: Tensor, tokenizer: Any) -> tuple[list[ReadoutToken], list[ReadoutToken]]:
+    """The tokens with the largest and the smallest scores; none where no token stands out."""
+    if not scores.isfinite().all() or scores.max() == scores.min():
+        return [], []
+    promoted, suppressed = scores.topk(N_TOKENS), (-scores).topk(N_TOKENS)
+    return _tokens(promoted.indices, scores, tokenizer), _tokens(suppressed.indices, scores, tokenizer)
+
+
+def _tokens(ids: Tensor, scores: Tensor, tokenizer: Any) -> list[ReadoutToken]:
+    return [
+        ReadoutToken(token=str(tokenizer.decode([i])), token_id=i, score=float(scores[i]))
+        for i in ids.tolist()
+    ]

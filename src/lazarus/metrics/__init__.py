@@ -1,0 +1,56 @@
+"""The formulas, and the accumulators that turn pairs of states into numbers a prompt.
+
+states.py      a pair of rows → its metrics; each prompt's means over its rows
+directions.py  what all prompts have in common: the unrelated-prompt baseline, the one static shift
+cka.py         similarity of two models of any widths, on one row a prompt
+output.py      a pair of next-token distributions → how far apart they are
+site.py        all of them at one site
+
+Everything here is float64: on the few rows that are compared, never on whole activations.
+"""
+
+from lazarus.metrics.cka import FEWEST_FOR_CKA, MOST_KEPT, KeptRows, debiased_cka
+from lazarus.metrics.directions import Directions, normalized_divergence
+from lazarus.metrics.output import OUTPUT_METRICS, compare_logits
+from lazarus.metrics.site import SiteMeasures, SitePlan
+from lazarus.metrics.states import (
+    LOCAL_METRICS,
+    ROW_METRICS,
+    PromptMeans,
+    Rows,
+    RowValues,
+    centered_divergence,
+    compare_local,
+    compare_rows,
+    divergence,
+    mean_over_prompts,
+    norm_ratio,
+    relative_l2,
+    to_float64,
+)
+
+__all__ = [
+    "FEWEST_FOR_CKA",
+    "LOCAL_METRICS",
+    "MOST_KEPT",
+    "OUTPUT_METRICS",
+    "ROW_METRICS",
+    "Directions",
+    "KeptRows",
+    "PromptMeans",
+    "RowValues",
+    "Rows",
+    "SiteMeasures",
+    "SitePlan",
+    "centered_divergence",
+    "compare_local",
+    "compare_logits",
+    "compare_rows",
+    "debiased_cka",
+    "divergence",
+    "mean_over_prompts",
+    "norm_ratio",
+    "normalized_divergence",
+    "relative_l2",
+    "to_float64",
+]

@@ -1,0 +1,103 @@
+"""Similarity of two models of any widths: debiased linear CKA on one row a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lazarus.metrics.states import to_float64
+
+FEWEST_FOR_CKA = 50
+"""Below, the estimate is too noisy to be worth printing."""
+MOST_KEPT = 256
+"""Above, a seeded sample of the prompts stands for all of them: rows are kept until the end of the run."""
+
+
+def debiased_cka(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    """Debiased linear CKA of X [n, p] and Y [n, q], row i of both from the same prompt; about −0.1 to 1.
+
+    With X and Y centred and squared row norms x, y:
+    H(X, Y) = ‖XᵀY‖² − n/(n−2) Σ x_i y_i + Σ x_i Σ y_i / ((n−1)(n−2)), and
+    CKA = H(X, Y) / √(H(X, X) H(Y, Y)) (Kornblith et al. 2019, arXiv 1905.00414; the unbiased HSIC of
+    Song et al. 2012). Unlike the biased one it is about 0 for unrelated data however few the rows are, and
+    it can be negative. NaN for fewer than 4 rows or constant data.
+    """
+    n = len(x)
+    if n < 4:
+        return float("nan")
+    k, m = _gram(x), _gram(y)
+    scale = _hsic(k, k) * _hsic(m, m)
+    return _hsic(k, m) / float(np.sqrt(scale)) if scale > 0 else float("nan")
+
+
+def _gram(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    centred = x - x.mean(0)
+    gram: NDArray[np.float64] = centred @ centred.T
+    return gram
+
+
+def _hsic(k: NDArray[np.float64], m: NDArray[np.float64]) -> float:
+    """H from the Gram matrices: ‖XᵀY‖² is the sum of K ∘ M."""
+    n, x, y = len(k), np.diag(k), np.diag(m)
+    return float((k * m).sum() - n / (n - 2) * (x @ y) + x.sum() * y.sum() / ((n - 1) * (n - 2)))
+
+
+class KeptRows:
+    """Keeps one row a prompt of both models, the mean over the prompt's compared tokens, for CKA.
+
+    `slots` gives the prompts that are kept a place each. An update brings whole prompts.
+    """
+
+    def __init__(self, slots: Mapping[int, int]) -> None:
+        self.slots = dict(slots)
+        self.base: Tensor | None = None
+        self.finetuned: Tensor | None = None
+        self.seen = np.zeros(len(self.slots), dtype=bool)
+
+    def update(
+        self,
+        prompts: Int[Tensor, " rows"],
+        base: Float[Tensor, "rows base_width"],
+        finetuned: Float[Tensor, "rows finetuned_width"],
+    ) -> None:
+        """Take in every row of some prompts."""
+        owners = prompts.cpu()
+        kept = [p for p in sorted(set(owners.tolist())) if p in self.slots]
+        if not kept:
+            return
+        places = [self.slots[p] for p in kept]
+        self.base = self._placed(self.base, base, owners, kept)
+        self.finetuned = self._placed(self.finetuned, finetuned, owners, kept)
+        self.seen[places] = True
+
+    def _placed(self, store: Tensor | None, rows: Tensor, owners: Tensor, kept: list[int]) -> Tensor:
+        if store is None:
+            store = torch.zeros(len(self.slots), rows.shape[1], dtype=torch.float32)
+        for prompt in kept:
+            mine = (owners == prompt).to(rows.device)
+            store[self.slots[prompt]] = to_float64(rows[mine]).mean(0).float().cpu()
+        return store
+
+    def merge(self, other: KeptRows) -> KeptRows:
+        """A new one that holds what both hold; they kept different prompts."""
+        merged = KeptRows(self.slots)
+        merged.seen = self.seen | other.seen
+        for name in ("base", "finetuned"):
+            parts = [part for part in (getattr(self, name), getattr(other, name)) if part is not None]
+            setattr(merged, name, sum(parts) if parts else None)
+        return merged
+
+    def cka(self) -> float:
+        """Debiased CKA over the kept prompts whose rows are finite; NaN for fewer than `FEWEST_FOR_CKA`."""
+        if self.base is None or self.finetuned is None:
+            return float("nan")
+        x, y = self.base.double().numpy(), self.finetuned.double().numpy()
+        usable = self.seen & np.isfinite(x).all(1) & np.isfinite(y).all(1)
+        if usable.sum() < FEWEST_FOR_CKA:
+            return float("nan")
+        return debiased_cka(x[usable], y[usable])

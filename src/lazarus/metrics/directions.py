@@ -1,0 +1,130 @@
+"""What all prompts have in common at a site: sums of directions and of differences, in O(hidden) memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lazarus.metrics.states import Rows
+
+Floats = NDArray[np.float64]
+
+SMALLEST_BASELINE = 0.05
+"""Where 1 − A is less, unrelated prompts are all but the same there, and nothing can be set against them."""
+
+
+class Directions:
+    """Accumulates one site over all prompts.
+
+    An update brings whole prompts: what is summed within a prompt is summed there. Updates may otherwise
+    come in any order, and two accumulators merge.
+    """
+
+    def __init__(self) -> None:
+        nothing: Floats = np.zeros(1)  # takes on the width of what is added to it
+        self.base_sum = self.finetuned_sum = self.products = self.shift = nothing
+        self.within = 0.0
+        self.n_rows = 0
+        self.n_pairs_within = 0
+        self.shift_squares = 0.0
+        self.n_prompts = 0
+
+    def update(self, prompts: Int[Tensor, " rows"], rows: Rows) -> None:
+        """Take in every row of some prompts; rows that are not finite, or zero, are left out."""
+        index = prompts.to(rows.valid.device)[rows.valid]
+        rows = rows.only_valid()
+        if not len(index):
+            return
+        _, place, counts = torch.unique(index, return_inverse=True, return_counts=True)
+        b, f = rows.base_unit, rows.finetuned_unit
+        base, finetuned = _by_prompt(b, place, len(counts)), _by_prompt(f, place, len(counts))
+        weights = counts.double()[:, None]
+        shifts = _by_prompt(rows.finetuned - rows.base, place, len(counts)) / weights
+        self.base_sum = self.base_sum + _numpy(base.sum(0))
+        self.finetuned_sum = self.finetuned_sum + _numpy(finetuned.sum(0))
+        self.within += float((base * finetuned).sum())
+        self.n_rows += len(index)
+        self.n_pairs_within += int(counts.square().sum())
+        products = _by_prompt(b * f, place, len(counts)) / weights
+        self.products = self.products + _numpy(products.sum(0))
+        self.shift = self.shift + _numpy(shifts.sum(0))
+        self.shift_squares += float(shifts.square().sum())
+        self.n_prompts += len(counts)
+
+    def merge(self, other: Directions) -> Directions:
+        """A new accumulator that has seen what both have seen."""
+        merged = Directions()
+        for name, value in vars(self).items():
+            setattr(merged, name, value + getattr(other, name))
+        return merged
+
+    def unrelated_similarity(self) -> float:
+        """A: the mean cosine of a base state and a fine-tuned state of two different prompts, −1 to 1.
+
+        A = (U·V − Σ_p U_p·V_p) / (N² − Σ_p n_p²), with U = Σ b̂ and V = Σ f̂ over all N rows, and U_p, V_p,
+        n_p within prompt p: all pairs of rows of different prompts, without forming one. NaN for less
+        than two prompts. Residual streams are anisotropic: A may be 0.9 (Ethayarajh 2019, arXiv 1909.00512).
+        """
+        n_pairs = self.n_rows**2 - self.n_pairs_within
+        if n_pairs == 0:
+            return float("nan")
+        return float((self.base_sum @ self.finetuned_sum - self.within) / n_pairs)
+
+    def top_share(self, n_largest: int) -> float:
+        """The share of the mean cosine that its largest dimensions carry, Σ_k b̂_k f̂_k over them / Σ cos.
+
+        Above one half, the cosine says little of the other dimensions (Timkey & van Schijndel 2021,
+        arXiv 2109.04404, eq. 3). NaN where the mean cosine is not positive.
+        """
+        total = self.products.sum()
+        if total <= 0:
+            return float("nan")
+        return float(np.sort(self.products)[-n_largest:].sum() / total)
+
+    def mean_difference(self) -> Floats:
+        """δ̄: the mean over prompts of each prompt's mean f − b, [hidden]; zeros before any update."""
+        return self.shift / max(self.n_prompts, 1)
+
+    def static_share(self) -> float:
+        """How much of the change is one shift, the same for every prompt: ‖μ‖² / mean_p ‖δ̄_p‖².
+
+        ‖μ‖² = ‖δ̄‖² − Σ_p ‖δ̄_p − δ̄‖² / (P(P − 1)) is unbiased for the squared length of the expected
+        difference; negative means that none was detected. At most 1; NaN for less than two prompts or
+        where nothing differs.
+        """
+        count = self.n_prompts
+        if count < 2 or self.shift_squares == 0:
+            return float("nan")
+        mean_square = float(np.square(self.mean_difference()).sum())
+        scatter = self.shift_squares - count * mean_square
+        unbiased = mean_square - scatter / (count * (count - 1))
+        return unbiased / (self.shift_squares / count)
+
+
+def normalized_divergence(divergence: float, unrelated_similarity: float) -> float:
+    """(1 − mean cos) / (1 − A): 0 for identical, 1 for as unlike as two unrelated prompts are.
+
+    NaN where 1 − A is below `SMALLEST_BASELINE`.
+
+    >>> normalized_divergence(0.125, 0.75)
+    0.5
+    """
+    room = 1 - unrelated_similarity
+    return divergence / room if room >= SMALLEST_BASELINE else float("nan")
+
+
+def _by_prompt(
+    rows: Float[Tensor, "rows hidden"], place: Int[Tensor, " rows"], n_prompts: int
+) -> Float[Tensor, "prompts hidden"]:
+    if n_prompts == len(rows):
+        return rows[place.argsort()]
+    sums = torch.zeros(n_prompts, rows.shape[1], dtype=rows.dtype, device=rows.device)
+    return sums.index_add_(0, place, rows)
+
+
+def _numpy(values: Tensor) -> Floats:
+    array: Floats = values.cpu().numpy()
+    return array

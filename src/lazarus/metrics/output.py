@@ -1,0 +1,59 @@
+"""A pair of next-token distributions → how far apart they are."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lazarus.metrics.states import RowValues, to_float64
+
+OUTPUT_METRICS = (
+    "kl_base_finetuned",
+    "kl_finetuned_base",
+    "js",
+    "top1_agreement",
+    "base_rank_of_finetuned_top1",
+    "logits_relative_l2",
+)
+
+
+def compare_logits(
+    base: Float[Tensor, "rows vocabulary"], finetuned: Float[Tensor, "rows vocabulary"]
+) -> RowValues:
+    """The metrics of each pair of next-token distributions, from their logits, in float64.
+
+    KL(base‖finetuned) and KL(finetuned‖base) in nats, 0 to ∞; Jensen-Shannon divergence in nats, 0 to
+    ln 2 (Lin 1991); whether the first choices are the same, 0 or 1; the rank that base gives to the
+    fine-tuned model's first choice, from 1; and ‖f − b‖/‖b‖ of the logits themselves. A row with a NaN
+    or +∞ is not valid; −∞ is a token that cannot come.
+    """
+    b, f = to_float64(base), to_float64(finetuned)
+    log_p, log_q = b.log_softmax(-1), f.log_softmax(-1)
+    log_mean = torch.logaddexp(log_p, log_q) - math.log(2)
+    first = f.argmax(-1, keepdim=True)
+    columns = [
+        _kl(log_p, log_q),
+        _kl(log_q, log_p),
+        (_kl(log_p, log_mean) + _kl(log_q, log_mean)) / 2,
+        (b.argmax(-1, keepdim=True) == first).squeeze(-1).double(),
+        1 + (b > b.gather(-1, first)).sum(-1).double(),
+        _relative_l2(b, f),
+    ]
+    return RowValues(torch.stack(columns, dim=-1), ~(log_p.isnan() | log_q.isnan()).any(-1))
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Float[Tensor, " rows"]:
+    """Σ p (log p − log q), where a token of probability 0 adds nothing."""
+    terms = log_p.exp() * (log_p - log_q)
+    return terms.masked_fill(log_p == -math.inf, 0.0).sum(-1)
+
+
+def _relative_l2(base: Tensor, finetuned: Tensor) -> Float[Tensor, " rows"]:
+    """‖f − b‖ / ‖b‖ over the tokens that both models can give; 0 for logits that are all the same."""
+    possible = base.isfinite() & finetuned.isfinite()
+    difference = (finetuned - base).masked_fill(~possible, 0.0).norm(dim=-1)
+    length = base.masked_fill(~possible, 0.0).norm(dim=-1)
+    return torch.where(difference == 0, difference, difference / length)

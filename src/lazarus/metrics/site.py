@@ -1,0 +1,59 @@
+"""All that is accumulated at one site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lazarus.metrics.cka import KeptRows
+from lazarus.metrics.directions import Directions
+from lazarus.metrics.states import LOCAL_METRICS, ROW_METRICS, PromptMeans, Rows, compare_local, compare_rows
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What is measured at every site of a run."""
+
+    n_prompts: int
+    centered: bool = False
+    """the feature-mean-centred cosine too, for models with LayerNorm"""
+    kept: Mapping[int, int] = field(default_factory=dict)
+    """prompt → place, of the prompts whose rows CKA is computed on"""
+
+
+class SiteMeasures:
+    """The accumulators of one site. An update brings whole prompts, in any order; two of them merge."""
+
+    def __init__(self, plan: SitePlan) -> None:
+        self.plan = plan
+        self.means = PromptMeans(ROW_METRICS, plan.n_prompts)
+        self.local = PromptMeans(LOCAL_METRICS, plan.n_prompts)
+        self.directions = Directions()
+        self.kept = KeptRows(plan.kept)
+
+    def update(
+        self,
+        prompts: Int[Tensor, " rows"],
+        base: Float[Tensor, "rows base_width"],
+        finetuned: Float[Tensor, "rows finetuned_width"],
+        local: Float[Tensor, "rows base_width"] | None = None,
+    ) -> None:
+        """Take in the two models' states, and what the fine-tuned block makes of base's."""
+        self.kept.update(prompts, base, finetuned)
+        if base.shape[1] != finetuned.shape[1]:
+            return
+        rows = Rows.of(base, finetuned)
+        self.means.update(prompts, compare_rows(rows, self.plan.centered))
+        self.directions.update(prompts, rows)
+        if local is not None:
+            self.local.update(prompts, compare_local(Rows.of(base, local)))
+
+    def merge(self, other: SiteMeasures) -> SiteMeasures:
+        """New accumulators that have seen what both have seen."""
+        merged = SiteMeasures(self.plan)
+        for name in ("means", "local", "directions", "kept"):
+            setattr(merged, name, getattr(self, name).merge(getattr(other, name)))
+        return merged

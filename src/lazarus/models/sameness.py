@@ -1,0 +1,91 @@
+"""What two models have in common in their weights, and why a fine-tune may have changed nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from lazarus.models.load import LoadedModel
+
+_PEFT_BASE = ".base_layer"
+
+
+def weights_identical(base: LoadedModel, finetuned: LoadedModel) -> bool:
+    """Whether both run on the same weights, bit for bit; an adapter that adds exactly nothing is none."""
+    if any(model.adapter and not adds_nothing(model) for model in (base, finetuned)):
+        return False
+    ours, theirs = dict(_own_weights(base.model)), dict(_own_weights(finetuned.model))
+    return ours.keys() == theirs.keys() and all(_same_bits(ours[name], theirs[name]) for name in ours)
+
+
+def why_the_same(base: LoadedModel, finetuned: LoadedModel, identical: bool) -> list[str]:
+    """What can be checked of the causes for which a fine-tune changes nothing, most likely first."""
+    causes = []
+    for model in (base, finetuned):
+        if model.adapter:
+            causes += _why_adapter_does_nothing(model)
+    places = [model.source.place for model in (base, finetuned) if model.source and not model.adapter]
+    if len(places) == 2 and places[0] == places[1]:
+        causes.append("both names are the same files")
+    elif base.model is finetuned.model:
+        causes.append("both are one model in memory")
+    elif identical and not causes:
+        causes.append("both checkpoints hold the same weights, bit for bit: one is a copy of the other")
+    return causes
+
+
+def adds_nothing(model: LoadedModel) -> bool:
+    """Whether a model's adapters change no state: none acts, or every one's product is exactly zero."""
+    layers = list(_adapted(model.model))
+    return all(_is_off(layer) or _is_zero(layer) for layer in layers)
+
+
+def _why_adapter_does_nothing(model: LoadedModel) -> list[str]:
+    layers = list(_adapted(model.anatomy.stack))
+    if not layers:
+        return [f"no layer that is compared carries the adapter {model.adapter}: its targets are elsewhere"]
+    if all(_is_off(layer) for layer in layers):
+        return [f"the adapter {model.adapter} is not applied: it is switched off"]
+    if all(_is_zero(layer) for layer in layers):
+        return [
+            f"the adapter {model.adapter} adds nothing: B is still zero in all of its {len(layers)} layers, "
+            "as it is before the first step of training"
+        ]
+    return []
+
+
+def _adapted(module: nn.Module) -> Iterator[nn.Module]:
+    """The layers that carry an adapter."""
+    return (layer for layer in module.modules() if hasattr(layer, "base_layer"))
+
+
+def _is_off(layer: nn.Module) -> bool:
+    return bool(getattr(layer, "disable_adapters", False)) or not getattr(layer, "active_adapters", True)
+
+
+def _is_zero(layer: nn.Module) -> bool:
+    """Whether the adapter's product is zero because one of its factors is: LoRA's B, or its A."""
+    factors = [
+        [p for name, p in layer.named_parameters() if f"{factor}." in name]
+        for factor in ("lora_B", "lora_A", "lora_embedding_B", "lora_embedding_A")
+    ]
+    return any(found and all(not p.any() for p in found) for found in factors)
+
+
+def _own_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every weight but an adapter's, under the name that it has without one."""
+    adapted = {name: layer for name, layer in model.named_modules() if hasattr(layer, "base_layer")}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = next((a for a in adapted if name.startswith(a + ".")), None)
+        if owner is None:
+            yield name, parameter
+        elif name.startswith(owner + _PEFT_BASE + "."):
+            yield name.replace(_PEFT_BASE, "", 1), parameter
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    if one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.dtype == other.dtype:
+        return True
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other.to(one.device))

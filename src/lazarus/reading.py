@@ -1,0 +1,118 @@
+"""Two models and the prompts → the token ids that each of them reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lazarus.errors import ChatTemplateError, PairError, PromptDataError
+from lazarus.models import LoadedModel, load_tokenizer
+from lazarus.options import Options
+from lazarus.prompts import Prompt
+from lazarus.tokens import TokenizedPrompt, TokenOptions, tokenize_pair
+
+Models = tuple[LoadedModel, LoadedModel]
+
+SAMPLE_PROMPTS = 16
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The prompts as each model reads them: one list for both, unless they are aligned by their text."""
+
+    base: Sequence[TokenizedPrompt]
+    finetuned: Sequence[TokenizedPrompt]
+    tokenizers: tuple[Any, Any]
+    align: Literal["ids", "text"]
+    notes: Sequence[str]
+
+    @property
+    def pad_ids(self) -> tuple[int, int]:
+        """What each one's batches are padded with. Any id will do: it is masked and never compared."""
+        base, finetuned = (
+            next((i for i in (t.pad_token_id, t.eos_token_id) if isinstance(i, int)), 0)
+            for t in self.tokenizers
+        )
+        return base, finetuned
+
+    @property
+    def samples(self) -> tuple[list[int], list[int]]:
+        """Some ids of real text for each model."""
+        base, finetuned = (
+            [token for prompt in side[:SAMPLE_PROMPTS] for token in prompt.ids]
+            for side in (self.base, self.finetuned)
+        )
+        return base, finetuned
+
+
+def read_prompts(
+    models: Models, given: Any | None, prompts: Sequence[Prompt], template: str | None, options: Options
+) -> Reading:
+    """Tokenise the prompts for both models; `given` is a tokenizer that stands in for both models' own.
+
+    Raises:
+        PairError: neither model brings a tokenizer, or the two give different ids.
+        ChatTemplateError: there is no such template, or it fails on a prompt.
+        PromptDataError: a prompt is empty, too long, or has ids that a model has no embedding for.
+    """
+    tokenizers, notes = _tokenizers(models, given, options)
+    if options.chat_template in ("base", "finetuned"):
+        side = ("base", "finetuned").index(options.chat_template)
+        template = _own_template(tokenizers[side], models[side].name, options)
+    align: Literal["ids", "text"] = "text" if options.align == "text" else "ids"
+    contexts = (models[0].anatomy.context, models[1].anatomy.context)
+    token_options = TokenOptions(template, contexts, options.truncate, align)
+    base, finetuned, token_notes = tokenize_pair(prompts, *tokenizers, token_options)
+    for model, tokenized in zip(models, (base, finetuned), strict=True):
+        _check_vocabulary(model, tokenized)
+    if align == "text":
+        token_notes.append(_apart(base, finetuned))
+    return Reading(base, finetuned, tokenizers, align, [*notes, *token_notes])
+
+
+def _apart(base: Sequence[TokenizedPrompt], finetuned: Sequence[TokenizedPrompt]) -> str:
+    differing = sum(b.ids != f.ids for b, f in zip(base, finetuned, strict=True))
+    return (
+        f"each model read the texts with its own tokenizer: {differing} of {len(base)} prompts have "
+        "other ids; next-token distributions over two vocabularies are not compared"
+    )
+
+
+def _tokenizers(models: Models, given: Any | None, options: Options) -> tuple[tuple[Any, Any], list[str]]:
+    """Each model's tokenizer; one that brings none is read with the other's."""
+    if given is not None:
+        return (given, given), []
+    base, finetuned = (load_tokenizer(model, trust_remote_code=options.trust_remote_code) for model in models)
+    if base is None and finetuned is None:
+        raise PairError(
+            f"neither {models[0].name} nor {models[1].name} brings a tokenizer. Put the tokenizer's "
+            "files beside the weights, or give activation_diff a tokenizer."
+        )
+    notes = [
+        f"{model.name} brings no tokenizer; the other model's was used for both"
+        for lacking, model in zip((base, finetuned), models, strict=True)
+        if lacking is None
+    ]
+    return (finetuned if base is None else base, base if finetuned is None else finetuned), notes
+
+
+def _own_template(tokenizer: Any, name: str, options: Options) -> str:
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError as error:
+        raise ChatTemplateError(
+            f"--chat-template {options.chat_template}: {name} has no chat template. Use the other "
+            "model's, or a file."
+        ) from error
+
+
+def _check_vocabulary(model: LoadedModel, tokenized: Sequence[TokenizedPrompt]) -> None:
+    table = model.model.get_input_embeddings()
+    size = getattr(table, "num_embeddings", None)
+    for prompt in tokenized:
+        if size is not None and max(prompt.ids) >= size:
+            raise PromptDataError(
+                f"Prompt {prompt.index} has the token id {max(prompt.ids)}, and {model.name} has "
+                f"embeddings for {size}. Its tokenizer belongs to another model: use its own."
+            )

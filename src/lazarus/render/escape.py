@@ -1,0 +1,36 @@
+"""Text that stays on its line, whatever is in it."""
+
+from __future__ import annotations
+
+import unicodedata
+
+PROMPT_CHARACTERS = 50
+
+
+def escaped(text: str) -> str:
+    r"""The text with control characters written out, so that it stays on its line.
+
+    >>> escaped("a\tb\x1b[0m")
+    'a\\tb\\x1b[0m'
+    """
+    return "".join(_escape(character) if _is_control(character) else character for character in text)
+
+
+def _is_control(character: str) -> bool:
+    # Cc: control; Cs: half a surrogate; Zl, Zp: line breaks; the bidirectional marks reorder a line.
+    is_marked = unicodedata.bidirectional(character) in {
+        "LRE",
+        "RLE",
+        "LRO",
+        "RLO",
+        "PDF",
+        "LRI",
+        "RLI",
+        "FSI",
+        "PDI",
+    }
+    return unicodedata.category(character) in {"Cc", "Cs", "Zl", "Zp"} or is_marked
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")

@@ -1,0 +1,26 @@
+"""What the numbers of many prompts say. NumPy only: no torch here, and SciPy where it is needed.
+
+verdict.py     what numerical noise alone may reach, and whether two models differ by more
+intervals.py   where the mean divergence may lie, and the layer from which it is above the noise
+groups.py      how much more one group of prompts diverges than another
+columns.py     what these share
+"""
+
+from lazarus.statistics.groups import Contrast, GroupCurve, contrasts, group_curves
+from lazarus.statistics.intervals import MIN_PROMPTS, Intervals, intervals, onset
+from lazarus.statistics.verdict import FACTOR, Floor, find_verdict, noise_floor
+
+__all__ = [
+    "FACTOR",
+    "MIN_PROMPTS",
+    "Contrast",
+    "Floor",
+    "GroupCurve",
+    "Intervals",
+    "contrasts",
+    "find_verdict",
+    "group_curves",
+    "intervals",
+    "noise_floor",
+    "onset",
+]

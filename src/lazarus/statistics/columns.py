@@ -1,0 +1,26 @@
+"""Divergences as arrays [prompts, layers], NaN where one could not be measured."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+BLOCK = 2_000_000
+"""Resamples and permutations are drawn in blocks of at most so many numbers, 16 MB an array."""
+
+
+def in_canonical_order(divergence: Floats) -> Floats:
+    """The prompts in an order that depends neither on how they came nor on the order of layers."""
+    # NaN is given a number, one that no sum of others makes up: a prompt without any is not one of zeros.
+    key = np.sort(np.nan_to_num(divergence, nan=-np.pi), axis=1).sum(1)
+    ordered: Floats = divergence[np.argsort(key, kind="stable")]
+    return ordered
+
+
+def column_means(divergence: Floats) -> Floats:
+    """The mean over prompts at each layer, [layers]; NaN where no prompt has a number."""
+    n_present = (~np.isnan(divergence)).sum(0)
+    mean: Floats = np.nansum(divergence, axis=0) / np.where(n_present > 0, n_present, np.nan)
+    return mean

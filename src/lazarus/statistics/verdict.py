@@ -1,0 +1,48 @@
+"""What numerical noise alone may reach, and whether two models differ by more. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from lazarus.results import Verdict
+
+S = TypeVar("S")
+
+FACTOR = 1.5
+"""The floor is so many times the largest noise seen. Calibrated: docs/how-to-read-it.md, "Noise floor"."""
+
+EPSILONS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What noise alone may reach at one site: in relative L2, and in divergence."""
+
+    relative_l2: float
+    divergence: float
+
+
+def noise_floor(trials: Sequence[tuple[float, float]], dtype: str) -> Floor:
+    """The floor at one site, from the mean relative L2 and divergence of each trial of the noise.
+
+    `FACTOR` times the largest relative L2, and its square times the largest divergence, which is of
+    second order. Never below half a unit in the last place, the rounding of a single number.
+    """
+    rounding = EPSILONS.get(dtype, EPSILONS["float32"]) / 2
+    largest_l2 = max((l2 for l2, _ in trials), default=0.0)
+    largest_divergence = max((divergence for _, divergence in trials), default=0.0)
+    return Floor(max(FACTOR * largest_l2, rounding), max(FACTOR**2 * largest_divergence, rounding**2 / 2))
+
+
+def find_verdict(seen: Mapping[S, float], floors: Mapping[S, Floor]) -> Verdict:
+    """`identical` where nothing differs by one bit; `changed` where a site is above its floor.
+
+    `seen` is the mean relative L2 at every site and of the logits. It is not taken on the cosine: a change
+    of scale is a change. A site that could not be measured says nothing.
+    """
+    if all(value == 0 for value in seen.values()):
+        return "identical"
+    above = any(value > floors[site].relative_l2 for site, value in seen.items())
+    return "changed" if above else "within_noise"
