@@ -11,6 +11,8 @@ BASE = CACHE / "smollm2"
 RESULTS = _HERE / "results" / "speed.json"
 LAST_RESULTS = CACHE / "last.json"
 DOCS = ROOT / "docs" / "benchmarks.md"
+TRUST = _HERE / "results" / "trust.json"
+TRUST_DOCS = ROOT / "docs" / "trust.md"
 
 STEPS = 40
 TRAINING_FACTS = "finetuning.json"

@@ -50,6 +50,30 @@ UNBUILDABLE: dict[str, str] = {
     "gemma4_unified_assistant": "no forward of its own: it reads the keys and values of a target",
 }
 
+REFUSED: dict[str, str] = {
+    "blt": "no single stack of blocks over tokens",
+    "cpmant": "no place for each token",
+    "prophetnet": "no place for each token",
+    "reformer": "no common residual stream",
+    "xlm": "its blocks cannot be found",
+}
+"""Architectures that are refused, and a part of the reason that the user reads."""
+
+WITHOUT_HEAD: dict[str, str] = {
+    "xlnet": "every token sees every other, so there is no next token",
+}
+"""Causal language models by name whose effect on the output is not measured, and why."""
+
+WITHOUT_READOUT: dict[str, str] = {
+    **WITHOUT_HEAD,
+    "deepseek_v4": "its residual stream has several parallel streams, which are joined before the norm",
+    "gemma3n_text": "its residual stream has several parallel streams, which are joined before the norm",
+    "hy_v4": "its residual stream has several parallel streams, which are joined before the norm",
+    "inkling2_loop_text": "what leaves its last block is mixed with the states of earlier blocks",
+    "inkling2_text": "what leaves its last block is mixed with the states of earlier blocks",
+}
+"""Causal language models whose blocks cannot be read through their heads (`--readout`), and why."""
+
 # The value of every attribute of these names, wherever a default configuration gives it a number.
 _SIZES: dict[int, str] = {
     128: "vocab_size max_position_embeddings n_positions max_seq_len n_ctx unpadded_vocab_size "
@@ -135,7 +159,12 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.95, 0.0] * 2,
         "num_kv_shared_layers": 2,
     },
-    "gemma4_text": {"global_head_dim": 32},
+    "gemma4_text": {
+        "global_head_dim": 32,
+        "num_hidden_layers": 4,
+        "layer_types": _LOCAL_GLOBAL * 2,
+        "num_kv_shared_layers": 2,
+    },
     "gemma4_unified_text": {"global_head_dim": 32},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "helium": {"head_dim": 8},

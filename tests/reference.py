@@ -89,3 +89,99 @@ def convention_of(recorded: Sequence[States], blocks: Sequence[States]) -> Conve
         ):
             return name  # type: ignore[return-value]
     return "none"
+
+
+# What all prompts have in common, and the similarity of two models of any widths
+
+
+def unrelated_similarity(prompts: Sequence[int], base: States, finetuned: States) -> float:
+    """The mean cosine over all pairs of a base row and a fine-tuned row of different prompts, one by one."""
+    cosines = [
+        cosine(base[[i]], finetuned[[j]])[0]
+        for i in range(len(base))
+        for j in range(len(base))
+        if prompts[i] != prompts[j]
+    ]
+    return float(np.mean(cosines))
+
+
+def top_share(prompts: Sequence[int], base: States, finetuned: States, n_largest: int) -> float:
+    """The share of the mean cosine in its largest dimensions; a prompt's rows are averaged first."""
+    units = [rows / np.sqrt((rows**2).sum(1, keepdims=True)) for rows in (base, finetuned)]
+    by_prompt = prompt_means(prompts, units[0] * units[1])
+    by_dimension = sorted(by_prompt.mean(0), reverse=True)
+    return float(sum(by_dimension[:n_largest]) / sum(by_dimension))
+
+
+def static_share(prompts: Sequence[int], base: States, finetuned: States) -> float:
+    """‖μ‖² = ‖δ̄‖² − Σ_p ‖δ̄_p − δ̄‖² / (P(P − 1)), over mean_p ‖δ̄_p‖²."""
+    shifts = prompt_means(prompts, finetuned - base)
+    n_prompts, mean = len(shifts), shifts.mean(0)
+    scatter = ((shifts - mean) ** 2).sum()
+    return float(((mean**2).sum() - scatter / (n_prompts * (n_prompts - 1))) / (shifts**2).sum(1).mean())
+
+
+def prompt_means(prompts: Sequence[int], rows: States) -> States:
+    """The mean of each prompt's rows, in the order of the prompts' numbers: [prompts, features]."""
+    owners = np.array(prompts)
+    return np.stack([rows[owners == prompt].mean(0) for prompt in sorted(set(prompts))])
+
+
+def unbiased_cka(x: States, y: States) -> float:
+    """CKA with the unbiased HSIC of Song et al. 2012, eq. 5: Gram matrices of raw rows, diagonals zeroed."""
+    k, m = x @ x.T, y @ y.T
+    np.fill_diagonal(k, 0)
+    np.fill_diagonal(m, 0)
+
+    def hsic(one: States, other: States) -> float:
+        n = len(one)
+        trace, totals = np.trace(one @ other), one.sum() * other.sum()
+        crossed = (one @ other).sum()
+        return float(trace + totals / ((n - 1) * (n - 2)) - 2 / (n - 2) * crossed) / (n * (n - 3))
+
+    return hsic(k, m) / float(np.sqrt(hsic(k, k) * hsic(m, m)))
+
+
+def biased_cka(x: States, y: States) -> float:
+    """Linear CKA as in Kornblith et al. 2019: ‖XᵀY‖² / (‖XᵀX‖ ‖YᵀY‖) of centred X and Y."""
+    x, y = x - x.mean(0), y - y.mean(0)
+    squared = ((x.T @ y) ** 2).sum()
+    return float(squared / np.sqrt(((x.T @ x) ** 2).sum() * ((y.T @ y) ** 2).sum()))
+
+
+# Next-token distributions
+
+
+def output_metrics(base: States, finetuned: States) -> dict[str, States]:
+    """Each metric of two rows of logits, token by token."""
+    rows = [_output_of_one(b, f) for b, f in zip(base, finetuned, strict=True)]
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+
+def _output_of_one(base: States, finetuned: States) -> dict[str, float]:
+    log_p, log_q = _log_softmax(base), _log_softmax(finetuned)
+    p, q = np.exp(log_p), np.exp(log_q)
+    with np.errstate(divide="ignore"):
+        log_mean = np.log((p + q) / 2)
+    first = int(np.argmax(finetuned))
+    both = np.isfinite(base) & np.isfinite(finetuned)
+    length = np.sqrt((base[both] ** 2).sum())
+    return {
+        "kl_base_finetuned": _kl(log_p, log_q),
+        "kl_finetuned_base": _kl(log_q, log_p),
+        "js": (_kl(log_p, log_mean) + _kl(log_q, log_mean)) / 2,
+        "top1_agreement": float(np.argmax(base) == first),
+        "base_rank_of_finetuned_top1": 1.0 + sum(value > base[first] for value in base),
+        "logits_relative_l2": float(np.sqrt(((finetuned - base)[both] ** 2).sum()) / length),
+    }
+
+
+def _log_softmax(logits: States) -> States:
+    shifted = logits - logits.max()
+    logs: States = shifted - np.log(np.exp(shifted).sum())
+    return logs
+
+
+def _kl(log_p: States, log_q: States) -> float:
+    pairs = [(a, b) for a, b in zip(log_p, log_q, strict=True) if np.exp(a) > 0]
+    return float(sum(np.exp(a) * (a - b) for a, b in pairs))

@@ -16,7 +16,17 @@ import pytest
 from transformers import PreTrainedModel
 
 import lazarus
-from architectures import CAUSAL, ENCODER_DECODERS, ENCODERS, MULTIMODAL, UNBUILDABLE, build
+from architectures import (
+    CAUSAL,
+    ENCODER_DECODERS,
+    ENCODERS,
+    MULTIMODAL,
+    REFUSED,
+    UNBUILDABLE,
+    WITHOUT_HEAD,
+    WITHOUT_READOUT,
+    build,
+)
 from factories import notes_on_models, perturbed, word_tokenizer
 from lazarus.models import dissect
 from reference import Convention, block_outputs, convention_of, cosine, recorded_states
@@ -30,16 +40,6 @@ PROMPTS = (
     [59, 14, 72, 21, 66, 47, 95],
 )
 TEXTS = [" ".join(f"t{i}" for i in ids) for ids in PROMPTS]
-
-REFUSED = {
-    "blt": "no single stack of blocks over tokens",
-    "cpmant": "no place for each token",
-    "prophetnet": "no place for each token",
-    "reformer": "no common residual stream",
-    "xlm": "its blocks cannot be found",
-}
-"""Architectures that are refused, and a part of the reason that the user reads."""
-
 
 BIDIRECTIONAL = {"xlnet"}
 """Causal language models by name whose plain forward pass lets every token see every other."""
@@ -167,6 +167,20 @@ def page() -> str:
             "| model type | class | `auto` position | `hidden_states` | remarks |",
             "|---|---|---|---|---|",
             *[line for line in rows if line],
+            "",
+            "## Local change, output and readout",
+            "",
+            "`--localize` is right for every causal one of them: with one block changed, the local change is",
+            "exactly 0 in every other. The effect on the output and `--readout` run a model's own head by",
+            "itself, which must give the logits of the whole model within 1e-5. They are refused, or left",
+            "out with a note, for these:",
+            "",
+            "| model type | effect on the output | `--readout` | why |",
+            "|---|---|---|---|",
+            *[
+                f"| `{name}` | {'no' if name in WITHOUT_HEAD else 'yes'} | no | {reason} |"
+                for name, reason in sorted(WITHOUT_READOUT.items())
+            ],
             "",
             "## Refused",
             "",

@@ -13,11 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lazarus.metrics import (
+    LOCAL_METRICS,
     ROW_METRICS,
     PromptMeans,
     Rows,
     RowValues,
+    SiteMeasures,
+    SitePlan,
     centered_divergence,
+    compare_local,
     compare_rows,
     divergence,
     mean_over_prompts,
@@ -226,3 +230,92 @@ def test_a_row_that_is_not_finite_is_counted_and_left_out() -> None:
     assert found[0] == pytest.approx(float(divergence(base, finetuned)[1:6].mean()), rel=1e-13)
     assert np.isnan(found[2])
     assert mean_over_prompts(found) == pytest.approx(found[:2].mean(), rel=1e-13)
+
+
+# What a block's own weights change
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_local_change_is_the_relative_l2_and_the_divergence_of_the_same_rows(dtype: torch.dtype) -> None:
+    states = pair(12, dtype=dtype)
+    states[1][4] = float("nan")
+    rows = Rows.of(*states)
+    local, whole = compare_local(rows), compare_rows(rows, centered=False)
+    for name in ("relative_l2", "divergence"):
+        found = local.values[:, LOCAL_METRICS.index(f"local_{name}")]
+        torch.testing.assert_close(
+            found, whole.values[:, ROW_METRICS.index(name)], rtol=0, atol=0, equal_nan=True
+        )
+        expected = ORACLES[name](*(part.double().numpy() for part in states))
+        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-11)
+    assert local.valid.tolist() == [row != 4 for row in range(12)]
+
+
+def test_a_block_that_makes_the_same_of_base_has_changed_by_exactly_nothing() -> None:
+    base, _ = pair(13, dtype=torch.bfloat16)
+    assert (compare_local(Rows.of(base, base.clone())).values == 0).all()
+
+
+# All of them at one site
+
+
+PROMPTS = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 3])
+PLAN = SitePlan(4, centered=True, kept={0: 0, 2: 1})
+
+
+def site(rows: slice, states: tuple[Tensor, Tensor], local: Tensor | None = None) -> SiteMeasures:
+    measures = SiteMeasures(PLAN)
+    base, finetuned = (part[rows] for part in states)
+    measures.update(PROMPTS[rows], base, finetuned, None if local is None else local[rows])
+    return measures
+
+
+def assert_same_site(found: SiteMeasures, expected: SiteMeasures) -> None:
+    for name in ("means", "local"):
+        ours, theirs = getattr(found, name), getattr(expected, name)
+        for metric, values in theirs.means().items():
+            np.testing.assert_allclose(ours.means()[metric], values, rtol=1e-13, err_msg=metric)
+    directions = (found.directions, expected.directions)
+    ours, theirs = (
+        np.array([d.unrelated_similarity(), d.static_share(), d.top_share(1)]) for d in directions
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-11)
+    for side in ("base", "finetuned"):
+        assert torch.equal(getattr(found.kept, side), getattr(expected.kept, side))
+    assert (found.kept.seen == expected.kept.seen).all()
+
+
+def test_a_site_measures_everything_of_its_states() -> None:
+    states, local = pair(14), pair(15)[0]
+    measures = site(slice(None), states, local)
+    rows = Rows.of(*states)
+    means, locally = PromptMeans(ROW_METRICS, 4), PromptMeans(LOCAL_METRICS, 4)
+    means.update(PROMPTS, compare_rows(rows, centered=True))
+    locally.update(PROMPTS, compare_local(Rows.of(states[0], local)))
+    for found, expected in ((measures.means, means), (measures.local, locally)):
+        np.testing.assert_array_equal(found.sums, expected.sums)
+    assert measures.directions.n_rows == 12
+    assert measures.kept.seen.all()
+    assert not site(slice(None), states).local.n_rows.any()
+
+
+def test_two_parts_of_a_site_merge_into_one_pass() -> None:
+    states, local = pair(16), pair(17)[0]
+    whole = site(slice(None), states, local)
+    left, right = site(slice(5), states, local), site(slice(5, None), states, local)
+    for merged in (left.merge(right), right.merge(left), whole.merge(SiteMeasures(PLAN))):
+        assert_same_site(merged, whole)
+        assert merged.plan == PLAN
+    assert_same_site(left, site(slice(5), states, local))
+
+
+def test_other_widths_have_nothing_but_cka() -> None:
+    base, wide = pair(18)[0], pair(19, width=24)[1]
+    measures = site(slice(None), (base, wide))
+    assert measures.kept.seen.all()
+    assert measures.kept.finetuned is not None
+    assert measures.kept.finetuned.shape == (2, 24)
+    assert not measures.means.n_rows.any()
+    assert not measures.means.n_excluded.any()
+    assert not measures.local.n_rows.any()
+    assert measures.directions.n_rows == 0

@@ -151,6 +151,11 @@ def _readout_layers(options: Options, pair: ModelPair) -> list[int]:
                 f"--readout {options.readout}: {model.name} has no next-token head that can be run by "
                 "itself. Leave --readout out."
             )
+        if not conventions.head_reads_blocks:
+            raise UnsupportedModelError(
+                f"--readout {options.readout}: {model.name} makes more than a norm of what leaves its last "
+                "block, so a block's states cannot be read through its head. Leave --readout out."
+            )
     if not pair.same_width:
         raise UnsupportedModelError(
             f"--readout {options.readout}: states of {pair.widths[0]} and {pair.widths[1]} features have no "

@@ -109,12 +109,12 @@ class ActivationDiff:
 
         Raises:
             GateNotMetError: a layer's divergence is above the limit, or could not be measured; or the
-                models are not what was expected of them, beyond the noise.
+                models are not what was expected of them, beyond the noise, or no verdict could be given.
         """
         if self.record.settings.fail_above is not None:
             self._check_limit(self.record.settings.fail_above)
         expected, verdict = self.record.settings.expect, self.summary.verdict
-        if expected is not None and (verdict == "changed") != (expected == "changed"):
+        if expected is not None and (verdict is None or (verdict == "changed") != (expected == "changed")):
             raise GateNotMetError(f"--expect {expected}: {text.verdict(self.record)}")
 
     def _check_limit(self, limit: float) -> None:

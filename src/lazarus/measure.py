@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lazarus.engine import ModelPair, Position, Site, pick_sample, run_noise, run_pairs
+from lazarus.engine import ModelPair, NoisePlan, Position, Site, pick_sample, run_noise, run_pairs
 from lazarus.metrics import (
     MOST_KEPT,
     OUTPUT_METRICS,
@@ -81,7 +81,8 @@ def _measure_noise(
     """The same quantities for base against itself, one set of accumulators a trial."""
     trials: list[dict[Site, PromptMeans]] = []
     padding = pair.padding(plan.longest)
-    for trial, states in run_noise(pair, sample, plan.position, padding, plan.seed, advanced):
+    noise = NoisePlan(sum(len(batch.members) for batch in sample), plan.batch_tokens, plan.seed)
+    for trial, states in run_noise(pair, sample, plan.position, padding, noise, advanced):
         while len(trials) <= trial:
             trials.append({})
         means = trials[trial].setdefault(states.site, PromptMeans(ROW_METRICS, len(plan.base_prompts)))

@@ -22,7 +22,7 @@ There is no traceback; `--debug` shows it. Standard output carries results and n
 | 0 | done |
 | 1 | the run failed: a model, a prompt that does not fit it, the disk on the way |
 | 2 | the command line is wrong, a prompt file cannot be read, or an output cannot be written |
-| 3 | a gate (`--fail-above`) was not met; the results are saved first |
+| 3 | a gate (`--fail-above`, `--expect`) was not met; the results are saved first |
 | 130 | interrupted (Ctrl-C) |
 
 Options, prompts and outputs are checked before a model is loaded. A failed run leaves no file behind, and an
@@ -56,4 +56,5 @@ def _table(subject: str, kinds: Sequence[BadInput], outcome_of: Callable[[BadInp
 def _abridged(message: str) -> str:
     """Without the digits that depend on the machine, and without a hundred times the same letter."""
     message = re.sub(r"(\d\.\d\d)\d+", r"\1…", message)
+    message = re.sub(r"[\d,.]+ times the noise", "… times the noise", message)
     return re.sub(r"(\w)\1{20,}", r"\1\1\1…", message)

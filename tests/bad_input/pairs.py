@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 from bad_input.kind import BadInput, Prepare, change_json, compare, damaged, overwrite, typed
 from factories import save_model, tiny_llama, tiny_tokenizer
@@ -25,6 +26,25 @@ def _other(*more: str, tokenizer_size: int = 300, **changes: Any) -> Prepare:
         return [*compare(f="other"), *more]
 
     return prepare
+
+
+def _wider(folder: Path) -> list[str]:
+    (folder / "prompts.txt").write_text("\n".join(f"Hello {i}" for i in range(50)), encoding="utf-8")
+    _other(hidden_size=48)(folder)
+    return compare("--localize", f="other", p="@prompts.txt")
+
+
+def _copy(folder: Path) -> list[str]:
+    shutil.copytree(folder / "base", folder / "copy")
+    return compare("--expect", "changed", f="copy")
+
+
+def _encoders(folder: Path) -> list[str]:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
+    config = BertConfig(vocab_size=300, num_attention_heads=4, pad_token_id=2, **sizes)
+    save_model(folder / "encoder", BertForMaskedLM(config), tiny_tokenizer())
+    return compare("--readout", "auto", b="encoder", f="encoder")
 
 
 def _without_tokenizers(folder: Path) -> list[str]:
@@ -106,6 +126,18 @@ KINDS = (
         ("base and other have 4 blocks of 32", "3 of 32", "Leave --localize out"),
     ),
     BadInput(
+        "other blocks",
+        "`--localize` for two models of different widths, and 50 prompts",
+        _wider,
+        ("base and other have 4 blocks of 32", "4 of 48", "Leave --localize out"),
+    ),
+    BadInput(
+        "readout of an encoder",
+        "`--readout auto` for two encoders",
+        _encoders,
+        ("--readout auto", "encoder has no next-token head", "Leave --readout out"),
+    ),
+    BadInput(
         "different width",
         "two models of different widths",
         _other(hidden_size=48),
@@ -116,6 +148,27 @@ KINDS = (
         "`--fail-above 0.000001` and two models that differ by more",
         typed("--fail-above", "0.000001"),
         ("--fail-above 1e-06", "layer", "divergence of"),
+        exit_code=3,
+        saves=("diff.json",),
+    ),
+    BadInput(
+        "not identical",
+        "`--expect identical` and two models that differ",
+        typed("--expect", "identical"),
+        ("--expect identical: changed", "relative L2", "the noise floor"),
+        exit_code=3,
+        saves=("diff.json",),
+    ),
+    BadInput(
+        "not changed",
+        "`--expect changed` and a fine-tuned model that is a copy of base",
+        _copy,
+        (
+            "--expect changed: IDENTICAL",
+            "bit for bit",
+            "weights are the same too",
+            "one is a copy of the other",
+        ),
         exit_code=3,
         saves=("diff.json",),
     ),

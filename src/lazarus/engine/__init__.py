@@ -11,7 +11,7 @@ resident.py    both models in memory, batch by batch
 """
 
 from lazarus.engine.head import Head
-from lazarus.engine.noise import one_ulp_away, pick_sample
+from lazarus.engine.noise import NoisePlan, one_ulp_away, pick_sample
 from lazarus.engine.pair import ModelPair, check_shapes, learn_pair
 from lazarus.engine.positions import Position, check_positions
 from lazarus.engine.probe import Conventions, learn
@@ -22,6 +22,7 @@ __all__ = [
     "Conventions",
     "Head",
     "ModelPair",
+    "NoisePlan",
     "Position",
     "Site",
     "StatePair",

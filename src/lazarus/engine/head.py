@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,30 +61,68 @@ class Head:
 
 def find_head(
     model: LoadedModel, input_ids: Int[Tensor, "batch time"], mask: Int[Tensor, "batch time"]
-) -> type[ModelOutput] | None:
-    """What the stack returns to the head, if the head can be run by itself; else None.
+) -> tuple[type[ModelOutput] | None, bool]:
+    """What the stack returns to the head, None if the head cannot be run by itself; and if it reads blocks.
 
-    The head by itself must give the logits of the whole model on these tokens, in the very bits.
+    The head by itself must give the logits of the whole model on these tokens: from the states after the
+    final norm, and, to read blocks, from those that leave the last block.
     """
     stack, whole = model.anatomy.stack, model.model
     if stack is whole or whole.get_output_embeddings() is None:
-        return None
-    seen: list[Any] = []
-    handle = stack.register_forward_hook(lambda _module, _args, output: seen.append(output))
-    device = next(stack.parameters()).device
+        return None, False
+    try:
+        seen, expected = _run_whole(model, input_ids, mask)
+        head = Head(model, type(seen.output))
+        states = seen.output.last_hidden_state
+        logits = head.logits(states.reshape(-1, states.shape[-1]))
+    except FORWARD_FAULTS:
+        return None, False  # a head that wants more than token ids and states: no output is measured
+    if not _alike(logits.reshape(expected.shape), expected):
+        return None, False
+    try:
+        read = head.read(seen.last_block[0])
+    except FORWARD_FAULTS:
+        return type(seen.output), False  # streams of other axes than rows and features
+    return type(seen.output), read.shape == expected[0].shape and _alike(read, expected[0])
+
+
+@dataclass
+class _Seen:
+    """What one pass of the whole model showed: what the stack returned, and what left the last block."""
+
+    output: Any = None
+    last_block: Any = None
+
+
+def _run_whole(model: LoadedModel, input_ids: Tensor, mask: Tensor) -> tuple[_Seen, Tensor]:
+    """The logits of the whole model, [batch, time, vocabulary], and what led to them."""
+    seen = _Seen()
+
+    def at_stack(_module: nn.Module, _args: Any, output: Any) -> None:
+        seen.output = output
+
+    def at_block(_module: nn.Module, _args: Any, output: Any) -> None:
+        seen.last_block = first_tensor(output)
+
+    stack, device = model.anatomy.stack, next(model.anatomy.stack.parameters()).device
+    handles = [
+        stack.register_forward_hook(at_stack),
+        model.anatomy.blocks[-1].register_forward_hook(at_block),
+    ]
     try:
         with torch.no_grad():
-            arguments = accepted(whole, attention_mask=mask.to(device))
-            expected = whole(input_ids=input_ids.to(device), **arguments).logits
-        states = seen[0].last_hidden_state
-        found = type(seen[0])
-        logits = Head(model, found).logits(states.reshape(-1, states.shape[-1]))
-    except FORWARD_FAULTS:
-        return None  # a head that wants more than token ids and states: no output is measured
+            arguments = accepted(model.model, attention_mask=mask.to(device))
+            return seen, model.model(input_ids=input_ids.to(device), **arguments).logits
     finally:
-        handle.remove()
-    close = torch.allclose(logits.reshape(expected.shape), expected, rtol=1e-3, atol=1e-3, equal_nan=True)
-    return found if close else None
+        for handle in handles:
+            handle.remove()
+
+
+def _alike(logits: Tensor, expected: Tensor) -> bool:
+    """Equal but for rounding, on the scale of the largest: some heads give logits of a thousandth."""
+    limit = max(1e-3, 8 * torch.finfo(expected.dtype).eps)
+    largest = expected[expected.isfinite()].abs().amax().item() if expected.isfinite().any() else 0.0
+    return torch.allclose(logits, expected, rtol=limit, atol=limit * largest, equal_nan=True)
 
 
 @contextmanager

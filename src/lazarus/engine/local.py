@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,7 +29,10 @@ def beside(
     """
 
     def hook_for(index: int, block: nn.Module) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if block is module:  # one model in memory as both: it would call this hook again
+                taken.append(take(first_tensor(output)))
+                return
             try:
                 returned = block(*map(_copied, args), **{k: _copied(v) for k, v in kwargs.items()})
             except FORWARD_FAULTS as error:
@@ -53,5 +57,8 @@ def beside(
 
 
 def _copied(argument: Any) -> Any:
-    """A block may write what it shares with later blocks into a dict: into base's only base's blocks do."""
-    return dict(argument) if type(argument) is dict else argument
+    """A block may write what it shares with later blocks into a mapping: into base's only base's blocks do.
+
+    It need be no dict: Gemma 3n and 4 share keys and values in a `UserDict`.
+    """
+    return copy(argument) if isinstance(argument, MutableMapping) else argument

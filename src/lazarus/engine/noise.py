@@ -4,16 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lazarus.tokens import TokenBatch
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 MOST_PROMPTS = 16
 FEW_PROMPTS = 50
 """From so many prompts on, a tenth of them at most is used."""
+FEWEST_ROWS = 8
+"""Fewer prompts than this are run several times in a batch: one prompt's noise is a poor guess."""
+
+
+@dataclass(frozen=True)
+class NoisePlan:
+    """How the noise is measured: on how many prompts, in batches of how many tokens."""
+
+    n_prompts: int
+    batch_tokens: int
+    seed: int
+
+    def copies(self, batch: TokenBatch) -> int:
+        """How often the prompts of a batch are run at once, within the tokens of one batch."""
+        room = self.batch_tokens // (len(batch.members) * batch.padded_length)
+        return max(1, min(-(-FEWEST_ROWS // self.n_prompts), room))
 
 
 def pick_sample(n_prompts: int, seed: int) -> list[int]:

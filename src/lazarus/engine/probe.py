@@ -41,6 +41,8 @@ class Conventions:
     has_final_norm: bool
     head_reads: type[ModelOutput] | None
     """what the stack hands to a causal model's head; None where the head cannot be run by itself"""
+    head_reads_blocks: bool
+    """whether the head can be run on what leaves a block, through the final norm"""
     notes: tuple[str, ...] = ()
 
     def rows(self, states: Tensor) -> Float[Tensor, "batch time hidden"]:
@@ -66,6 +68,7 @@ def learn(model: LoadedModel, ids: Sequence[int], pad_id: int) -> Conventions:
     blocks = [_arranged(states, axes) for states in seen.blocks]
     assert seen.final is not None
     causal = all(_alike(b[0, :-1], b[1, :-1], _same_pass_limit(b)) for b in blocks)
+    head_reads, head_reads_blocks = find_head(model, input_ids, mask) if causal else (None, False)
     return Conventions(
         n_layers=len(blocks),
         width=blocks[0].shape[-1],
@@ -73,7 +76,8 @@ def learn(model: LoadedModel, ids: Sequence[int], pad_id: int) -> Conventions:
         causal=causal,
         padding=_find_padding(recorder, input_ids, mask, axes, blocks),
         has_final_norm=not torch.equal(blocks[-1], seen.final),
-        head_reads=find_head(model, input_ids, mask) if causal else None,
+        head_reads=head_reads,
+        head_reads_blocks=head_reads_blocks,
         notes=_notes(model, seen, blocks),
     )
 

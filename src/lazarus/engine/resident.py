@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from lazarus.engine.head import MOST_LOGITS, Head
 from lazarus.engine.local import beside
-from lazarus.engine.noise import nudged
+from lazarus.engine.noise import NoisePlan, nudged
 from lazarus.engine.pair import ModelPair
 from lazarus.engine.positions import Position, RowPicker
 from lazarus.engine.probe import Conventions
@@ -31,6 +32,12 @@ class States:
     sites: list[Tensor]
     head_prompts: Tensor
     head_rows: Tensor
+
+    def split(self, n_parts: int) -> list[States]:
+        """As many equal parts, in order."""
+        sites = zip(*(rows.chunk(n_parts) for rows in self.sites), strict=True)
+        others = (t.chunk(n_parts) for t in (self.prompts, self.head_prompts, self.head_rows))
+        return [States(p, list(rows), h, r) for rows, p, h, r in zip(sites, *others, strict=True)]
 
 
 class Side:
@@ -102,35 +109,49 @@ def run_noise(
     batches: Sequence[TokenBatch],
     position: Position,
     padding: Padding,
-    seed: int,
+    plan: NoisePlan,
     advanced: Callable[[int], None],
 ) -> Iterator[tuple[int, StatePair]]:
     """Base against base with what ought not to matter changed; yields each trial's number and pairs.
 
     Each trial runs the same prompts in other batches, with other padding where padding is right for the
-    model, and with the first block's input moved by one unit in the last place. Both states of a pair
-    are base's: no second copy of the weights is needed.
+    model, and with the first block's input moved by one unit in the last place. Few prompts are run
+    several times in a batch, a trial each time. Both states of a pair are base's: no second copy of the
+    weights is needed.
     """
     base = Side(pair.base, pair.base_conventions)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(plan.seed)
     for batch in batches:
         plain = base.run(batch, position)
-        for trial, parts in enumerate(_recomposed(batch, padding)):
+        n_copies = 1 if padding == "one_by_one" else plan.copies(batch)
+        trials = count()
+        extra_padding = _extra_padding(batch, padding, pair.base.anatomy.context)
+        for parts in _recomposed(batch, extra_padding, n_copies):
             moved = []
             for part in parts:
                 with nudged(pair.base.anatomy.blocks[0], generator):
                     moved.append(base.run(part, position))
-            other = _joined(moved)
-            for site, b, f in zip(pair.sites, plain.sites, other.sites, strict=False):
-                yield trial, StatePair(site, plain.prompts, b, f)
-            for states in _logits(base.head, base.head, plain, other):
-                yield trial, states
+            for other in _joined(moved).split(n_copies):
+                trial = next(trials)
+                for site, b, f in zip(pair.sites, plain.sites, other.sites, strict=False):
+                    yield trial, StatePair(site, plain.prompts, b, f)
+                for states in _logits(base.head, base.head, plain, other):
+                    yield trial, states
         advanced(batch.n_tokens)
 
 
-def _recomposed(batch: TokenBatch, padding: Padding) -> list[list[TokenBatch]]:
-    """The same prompts in the same order: in two halves, and in one batch with more padding."""
-    padded = replace(batch, extra_padding=EXTRA_PADDING) if padding == "right" else batch
+def _extra_padding(batch: TokenBatch, padding: Padding, context: int | None) -> int:
+    """How much more padding a batch can have: there may be no positions for it, or it may not be right."""
+    if padding != "right":
+        return 0
+    return EXTRA_PADDING if context is None else max(0, min(EXTRA_PADDING, context - batch.padded_length))
+
+
+def _recomposed(batch: TokenBatch, extra_padding: int, n_copies: int) -> list[list[TokenBatch]]:
+    """The same prompts in the same order: in two halves, or several times, and with more padding."""
+    padded = replace(batch, members=batch.members * n_copies, extra_padding=extra_padding)
+    if n_copies > 1:
+        return [[replace(padded, extra_padding=0)], [padded]]
     middle = len(batch.members) // 2
     halves = [replace(batch, members=part) for part in (batch.members[:middle], batch.members[middle:])]
     return [halves if middle else [padded], [padded]]

@@ -125,12 +125,15 @@ class Findings:
 
     @cached_property
     def verdict(self) -> Verdict | None:
-        """Whether anything changed beyond the noise; None where the noise was not measured."""
-        if not self.pair.same_width:
+        """Whether anything changed beyond the noise; None where the noise was not measured.
+
+        A state that is zero or not finite in one of the models alone has changed, though it has no cosine.
+        """
+        if not self.pair.same_width or any(site.n_unlike for site in self.measured.sites.values()):
             return "changed"
         seen: dict[Site, float] = {site: self._means(site)["relative_l2"] for site in self.pair.sites}
-        if self.output is not None and self.output.logits_relative_l2 is not None:
-            seen["logits"] = self.output.logits_relative_l2
+        if self.measured.output.n_rows.any():
+            seen["logits"] = self._logits_change()
         if not self.floors and any(value != 0 for value in seen.values()):
             return None
         return find_verdict(seen, self.floors)
@@ -191,6 +194,12 @@ class Findings:
 
     def _means(self, site: Site) -> dict[str, float]:
         return {name: mean_over_prompts(values) for name, values in self.by_prompt[site].items()}
+
+    def _logits_change(self) -> float:
+        """The mean relative L2 of the logits; ∞ where only one of the models can give a token."""
+        means = {name: mean_over_prompts(v) for name, v in self.measured.output.means().items()}
+        one_sided = np.inf in (means["kl_base_finetuned"], means["kl_finetuned_base"])
+        return float("inf") if one_sided else means["logits_relative_l2"]
 
     def _divergence_floor(self, site: Site) -> float:
         """The floor in divergence; without a measured one, that of rounding a single number."""

@@ -14,7 +14,7 @@ from lazarus.metrics.states import to_float64
 
 FEWEST_FOR_CKA = 50
 """Below, the estimate is too noisy to be worth printing."""
-MOST_KEPT = 256
+MOST_KEPT = 128
 """Above, a seeded sample of the prompts stands for all of them: rows are kept until the end of the run."""
 
 
@@ -36,7 +36,8 @@ def debiased_cka(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
 
 
 def _gram(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    centred = x - x.mean(0)
+    offsets = x - x[0]  # exactly 0 for constant data
+    centred = offsets - offsets.mean(0)
     gram: NDArray[np.float64] = centred @ centred.T
     return gram
 
@@ -66,21 +67,23 @@ class KeptRows:
         finetuned: Float[Tensor, "rows finetuned_width"],
     ) -> None:
         """Take in every row of some prompts."""
-        owners = prompts.cpu()
-        kept = [p for p in sorted(set(owners.tolist())) if p in self.slots]
-        if not kept:
+        slots = torch.tensor([self.slots.get(p, -1) for p in prompts.tolist()], dtype=torch.long)
+        kept = torch.nonzero(slots >= 0).flatten()
+        if not len(kept):
             return
-        places = [self.slots[p] for p in kept]
-        self.base = self._placed(self.base, base, owners, kept)
-        self.finetuned = self._placed(self.finetuned, finetuned, owners, kept)
-        self.seen[places] = True
+        places, order = torch.unique(slots[kept], return_inverse=True)
+        self.base = self._placed(self.base, base[kept.to(base.device)], places, order)
+        self.finetuned = self._placed(self.finetuned, finetuned[kept.to(finetuned.device)], places, order)
+        self.seen[places.numpy()] = True
 
-    def _placed(self, store: Tensor | None, rows: Tensor, owners: Tensor, kept: list[int]) -> Tensor:
+    def _placed(self, store: Tensor | None, rows: Tensor, places: Tensor, order: Tensor) -> Tensor:
+        """The store with these rows in it, each prompt's averaged."""
         if store is None:
             store = torch.zeros(len(self.slots), rows.shape[1], dtype=torch.float32)
-        for prompt in kept:
-            mine = (owners == prompt).to(rows.device)
-            store[self.slots[prompt]] = to_float64(rows[mine]).mean(0).float().cpu()
+        sums = torch.zeros(len(places), rows.shape[1], dtype=torch.float64)
+        sums.index_add_(0, order, to_float64(rows).cpu())
+        counts = torch.bincount(order, minlength=len(places))
+        store[places] = (sums / counts[:, None]).float()
         return store
 
     def merge(self, other: KeptRows) -> KeptRows:

@@ -32,12 +32,12 @@ def compare_logits(
     """
     b, f = to_float64(base), to_float64(finetuned)
     log_p, log_q = b.log_softmax(-1), f.log_softmax(-1)
-    log_mean = torch.logaddexp(log_p, log_q) - math.log(2)
+    p, q, gap = log_p.exp(), log_q.exp(), log_p - log_q
     first = f.argmax(-1, keepdim=True)
     columns = [
-        _kl(log_p, log_q),
-        _kl(log_q, log_p),
-        (_kl(log_p, log_mean) + _kl(log_q, log_mean)) / 2,
+        _mean_gap(p, gap),
+        _mean_gap(q, -gap),
+        (_mean_gap(p, _gap_to_middle(gap)) + _mean_gap(q, _gap_to_middle(-gap))) / 2,
         (b.argmax(-1, keepdim=True) == first).squeeze(-1).double(),
         1 + (b > b.gather(-1, first)).sum(-1).double(),
         _relative_l2(b, f),
@@ -45,10 +45,14 @@ def compare_logits(
     return RowValues(torch.stack(columns, dim=-1), ~(log_p.isnan() | log_q.isnan()).any(-1))
 
 
-def _kl(log_p: Tensor, log_q: Tensor) -> Float[Tensor, " rows"]:
-    """Σ p (log p − log q), where a token of probability 0 adds nothing."""
-    terms = log_p.exp() * (log_p - log_q)
-    return terms.masked_fill(log_p == -math.inf, 0.0).sum(-1)
+def _mean_gap(p: Tensor, gap: Tensor) -> Float[Tensor, " rows"]:
+    """Σ p gap, where a token of probability 0 adds nothing: the KL divergence for gap = log p − log q."""
+    return (p * gap).masked_fill(p == 0, 0.0).sum(-1)
+
+
+def _gap_to_middle(gap: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, "rows vocabulary"]:
+    """log p − log ½(p + q), from log p − log q; exactly 0 for 0."""
+    return math.log(2) - torch.logaddexp(torch.zeros_like(gap), -gap)
 
 
 def _relative_l2(base: Tensor, finetuned: Tensor) -> Float[Tensor, " rows"]:

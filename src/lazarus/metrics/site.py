@@ -33,6 +33,8 @@ class SiteMeasures:
         self.local = PromptMeans(LOCAL_METRICS, plan.n_prompts)
         self.directions = Directions()
         self.kept = KeptRows(plan.kept)
+        self.n_unlike = 0
+        """pairs that are left out of every mean, zero or not finite, and not the same in both models"""
 
     def update(
         self,
@@ -46,6 +48,7 @@ class SiteMeasures:
         if base.shape[1] != finetuned.shape[1]:
             return
         rows = Rows.of(base, finetuned)
+        self.n_unlike += rows.count_unlike()
         self.means.update(prompts, compare_rows(rows, self.plan.centered))
         self.directions.update(prompts, rows)
         if local is not None:
@@ -56,4 +59,5 @@ class SiteMeasures:
         merged = SiteMeasures(self.plan)
         for name in ("means", "local", "directions", "kept"):
             setattr(merged, name, getattr(self, name).merge(getattr(other, name)))
+        merged.n_unlike = self.n_unlike + other.n_unlike
         return merged

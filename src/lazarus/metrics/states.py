@@ -110,6 +110,11 @@ class Rows:
         total = self.base_length + self.finetuned_length
         return (self.base_length > 0) & (self.finetuned_length > 0) & total.isfinite()
 
+    def count_unlike(self) -> int:
+        """How many of the pairs that are not valid are not the same in both, NaN for NaN."""
+        b, f = self.base[~self.valid], self.finetuned[~self.valid]
+        return int((~((b == f) | (b.isnan() & f.isnan())).all(-1)).sum())
+
     def only_valid(self) -> Rows:
         """The rows that are valid; these very ones where all are."""
         if bool(self.valid.all()):

@@ -14,6 +14,8 @@ _PEFT_BASE = ".base_layer"
 
 def weights_identical(base: LoadedModel, finetuned: LoadedModel) -> bool:
     """Whether both run on the same weights, bit for bit; an adapter that adds exactly nothing is none."""
+    if _same_files(base, finetuned) or _one_in_memory(base, finetuned):
+        return True
     if any(model.adapter and not adds_nothing(model) for model in (base, finetuned)):
         return False
     ours, theirs = dict(_own_weights(base.model)), dict(_own_weights(finetuned.model))
@@ -22,16 +24,15 @@ def weights_identical(base: LoadedModel, finetuned: LoadedModel) -> bool:
 
 def why_the_same(base: LoadedModel, finetuned: LoadedModel, identical: bool) -> list[str]:
     """What can be checked of the causes for which a fine-tune changes nothing, most likely first."""
+    if _same_files(base, finetuned):
+        return ["both names are the same files"]
+    if _one_in_memory(base, finetuned):
+        return ["both are one model in memory"]
     causes = []
     for model in (base, finetuned):
         if model.adapter:
             causes += _why_adapter_does_nothing(model)
-    places = [model.source.place for model in (base, finetuned) if model.source and not model.adapter]
-    if len(places) == 2 and places[0] == places[1]:
-        causes.append("both names are the same files")
-    elif base.model is finetuned.model:
-        causes.append("both are one model in memory")
-    elif identical and not causes:
+    if identical and not causes:
         causes.append("both checkpoints hold the same weights, bit for bit: one is a copy of the other")
     return causes
 
@@ -39,7 +40,22 @@ def why_the_same(base: LoadedModel, finetuned: LoadedModel, identical: bool) -> 
 def adds_nothing(model: LoadedModel) -> bool:
     """Whether a model's adapters change no state: none acts, or every one's product is exactly zero."""
     layers = list(_adapted(model.model))
-    return all(_is_off(layer) or _is_zero(layer) for layer in layers)
+    return all(_is_off(layer) or (_is_zero(layer) and not _has_magnitude(layer)) for layer in layers)
+
+
+def _same_files(base: LoadedModel, finetuned: LoadedModel) -> bool:
+    """Whether both were loaded from the same files, adapters included."""
+    if base.source is None or finetuned.source is None:
+        return False
+    return base.source.place == finetuned.source.place and base.adapter == finetuned.adapter
+
+
+def _one_in_memory(base: LoadedModel, finetuned: LoadedModel) -> bool:
+    """Whether the caller gave one model twice; one in training mode runs as a tree of its own."""
+    if base.kind != "loaded" or finetuned.kind != "loaded":
+        return False
+    ours, theirs = ([p.data_ptr() for p in m.model.parameters()] for m in (base, finetuned))
+    return base.model is finetuned.model or ours == theirs
 
 
 def _why_adapter_does_nothing(model: LoadedModel) -> list[str]:
@@ -74,15 +90,25 @@ def _is_zero(layer: nn.Module) -> bool:
     return any(found and all(not p.any() for p in found) for found in factors)
 
 
+def _has_magnitude(layer: nn.Module) -> bool:
+    """DoRA's second part, which may change a layer whose product is zero."""
+    return any("lora_magnitude_vector." in name for name, _ in layer.named_parameters())
+
+
 def _own_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every weight but an adapter's, under the name that it has without one."""
+    """Every stored tensor but an adapter's, under the name that it has without one.
+
+    Buffers that are stored count: the bias by which DeepSeek's router chooses is one.
+    """
     adapted = {name: layer for name, layer in model.named_modules() if hasattr(layer, "base_layer")}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, tensor in model.state_dict(keep_vars=True).items():
         owner = next((a for a in adapted if name.startswith(a + ".")), None)
+        if not isinstance(tensor, Tensor):
+            continue  # what a module keeps beside its weights
         if owner is None:
-            yield name, parameter
+            yield name, tensor
         elif name.startswith(owner + _PEFT_BASE + "."):
-            yield name.replace(_PEFT_BASE, "", 1), parameter
+            yield name.replace(_PEFT_BASE, "", 1), tensor
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

@@ -35,7 +35,7 @@ def verdict(record: ActivationDiffRecord) -> str:
         case "changed":
             return f"changed: {_largest(record)}"
         case None:
-            return "not given: the noise was not measured"
+            return "none: the noise was not measured"
 
 
 def _weights(record: ActivationDiffRecord) -> str:
@@ -53,7 +53,7 @@ def _coarse(record: ActivationDiffRecord) -> str:
 
 
 def _largest(record: ActivationDiffRecord) -> str:
-    """The site that stands highest above its floor."""
+    """The largest change of those above their floor; the nearest to its floor, where none is."""
     places = [
         *((f"layer {layer.layer}", layer.relative_l2, layer.noise_floor) for layer in record.layers),
         *((site.name.replace("_", " "), site.relative_l2, site.noise_floor) for site in record.sites),
@@ -61,17 +61,17 @@ def _largest(record: ActivationDiffRecord) -> str:
     if record.output is not None:
         places.append(("the logits", record.output.logits_relative_l2, record.output.noise_floor))
     measured = [(name, value, floor) for name, value, floor in places if value is not None and floor]
-    if not measured:
-        return "the two have residual streams of other widths"
-    name, value, floor = max(measured, key=lambda place: place[1] / place[2])
+    above = [place for place in measured if place[1] > place[2]]
+    if record.summary.verdict == "changed" and not above:
+        return "the two have states that cannot be compared; see the notes"
+    name, value, floor = max(above or measured, key=lambda place: place[1] if above else place[1] / place[2])
     return f"relative L2 {short(value)} at {name}, {_times(value / floor)} the noise floor"
 
 
 def _times(ratio: float) -> str:
-    if ratio < 10:
-        return f"{ratio:.2g} times"
-    digits = 10 ** (math.floor(math.log10(ratio)) - 1)
-    return f"{round(ratio / digits) * digits:,.0f} times"
+    """No more digits than the noise has: it is another one on another machine."""
+    most = next((limit for limit in (1000, 100, 10) if ratio > limit), None)
+    return f"{ratio:.1f} times" if most is None else f"over {most:,} times"
 
 
 def _most_divergent(record: ActivationDiffRecord) -> list[str]:
@@ -79,8 +79,10 @@ def _most_divergent(record: ActivationDiffRecord) -> list[str]:
     if layer is None:
         return []
     found = record.layers[layer]
+    if not found.divergence:
+        return ["No layer diverges"]
     told = f"divergence {short(found.divergence)}"
-    if found.interval is not None and found.divergence:
+    if found.interval is not None:
         told += f", 95 % interval {short(found.interval[0])} to {short(found.interval[1])}"
     if found.unrelated_similarity is not None:
         told += f"; unrelated prompts: {short(1 - found.unrelated_similarity)}"
@@ -113,7 +115,10 @@ def _blocks(record: ActivationDiffRecord) -> list[str]:
     named = ", ".join(f"{layer} ({short(value)})" for layer, value in changed[:BLOCKS_NAMED])
     others = len(changed) - BLOCKS_NAMED
     rest = len(changes) - len(changed)
-    line = f"Blocks that did it: {named}" + (f" and {others} more" if others > 0 else "")
+    noise = record.summary.verdict == "within_noise"
+    line = f"{'Largest local changes, within the noise' if noise else 'Blocks that did it'}: {named}" + (
+        f" and {others} more" if others > 0 else ""
+    )
     return [line + (f"; exactly 0 in the other {rest}" if rest else "")]
 
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from typing import IO, Any
 
 import numpy as np
 
-from lazarus.render.text import escaped
+from lazarus.render.escape import escaped
+from lazarus.render.summary import summary_lines
 from lazarus.results import METRICS, ActivationDiffRecord, LayerRecord, ResultRows
+
+SHOWN = ("cosine_similarity", "divergence", "relative_l2", "norm_ratio")
+MAYBE_SHOWN = ("noise_floor", "normalized_divergence", "local_relative_l2", "cka")
 
 
 def columns(record: ActivationDiffRecord) -> dict[str, Any]:
@@ -50,7 +55,7 @@ def write_parquet(record: ActivationDiffRecord, stream: IO[bytes]) -> None:
 
 def write_markdown(record: ActivationDiffRecord, stream: IO[bytes]) -> None:
     """The table of the layers, with what was compared above it and the notes below."""
-    names = ("cosine_similarity", "divergence", "relative_l2", "norm_ratio")
+    names = [*SHOWN, *(name for name in MAYBE_SHOWN if _measured(record, name))]
     head = ["Layer", *(METRICS[name].heading for name in names), ""]
     lines = [
         f"# `{record.base.id}` against `{record.finetuned.id}`",
@@ -62,13 +67,25 @@ def write_markdown(record: ActivationDiffRecord, stream: IO[bytes]) -> None:
         "|" + "---:|" * (len(head) - 1) + "---|",
         *(_markdown_row(layer, names) for layer in record.layers),
     ]
+    lines += ["", *(f"- {line}" for line in summary_lines(record))]
     if record.notes:
         lines += ["", "Notes:", "", *(f"- {escaped(note)}" for note in record.notes)]
     stream.write(("\n".join(lines) + "\n").encode())
 
 
-def _markdown_row(layer: LayerRecord, names: tuple[str, ...]) -> str:
-    values = [getattr(layer, name) for name in names]
+def _measured(record: ActivationDiffRecord, name: str) -> bool:
+    return any(_value(layer, name) is not None for layer in record.layers)
+
+
+def _value(layer: LayerRecord, name: str) -> float | None:
+    if name == "local_relative_l2":
+        return layer.local.relative_l2 if layer.local else None
+    value: float | None = getattr(layer, name)
+    return value
+
+
+def _markdown_row(layer: LayerRecord, names: Sequence[str]) -> str:
+    values = [_value(layer, name) for name in names]
     cells = ["nan" if v is None else format(v, METRICS[n].format) for n, v in zip(names, values, strict=True)]
     return "| " + " | ".join([str(layer.layer), *cells, "***" if layer.flagged else ""]) + " |"
 

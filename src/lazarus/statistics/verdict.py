@@ -10,7 +10,7 @@ from lazarus.results import Verdict
 
 S = TypeVar("S")
 
-FACTOR = 1.5
+FACTOR = 1.75
 """The floor is so many times the largest noise seen. Calibrated: docs/how-to-read-it.md, "Noise floor"."""
 
 EPSILONS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}

@@ -1,0 +1,293 @@
+"""Whether two models run on the same weights, and why a fine-tune may have changed nothing."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+
+from factories import perturbed, save_model, tiny_llama, tiny_tokenizer
+from layouts import compare, edit_weights, most, pair_of, save_adapter
+from lazarus import ActivationDiff
+from lazarus.models import weights_identical, why_the_same, wrap_model
+
+TARGETS = ["q_proj", "down_proj"]
+SAME_FILES = "both names are the same files"
+COPY = "both checkpoints hold the same weights, bit for bit: one is a copy of the other"
+IN_MEMORY = "both are one model in memory"
+
+
+def lora(**settings: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "target_modules": TARGETS, **settings})
+
+
+def save_untrained(folder: Path, base: Path, config: PeftConfig) -> Path:
+    """An adapter as it is before the first step of training."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
+    return folder
+
+
+def in_memory(base: nn.Module, finetuned: nn.Module) -> ActivationDiff:
+    return compare(base, finetuned, tokenizer=tiny_tokenizer())
+
+
+def facts(diff: ActivationDiff) -> tuple[str | None, bool | None, list[str]]:
+    return diff.summary.verdict, diff.summary.weights_identical, diff.summary.causes
+
+
+# --- Files
+
+
+def test_one_folder_twice_is_the_same_files(base_folder: Path) -> None:
+    assert facts(compare(base_folder, base_folder)) == ("identical", True, [SAME_FILES])
+    detour = f"{base_folder}/../{base_folder.name}/"
+    assert facts(compare(base_folder, detour)) == ("identical", True, [SAME_FILES])
+
+
+def test_a_copied_folder_is_a_copy(base_folder: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(base_folder, tmp_path / "copied")
+    diff = compare(base_folder, copied)
+    assert facts(diff) == ("identical", True, [COPY])
+    assert COPY in str(diff)
+
+
+def test_a_finetune_is_not_the_same(base_folder: Path, finetuned_folder: Path) -> None:
+    assert facts(compare(base_folder, finetuned_folder)) == ("changed", False, [])
+
+
+@pytest.mark.parametrize("name", ["model.layers.3.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"])
+@pytest.mark.parametrize("place", [0, -1])
+def test_one_changed_bit_is_not_the_same_weights(
+    name: str, place: int, base_folder: Path, tmp_path: Path
+) -> None:
+    def flip(tensors: dict[str, Tensor]) -> None:
+        tensors[name].view(torch.int32).flatten()[place] ^= 1
+
+    base, finetuned = pair_of(str(base_folder), str(edit_weights(base_folder, tmp_path / "flipped", flip)))
+    assert not weights_identical(base, finetuned)
+    assert why_the_same(base, finetuned, identical=False) == []
+
+
+def test_weights_that_no_prompt_reads_are_weights(base_folder: Path, tmp_path: Path) -> None:
+    """The states are identical, bit for bit, and the weights are not: no cause is made up."""
+    unread = tiny_tokenizer().convert_tokens_to_ids("~")
+    assert unread not in tiny_tokenizer()(["Hello, how are you?", "What is AI?"])["input_ids"]
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors["model.embed_tokens.weight"][unread] += 1
+
+    diff = compare(base_folder, edit_weights(base_folder, tmp_path / "changed", change))
+    assert facts(diff) == ("identical", False, [])
+
+
+def test_a_changed_head_is_not_the_same(base_folder: Path, tmp_path: Path) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] *= 1.5
+
+    diff = compare(base_folder, edit_weights(base_folder, tmp_path / "head", change))
+    assert most(diff) == 0
+    assert facts(diff) == ("changed", False, [])
+
+
+def test_tied_heads(tmp_path: Path) -> None:
+    tied = tiny_llama(tie_word_embeddings=True)
+    folders = [save_model(tmp_path / name, tied, tiny_tokenizer()) for name in ("one", "other")]
+    assert facts(compare(*folders)) == ("identical", True, [COPY])
+    assert facts(compare(folders[0], folders[0])) == ("identical", True, [SAME_FILES])
+    with torch.no_grad():
+        tied.lm_head.weight[5, 5] += 0.5
+    assert not weights_identical(
+        *pair_of(str(folders[0]), str(save_model(tmp_path / "changed", tied, tiny_tokenizer())))
+    )
+
+
+def test_a_head_of_its_own_with_the_tied_weights_is_the_same() -> None:
+    tied, untied = tiny_llama(tie_word_embeddings=True), tiny_llama()
+    untied.load_state_dict(tied.state_dict())
+    assert weights_identical(wrap_model(tied, "tied"), wrap_model(untied, "untied"))
+
+
+def test_another_type_is_not_the_same_weights() -> None:
+    base = tiny_llama()
+    wide, narrow = (wrap_model(copy.deepcopy(base).to(t), str(t)) for t in (torch.float32, torch.bfloat16))
+    assert not weights_identical(wide, narrow)
+
+
+def test_models_of_other_depth_are_not_the_same() -> None:
+    shallow = tiny_llama(num_hidden_layers=3)
+    assert not weights_identical(wrap_model(tiny_llama(), "deep"), wrap_model(shallow, "shallow"))
+
+
+def test_what_is_stored_beside_the_parameters_counts() -> None:
+    """DeepSeek's experts are chosen by a bias that is a buffer, not a parameter, and is trained."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "vocab_size": 300}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    depth = {"num_hidden_layers": 2, "first_k_dense_replace": 1}
+    base = DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, **heads, **experts, **depth)).eval()
+    other = copy.deepcopy(base)
+    assert weights_identical(wrap_model(base, "base"), wrap_model(other, "other"))
+    other.model.layers[1].mlp.gate.e_score_correction_bias[0] += 10
+    assert not weights_identical(wrap_model(base, "base"), wrap_model(other, "other"))
+
+
+# --- Models in memory
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_one_model_in_memory(training: bool) -> None:
+    model = tiny_llama().train(training)
+    assert facts(in_memory(model, model)) == ("identical", True, [IN_MEMORY])
+
+
+def test_a_copy_in_memory() -> None:
+    model = tiny_llama()
+    assert facts(in_memory(model, copy.deepcopy(model))) == ("identical", True, [COPY])
+    assert facts(in_memory(model, perturbed(model))) == ("changed", False, [])
+
+
+def test_a_base_that_peft_has_changed_is_the_same_model_and_the_same_weights(base_folder: Path) -> None:
+    model = tiny_llama()
+    wrapped = trained(model, lora())
+    assert facts(in_memory(model, wrapped)) == ("identical", True, [IN_MEMORY])
+
+
+def trained(model: nn.Module, config: PeftConfig) -> PeftModel:
+    wrapped = get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05)
+    return wrapped
+
+
+def test_an_adapter_that_is_switched_off() -> None:
+    wrapped = trained(tiny_llama(), lora())
+    assert facts(in_memory(tiny_llama(), wrapped)) == ("changed", False, [])
+    wrapped.base_model.disable_adapter_layers()
+    verdict, same, causes = facts(in_memory(tiny_llama(), wrapped))
+    assert (verdict, same) == ("identical", True)
+    assert causes == ["the adapter default (LORA) is not applied: it is switched off"]
+    wrapped.base_model.enable_adapter_layers()
+    assert facts(in_memory(tiny_llama(), wrapped)) == ("changed", False, [])
+
+
+def test_an_adapter_that_is_switched_off_on_other_weights_is_a_change() -> None:
+    wrapped = trained(perturbed(tiny_llama()), lora())
+    wrapped.base_model.disable_adapter_layers()
+    assert facts(in_memory(tiny_llama(), wrapped)) == ("changed", False, [])
+
+
+# --- Adapters in files
+
+UNTRAINED: dict[str, tuple[Callable[[], PeftConfig], int]] = {
+    "lora": (lora, 8),
+    "rank-stabilised": (lambda: lora(use_rslora=True), 8),
+    "two layers": (lambda: lora(layers_to_transform=[2, 3]), 4),
+    "embedding too": (lambda: lora(target_modules=["q_proj", "embed_tokens"]), 5),
+    "head too": (lambda: lora(target_modules=["q_proj", "lm_head"]), 4),
+}
+
+
+@pytest.mark.parametrize("kind", UNTRAINED)
+def test_an_untrained_adapter_still_has_a_b_of_zero(kind: str, base_folder: Path, tmp_path: Path) -> None:
+    config, n_layers = UNTRAINED[kind]
+    adapter = save_untrained(tmp_path / "adapter", base_folder, config())
+    for models in ((base_folder, adapter), (adapter, base_folder)):
+        verdict, same, causes = facts(compare(*models))
+        assert (verdict, same) == ("identical", True)
+        [cause] = causes
+        assert f"B is still zero in all of its {n_layers} layers" in cause
+        assert str(adapter) in cause
+
+
+def test_an_untrained_adapter_on_a_finetune_is_a_change(
+    base_folder: Path, finetuned_folder: Path, tmp_path: Path
+) -> None:
+    adapter = save_untrained(tmp_path / "adapter", base_folder, lora())
+    assert facts(compare(base_folder, f"{finetuned_folder}+{adapter}")) == ("changed", False, [])
+    assert facts(compare(finetuned_folder, f"{finetuned_folder}+{adapter}"))[:2] == ("identical", True)
+
+
+@pytest.mark.parametrize("config", [lora(), lora(use_dora=True), IA3Config(target_modules=TARGETS)])
+def test_a_trained_adapter_is_a_change(config: PeftConfig, base_folder: Path, tmp_path: Path) -> None:
+    config = copy.deepcopy(config)
+    if isinstance(config, IA3Config):
+        config.feedforward_modules = ["down_proj"]
+    save_adapter(tmp_path / "adapter", base_folder, config)
+    assert facts(compare(base_folder, tmp_path / "adapter")) == ("changed", False, [])
+
+
+def test_a_trained_adapter_against_itself_is_the_same(base_folder: Path, tmp_path: Path) -> None:
+    for name, seed in (("one", 1), ("other", 2)):
+        save_adapter(tmp_path / name, base_folder, lora(), seed)
+    one, other = (f"{base_folder}+{tmp_path / name}" for name in ("one", "other"))
+    assert facts(compare(one, one)) == ("identical", True, [SAME_FILES])
+    assert facts(compare(one, other)) == ("changed", False, [])
+
+
+def test_one_layer_with_a_b_is_enough(base_folder: Path, tmp_path: Path) -> None:
+    wrapped = get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), lora())
+    with torch.no_grad():
+        wrapped.base_model.model.model.layers[3].mlp.down_proj.lora_B["default"].weight[0, 0] = 1e-30
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped.save_pretrained(tmp_path / "adapter")
+    diff = compare(base_folder, tmp_path / "adapter")
+    assert facts(diff) == ("identical", False, [])
+
+
+def test_a_dora_of_which_only_the_magnitude_was_trained_is_not_the_same() -> None:
+    wrapped = get_peft_model(tiny_llama(), lora(use_dora=True)).eval()
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1.5)
+    assert facts(in_memory(tiny_llama(), wrapped)) == ("changed", False, [])
+
+
+def test_a_lora_of_which_only_the_bias_was_trained_is_not_the_same() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it cannot be merged
+        wrapped = get_peft_model(tiny_llama(), lora(lora_bias=True)).eval()
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name and name.endswith("bias"):
+                parameter.add_(0.5)
+    assert facts(in_memory(tiny_llama(), wrapped)) == ("changed", False, [])
+
+
+def test_an_untrained_dora_says_so(base_folder: Path, tmp_path: Path) -> None:
+    adapter = save_untrained(tmp_path / "adapter", base_folder, lora(use_dora=True))
+    verdict, same, causes = facts(compare(base_folder, adapter))
+    assert verdict != "changed"
+    assert same is False  # its magnitudes are weights, and are not looked into
+    assert ["B is still zero in all of its 8 layers" in cause for cause in causes] == [True]
+
+
+@pytest.mark.parametrize("kind", ["lora", "saved"])
+def test_an_adapter_on_the_head_alone_is_elsewhere_and_a_change(
+    kind: str, base_folder: Path, tmp_path: Path
+) -> None:
+    config = lora(target_modules=["lm_head"])
+    if kind == "saved":
+        config = lora(target_modules="dummy-target-modules", modules_to_save=["lm_head"])
+    save_adapter(tmp_path / "adapter", base_folder, config)
+    diff = compare(base_folder, tmp_path / "adapter")
+    assert most(diff) == 0
+    assert facts(diff) == ("changed", False, [])
+    models = pair_of(str(base_folder), str(tmp_path / "adapter"))
+    [cause] = why_the_same(*models, identical=False)
+    assert cause.startswith("no layer that is compared carries the adapter")
+    assert cause.endswith("its targets are elsewhere")
