@@ -86,8 +86,7 @@ def test_a_site_that_was_not_measured_says_nothing(site: int | str) -> None:
     quiet, loud = dict.fromkeys(FLOORS, 1e-7), dict.fromkeys(FLOORS, 1.0)
     assert find_verdict({**quiet, site: NAN}, FLOORS) == "within_noise"
     assert find_verdict({**loud, site: NAN}, FLOORS) == "changed"
-    # It does not say that it is the same, either.
-    assert find_verdict({**dict.fromkeys(FLOORS, 0.0), site: NAN}, FLOORS) != "identical"
+    assert find_verdict({**dict.fromkeys(FLOORS, 0.0), site: NAN}, FLOORS) == "identical"
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.001, 2.0])
@@ -182,3 +181,13 @@ def test_a_state_that_is_zero_in_both_models_is_no_change() -> None:
     diff = lazarus.activation_diff(base, base, ["t5 t17 t9"], tokenizer=tokenizer)
     assert any("embedding: states that are zero or not finite were left out" in n for n in diff.notes)
     assert diff.summary.verdict == "identical"
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_logits_that_are_not_finite_leave_no_verdict_but_a_change(broken: int) -> None:
+    pair = [tiny_llama(), tiny_llama()]
+    with torch.no_grad():
+        pair[broken].lm_head.weight[3, 3] = NAN
+    diff = lazarus.activation_diff(*pair, ["t5 t17"], tokenizer=word_tokenizer())
+    assert diff.summary.verdict is None
+    assert [layer.divergence for layer in diff.layers] == [0.0] * 4

@@ -125,7 +125,7 @@ class Findings:
 
     @cached_property
     def verdict(self) -> Verdict | None:
-        """Whether anything changed beyond the noise; None where the noise was not measured.
+        """Whether anything changed beyond the noise; None where the noise, or the logits, are not known.
 
         A state that is zero or not finite in one of the models alone has changed, though it has no cosine.
         """
@@ -136,7 +136,8 @@ class Findings:
             seen["logits"] = self._logits_change()
         if not self.floors and any(value != 0 for value in seen.values()):
             return None
-        return find_verdict(seen, self.floors)
+        found = find_verdict(seen, self.floors)
+        return None if self.measured.output.n_excluded.any() and found != "changed" else found
 
     @cached_property
     def output(self) -> Output | None:

@@ -35,7 +35,7 @@ def verdict(record: ActivationDiffRecord) -> str:
         case "changed":
             return f"changed: {_largest(record)}"
         case None:
-            return "none: the noise was not measured"
+            return "none: the noise was not measured, or logits are not finite"
 
 
 def _weights(record: ActivationDiffRecord) -> str:

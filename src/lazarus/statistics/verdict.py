@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -42,7 +43,8 @@ def find_verdict(seen: Mapping[S, float], floors: Mapping[S, Floor]) -> Verdict:
     `seen` is the mean relative L2 at every site and of the logits. It is not taken on the cosine: a change
     of scale is a change. A site that could not be measured says nothing.
     """
-    if all(value == 0 for value in seen.values()):
+    measured = {site: value for site, value in seen.items() if not math.isnan(value)}
+    if all(value == 0 for value in measured.values()):
         return "identical"
-    above = any(value > floors[site].relative_l2 for site, value in seen.items())
+    above = any(value > floors[site].relative_l2 for site, value in measured.items())
     return "changed" if above else "within_noise"
