@@ -185,9 +185,9 @@ def test_a_state_that_is_zero_in_both_models_is_no_change() -> None:
 
 @pytest.mark.parametrize("broken", [0, 1])
 def test_logits_that_are_not_finite_leave_no_verdict_but_a_change(broken: int) -> None:
-    pair = [tiny_llama(), tiny_llama()]
+    base, finetuned = pair = (tiny_llama(), tiny_llama())
     with torch.no_grad():
         pair[broken].lm_head.weight[3, 3] = NAN
-    diff = lazarus.activation_diff(*pair, ["t5 t17"], tokenizer=word_tokenizer())
+    diff = lazarus.activation_diff(base, finetuned, ["t5 t17"], tokenizer=word_tokenizer())
     assert diff.summary.verdict is None
     assert [layer.divergence for layer in diff.layers] == [0.0] * 4

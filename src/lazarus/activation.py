@@ -110,14 +110,14 @@ def activation_diff(
     reading = read_prompts(models, tokenizer, found.prompts, template, chosen)
     pair = learn_pair(*models, reading.samples, reading.pad_ids, reading.align)
     check_shapes(pair, len(found.prompts), FEWEST_FOR_CKA, localize=chosen.localize)
-    facts = RunFacts(chosen, device, _position(chosen, pair), _batch_tokens(chosen, device))
     layers = _readout_layers(chosen, pair)
-    lengths = [len(prompt.ids) for prompt in reading.base]
+    position, lengths = _position(chosen, pair), [len(prompt.ids) for prompt in reading.base]
     notes = [*found.notes, *models[0].notes, *models[1].notes, *reading.notes]
-    notes += pair.notes(max(lengths)) + check_positions(facts.position, lengths)
+    notes += pair.notes(max(lengths)) + check_positions(position, lengths)
+    facts = RunFacts(chosen, device, position, _batch_tokens(chosen, device), notes)
     measured = measure(pair, _plan(facts, reading, pair), watcher.running, watcher.advanced)
     readout = read_differences(pair, measured, layers, reading.tokenizers) if layers else None
-    return ActivationDiff(assemble(pair, facts, found.prompts, reading, measured, readout, notes))
+    return ActivationDiff(assemble(pair, facts, reading, measured, readout))
 
 
 def _plan(facts: RunFacts, reading: Reading, pair: ModelPair) -> Plan:

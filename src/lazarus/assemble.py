@@ -20,7 +20,6 @@ from lazarus.measure import Measured
 from lazarus.metrics import SiteMeasures
 from lazarus.models import LoadedModel
 from lazarus.options import Options
-from lazarus.prompts import Prompt
 from lazarus.reading import Reading
 from lazarus.results import (
     SCHEMA_VERSION,
@@ -40,29 +39,28 @@ from lazarus.version import __version__
 
 @dataclass(frozen=True)
 class RunFacts:
-    """The options, and what their `auto` came to."""
+    """The options, what their `auto` came to, and what was noted on the way."""
 
     options: Options
     device: torch.device
     position: Literal["last", "mean", "all"] | int
     batch_tokens: int
+    notes: Sequence[str]
 
 
 def assemble(
     pair: ModelPair,
     facts: RunFacts,
-    prompts: Sequence[Prompt],
     reading: Reading,
     measured: Measured,
     readout: list[Readout] | None,
-    notes: Sequence[str],
 ) -> ActivationDiffRecord:
     """The whole record of a run.
 
     Raises:
         NoDataError: no layer has one finite pair of states.
     """
-    options = facts.options
+    options, prompts = facts.options, reading.prompts
     found = Findings(pair, measured, options.threshold, [p.group for p in prompts], options.seed)
     if pair.same_width and not any(measured.sites[layer].means.n_rows.any() for layer in found.layers):
         raise NoDataError(_why_no_data(pair))
@@ -76,7 +74,7 @@ def assemble(
         finetuned=_model_info(pair.finetuned, pair.finetuned_conventions),
         settings=_settings(pair, facts, measured),
         environment=_environment(facts.device),
-        prompts=_prompts(prompts, reading),
+        prompts=_prompts(reading),
         layers=layers,
         sites=[
             SiteRecord(name=site, **found.measures(site))
@@ -88,7 +86,7 @@ def assemble(
         output=found.output,
         readout=readout,
         groups=found.groups(),
-        notes=list(dict.fromkeys([*notes, *_exclusions(pair, measured.sites), *limits(found, layers)])),
+        notes=list(dict.fromkeys([*facts.notes, *_exclusions(pair, measured.sites), *limits(found, layers)])),
     )
 
 
@@ -99,7 +97,7 @@ def _layer(found: Findings, layer: int) -> LayerRecord:
     )
 
 
-def _prompts(prompts: Sequence[Prompt], reading: Reading) -> list[PromptRecord]:
+def _prompts(reading: Reading) -> list[PromptRecord]:
     apart = reading.align == "text"
     return [
         PromptRecord(
@@ -111,7 +109,7 @@ def _prompts(prompts: Sequence[Prompt], reading: Reading) -> list[PromptRecord]:
             finetuned_n_tokens=len(finetuned.ids) if apart else None,
         )
         for index, (prompt, base, finetuned) in enumerate(
-            zip(prompts, reading.base, reading.finetuned, strict=True)
+            zip(reading.prompts, reading.base, reading.finetuned, strict=True)
         )
     ]
 

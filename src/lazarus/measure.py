@@ -80,9 +80,14 @@ def _measure_noise(
 ) -> list[Noise]:
     """The same quantities for base against itself, one set of accumulators a trial."""
     trials: list[dict[Site, PromptMeans]] = []
-    padding = pair.padding(plan.longest)
-    noise = NoisePlan(sum(len(batch.members) for batch in sample), plan.batch_tokens, plan.seed)
-    for trial, states in run_noise(pair, sample, plan.position, padding, noise, advanced):
+    noise = NoisePlan(
+        n_prompts=sum(len(batch.members) for batch in sample),
+        batch_tokens=plan.batch_tokens,
+        position=plan.position,
+        padding=pair.padding(plan.longest),
+        seed=plan.seed,
+    )
+    for trial, states in run_noise(pair, sample, noise, advanced):
         while len(trials) <= trial:
             trials.append({})
         means = trials[trial].setdefault(states.site, PromptMeans(ROW_METRICS, len(plan.base_prompts)))

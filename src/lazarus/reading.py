@@ -21,6 +21,7 @@ SAMPLE_PROMPTS = 16
 class Reading:
     """The prompts as each model reads them: one list for both, unless they are aligned by their text."""
 
+    prompts: Sequence[Prompt]
     base: Sequence[TokenizedPrompt]
     finetuned: Sequence[TokenizedPrompt]
     tokenizers: tuple[Any, Any]
@@ -68,7 +69,7 @@ def read_prompts(
         _check_vocabulary(model, tokenized)
     if align == "text":
         token_notes.append(_apart(base, finetuned))
-    return Reading(base, finetuned, tokenizers, align, [*notes, *token_notes])
+    return Reading(prompts, base, finetuned, tokenizers, align, [*notes, *token_notes])
 
 
 def _apart(base: Sequence[TokenizedPrompt], finetuned: Sequence[TokenizedPrompt]) -> str:

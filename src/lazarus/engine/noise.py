@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lazarus.tokens import TokenBatch
+from lazarus.engine.pair import ModelPair
+from lazarus.engine.positions import Position
+from lazarus.engine.recorder import StatePair
+from lazarus.engine.side import Side, joined, logit_pairs
+from lazarus.tokens import Padding, TokenBatch
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 MOST_PROMPTS = 16
 FEW_PROMPTS = 50
 """From so many prompts on, a tenth of them at most is used."""
+EXTRA_PADDING = 8
 FEWEST_ROWS = 8
 """Fewer prompts than this are run several times in a batch: one prompt's noise is a poor guess."""
 
@@ -27,10 +33,14 @@ class NoisePlan:
 
     n_prompts: int
     batch_tokens: int
+    position: Position
+    padding: Padding
     seed: int
 
     def copies(self, batch: TokenBatch) -> int:
         """How often the prompts of a batch are run at once, within the tokens of one batch."""
+        if self.padding == "one_by_one":
+            return 1
         room = self.batch_tokens // (len(batch.members) * batch.padded_length)
         return max(1, min(-(-FEWEST_ROWS // self.n_prompts), room))
 
@@ -42,6 +52,57 @@ def pick_sample(n_prompts: int, seed: int) -> list[int]:
         return list(range(n_prompts))
     generator = torch.Generator().manual_seed(seed)
     return sorted(torch.randperm(n_prompts, generator=generator)[:most].tolist())
+
+
+def run_noise(
+    pair: ModelPair,
+    batches: Sequence[TokenBatch],
+    plan: NoisePlan,
+    advanced: Callable[[int], None],
+) -> Iterator[tuple[int, StatePair]]:
+    """Base against base with what ought not to matter changed; yields each trial's number and pairs.
+
+    Each trial runs the same prompts in other batches, with other padding where padding is right for the
+    model, and with the first block's input moved by one unit in the last place. Few prompts are run
+    several times in a batch, a trial each time. Both states of a pair are base's: no second copy of the
+    weights is needed.
+    """
+    base = Side(pair.base, pair.base_conventions)
+    generator = torch.Generator().manual_seed(plan.seed)
+    for batch in batches:
+        plain = base.run(batch, plan.position)
+        n_copies = plan.copies(batch)
+        trials = count()
+        extra_padding = _extra_padding(batch, plan.padding, pair.base.anatomy.context)
+        for parts in _recomposed(batch, extra_padding, n_copies):
+            moved = []
+            for part in parts:
+                with nudged(pair.base.anatomy.blocks[0], generator):
+                    moved.append(base.run(part, plan.position))
+            for other in joined(moved).split(n_copies):
+                trial = next(trials)
+                for site, b, f in zip(pair.sites, plain.sites, other.sites, strict=False):
+                    yield trial, StatePair(site, plain.prompts, b, f)
+                for states in logit_pairs(base.head, base.head, plain, other):
+                    yield trial, states
+        advanced(batch.n_tokens)
+
+
+def _extra_padding(batch: TokenBatch, padding: Padding, context: int | None) -> int:
+    """How much more padding a batch can have: there may be no positions for it, or it may not be right."""
+    if padding != "right":
+        return 0
+    return EXTRA_PADDING if context is None else max(0, min(EXTRA_PADDING, context - batch.padded_length))
+
+
+def _recomposed(batch: TokenBatch, extra_padding: int, n_copies: int) -> list[list[TokenBatch]]:
+    """The same prompts in the same order: in two halves, or several times, and with more padding."""
+    padded = replace(batch, members=batch.members * n_copies, extra_padding=extra_padding)
+    if n_copies > 1:
+        return [[replace(padded, extra_padding=0)], [padded]]
+    middle = len(batch.members) // 2
+    halves = [replace(batch, members=part) for part in (batch.members[:middle], batch.members[middle:])]
+    return [halves if middle else [padded], [padded]]
 
 
 @contextmanager
