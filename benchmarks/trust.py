@@ -40,9 +40,10 @@ from lazarus.statistics import intervals
 
 PARTS = ("truth", "null", "power", "coverage", "readout", "cost")
 DTYPES = ("float32", "bfloat16")
-N_PROMPTS = 10
+N_PROMPTS = (1, 5, 10, 50)
 POWERS = tuple(10.0 ** (exponent / 2) for exponent in range(-14, -3))
 POWER_BLOCK = 15
+COST_ROUNDS = 3
 POPULATION, DRAWN, DRAWS = 1000, 100, 1000
 WORDS = 24
 READ_POSITIONS = ("last", "mean", "1")
@@ -119,13 +120,14 @@ def change_block(share: float, model: Any, base: Any, seed: int) -> None:
 def verdicts(
     folder: Path, dtype: str, n_runs: int, change: Callable[[Any, Any, int], None]
 ) -> list[ActivationDiff]:
-    """The results of runs of base against a changed copy, each on prompts of its own."""
+    """The results of runs of base against a changed copy, each on one or a few prompts of its own."""
     base, model = load(folder, dtype), load(folder, dtype)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     found = []
     for run in range(n_runs):
         change(model, base, run)
-        chosen = random.Random(run).sample(texts(), N_PROMPTS)
+        choice = random.Random(run)
+        chosen = choice.sample(texts(), choice.choice(N_PROMPTS))
         found.append(activation_diff(base, model, chosen, tokenizer=tokenizer, device="cpu", seed=run))
     return found
 
@@ -241,8 +243,8 @@ def measure(trust: Trust, parts: Sequence[str], n_runs: int) -> None:
     if "truth" in parts:
         trust.truth = [row for dtype in DTYPES for row in measure_truth(dtype)]
     if "null" in parts:
-        models = (("SmolLM2-135M", places.BASE), ("demo base", DEMO_BASE))
-        trust.null = [measure_null(n, folder, d, n_runs) for n, folder in models for d in DTYPES]
+        models = (("SmolLM2-135M", places.BASE, n_runs // 2), ("demo base", DEMO_BASE, n_runs))
+        trust.null = [measure_null(n, folder, d, runs) for n, folder, runs in models for d in DTYPES]
     if "power" in parts:
         trust.power = [row for dtype in DTYPES for row in measure_power(dtype, max(2, n_runs // 10))]
     if "coverage" in parts:
@@ -250,14 +252,19 @@ def measure(trust: Trust, parts: Sequence[str], n_runs: int) -> None:
     if "readout" in parts:
         trust.readout = [row for case in readout_pairs() for row in measure_readout(*case)]
     if "cost" in parts:
-        trust.cost = [row for dtype in DTYPES for row in measure_cost(dtype, 3)]
+        trust.cost = [row for dtype in DTYPES for row in measure_cost(dtype, COST_ROUNDS)]
 
 
 def main() -> None:
     """Measure and save; or write the page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.trust", description=__doc__)
     parser.add_argument("--part", action="append", choices=PARTS, help="only this part; repeatable")
-    parser.add_argument("--runs", type=int, default=200, help="runs of the null (a tenth for the power)")
+    parser.add_argument(
+        "--runs",
+        type=int,
+        default=200,
+        help="runs of the null (half of it on SmolLM2, a tenth for the power)",
+    )
     parser.add_argument("--write-docs", action="store_true", help="only write docs/trust.md")
     chosen = parser.parse_args()
     if chosen.write_docs:

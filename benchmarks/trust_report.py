@@ -111,8 +111,8 @@ def _null(trust: Trust) -> list[str]:
     return [
         "## The noise floor: copies that compute the same function",
         "The MLP neurons of every block are put into another order, which changes rounding and nothing else; "
-        "ten prompts a run, drawn anew. The ratio is the largest relative L2 over its floor, over all sites "
-        "and the logits: above 1 is called `changed`. The target is at most 5 %.",
+        "1, 5, 10 or 50 prompts a run, drawn anew. The ratio is the largest relative L2 over its floor, over "
+        "all sites and the logits: above 1 is called `changed`. The target is at most 5 %.",
         table(
             ("model", "type", "runs", "called changed", "ratio, median", "ratio, 95 %", "ratio, highest"),
             [

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 import lazarus
 from lazarus.cli import app
 from lazarus.options import OptionArguments, Options
-from lazarus.results import METRICS
+from lazarus.results import METRICS, Output, Readout
+from lazarus.statistics import FACTOR
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -68,6 +69,20 @@ def test_all_is_the_namespace() -> None:
     assert sorted(lazarus.__all__) == sorted(
         name for name in dir(lazarus) if getattr(lazarus, name) is not None
     )
+
+
+HOW_TO_READ = (ROOT / "docs" / "how-to-read-it.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", [*METRICS, *Output.__struct_fields__, *Readout.__struct_fields__])
+def test_every_number_is_explained(name: str) -> None:
+    """By its name in JSON, or by what it is called after a dot."""
+    spellings = {name, name.removeprefix("local_"), name.replace("base_", "*_").replace("finetuned_", "*_")}
+    assert any(spelling in HOW_TO_READ for spelling in spellings)
+
+
+def test_the_factor_of_the_noise_floor_is_the_one_in_the_page() -> None:
+    assert f"The floor** is {FACTOR:g} times the largest mean seen" in " ".join(HOW_TO_READ.split())
 
 
 def _blocks(language: str) -> list[str]:

@@ -94,14 +94,14 @@ def test_the_moves_are_seeded_and_leave_what_they_were_given() -> None:
 @settings(max_examples=60, deadline=None)
 def test_the_sample_is_small_sorted_and_seeded(n_prompts: int, seed: int) -> None:
     sample = pick_sample(n_prompts, seed)
-    assert 1 <= len(sample) <= 16
+    assert 1 <= len(sample) <= 8
     assert sample == sorted(set(sample))
     assert set(sample) <= set(range(n_prompts))
     assert sample == pick_sample(n_prompts, seed)
     if n_prompts >= 50:
-        assert len(sample) == min(16, n_prompts // 10)
+        assert len(sample) == min(8, n_prompts // 10)
     else:
-        assert len(sample) == min(16, n_prompts)
+        assert len(sample) == min(8, n_prompts)
 
 
 def test_another_seed_is_another_sample() -> None:

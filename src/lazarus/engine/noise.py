@@ -19,7 +19,7 @@ from lazarus.tokens import Padding, TokenBatch
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-MOST_PROMPTS = 16
+MOST_PROMPTS = 8
 FEW_PROMPTS = 50
 """From so many prompts on, a tenth of them at most is used."""
 EXTRA_PADDING = 8
@@ -46,7 +46,7 @@ class NoisePlan:
 
 
 def pick_sample(n_prompts: int, seed: int) -> list[int]:
-    """The prompts on which the noise is measured: at most 16, and at most a tenth of 50 and more."""
+    """The prompts on which the noise is measured: at most 8, and at most a tenth of 50 and more."""
     most = MOST_PROMPTS if n_prompts < FEW_PROMPTS else min(MOST_PROMPTS, n_prompts // 10)
     if n_prompts <= most:
         return list(range(n_prompts))

@@ -27,24 +27,23 @@ def debiased_cka(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     Song et al. 2012). Unlike the biased one it is about 0 for unrelated data however few the rows are, and
     it can be negative. NaN for fewer than 4 rows or constant data.
     """
-    n = len(x)
-    if n < 4:
+    if len(x) < 4:
         return float("nan")
-    k, m = _gram(x), _gram(y)
+    # By torch, as all the rest: two libraries' threads would wait for each other.
+    k, m = _gram(torch.from_numpy(x)), _gram(torch.from_numpy(y))
     scale = _hsic(k, k) * _hsic(m, m)
     return _hsic(k, m) / float(np.sqrt(scale)) if scale > 0 else float("nan")
 
 
-def _gram(x: NDArray[np.float64]) -> NDArray[np.float64]:
+def _gram(x: Float[Tensor, "rows width"]) -> Float[Tensor, "rows rows"]:
     offsets = x - x[0]  # exactly 0 for constant data
     centred = offsets - offsets.mean(0)
-    gram: NDArray[np.float64] = centred @ centred.T
-    return gram
+    return centred @ centred.T
 
 
-def _hsic(k: NDArray[np.float64], m: NDArray[np.float64]) -> float:
+def _hsic(k: Float[Tensor, "rows rows"], m: Float[Tensor, "rows rows"]) -> float:
     """H from the Gram matrices: ‖XᵀY‖² is the sum of K ∘ M."""
-    n, x, y = len(k), np.diag(k), np.diag(m)
+    n, x, y = len(k), k.diagonal(), m.diagonal()
     return float((k * m).sum() - n / (n - 2) * (x @ y) + x.sum() * y.sum() / ((n - 1) * (n - 2)))
 
 

@@ -7,6 +7,7 @@ import math
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from lazarus.metrics.states import RowValues, to_float64
 
@@ -32,12 +33,12 @@ def compare_logits(
     """
     b, f = to_float64(base), to_float64(finetuned)
     log_p, log_q = b.log_softmax(-1), f.log_softmax(-1)
-    p, q, gap = log_p.exp(), log_q.exp(), log_p - log_q
+    p, q, gap, opposite = log_p.exp(), log_q.exp(), log_p - log_q, log_q - log_p
     first = f.argmax(-1, keepdim=True)
     columns = [
         _mean_gap(p, gap),
-        _mean_gap(q, -gap),
-        (_mean_gap(p, _gap_to_middle(gap)) + _mean_gap(q, _gap_to_middle(-gap))) / 2,
+        _mean_gap(q, opposite),
+        (_mean_gap(p, _gap_to_middle(opposite)) + _mean_gap(q, _gap_to_middle(gap))) / 2,
         (b.argmax(-1, keepdim=True) == first).squeeze(-1).double(),
         1 + (b > b.gather(-1, first)).sum(-1).double(),
         _relative_l2(b, f),
@@ -47,17 +48,22 @@ def compare_logits(
 
 def _mean_gap(p: Tensor, gap: Tensor) -> Float[Tensor, " rows"]:
     """Σ p gap, where a token of probability 0 adds nothing: the KL divergence for gap = log p − log q."""
-    return (p * gap).masked_fill(p == 0, 0.0).sum(-1)
+    terms = p * gap
+    total: Tensor = terms.sum(-1)
+    return terms.masked_fill_(p == 0, 0.0).sum(-1) if bool(total.isnan().any()) else total
 
 
-def _gap_to_middle(gap: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, "rows vocabulary"]:
-    """log p − log ½(p + q), from log p − log q; exactly 0 for 0."""
-    return math.log(2) - torch.logaddexp(torch.zeros_like(gap), -gap)
+def _gap_to_middle(opposite: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, "rows vocabulary"]:
+    """log p − log ½(p + q), from log q − log p; exactly 0 for 0."""
+    # softplus(x) = log(1 + eˣ), which is x to the last bit from 37 on.
+    return softplus(opposite, threshold=37).neg_().add_(math.log(2))
 
 
 def _relative_l2(base: Tensor, finetuned: Tensor) -> Float[Tensor, " rows"]:
     """‖f − b‖ / ‖b‖ over the tokens that both models can give; 0 for logits that are all the same."""
-    possible = base.isfinite() & finetuned.isfinite()
-    difference = (finetuned - base).masked_fill(~possible, 0.0).norm(dim=-1)
-    length = base.masked_fill(~possible, 0.0).norm(dim=-1)
+    difference, length = (finetuned - base).norm(dim=-1), base.norm(dim=-1)
+    if not bool((difference + length).isfinite().all()):
+        impossible = ~(base.isfinite() & finetuned.isfinite())
+        difference = (finetuned - base).masked_fill(impossible, 0.0).norm(dim=-1)
+        length = base.masked_fill(impossible, 0.0).norm(dim=-1)
     return torch.where(difference == 0, difference, difference / length)
