@@ -41,7 +41,10 @@ from lazarus.statistics import intervals
 PARTS = ("truth", "null", "power", "coverage", "readout", "cost")
 DTYPES = ("float32", "bfloat16")
 N_PROMPTS = (1, 5, 10, 50)
-POWERS = tuple(10.0 ** (exponent / 2) for exponent in range(-14, -3))
+POWERS = {
+    "float32": (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4),
+    "bfloat16": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+}
 POWER_BLOCK = 15
 COST_ROUNDS = 3
 POPULATION, DRAWN, DRAWS = 1000, 100, 1000
@@ -118,7 +121,11 @@ def change_block(share: float, model: Any, base: Any, seed: int) -> None:
 
 
 def verdicts(
-    folder: Path, dtype: str, n_runs: int, change: Callable[[Any, Any, int], None]
+    folder: Path,
+    dtype: str,
+    n_runs: int,
+    change: Callable[[Any, Any, int], None],
+    sizes: Sequence[int] = N_PROMPTS,
 ) -> list[ActivationDiff]:
     """The results of runs of base against a changed copy, each on one or a few prompts of its own."""
     base, model = load(folder, dtype), load(folder, dtype)
@@ -127,7 +134,7 @@ def verdicts(
     for run in range(n_runs):
         change(model, base, run)
         choice = random.Random(run)
-        chosen = choice.sample(texts(), choice.choice(N_PROMPTS))
+        chosen = choice.sample(texts(), choice.choice(sizes))
         found.append(activation_diff(base, model, chosen, tokenizer=tokenizer, device="cpu", seed=run))
     return found
 
@@ -153,8 +160,8 @@ def measure_null(name: str, folder: Path, dtype: str, n_runs: int) -> Null:
 def measure_power(dtype: str, n_runs: int) -> list[Power]:
     """The share of runs that are called changed, for growing changes, until all are."""
     found = []
-    for share in POWERS:
-        diffs = verdicts(places.BASE, dtype, n_runs, partial(change_block, share))
+    for share in POWERS[dtype]:
+        diffs = verdicts(places.BASE, dtype, n_runs, partial(change_block, share), (10,))
         n_changed = sum(diff.summary.verdict == "changed" for diff in diffs)
         found.append(Power(dtype, share, n_runs, n_changed))
         progress.print(f"power, {dtype}: {share:.1e}: {n_changed} of {n_runs}", highlight=False)

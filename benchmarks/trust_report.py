@@ -127,7 +127,7 @@ def _null(trust: Trust) -> list[str]:
             ],
         ),
         "## The smallest change that is found",
-        "All matrices of block 15 are moved at random by a share of their norm.",
+        "All matrices of block 15 are moved at random by a share of their norm; ten prompts a run.",
         table(
             ("type", "share of the norm", "called changed"),
             [[p.dtype, f"{p.share:.1e}", f"{p.n_changed} of {p.n_runs}"] for p in trust.power],
