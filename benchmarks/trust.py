@@ -46,7 +46,7 @@ POWERS = {
     "bfloat16": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
 }
 POWER_BLOCK = 15
-COST_ROUNDS = 3
+COST_ROUNDS = 2
 POPULATION, DRAWN, DRAWS = 1000, 100, 1000
 WORDS = 24
 READ_POSITIONS = ("last", "mean", "1")
