@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help demo test test-real check format docs-reference train-demo bench clean
+.PHONY: help demo test test-real check format docs-reference train-demo bench trust clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -37,6 +37,9 @@ train-demo: $(VENV)/.installed-dev  ## train the demo pair again (minutes)
 
 bench: $(VENV)/.installed-dev $(VENV)/.real-weights  ## measure speed and memory on SmolLM2-135M
 	$(BIN)/python -m benchmarks.speed
+
+trust: $(VENV)/.installed-dev $(VENV)/.real-weights  ## hold the numbers against models of known truth (an hour)
+	$(BIN)/python -m benchmarks.trust
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: none was found." >&2; exit 1; }

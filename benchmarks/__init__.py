@@ -1,4 +1,4 @@
-"""How fast lazarus is, and how much memory it takes, against the script that it replaces.
+"""How fast lazarus is, how much memory it takes, and what its numbers are held against.
 
 speed.py        the command: runs every part, prints the table, saves every figure
 places.py       where the files are
@@ -8,6 +8,13 @@ in_process.py   lazarus, the naive loop, two bare forward passes and the GEMM ra
 commands.py     whole commands in processes of their own: seconds and peak memory
 results.py      what was measured, as records
 report.py       the figures with their targets: a table, and docs/benchmarks.md
+
+And what the numbers are held against:
+
+trust.py         the command: known truth, the null, the power, coverage, readout, cost
+pairs.py         models that differ from the base in a known place
+trust_results.py what was measured, as records
+trust_report.py  docs/trust.md and its figure
 
 Run as `python -m benchmarks.speed` from the root of the repository. speed, commands, results and
 report import no torch: a process inherits the peak memory of the one that starts it, so that one must

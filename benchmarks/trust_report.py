@@ -55,7 +55,7 @@ def _page(trust: Trust) -> list[str]:
     return [
         "# What the numbers were held against",
         "Written by `python -m benchmarks.trust --write-docs` from `benchmarks/results/trust.json`, which "
-        f"`python -m benchmarks.trust` measured ({where}). The model is SmolLM2-135M-Instruct unless another "
+        f"`make trust` measured ({where}). The model is SmolLM2-135M-Instruct unless another "
         "is named. What each number means is in [how-to-read-it.md](how-to-read-it.md).",
         *_truth(trust.truth),
         *_null(trust),
