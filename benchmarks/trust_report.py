@@ -85,7 +85,7 @@ def _truth(rows: Sequence[Truth]) -> list[str]:
             ),
             zeros,
         ),
-        f"![The raw divergence goes on through every later layer; the local change shows the block]({FIGURE})",
+        f"![The raw divergence goes on through later layers; the local change shows the block]({FIGURE})",
         "Above: the raw divergence, which a changed block leaves to every later layer. Below: what each "
         "block's own weights change.",
     ]

@@ -20,6 +20,9 @@ OUTPUT_METRICS = (
     "logits_relative_l2",
 )
 
+LOGITS_AT_ONCE = 2**17
+"""So few that what is made of them stays in a processor's cache."""
+
 
 def compare_logits(
     base: Float[Tensor, "rows vocabulary"], finetuned: Float[Tensor, "rows vocabulary"]
@@ -31,6 +34,16 @@ def compare_logits(
     fine-tuned model's first choice, from 1; and ‖f − b‖/‖b‖ of the logits themselves. A row with a NaN
     or +∞ is not valid; −∞ is a token that cannot come.
     """
+    n_rows = max(1, LOGITS_AT_ONCE // base.shape[1])
+    parts = [
+        _compare(b, f) for b, f in zip(*(torch.split(x, n_rows) for x in (base, finetuned)), strict=True)
+    ]
+    return RowValues(torch.cat([p.values for p in parts]), torch.cat([p.valid for p in parts]))
+
+
+def _compare(
+    base: Float[Tensor, "rows vocabulary"], finetuned: Float[Tensor, "rows vocabulary"]
+) -> RowValues:
     b, f = to_float64(base), to_float64(finetuned)
     log_p, log_q = b.log_softmax(-1), f.log_softmax(-1)
     p, q, gap, opposite = log_p.exp(), log_q.exp(), log_p - log_q, log_q - log_p
