@@ -10,7 +10,7 @@ from rich.table import Table
 from benchmarks.results import CommandRound, InProcess, Machine, MemoryRun, Results, Spread
 
 NAIVE_TARGETS = {"float32": 2.7, "bfloat16": 3.2}
-BARE_TARGET = 1.25
+BARE_TARGET = 1.05
 MEMORY_TARGET = 1.0
 HELP_TARGET = 0.3
 

@@ -62,7 +62,7 @@ def _shares(layers: Sequence[LayerRecord]) -> list[str]:
 def _noise(found: Findings) -> list[str]:
     if found.floors or not found.pair.same_width:
         return []
-    return ["the noise floor was not measured, so no verdict is given and no onset"]
+    return ["the noise floor was not measured: no verdict but identical can be given, and no onset"]
 
 
 def _output(found: Findings) -> list[str]:
