@@ -20,7 +20,8 @@ from transformers import AutoTokenizer
 from benchmarks.naive import load_model, mean_cosines
 from benchmarks.results import InProcess, Round
 from lazarus import ActivationDiff, activation_diff
-from lazarus.activation import Observer, Role
+from lazarus.activation import Observer
+from lazarus.loading import Role
 from lazarus.models import dissect
 from lazarus.prompts import Prompt
 from lazarus.tokens import TokenBatch, TokenOptions, make_batches, tokenize_pair

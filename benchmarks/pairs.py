@@ -4,6 +4,7 @@ Run as `python -m benchmarks.pairs [NAME…]`; without names, all are made. Each
 benchmarks/cache, in the folder that `places.pair_folder(NAME)` gives:
 
 block-7, -15, -23   only this block's MLP is trained, on arithmetic
+last-two            only the last two blocks are trained, on arithmetic
 lora-15-29          a PEFT adapter of the layers from 15 on, trained on arithmetic
 lora-15-29-merged   the base with this adapter merged, in float32
 lora-zero           an adapter of the same layers that is not trained: it changes nothing
@@ -47,6 +48,7 @@ from benchmarks.weights import (
 from lazarus.demo.train import prose_split
 
 BLOCKS = (7, 15, 23)
+LAST_TWO = (28, 29)
 PART_STEPS = 12
 BLOCK_LEARNING_RATE = 3e-4
 ADAPTER = "lora-15-29"
@@ -86,6 +88,18 @@ def make_block(folder: Path, block: int) -> None:
 def _finetune_part(model: Any, tokenizer: Any, learning_rate: float) -> Finetuning:
     held_out, training = arithmetic_rows(tokenizer, PART_STEPS * BATCH)
     return finetune(model, training, held_out, learning_rate)
+
+
+def make_last_two(folder: Path) -> None:
+    """Train the last two blocks and nothing else."""
+    torch.manual_seed(SEED)
+    model, tokenizer = load_base()
+    model.requires_grad_(False)
+    model.model.layers[-2:].requires_grad_(True)
+    facts = _finetune_part(model, tokenizer, BLOCK_LEARNING_RATE)
+    save(model.to(torch.bfloat16), tokenizer, folder, facts)
+    prefixes = tuple(f"model.layers.{block}." for block in LAST_TWO)
+    check_changes(folder, {name for name in load_file(folder / WEIGHTS) if name.startswith(prefixes)})
 
 
 def make_adapter(folder: Path) -> None:
@@ -206,6 +220,7 @@ def _same_bits(base: Tensor | None, other: Tensor | None, dtype: torch.dtype) ->
 
 PAIRS: dict[str, Callable[[Path], None]] = {
     **{f"block-{block}": partial(make_block, block=block) for block in BLOCKS},
+    "last-two": make_last_two,
     ADAPTER: make_adapter,
     f"{ADAPTER}-merged": make_merged,
     "lora-zero": make_zero_adapter,

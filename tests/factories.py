@@ -13,7 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 M = TypeVar("M", bound=PreTrainedModel)
 
-FEW_PROMPTS = (
+OF_THE_RUN = (
+    "ran once for both",
+    "repeats of others",
     "no interval and no onset",
     "intervals of so few",
     "unrelated prompts are all but the same",
@@ -103,5 +105,5 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def notes_on_models(diff: Any) -> list[str]:
-    """The notes of a result but those that follow from few prompts, or from toy states."""
-    return [note for note in diff.notes if not any(part in note for part in FEW_PROMPTS)]
+    """The notes of a result but those that follow from few or repeated prompts, or from toy states."""
+    return [note for note in diff.notes if not any(part in note for part in OF_THE_RUN)]

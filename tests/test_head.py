@@ -16,7 +16,8 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
 import lazarus
 from architectures import CAUSAL, REFUSED, UNBUILDABLE, WITHOUT_HEAD, WITHOUT_READOUT, build
 from factories import perturbed, tiny_llama, word_tokenizer
-from lazarus.engine.head import Head, find_head
+from lazarus.engine.head import Head, head_alone, reads_blocks, run_with_head
+from lazarus.engine.recorder import Recorder
 from lazarus.errors import UnsupportedModelError, UsageError
 from lazarus.models import dissect, wrap_model
 from reference import output_metrics, run_whole
@@ -40,13 +41,15 @@ def test_the_head_by_itself_gives_the_logits_of_the_whole_model(name: str) -> No
     model = build(name)
     wrapped = wrap_model(model, name)
     ids = torch.tensor([IDS[3]])
-    found, reads_blocks = find_head(wrapped, ids, torch.ones_like(ids))
+    whole = run_with_head(Recorder(wrapped), ids, torch.ones_like(ids))
+    assert whole is not None
+    found, reads = head_alone(wrapped, whole), reads_blocks(wrapped, whole)
     assert found is not None
-    assert reads_blocks == (name not in WITHOUT_READOUT)
+    assert reads == (name not in WITHOUT_READOUT)
     expected, final, last_block = of_whole(model, IDS[3])
     head = Head(wrapped, found)
     within(head.logits(final), expected)
-    if reads_blocks:
+    if reads:
         within(head.read(last_block), expected)
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 import lazarus
 from architectures import CAUSAL, REFUSED, UNBUILDABLE, build
 from factories import perturbed, tiny_llama, word_tokenizer
+from lazarus.engine import learn_pair
 from lazarus.engine.local import beside
 from lazarus.engine.recorder import Recorder, Take
 from lazarus.errors import ShapeMismatchError, UnsupportedModelError
@@ -182,7 +183,8 @@ def outputs_beside(
     models = [wrap_model(model, "m") for model in (base, finetuned)]
     local: list[torch.Tensor] = []
     ids = torch.tensor(LONG)
-    with beside(models[0], models[1], torch.Tensor.clone, local):
+    pair = learn_pair(models[0], models[1], (LONG[0], LONG[0]), (0, 0))
+    with beside(pair, torch.Tensor.clone, local):
         seen = Recorder(models[0]).run(
             ids, torch.ones_like(ids), Take(torch.Tensor.clone, torch.Tensor.clone)
         )

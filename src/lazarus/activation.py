@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, Literal, Protocol, Unpack, runtime_checkable
 
 import torch
-from torch import nn
 
 from lazarus.assemble import RunFacts, assemble
 from lazarus.diff import ActivationDiff
-from lazarus.engine import ModelPair, check_positions, check_shapes, learn_pair
-from lazarus.errors import DeviceError, UnsupportedModelError
+from lazarus.engine import (
+    ModelPair,
+    PrefixPlan,
+    Product,
+    SharedPrefix,
+    check_positions,
+    check_shapes,
+    choose_product,
+    confirm_product,
+    head_reads_blocks,
+    learn_pair,
+    share_prefix,
+)
+from lazarus.errors import UnsupportedModelError, UsageError
 from lazarus.findings import read_differences
+from lazarus.loading import Model, Role, load_models, pick_device
 from lazarus.measure import Plan, measure
 from lazarus.metrics import FEWEST_FOR_CKA
-from lazarus.models import (
-    LoadedModel,
-    LoadOptions,
-    ModelReference,
-    load_one,
-    load_pair,
-    parse_model,
-    wrap_model,
-)
 from lazarus.options import (
     OptionArguments,
     Options,
@@ -34,11 +37,11 @@ from lazarus.options import (
     readout_layers,
 )
 from lazarus.prompts import Prompt, PromptList, check_chats, make_prompts
+from lazarus.ranks import Rank, find_rank
 from lazarus.reading import Reading, read_prompts
+from lazarus.shards import WorkFolder, fingerprint
 
-Model = str | Path | nn.Module | ModelReference
 Prompts = str | Iterable[str | Mapping[str, Any] | Prompt] | PromptList
-Role = Literal["base", "finetuned"]
 
 CPU_BATCH_TOKENS = 512
 GPU_BATCH_TOKENS = 8192
@@ -93,7 +96,7 @@ def activation_diff(
         each block, averaged over prompts, each prompt's own values, and notes on what was assumed.
 
     Raises:
-        UsageError: an option or the prompts are wrong.
+        UsageError: an option or the prompts are wrong, or the folder of `work_dir` belongs to another run.
         ModelError: a model cannot be loaded or has no blocks that can be found.
         PairError: the two differ in tokenizer, depth or width.
         PromptDataError: a prompt does not fit the models or the position.
@@ -104,23 +107,81 @@ def activation_diff(
     template = read_template(chosen)
     check_chats(found.prompts, chosen.chat_template)
     watcher = observer or _Silence()
-    device = _pick_device(chosen.device)
-    models = _load_models(base, finetuned, _load_options(chosen, device), watcher)
+    rank = find_rank()
+    folder = _open_folder(chosen, rank)
+    device = pick_device(chosen.device, rank)
+    loaded = load_models(base, finetuned, chosen, device, watcher.loading)
+    models = loaded.models
     watcher.testing(found.prompts)
     reading = read_prompts(models, tokenizer, found.prompts, template, chosen)
     pair = learn_pair(*models, reading.samples, reading.pad_ids, reading.align)
     check_shapes(pair, len(found.prompts), FEWEST_FOR_CKA, localize=chosen.localize)
-    layers = _readout_layers(chosen, pair)
+    layers = _readout_layers(chosen, pair, reading)
     position, lengths = _position(chosen, pair), [len(prompt.ids) for prompt in reading.base]
-    notes = [*found.notes, *models[0].notes, *models[1].notes, *reading.notes]
+    notes = [*found.notes, *loaded.notes, *models[0].notes, *models[1].notes, *reading.notes]
     notes += pair.notes(max(lengths)) + check_positions(position, lengths)
     facts = RunFacts(chosen, device, position, _batch_tokens(chosen, device), notes)
-    measured = measure(pair, _plan(facts, reading, pair), watcher.running, watcher.advanced)
-    readout = read_differences(pair, measured, layers, reading.tokenizers) if layers else None
+    prefix = _share_prefix(facts, reading, pair)
+    facts = replace(facts, notes=[*notes, *prefix.notes])
+    plan = replace(_plan(facts, reading, pair, folder), n_prefix=prefix.n_tokens)
+    product = _begin(plan, facts, reading, pair)
+    facts = replace(facts, matmul=product.path, notes=[*facts.notes, *product.notes])
+    with product.used():
+        measured = measure(pair, plan, watcher.running, watcher.advanced)
+        readout = read_differences(pair, measured, layers, reading.tokenizers) if layers else None
     return ActivationDiff(assemble(pair, facts, reading, measured, readout))
 
 
-def _plan(facts: RunFacts, reading: Reading, pair: ModelPair) -> Plan:
+def _open_folder(options: Options, rank: Rank) -> WorkFolder | None:
+    """The folder of `work_dir`, before anything is loaded.
+
+    Raises:
+        UsageError: it is not given and there are several processes, or it cannot be used.
+    """
+    if options.work_dir is not None:
+        return WorkFolder.open(options.work_dir, rank)
+    if rank.world > 1:
+        raise UsageError(
+            f"this is one of {rank.world} processes, and there is no folder in which they share the work. "
+            "Give one that all of them see: --work-dir DIR. To run this one alone, unset RANK, WORLD_SIZE, "
+            "SLURM_PROCID and SLURM_NTASKS."
+        )
+    return None
+
+
+def _begin(plan: Plan, facts: RunFacts, reading: Reading, pair: ModelPair) -> Product:
+    """Take up the folder's run, which must be this one; what was measured there holds here. Else measure.
+
+    Raises:
+        UsageError: the folder belongs to another run.
+    """
+    n_tokens = sum(len(prompt.ids) for prompt in reading.base)
+    if plan.folder is None:
+        return choose_product(pair.base, n_tokens, facts.batch_tokens)
+    settings = {
+        "position": str(facts.position),
+        "device": facts.device.type,
+        "prefix": str(plan.n_prefix),
+        "padding": pair.padding(max(len(p.ids) for p in (*reading.base, *reading.finetuned))),
+    }
+    models, prompts = (pair.base, pair.finetuned), (reading.base, reading.finetuned)
+    found = plan.folder.begin(
+        fingerprint(models, prompts, facts.options, settings),
+        lambda: {"product": choose_product(pair.base, n_tokens, facts.batch_tokens).as_json()},
+    )
+    return confirm_product(Product.from_json(found["product"]), pair.base, facts.batch_tokens)
+
+
+def _share_prefix(facts: RunFacts, reading: Reading, pair: ModelPair) -> SharedPrefix:
+    """The prefix that runs once, where the run allows it."""
+    twice = "--localize runs blocks twice, and a cache takes a token in once"
+    plan = PrefixPlan(
+        facts.position, facts.batch_tokens, reading.pad_ids[0], twice if facts.options.localize else None
+    )
+    return share_prefix(pair, reading.base, plan)
+
+
+def _plan(facts: RunFacts, reading: Reading, pair: ModelPair, folder: WorkFolder | None) -> Plan:
     return Plan(
         base_prompts=reading.base,
         finetuned_prompts=reading.finetuned,
@@ -130,10 +191,11 @@ def _plan(facts: RunFacts, reading: Reading, pair: ModelPair) -> Plan:
         localize=facts.options.localize,
         noise_floor=not facts.options.no_noise_floor and pair.same_width,
         seed=facts.options.seed,
+        folder=folder,
     )
 
 
-def _readout_layers(options: Options, pair: ModelPair) -> list[int]:
+def _readout_layers(options: Options, pair: ModelPair, reading: Reading) -> list[int]:
     """The layers whose mean difference is read through the heads; none unless that was asked for.
 
     Raises:
@@ -142,16 +204,19 @@ def _readout_layers(options: Options, pair: ModelPair) -> list[int]:
     """
     if options.readout is None:
         return []
-    for model, conventions in (
-        (pair.base, pair.base_conventions),
-        (pair.finetuned, pair.finetuned_conventions),
+    for model, conventions, ids, pad_id in zip(
+        (pair.base, pair.finetuned),
+        (pair.base_conventions, pair.finetuned_conventions),
+        reading.samples,
+        reading.pad_ids,
+        strict=True,
     ):
         if conventions.head_reads is None:
             raise UnsupportedModelError(
                 f"--readout {options.readout}: {model.name} has no next-token head that can be run by "
                 "itself. Leave --readout out."
             )
-        if not conventions.head_reads_blocks:
+        if not head_reads_blocks(model, ids, pad_id):
             raise UnsupportedModelError(
                 f"--readout {options.readout}: {model.name} makes more than a norm of what leaves its last "
                 "block, so a block's states cannot be read through its head. Leave --readout out."
@@ -162,59 +227,6 @@ def _readout_layers(options: Options, pair: ModelPair) -> list[int]:
             "difference to read. Leave --readout out."
         )
     return readout_layers(options.readout, pair.base_conventions.n_layers)
-
-
-def _load_models(
-    base: Model, finetuned: Model, options: LoadOptions, watcher: Observer
-) -> tuple[LoadedModel, LoadedModel]:
-    """Both models; two that are named are loaded as a pair, so that common weights are held once."""
-    named = [parse_model(str(m)) if isinstance(m, str | Path) else m for m in (base, finetuned)]
-    match named:
-        case [ModelReference() as first, ModelReference() as second]:
-            return load_pair(first, second, options, watcher.loading)
-        case _:
-            roles: tuple[Role, Role] = ("base", "finetuned")
-            one, other = (
-                _load_or_wrap(m, role, options, watcher) for m, role in zip(named, roles, strict=True)
-            )
-            return one, other
-
-
-def _load_or_wrap(
-    model: nn.Module | ModelReference, role: Role, options: LoadOptions, watcher: Observer
-) -> LoadedModel:
-    if isinstance(model, ModelReference):
-        watcher.loading(role, model.name)
-        return load_one(model, options)
-    watcher.loading(role, type(model).__name__)
-    return wrap_model(model, type(model).__name__, options.layers_path)
-
-
-def _load_options(options: Options, device: torch.device) -> LoadOptions:
-    if options.dtype == "auto":
-        dtype = torch.float32 if device.type == "cpu" else None
-    else:
-        dtype = getattr(torch, options.dtype)
-    return LoadOptions(dtype, device, options.trust_remote_code, options.layers_path)
-
-
-def _pick_device(name: str) -> torch.device:
-    """The device; `auto` is the first GPU there is.
-
-    Raises:
-        DeviceError: it is not there.
-    """
-    has_mps = torch.backends.mps.is_available()
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    device = torch.device(name)
-    n_cuda = torch.cuda.device_count()
-    absent = device.type == "mps" and not has_mps
-    if absent or (device.type == "cuda" and (device.index or 0) >= n_cuda):
-        raise DeviceError(
-            f"--device {name}: there is no such device here ({n_cuda} CUDA devices). Use --device cpu."
-        )
-    return device
 
 
 def _position(options: Options, pair: ModelPair) -> Literal["last", "mean", "all"] | int:

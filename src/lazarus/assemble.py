@@ -46,6 +46,7 @@ class RunFacts:
     position: Literal["last", "mean", "all"] | int
     batch_tokens: int
     notes: Sequence[str]
+    matmul: Literal["default", "onednn"] | None = None
 
 
 def assemble(
@@ -73,7 +74,7 @@ def assemble(
         base=_model_info(pair.base, pair.base_conventions),
         finetuned=_model_info(pair.finetuned, pair.finetuned_conventions),
         settings=_settings(pair, facts, measured),
-        environment=_environment(facts.device),
+        environment=_environment(facts),
         prompts=_prompts(reading),
         layers=layers,
         sites=[
@@ -86,7 +87,17 @@ def assemble(
         output=found.output,
         readout=readout,
         groups=found.groups(),
-        notes=list(dict.fromkeys([*facts.notes, *_exclusions(pair, measured.sites), *limits(found, layers)])),
+        notes=list(
+            dict.fromkeys(
+                [
+                    *facts.notes,
+                    *pair.common_notes(),
+                    *measured.notes,
+                    *_exclusions(pair, measured.sites),
+                    *limits(found, layers),
+                ]
+            )
+        ),
     )
 
 
@@ -148,7 +159,8 @@ def _why_no_data(pair: ModelPair) -> str:
 def _broken_weights(pair: ModelPair) -> list[str]:
     notes = []
     for model in (pair.base, pair.finetuned):
-        broken = [n for n, p in model.model.named_parameters() if not p.isfinite().all()]
+        held = ((n, p) for n, p in model.model.named_parameters() if not p.is_meta)
+        broken = [n for n, p in held if not p.isfinite().all()]
         if broken:
             notes.append(f"{model.name}: {len(broken)} weights hold NaN or infinity, first {broken[0]}")
     return notes
@@ -163,7 +175,7 @@ def _settings(pair: ModelPair, facts: RunFacts, measured: Measured) -> Settings:
         device=str(facts.device),
         batch_tokens=facts.batch_tokens,
         chat_template=options.chat_template,
-        memory="resident",
+        memory="resident" if pair.base.pager is None else "stream",
         align=pair.align,
         localize=options.localize,
         readout=options.readout,
@@ -175,6 +187,7 @@ def _settings(pair: ModelPair, facts: RunFacts, measured: Measured) -> Settings:
         layers_path=options.layers_path,
         seed=options.seed,
         trust_remote_code=options.trust_remote_code,
+        work_dir=options.work_dir,
     )
 
 
@@ -193,7 +206,8 @@ def _model_info(model: LoadedModel, conventions: Conventions) -> ModelInfo:
     )
 
 
-def _environment(device: torch.device) -> Environment:
+def _environment(facts: RunFacts) -> Environment:
+    device = facts.device
     on_gpu = device.type == "cuda"
     return Environment(
         python=platform.python_version(),
@@ -202,4 +216,5 @@ def _environment(device: torch.device) -> Environment:
         transformers=transformers.__version__,
         device_name=torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
         n_threads=torch.get_num_threads(),
+        matmul=facts.matmul,
     )

@@ -21,8 +21,8 @@ from lazarus.errors import LazarusError
 from lazarus.version import __version__
 
 if TYPE_CHECKING:
-    from lazarus.activation import Model
     from lazarus.console import ConsoleObserver
+    from lazarus.loading import Model
     from lazarus.prompts import PromptList
 
 app = typer.Typer(
@@ -181,7 +181,14 @@ Device = Annotated[str, _option(panel=RUN, metavar="auto|cpu|cuda[:N]|mps", help
 BatchTokens = Annotated[
     int | None, _option(panel=RUN, metavar="N", help="Tokens in one batch.", show_default="auto")
 ]
-Memory = Annotated[str, _option(panel=RUN, metavar="auto|resident", help="Both models in memory.")]
+Memory = Annotated[
+    str,
+    _option(
+        panel=RUN,
+        metavar="auto|resident|stream",
+        help="Both models in memory, or a block of each at a time, read from disk.",
+    ),
+]
 LayersPath = Annotated[
     str | None,
     _option(
@@ -194,6 +201,16 @@ LayersPath = Annotated[
 Seed = Annotated[int, _option(panel=RUN, metavar="N", help="Of every random choice.")]
 TrustRemoteCode = Annotated[
     bool, _option("--trust-remote-code", panel=RUN, help="Allow a model's own Python code.")
+]
+WorkDir = Annotated[
+    str | None,
+    _option(
+        panel=RUN,
+        metavar="DIR",
+        help="Keep what is done in this folder, so that an interrupted run goes on where it was, and several "
+        "processes share the work.",
+        show_default="off",
+    ),
 ]
 Quiet = Annotated[bool, _option("-q", "--quiet", panel=SHOW, help="No progress bars, no logs.")]
 Debug = Annotated[bool, _option("--debug", panel=SHOW, help="Tracebacks and logs.")]
@@ -224,6 +241,7 @@ def activation_diff(
     layers_path: LayersPath = None,
     seed: Seed = 0,
     trust_remote_code: TrustRemoteCode = False,
+    work_dir: WorkDir = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -242,13 +260,15 @@ def activation_diff(
     with _reported(debug):
         from lazarus.options import make_options
         from lazarus.prompts import check_chats, parse_prompts
+        from lazarus.ranks import find_rank
 
         make_options(**options)
+        output = (output or []) if find_rank().leads else []
         files = [value[1:] for value in prompts if value[:1] == "@" and value[:2] != "@@"]
-        _check_outputs(output or [], [*files, chat_template, base, finetuned])
+        _check_outputs(output, [*files, chat_template, base, finetuned])
         found = parse_prompts(prompts, no_split=no_split)
         check_chats(found.prompts, chat_template)
-        _compare(base, finetuned, found, output or [], _observer(quiet, debug), **options)
+        _compare(base, finetuned, found, output, _observer(quiet, debug), **options)
 
 
 @app.command()
@@ -300,12 +320,15 @@ def _compare(
     observer: Any,
     **options: Any,
 ) -> None:
-    """Run, print, save, and then hold the gate."""
+    """Run, print, save, and then hold the gate; of several processes, the first does so for all."""
     from lazarus.activation import activation_diff as run
+    from lazarus.ranks import find_rank
     from lazarus.render import text
 
     with observer:
         diff = run(base, finetuned, found, observer=observer, **options)
+    if not find_rank().leads:
+        return
     typer.echo(f"\n{text.table(diff.record)}\n\n{text.summary(diff.record)}")
     faults = []
     for path in outputs:  # one that cannot be written does not cost the user the others
@@ -331,10 +354,12 @@ def _check_outputs(outputs: Sequence[str], inputs: Sequence[str]) -> None:
 
 def _observer(quiet: bool, debug: bool) -> ConsoleObserver:
     from lazarus.console import ConsoleObserver, quieten
+    from lazarus.ranks import find_rank
 
-    show = sys.stderr.isatty() and not quiet
+    leads = find_rank().leads
+    show = sys.stderr.isatty() and not quiet and leads
     quieten(show_bars=show, show_logs=debug and not quiet)
-    return ConsoleObserver(show=show)
+    return ConsoleObserver(show=show, prints=leads)
 
 
 @contextmanager

@@ -26,7 +26,8 @@ from lazarus.render import text
 class ConsoleObserver:
     """Prints the header as the run goes on; with `show`, a progress bar on standard error."""
 
-    def __init__(self, *, show: bool) -> None:
+    def __init__(self, *, show: bool, prints: bool = True) -> None:
+        self._prints = prints
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -52,11 +53,11 @@ class ConsoleObserver:
 
     def loading(self, role: Literal["base", "finetuned"], name: str) -> None:
         """Print which model is loaded; transformers draws the bar of its weights."""
-        typer.echo(text.loading(role, name))
+        self._print(text.loading(role, name))
 
     def testing(self, prompts: Sequence[Prompt]) -> None:
         """Print the prompts."""
-        typer.echo(text.prompts([prompt.text for prompt in prompts]))
+        self._print(text.prompts([prompt.text for prompt in prompts]))
         self._progress.start()
         self._task = self._progress.add_task("Tokenising", total=None)
 
@@ -67,6 +68,10 @@ class ConsoleObserver:
     def advanced(self, n_tokens: int) -> None:
         """Move the bar."""
         self._progress.advance(self._task, n_tokens)
+
+    def _print(self, lines: str) -> None:
+        if self._prints:
+            typer.echo(lines)
 
 
 def quieten(*, show_bars: bool, show_logs: bool) -> None:

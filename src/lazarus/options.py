@@ -11,7 +11,7 @@ from lazarus.errors import UsageError
 
 NAMED_POSITIONS = ("auto", "last", "mean", "all")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-MEMORY_MODES = ("auto", "resident")
+MEMORY_MODES = ("auto", "resident", "stream")
 ALIGNMENTS = ("ids", "text")
 EXPECTATIONS = ("identical", "changed")
 
@@ -42,6 +42,7 @@ class Options:
     layers_path: str | None = None
     seed: int = 0
     trust_remote_code: bool = False
+    work_dir: str | None = None
 
     def __post_init__(self) -> None:
         _check_position(self.position)
@@ -70,6 +71,8 @@ class Options:
         _check_device(self.device)
         if self.layers_path == "":
             raise UsageError("--layers-path is empty. Give a path such as model.layers.")
+        if self.work_dir == "":
+            raise UsageError("--work-dir is empty. Name a folder.")
 
     def template_file(self) -> Path | None:
         """The file that `chat_template` names, if it names one."""
@@ -97,6 +100,7 @@ class OptionArguments(TypedDict, total=False):
     layers_path: str | None
     seed: int
     trust_remote_code: bool
+    work_dir: str | None
 
 
 def make_options(**given: Any) -> Options:

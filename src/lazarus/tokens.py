@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from types import TracebackType
 from typing import Any, Literal
@@ -57,6 +57,8 @@ class TokenBatch:
     pad_id: int
     extra_padding: int = 0
     """tokens of padding beyond the longest prompt"""
+    prefix: tuple[int, ...] = ()
+    """ids before those of every member, which run once and not with the batch"""
 
     @property
     def prompts(self) -> list[int]:
@@ -87,6 +89,13 @@ class TokenBatch:
             input_ids[row, : lengths[row]] = torch.tensor(prompt.ids)
             mask[row, : lengths[row]] = 1
         return input_ids, mask
+
+    def after(self, n_prefix: int) -> TokenBatch:
+        """The same prompts, without their first `n_prefix` tokens, which are the same and run before."""
+        if not n_prefix:
+            return self
+        members = [replace(prompt, ids=prompt.ids[n_prefix:]) for prompt in self.members]
+        return replace(self, members=members, prefix=tuple(self.members[0].ids[:n_prefix]))
 
 
 @dataclass(frozen=True)
@@ -216,15 +225,21 @@ def render_chats(prompts: Sequence[Prompt], tokenizer: Any, template: str | None
 
 
 def make_batches(
-    tokenized: Sequence[TokenizedPrompt], batch_tokens: int, padding: Padding, pad_id: int
+    tokenized: Sequence[TokenizedPrompt],
+    batch_tokens: int,
+    padding: Padding,
+    pad_id: int,
+    n_prefix: int = 0,
 ) -> list[TokenBatch]:
     """Prompts of like length together, the longest first, at most `batch_tokens` with padding.
+
+    The first `n_prefix` tokens are the same in all, and run before the batches.
 
     Of all ways to cut the sorted prompts into batches it takes the cheapest, where a batch costs its
     padded tokens and `BATCH_COST` more. A prompt longer than `batch_tokens` is a batch of its own.
     """
     prompts = sorted(tokenized, key=lambda prompt: (-len(prompt.ids), prompt.index))
-    lengths = [len(prompt.ids) for prompt in prompts]
+    lengths = [len(prompt.ids) - n_prefix for prompt in prompts]
     cheapest, ends = [0] * (len(prompts) + 1), [0] * len(prompts)
     for start in reversed(range(len(prompts))):
         candidates = range(start + 1, start + 1 + _most_rows(lengths, start, batch_tokens, padding))
@@ -233,7 +248,7 @@ def make_batches(
         )
     batches, start = [], 0
     while start < len(prompts):
-        batches.append(TokenBatch(prompts[start : ends[start]], pad_id))
+        batches.append(TokenBatch(prompts[start : ends[start]], pad_id).after(n_prefix))
         start = ends[start]
     return batches
 

@@ -144,9 +144,9 @@ KINDS = (
     ),
     BadInput(
         "memory unknown",
-        "`--memory stream`",
-        typed("--memory", "stream"),
-        ("--memory stream", "auto or resident"),
+        "`--memory disk`",
+        typed("--memory", "disk"),
+        ("--memory disk", "auto, resident or stream"),
         exit_code=2,
     ),
     BadInput(

@@ -6,8 +6,15 @@ head.py        a model's own head on a few rows
 local.py       the fine-tuned model's blocks on base's states: what each block itself changes
 probe.py       one short pass that learns how a model's blocks behave, and checks it
 pair.py        two models, what they have in common, and what cannot be asked of them
+past.py        what a model has read already, and its cache of it
 side.py        one of the two models, ready to run batches
+replay.py      blocks that need not run: a pass goes on from what they returned before
 resident.py    both models in memory, batch by batch
+streamed.py    a block of each model in memory at a time, over all batches
+kept.py        what passes hold between two blocks, in memory or in files
+run.py         either of the two, on a piece of work (work.py)
+prefix.py      whether a prefix that all prompts have in common runs once
+product.py     how float32 matrices are multiplied on a CPU
 noise.py       base against base, with what ought not to matter changed
 """
 
@@ -15,9 +22,13 @@ from lazarus.engine.head import Head
 from lazarus.engine.noise import NoisePlan, one_ulp_away, pick_sample, run_noise
 from lazarus.engine.pair import ModelPair, check_shapes, learn_pair
 from lazarus.engine.positions import Position, check_positions
-from lazarus.engine.probe import Conventions, learn
+from lazarus.engine.prefix import PrefixPlan, SharedPrefix, common_prefix, share_prefix
+from lazarus.engine.probe import Conventions, head_reads_blocks, learn
+from lazarus.engine.product import Product, choose_product, confirm_product
 from lazarus.engine.recorder import Site, StatePair
 from lazarus.engine.resident import run_pairs
+from lazarus.engine.run import run
+from lazarus.engine.work import Tagged, Work
 
 __all__ = [
     "Conventions",
@@ -25,14 +36,25 @@ __all__ = [
     "ModelPair",
     "NoisePlan",
     "Position",
+    "PrefixPlan",
+    "Product",
+    "SharedPrefix",
     "Site",
     "StatePair",
+    "Tagged",
+    "Work",
     "check_positions",
     "check_shapes",
+    "choose_product",
+    "common_prefix",
+    "confirm_product",
+    "head_reads_blocks",
     "learn",
     "learn_pair",
     "one_ulp_away",
     "pick_sample",
+    "run",
     "run_noise",
     "run_pairs",
+    "share_prefix",
 ]

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from lazarus.engine.recorder import FORWARD_FAULTS, accepted, first_tensor
+from lazarus.engine.recorder import FORWARD_FAULTS, Recorder, Recording, accepted, first_tensor
 from lazarus.models import LoadedModel
 
 MOST_LOGITS = 2**24
@@ -59,63 +59,67 @@ class Head:
         return logits[0]
 
 
-def find_head(
-    model: LoadedModel, input_ids: Int[Tensor, "batch time"], mask: Int[Tensor, "batch time"]
-) -> tuple[type[ModelOutput] | None, bool]:
-    """What the stack returns to the head, None if the head cannot be run by itself; and if it reads blocks.
-
-    The head by itself must give the logits of the whole model on these tokens: from the states after the
-    final norm, and, to read blocks, from those that leave the last block.
-    """
-    stack, whole = model.anatomy.stack, model.model
-    if stack is whole or whole.get_output_embeddings() is None:
-        return None, False
-    try:
-        seen, expected = _run_whole(model, input_ids, mask)
-        head = Head(model, type(seen.output))
-        states = seen.output.last_hidden_state
-        logits = head.logits(states.reshape(-1, states.shape[-1]))
-    except FORWARD_FAULTS:
-        return None, False  # a head that wants more than token ids and states: no output is measured
-    if not _alike(logits.reshape(expected.shape), expected):
-        return None, False
-    try:
-        read = head.read(seen.last_block[0])
-    except FORWARD_FAULTS:
-        return type(seen.output), False  # streams of other axes than rows and features
-    return type(seen.output), read.shape == expected[0].shape and _alike(read, expected[0])
-
-
 @dataclass
-class _Seen:
-    """What one pass of the whole model showed: what the stack returned, and what left the last block."""
+class WholePass:
+    """One pass of a model with its head: what it showed of the stack, what the head got, and the logits."""
 
-    output: Any = None
-    last_block: Any = None
+    recording: Recording
+    stack_output: Any = None
+    logits: Tensor | None = None
+
+    @property
+    def head_reads(self) -> type[ModelOutput]:
+        """What the stack hands to the head."""
+        return type(self.stack_output)
 
 
-def _run_whole(model: LoadedModel, input_ids: Tensor, mask: Tensor) -> tuple[_Seen, Tensor]:
-    """The logits of the whole model, [batch, time, vocabulary], and what led to them."""
-    seen = _Seen()
+def run_with_head(
+    recorder: Recorder, input_ids: Int[Tensor, "batch time"], mask: Int[Tensor, "batch time"]
+) -> WholePass | None:
+    """Run a model with its head; None where it has none, or one that wants more than token ids."""
+    model = recorder.model.model
+    if recorder.stack is model or model.get_output_embeddings() is None or model.config.is_encoder_decoder:
+        return None
 
     def at_stack(_module: nn.Module, _args: Any, output: Any) -> None:
-        seen.output = output
+        whole.stack_output = output
+        whole.recording.final = output.last_hidden_state
 
-    def at_block(_module: nn.Module, _args: Any, output: Any) -> None:
-        seen.last_block = first_tensor(output)
-
-    stack, device = model.anatomy.stack, next(model.anatomy.stack.parameters()).device
-    handles = [
-        stack.register_forward_hook(at_stack),
-        model.anatomy.blocks[-1].register_forward_hook(at_block),
-    ]
+    handle = recorder.stack.register_forward_hook(at_stack)
     try:
-        with torch.no_grad():
-            arguments = accepted(model.model, attention_mask=mask.to(device))
-            return seen, model.model(input_ids=input_ids.to(device), **arguments).logits
+        with torch.no_grad(), recorder.attached(torch.Tensor.detach) as recording:
+            whole = WholePass(recording)
+            arguments = accepted(model, attention_mask=mask.to(recorder.device))
+            whole.logits = model(input_ids=input_ids.to(recorder.device), **arguments).logits
+    except FORWARD_FAULTS:
+        return None
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
+    return whole
+
+
+def head_alone(model: LoadedModel, whole: WholePass) -> type[ModelOutput] | None:
+    """What the stack returns to the head; None if the head cannot be run by itself.
+
+    By itself it must give the logits of the whole model, from the states after the final norm.
+    """
+    assert whole.logits is not None
+    states = whole.stack_output.last_hidden_state
+    try:
+        logits = Head(model, whole.head_reads).logits(states.reshape(-1, states.shape[-1]))
+    except FORWARD_FAULTS:
+        return None  # a head that wants more than states: no output is measured
+    return whole.head_reads if _alike(logits.reshape(whole.logits.shape), whole.logits) else None
+
+
+def reads_blocks(model: LoadedModel, whole: WholePass) -> bool:
+    """Whether the head gives the whole model's logits from what leaves the last block, through the norm."""
+    assert whole.logits is not None
+    try:
+        read = Head(model, whole.head_reads).read(whole.recording.blocks[-1][0])
+    except FORWARD_FAULTS:
+        return False  # streams of other axes than rows and features
+    return read.shape == whole.logits[0].shape and _alike(read, whole.logits[0])
 
 
 def _alike(logits: Tensor, expected: Tensor) -> bool:

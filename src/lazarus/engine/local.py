@@ -9,28 +9,29 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lazarus.engine.pair import ModelPair
 from lazarus.engine.recorder import FORWARD_FAULTS, first_tensor, one_line
 from lazarus.errors import UnsupportedModelError
-from lazarus.models import LoadedModel
 
 
 @contextmanager
 def beside(
-    base: LoadedModel, finetuned: LoadedModel, take: Callable[[Tensor], Tensor], taken: list[Tensor]
+    pair: ModelPair, take: Callable[[Tensor], Tensor], taken: list[Tensor], only: int | None = None
 ) -> Iterator[None]:
-    """While base runs, run each of the fine-tuned model's blocks on what base's block receives.
+    """While base runs, run each of the fine-tuned model's blocks, or only one, on what base's receives.
 
     For B and F the two models' block and b base's state before it, `taken` gets what `take` keeps of
     F(b), in the order in which the blocks run. So F(b) − B(b) is what the block's own weights change,
-    and nothing of it is inherited.
+    and nothing of it is inherited. A block that is the same in both need not run twice: F(b) is B(b).
 
     Raises:
         UnsupportedModelError: a block of the fine-tuned model does not run on base's states.
     """
+    base, finetuned = pair.base, pair.finetuned
 
     def hook_for(index: int, block: nn.Module) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if block is module:  # one model in memory as both: it would call this hook again
+            if block is module or pair.same_blocks[index]:
                 taken.append(take(first_tensor(output)))
                 return
             try:
@@ -48,6 +49,7 @@ def beside(
     handles = [
         block.register_forward_hook(hook_for(index, other), with_kwargs=True)
         for index, (block, other) in enumerate(pairs)
+        if only in (None, index)
     ]
     try:
         yield

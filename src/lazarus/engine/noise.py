@@ -44,6 +44,25 @@ class NoisePlan:
         room = self.batch_tokens // (len(batch.members) * batch.padded_length)
         return max(1, min(-(-FEWEST_ROWS // self.n_prompts), room))
 
+    def recomposed(self, batch: TokenBatch, context: int | None) -> list[list[TokenBatch]]:
+        """The same prompts in the same order: in two halves, or several times, and with more padding."""
+        n_copies = self.copies(batch)
+        extra_padding = self._extra_padding(batch, context)
+        padded = replace(batch, members=batch.members * n_copies, extra_padding=extra_padding)
+        if n_copies > 1:
+            return [[replace(padded, extra_padding=0)], [padded]]
+        middle = len(batch.members) // 2
+        halves = [replace(batch, members=part) for part in (batch.members[:middle], batch.members[middle:])]
+        return [halves if middle else [padded], [padded]]
+
+    def _extra_padding(self, batch: TokenBatch, context: int | None) -> int:
+        """How much more padding a batch can have: there may be no position for it, or it may be wrong."""
+        if self.padding != "right":
+            return 0
+        taken = len(batch.prefix) + batch.padded_length
+        room = EXTRA_PADDING if context is None else context - taken
+        return max(0, min(EXTRA_PADDING, room))
+
 
 def pick_sample(n_prompts: int, seed: int) -> list[int]:
     """The prompts on which the noise is measured: at most 8, and at most a tenth of 50 and more."""
@@ -63,46 +82,29 @@ def run_noise(
     """Base against base with what ought not to matter changed; yields each trial's number and pairs.
 
     Each trial runs the same prompts in other batches, with other padding where padding is right for the
-    model, and with the first block's input moved by one unit in the last place. Few prompts are run
-    several times in a batch, a trial each time. Both states of a pair are base's: no second copy of the
-    weights is needed.
+    model, and with the first block's input moved by one unit in the last place; a prefix that runs once is
+    moved as well. Few prompts are run several times in a batch, a trial each time. Both states of a pair
+    are base's: no second copy of the weights is needed.
     """
     base = Side(pair.base, pair.base_conventions)
     generator = torch.Generator().manual_seed(plan.seed)
     for batch in batches:
         plain = base.run(batch, plan.position)
-        n_copies = plan.copies(batch)
         trials = count()
-        extra_padding = _extra_padding(batch, plan.padding, pair.base.anatomy.context)
-        for parts in _recomposed(batch, extra_padding, n_copies):
-            moved = []
+        for parts in plan.recomposed(batch, pair.base.anatomy.context):
+            moved, other_base = [], Side(pair.base, pair.base_conventions)
+            with nudged(pair.base.anatomy.blocks[0], generator):
+                other_base.begin(batch, plan.position)
             for part in parts:
                 with nudged(pair.base.anatomy.blocks[0], generator):
-                    moved.append(base.run(part, plan.position))
-            for other in joined(moved).split(n_copies):
+                    moved.append(other_base.run(part, plan.position))
+            for other in joined(moved).split(plan.copies(batch)):
                 trial = next(trials)
                 for site, b, f in zip(pair.sites, plain.sites, other.sites, strict=False):
                     yield trial, StatePair(site, plain.prompts, b, f)
                 for states in logit_pairs(base.head, base.head, plain, other):
                     yield trial, states
         advanced(batch.n_tokens)
-
-
-def _extra_padding(batch: TokenBatch, padding: Padding, context: int | None) -> int:
-    """How much more padding a batch can have: there may be no positions for it, or it may not be right."""
-    if padding != "right":
-        return 0
-    return EXTRA_PADDING if context is None else max(0, min(EXTRA_PADDING, context - batch.padded_length))
-
-
-def _recomposed(batch: TokenBatch, extra_padding: int, n_copies: int) -> list[list[TokenBatch]]:
-    """The same prompts in the same order: in two halves, or several times, and with more padding."""
-    padded = replace(batch, members=batch.members * n_copies, extra_padding=extra_padding)
-    if n_copies > 1:
-        return [[replace(padded, extra_padding=0)], [padded]]
-    middle = len(batch.members) // 2
-    halves = [replace(batch, members=part) for part in (batch.members[:middle], batch.members[middle:])]
-    return [halves if middle else [padded], [padded]]
 
 
 @contextmanager

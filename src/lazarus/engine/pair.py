@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Literal
 
-from lazarus.engine.probe import Conventions, learn
+from lazarus.engine.probe import Conventions, learn, passes_go_on
 from lazarus.engine.recorder import Site
 from lazarus.errors import ShapeMismatchError
-from lazarus.models import LoadedModel
+from lazarus.models import LoadedModel, shared_blocks
+from lazarus.models import same_design as have_same_design
 from lazarus.tokens import Padding
-
-_INERT = {
-    "_name_or_path",
-    "dtype",
-    "transformers_version",
-    "architectures",
-    "use_cache",
-    "quantization_config",
-}
-"""Entries of a configuration that do not change how blocks behave."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +24,14 @@ class ModelPair:
     base_conventions: Conventions
     finetuned_conventions: Conventions
     align: Literal["ids", "text"] = "ids"
+    same_blocks: tuple[bool, ...] = ()
+    """for each block, whether both models have the same one: the same weights, bit for bit"""
+    n_common: int = 0
+    """how many of the first blocks run once, for both models"""
+    same_design: bool = False
+    """whether both have one class and one configuration, so that the same weights compute the same"""
+    streams: bool = False
+    """whether the blocks run one at a time over all batches, read from disk"""
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -82,7 +82,27 @@ class ModelPair:
         if padding != "right":
             how = "one at a time" if padding == "one_by_one" else "with others of their length"
             notes.append(f"padding changes the states of this architecture, so prompts ran {how}")
+        if self.base.pager is not None and not self.streams:
+            notes.append(
+                "a pass of this architecture cannot go on after a block that ran before, so prompts ran batch "
+                "by batch, and each batch read all weights"
+            )
         return notes + self._shape_notes()
+
+    def common_notes(self) -> list[str]:
+        """What did not run a second time; of models that are streamed it is known after the run."""
+        n_common = self._n_streamed_alike() if self.streams else self.n_common
+        if not n_common:
+            return []
+        which = "block 0 is" if n_common == 1 else f"blocks 0 to {n_common - 1} are"
+        alike = "and ran once for both where the same states entered them"
+        return [f"{which} the same in both models, bit for bit, {alike}"]
+
+    def _n_streamed_alike(self) -> int:
+        pager = self.finetuned.pager
+        if pager is None or self.align != "ids" or not self.same_design:
+            return 0
+        return sum(1 for _ in takewhile(pager.same_as_base, range(pager.n_blocks)))
 
     def _shape_notes(self) -> list[str]:
         """What two models of different shape cannot be asked."""
@@ -121,8 +141,27 @@ def learn_pair(
         BlocksNotFoundError: one of them has no residual stream over tokens.
     """
     ours = learn(base, ids[0], pad_ids[0])
-    theirs = ours if _same_design(base, finetuned) else learn(finetuned, ids[1], pad_ids[1])
-    return ModelPair(base, finetuned, ours, theirs, align)
+    same_design = have_same_design(base.model, finetuned.model)
+    theirs = ours if same_design else learn(finetuned, ids[1], pad_ids[1])
+    pair = ModelPair(base, finetuned, ours, theirs, align, same_design=same_design)
+    if base.pager is not None:  # which blocks are the same is seen when they are read
+        unknown = (False,) * len(base.anatomy.blocks)
+        return replace(pair, streams=_streams(pair, ids, pad_ids), same_blocks=unknown)
+    same = shared_blocks(base, finetuned)
+    n_common = same.index(False) if False in same else len(same)
+    if align == "text" or (n_common and not passes_go_on(base, ids[0], pad_ids[0], [n_common])):
+        n_common = 0
+    return replace(pair, same_blocks=tuple(same), n_common=n_common)
+
+
+def _streams(pair: ModelPair, ids: tuple[Sequence[int], Sequence[int]], pad_ids: tuple[int, int]) -> bool:
+    """Whether a pass of each model goes on after any number of its blocks without them."""
+    models = ((pair.base, pair.base_conventions), (pair.finetuned, pair.finetuned_conventions))
+    n_models = 1 if pair.same_design else 2
+    return all(
+        passes_go_on(model, ids[i], pad_ids[i], range(conventions.n_layers))
+        for i, (model, conventions) in enumerate(models[:n_models])
+    )
 
 
 def check_shapes(pair: ModelPair, n_prompts: int, fewest: int, *, localize: bool) -> None:
@@ -145,10 +184,3 @@ def check_shapes(pair: ModelPair, n_prompts: int, fewest: int, *, localize: bool
             f"{pair.base_conventions.n_layers} blocks of {pair.widths[0]} features and "
             f"{pair.finetuned_conventions.n_layers} of {pair.widths[1]}. Leave --localize out."
         )
-
-
-def _same_design(base: LoadedModel, finetuned: LoadedModel) -> bool:
-    """The same class and the same configuration: then the blocks of both behave alike."""
-    one, other = base.model.config.to_dict(), finetuned.model.config.to_dict()
-    differing = {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
-    return type(base.model) is type(finetuned.model) and differing <= _INERT

@@ -52,8 +52,9 @@ def compared_tokens(position: Position, length: int) -> range:
 class RowPicker:
     """Takes the compared rows out of a batch's states.
 
-    `rows` and `tokens` index the batch; `prompts` says whose each picked row is. With `average`, a
-    prompt's rows are averaged in float64 and there is one row a prompt.
+    `rows` and `tokens` index the batch; `prompts` says whose each compared row is. With `average`, a
+    prompt's rows are averaged in float64 and there is one row a prompt. `in_prefix` are the compared tokens
+    of a prefix that does not run with the batch: `whole` puts their rows before each prompt's own.
     """
 
     rows: Int[Tensor, " picked"]
@@ -61,17 +62,31 @@ class RowPicker:
     prompts: Int[Tensor, " out"]
     average: bool
     n_tokens: int
+    in_prefix: range = range(0)
+    n_own: tuple[int, ...] = ()
+    """how many tokens of the batch itself are compared, of each prompt"""
 
     @classmethod
     def of(cls, batch: TokenBatch, position: Position) -> RowPicker:
         """The picker of this batch's compared rows."""
-        spans = [compared_tokens(position, length) for length in batch.lengths]
+        n_prefix = len(batch.prefix)
+        whole = [compared_tokens(position, n_prefix + length) for length in batch.lengths]
+        spans = [range(max(0, span.start - n_prefix), max(0, span.stop - n_prefix)) for span in whole]
+        in_prefix = range(min(whole[0].start, n_prefix), min(whole[0].stop, n_prefix))
         sizes = torch.tensor([len(span) for span in spans])
         rows = torch.repeat_interleave(torch.arange(len(spans)), sizes)
-        tokens = torch.tensor([token for span in spans for token in span])
+        tokens = torch.tensor([token for span in spans for token in span], dtype=torch.long)
         average = position == "mean"
         owners = torch.tensor(batch.prompts)
-        return cls(rows, tokens, owners if average else owners[rows], average, batch.padded_length)
+        prompts = owners if average else owners.repeat_interleave(sizes + len(in_prefix))
+        n_own = tuple(len(span) for span in spans)
+        return cls(rows, tokens, prompts, average, batch.padded_length, in_prefix, n_own)
+
+    def of_prefix(self, n_tokens: int) -> RowPicker:
+        """The picker of what `whole` needs of the prefix, from its own pass: so many tokens of one row."""
+        tokens = torch.tensor(self.in_prefix, dtype=torch.long)
+        rows = torch.zeros_like(tokens)
+        return RowPicker(rows, tokens, rows[:1] if self.average else rows, self.average, n_tokens)
 
     def pick(self, states: Float[Tensor, "batch time hidden"]) -> Float[Tensor, "out hidden"]:
         """The compared rows; padding is never read, not even multiplied by zero.
@@ -92,3 +107,16 @@ class RowPicker:
         sums = wide.new_zeros(len(self.prompts), wide.shape[-1])
         counts = torch.bincount(self.rows, minlength=len(self.prompts)).to(wide)
         return sums.index_add_(0, self.rows.to(wide.device), wide) / counts[:, None]
+
+    def whole(
+        self, picked: Float[Tensor, "own hidden"], in_prefix: Float[Tensor, "before hidden"]
+    ) -> Float[Tensor, "out hidden"]:
+        """What was picked, with the compared rows of the prefix, or their mean, before each prompt's own."""
+        n_before = len(self.in_prefix)
+        if not n_before:
+            return picked
+        if self.average:
+            n_own = torch.tensor(self.n_own, device=picked.device)[:, None]
+            return (in_prefix * n_before + picked * n_own) / (n_before + n_own)
+        own_rows = torch.split(picked, list(self.n_own))
+        return torch.cat([rows for own in own_rows for rows in (in_prefix, own)])

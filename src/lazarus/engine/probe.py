@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from lazarus.engine.head import find_head
-from lazarus.engine.recorder import Recorder, Recording, Take
+from lazarus.engine.head import head_alone, reads_blocks, run_with_head
+from lazarus.engine.recorder import Recorder, Recording, Take, first_tensor
+from lazarus.engine.replay import Call, can_replay, recording, stopping_after
 from lazarus.errors import BlocksNotFoundError
 from lazarus.metrics import to_float64
 from lazarus.models import LoadedModel
@@ -41,8 +43,6 @@ class Conventions:
     has_final_norm: bool
     head_reads: type[ModelOutput] | None
     """what the stack hands to a causal model's head; None where the head cannot be run by itself"""
-    head_reads_blocks: bool
-    """whether the head can be run on what leaves a block, through the final norm"""
     notes: tuple[str, ...] = ()
 
     def rows(self, states: Tensor) -> Float[Tensor, "batch time hidden"]:
@@ -62,13 +62,14 @@ def learn(model: LoadedModel, ids: Sequence[int], pad_id: int) -> Conventions:
     """
     recorder = Recorder(model)
     input_ids, mask = _probe_batch(ids, pad_id)
-    seen = _whole(recorder, input_ids, mask)
+    whole = run_with_head(recorder, input_ids, mask)
+    is_plain = whole is not None and model.anatomy.stack is model.model.base_model
+    seen = whole.recording if whole is not None and is_plain else _whole(recorder, input_ids, mask)
     _check_calls(model, seen)
     axes = _find_axes(model, seen)
     blocks = [_arranged(states, axes) for states in seen.blocks]
     assert seen.final is not None
     causal = all(_alike(b[0, :-1], b[1, :-1], _same_pass_limit(b)) for b in blocks)
-    head_reads, head_reads_blocks = find_head(model, input_ids, mask) if causal else (None, False)
     return Conventions(
         n_layers=len(blocks),
         width=blocks[0].shape[-1],
@@ -76,10 +77,28 @@ def learn(model: LoadedModel, ids: Sequence[int], pad_id: int) -> Conventions:
         causal=causal,
         padding=_find_padding(recorder, input_ids, mask, axes, blocks),
         has_final_norm=not torch.equal(blocks[-1], seen.final),
-        head_reads=head_reads,
-        head_reads_blocks=head_reads_blocks,
+        head_reads=head_alone(model, whole) if causal and whole is not None else None,
         notes=_notes(model, seen, blocks),
     )
+
+
+def head_reads_blocks(model: LoadedModel, ids: Sequence[int], pad_id: int) -> bool:
+    """Whether the head of this causal model can be run on what leaves a block, through the final norm."""
+    whole = run_with_head(Recorder(model), *_probe_batch(ids, pad_id))
+    return whole is not None and reads_blocks(model, whole)
+
+
+def passes_go_on(model: LoadedModel, ids: Sequence[int], pad_id: int, counts: Sequence[int]) -> bool:
+    """Whether a pass of this model goes on after its first n blocks, for each n of `counts`, without them."""
+    recorder = Recorder(model)
+    input_ids, mask = _probe_batch(ids, pad_id)
+
+    def run() -> Tensor:
+        last = recorder.run(input_ids, mask, Take(torch.Tensor.detach, torch.Tensor.clone)).final
+        assert last is not None
+        return last
+
+    return can_replay(model.anatomy.blocks, run, counts)
 
 
 def _probe_batch(ids: Sequence[int], pad_id: int) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]:
@@ -154,17 +173,46 @@ def _find_padding(
     axes: tuple[int, int],
     blocks: list[Tensor],
 ) -> Padding:
-    """Whether a prompt's states in a padded batch are those it has alone."""
-    alone = _whole(recorder, input_ids[2:, :SHORT], mask[2:, :SHORT])
-    single = [_arranged(states, axes)[0] for states in alone.blocks]
+    """Whether a prompt's states in a padded batch are those it has alone: after a block of each kind."""
+    last = _last_of_new_kind(recorder.model.anatomy.blocks)
+    alone = _beginning(recorder, input_ids[2:, :SHORT], mask[2:, :SHORT], last)
+    single = [_arranged(states, axes)[0] for states in alone]
     limit = _other_pass_limit(blocks[0])
-    if all(_alike(b[2, :SHORT], s, limit) for b, s in zip(blocks, single, strict=True)):
+    if all(_alike(b[2, :SHORT], s, limit) for b, s in zip(blocks, single, strict=False)):
         return "right"
-    pair = _whole(recorder, input_ids[[0, 2], :SHORT], mask[[0, 2], :SHORT])
-    together = [_arranged(states, axes)[1] for states in pair.blocks]
+    pair = _beginning(recorder, input_ids[[0, 2], :SHORT], mask[[0, 2], :SHORT], last)
+    together = [_arranged(states, axes)[1] for states in pair]
     if all(_alike(t, s, limit) for t, s in zip(together, single, strict=True)):
         return "equal_lengths"
     return "one_by_one"
+
+
+def _beginning(recorder: Recorder, input_ids: Tensor, mask: Tensor, last: nn.Module) -> list[Tensor]:
+    """The states after each block of a pass that ends with `last`."""
+    calls: list[Call] = []
+    with recording(recorder.model.anatomy.blocks, calls.append), stopping_after(last):
+        _whole(recorder, input_ids, mask)
+    return [first_tensor(call.output) for call in calls]
+
+
+def _last_of_new_kind(blocks: Sequence[nn.Module]) -> nn.Module:
+    """The first block after which only blocks like earlier ones follow: the same modules and settings."""
+    kinds: list[list[Any]] = []
+    last = blocks[0]
+    for index, block in enumerate(blocks):
+        kind = [_settings(module, index) for module in block.modules()]
+        if kind not in kinds:
+            kinds.append(kind)
+            last = block
+    return last
+
+
+def _settings(module: nn.Module, index: int) -> tuple[type, dict[str, Any]]:
+    """A module's type, plain attributes and whatever forward was put on it, less the number of its block."""
+    plain = {name: v for name, v in vars(module).items() if isinstance(v, int | float | str | None)}
+    numbers = {name for name, v in plain.items() if v == index and ("layer" in name or "idx" in name)}
+    settings = {name: v for name, v in plain.items() if name not in numbers}
+    return type(module), {**settings, "forward": vars(module).get("forward")}
 
 
 def _notes(model: LoadedModel, seen: Recording, blocks: list[Tensor]) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lazarus.engine.past import Past
 from lazarus.errors import DeviceError, UnsupportedModelError
 from lazarus.models import LoadedModel
 
@@ -58,6 +59,13 @@ class Recording:
     blocks: list[Tensor]
     order: list[int]
     final: Tensor | None
+    cache: Any = None
+    """what a later pass can go on from, where one was asked for"""
+
+    @property
+    def sites(self) -> list[Tensor]:
+        """All that was kept, in the order in which the states went on."""
+        return [kept for kept in (self.embedding, *self.blocks, self.final) if kept is not None]
 
 
 class Recorder:
@@ -70,11 +78,11 @@ class Recorder:
     def __init__(self, model: LoadedModel) -> None:
         self.model = model
         self.stack = model.anatomy.stack
-        self.device = next(self.stack.parameters()).device
+        self.device = model.device
 
     @contextmanager
-    def attached(self, take: Callable[[Tensor], Tensor]) -> Iterator[Recording]:
-        """Hooks on every block while the context lasts; they are always taken off again."""
+    def attached(self, take: Callable[[Tensor], Tensor], first: int = 0) -> Iterator[Recording]:
+        """Hooks on every block from `first` on while the context lasts; they are always taken off again."""
         recording = Recording(None, [], [], None)
 
         def on_output(index: int) -> Callable[..., None]:
@@ -89,6 +97,7 @@ class Recorder:
         handles = [
             block.register_forward_hook(on_output(index))
             for index, block in enumerate(self.model.anatomy.blocks)
+            if index >= first
         ]
         try:
             yield recording
@@ -96,18 +105,30 @@ class Recorder:
             for handle in handles:
                 handle.remove()
 
-    def run(self, input_ids: Tensor, attention_mask: Tensor, take: Take) -> Recording:
-        """One forward pass without a cache and without the head.
+    def run(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        take: Take,
+        first: int = 0,
+        past: Past | None = None,
+    ) -> Recording:
+        """One forward pass without the head, recorded from block `first` on.
+
+        It goes on from `past`, and keeps a cache; without one it runs without a cache.
 
         Raises:
             DeviceError: out of memory, or an operator that the device lacks.
             UnsupportedModelError: the forward pass fails on token ids alone.
         """
-        arguments = accepted(self.stack, attention_mask=attention_mask.to(self.device))
-        with self._translated(input_ids), torch.no_grad(), self.attached(take.block) as recording:
+        mask = attention_mask.to(self.device)
+        given = {"attention_mask": mask} if past is None else past.arguments(mask)
+        arguments = accepted(self.stack, **given)
+        with self._translated(input_ids), torch.no_grad(), self.attached(take.block, first) as recording:
             output = self.stack(input_ids=input_ids.to(self.device), **arguments)
             last = getattr(output, "last_hidden_state", None)
             recording.final = take.final(first_tensor(output) if last is None else last)
+            recording.cache = None if past is None else getattr(output, "cache", None)
         return recording
 
     @contextmanager
@@ -151,8 +172,8 @@ def _items(output: Any) -> Any:
 
 
 def accepted(module: nn.Module, **arguments: Any) -> dict[str, Any]:
-    """The arguments of a run without a cache, less those that the module does not take."""
-    arguments |= {"use_cache": False, "return_dict": True}
+    """The arguments of a run, without a cache unless one is asked for, less what the module does not take."""
+    arguments = {"use_cache": False, "return_dict": True} | arguments
     parameters = inspect.signature(module.forward).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return arguments

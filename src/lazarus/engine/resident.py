@@ -11,7 +11,8 @@ from lazarus.engine.local import beside
 from lazarus.engine.pair import ModelPair
 from lazarus.engine.positions import Position, RowPicker
 from lazarus.engine.recorder import StatePair
-from lazarus.engine.side import Side, logit_pairs
+from lazarus.engine.replay import Passed, recording
+from lazarus.engine.side import Begun, Side, logit_pairs
 from lazarus.tokens import BatchPair
 
 
@@ -25,8 +26,9 @@ def run_pairs(
 ) -> Iterator[StatePair]:
     """Run every batch through both models; yields each site's pair of states, batch by batch.
 
-    Only the compared rows of one batch are ever kept. `localize` also runs each block of the fine-tuned
-    model on what base's block receives. `advanced` is told the tokens of each batch when it is done.
+    Only the compared rows of one batch are ever kept. The first blocks that the two models have in common
+    run once. `localize` also runs each block of the fine-tuned model on what base's block receives.
+    `advanced` is told the tokens of each batch when it is done.
 
     Raises:
         DeviceError: a batch does not fit the device's memory.
@@ -35,9 +37,16 @@ def run_pairs(
     for batch in batches:
         local: list[Tensor] = []
         picking = base.picking(RowPicker.of(batch.base, position))
-        with beside(pair.base, pair.finetuned, picking, local) if localize else nullcontext():
+        passed, n_common = Passed(), pair.n_common if batch.base is batch.finetuned else 0
+        base.begin(batch.base, position)
+        with (
+            recording(pair.base.anatomy.blocks[:n_common], passed.add),
+            beside(pair, picking, local) if localize else nullcontext(),
+        ):
             ours = base.run(batch.base, position)
-        theirs = finetuned.run(batch.finetuned, position)
+        begun = Begun(n_common, passed, ours) if n_common else None
+        theirs = finetuned.run(batch.finetuned, position, begun)
+        del begun, passed
         matched = [theirs.sites[0], *(theirs.sites[1 + i] for i in pair.matched), theirs.sites[-1]]
         own: Sequence[Tensor | None] = local or [None] * len(pair.matched)
         # zip stops at the last common site: a final norm that only one of them has is no site.

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from lazarus.engine.head import MOST_LOGITS, Head
+from lazarus.engine.past import Past, holds_keys_and_values
 from lazarus.engine.positions import Position, RowPicker
 from lazarus.engine.probe import Conventions
 from lazarus.engine.recorder import Recorder, StatePair, Take
+from lazarus.engine.replay import Passed, UnlikeError, replaying
+from lazarus.errors import UnsupportedModelError
 from lazarus.models import LoadedModel
 from lazarus.tokens import TokenBatch
 
@@ -33,17 +36,75 @@ class States:
         return [States(p, list(rows), h, r) for rows, p, h, r in zip(sites, *others, strict=True)]
 
 
+@dataclass(frozen=True)
+class Begun:
+    """What the first `n_blocks` blocks made of a batch, and the compared rows on the way."""
+
+    n_blocks: int
+    passed: Passed
+    states: States
+
+    @property
+    def sites(self) -> list[Tensor]:
+        """The rows at the embedding and after each of these blocks."""
+        return self.states.sites[: 1 + self.n_blocks]
+
+
+@dataclass(frozen=True)
+class _Prefix:
+    """What a model made of a prefix: its cache, and the rows that are compared, at every site."""
+
+    past: Past
+    sites: Sequence[Tensor]
+
+
 class Side:
-    """One of the two models, ready to run batches."""
+    """One of the two models, ready to run batches. A prefix that stands before several of them runs once."""
 
     def __init__(self, model: LoadedModel, conventions: Conventions) -> None:
         self.model = model
         self.conventions = conventions
         self.recorder = Recorder(model)
         self.head = Head(model, conventions.head_reads) if conventions.head_reads else None
+        self._prefixes: dict[tuple[tuple[int, ...], Position], _Prefix] = {}
 
-    def run(self, batch: TokenBatch, position: Position) -> States:
-        """The compared rows of one batch. The head reads them too, or the last ones where they are means."""
+    def begin(self, batch: TokenBatch, position: Position) -> None:
+        """Run the prefix of a batch, unless it has run or there is none.
+
+        Raises:
+            UnsupportedModelError: the model keeps no cache that a batch can go on from.
+        """
+        key = (batch.prefix, position)
+        if not batch.prefix or key in self._prefixes:
+            return
+        ids = torch.tensor([batch.prefix])
+        picker = RowPicker.of(batch, position).of_prefix(len(batch.prefix))
+        take = Take(self.picking(picker), picker.pick)
+        seen = self.recorder.run(ids, torch.ones_like(ids), take, past=Past())
+        if not holds_keys_and_values(seen.cache):
+            raise UnsupportedModelError(
+                f"{self.model.name} keeps more than keys and values of what it has read, or nothing, so a "
+                "prefix that prompts have in common has to run with each of them."
+            )
+        self._prefixes[key] = _Prefix(Past(len(batch.prefix), seen.cache), seen.sites)
+
+    def run(self, batch: TokenBatch, position: Position, begun: Begun | None = None) -> States:
+        """The compared rows of one batch. The head reads them too, or the last ones where they are means.
+
+        `begun` is what the other model's first blocks made of the batch, where those are this one's too: they
+        do not run again. Where something else enters them here, they do.
+        """
+        self.begin(batch, position)
+        if begun is not None:
+            try:
+                with replaying(self.model.anatomy.blocks[: begun.n_blocks], begun.passed, verify=True):
+                    return self._run(batch, position, begun.sites)
+            except UnlikeError:
+                pass
+        return self._run(batch, position, [])
+
+    def _run(self, batch: TokenBatch, position: Position, known: Sequence[Tensor]) -> States:
+        """A pass; `known` are the rows of the first sites, where they are known already."""
         picker = RowPicker.of(batch, position)
         head_picker = RowPicker.of(batch, "last") if picker.average else picker
         head_rows: list[Tensor] = []
@@ -52,12 +113,19 @@ class Side:
             head_rows.append(head_picker.pick(states))
             return head_rows[0] if head_picker is picker else picker.pick(states)
 
-        seen = self.recorder.run(*batch.padded(), Take(self.picking(picker), final))
-        assert seen.embedding is not None
-        assert seen.final is not None
-        assert len(seen.blocks) == self.conventions.n_layers, (len(seen.blocks), self.conventions.n_layers)
-        sites = [seen.embedding, *seen.blocks, seen.final]
-        return States(picker.prompts, sites, head_picker.prompts, head_rows[0])
+        first = max(0, len(known) - 1)
+        prefix = self._prefixes.get((batch.prefix, position))
+        past = prefix.past if prefix else None
+        seen = self.recorder.run(*batch.padded(), Take(self.picking(picker), final), first, past)
+        embedding = [] if known else [seen.embedding]
+        taken = [rows for rows in (*embedding, *seen.blocks, seen.final) if rows is not None]
+        if prefix:
+            before = prefix.sites[len(known) :]
+            taken = [picker.whole(*rows) for rows in zip(taken, before, strict=True)]
+        sites = [*known, *taken]
+        assert len(sites) == self.conventions.n_layers + 2, (len(sites), self.conventions.n_layers)
+        head = sites[-1] if head_picker is picker else head_rows[0]
+        return States(picker.prompts, sites, head_picker.prompts, head)
 
     def picking(self, picker: RowPicker) -> Callable[[Tensor], Tensor]:
         """Takes the compared rows out of a block's states."""

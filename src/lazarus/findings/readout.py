@@ -56,7 +56,7 @@ def _scores(
     # Of the size of a usual state: the epsilon of a norm would take a small one for none.
     sizes = vectors.square().mean(-1, keepdim=True).sqrt()
     vectors = torch.where(sizes > 0, vectors / sizes, vectors)
-    vectors = torch.cat([torch.zeros_like(vectors[:1]), vectors]).to(model.model.device)
+    vectors = torch.cat([torch.zeros_like(vectors[:1]), vectors]).to(model.device)
     logits = head.read(vectors.float()).double().cpu()
     return logits[1:] - logits[:1]
 

@@ -19,14 +19,17 @@ from lazarus.metrics.states import (
     PromptMeans,
     Rows,
     RowValues,
+    State,
     centered_divergence,
     compare_local,
     compare_rows,
     divergence,
     mean_over_prompts,
     norm_ratio,
+    parts_of,
     relative_l2,
     to_float64,
+    within,
 )
 
 __all__ = [
@@ -42,6 +45,7 @@ __all__ = [
     "Rows",
     "SiteMeasures",
     "SitePlan",
+    "State",
     "centered_divergence",
     "compare_local",
     "compare_logits",
@@ -51,6 +55,8 @@ __all__ = [
     "mean_over_prompts",
     "norm_ratio",
     "normalized_divergence",
+    "parts_of",
     "relative_l2",
     "to_float64",
+    "within",
 ]

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lazarus.metrics.states import to_float64
+from lazarus.metrics.states import State, to_float64
 
 FEWEST_FOR_CKA = 50
 """Below, the estimate is too noisy to be worth printing."""
@@ -93,6 +93,30 @@ class KeptRows:
             parts = [part for part in (getattr(self, name), getattr(other, name)) if part is not None]
             setattr(merged, name, sum(parts) if parts else None)
         return merged
+
+    def state(self) -> State:
+        """The rows that are kept, each model's, and their places."""
+        if self.base is None or self.finetuned is None:
+            return {}
+        places = np.flatnonzero(self.seen)
+        return {
+            "places": places,
+            "base": self.base.numpy()[places],
+            "finetuned": self.finetuned.numpy()[places],
+        }
+
+    def add(self, state: State) -> None:
+        """Take in what another one holds, from its `state`; they kept different prompts."""
+        if not state:
+            return
+        places = torch.from_numpy(state["places"])
+        for name in ("base", "finetuned"):
+            rows, store = torch.from_numpy(state[name]), getattr(self, name)
+            if store is None:
+                store = torch.zeros(len(self.slots), rows.shape[1], dtype=torch.float32)
+                setattr(self, name, store)
+            store[places] = rows
+        self.seen[state["places"]] = True
 
     def cka(self) -> float:
         """Debiased CKA over the kept prompts whose rows are finite; NaN for fewer than `FEWEST_FOR_CKA`."""

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lazarus.metrics.states import Rows
+from lazarus.metrics.states import Rows, State
 
 Floats = NDArray[np.float64]
 
@@ -60,6 +60,16 @@ class Directions:
         for name, value in vars(self).items():
             setattr(merged, name, value + getattr(other, name))
         return merged
+
+    def state(self) -> State:
+        """The sums and the counts."""
+        return {name: np.asarray(value) for name, value in vars(self).items()}
+
+    def add(self, state: State) -> None:
+        """Take in what another accumulator has seen, from its `state`."""
+        for name, value in vars(self).items():
+            added = state[name]
+            setattr(self, name, value + (added if added.ndim else added.item()))
 
     def unrelated_similarity(self) -> float:
         """A: the mean cosine of a base state and a fine-tuned state of two different prompts, −1 to 1.

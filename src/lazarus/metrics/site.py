@@ -5,12 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from lazarus.metrics.cka import KeptRows
 from lazarus.metrics.directions import Directions
-from lazarus.metrics.states import LOCAL_METRICS, ROW_METRICS, PromptMeans, Rows, compare_local, compare_rows
+from lazarus.metrics.states import (
+    LOCAL_METRICS,
+    ROW_METRICS,
+    PromptMeans,
+    Rows,
+    State,
+    compare_local,
+    compare_rows,
+    parts_of,
+    within,
+)
+
+_PARTS = ("means", "local", "directions", "kept")
 
 
 @dataclass(frozen=True)
@@ -57,7 +70,21 @@ class SiteMeasures:
     def merge(self, other: SiteMeasures) -> SiteMeasures:
         """New accumulators that have seen what both have seen."""
         merged = SiteMeasures(self.plan)
-        for name in ("means", "local", "directions", "kept"):
+        for name in _PARTS:
             setattr(merged, name, getattr(self, name).merge(getattr(other, name)))
         merged.n_unlike = self.n_unlike + other.n_unlike
         return merged
+
+    def state(self) -> State:
+        """What all of them have seen."""
+        found = {"n_unlike": np.asarray(self.n_unlike)}
+        for name in _PARTS:
+            found |= within(name, getattr(self, name).state())
+        return found
+
+    def add(self, state: State) -> None:
+        """Take in what others have seen, from their `state`."""
+        self.n_unlike += state["n_unlike"].item()
+        parts = parts_of(state)
+        for name in _PARTS:
+            getattr(self, name).add(parts.get(name, {}))

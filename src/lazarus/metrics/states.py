@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,32 @@ from torch import Tensor
 
 ROW_METRICS = ("divergence", "relative_l2", "norm_ratio", "centered_divergence")
 LOCAL_METRICS = ("local_relative_l2", "local_divergence")
+
+State = dict[str, NDArray[Any]]
+"""What an accumulator has seen, as arrays with names: what is written to a file, and read back."""
+
+
+def within(name: str, state: Mapping[str, NDArray[Any]]) -> State:
+    """The state as a part, called `name`, of a larger one.
+
+    >>> within("means", {"sums": np.zeros(1)})
+    {'means/sums': array([0.])}
+    """
+    return {f"{name}/{key}": array for key, array in state.items()}
+
+
+def parts_of(state: Mapping[str, NDArray[Any]]) -> dict[str, State]:
+    """The parts of a larger state, by their names.
+
+    >>> parts_of({"means/sums": np.zeros(1), "kept/base": np.zeros(2)})
+    {'means': {'sums': array([0.])}, 'kept': {'base': array([0., 0.])}}
+    """
+    parts: dict[str, State] = {}
+    for key, array in state.items():
+        name, slash, rest = key.partition("/")
+        if slash:
+            parts.setdefault(name, {})[rest] = array
+    return parts
 
 
 @dataclass(frozen=True)
@@ -176,6 +203,18 @@ class PromptMeans:
         merged.n_rows = self.n_rows + other.n_rows
         merged.n_excluded = self.n_excluded + other.n_excluded
         return merged
+
+    def state(self) -> State:
+        """What was seen, of the prompts that were seen."""
+        prompts = np.flatnonzero(self.n_rows + self.n_excluded)
+        counts = {"n_rows": self.n_rows[prompts], "n_excluded": self.n_excluded[prompts]}
+        return {"prompts": prompts, "sums": self.sums[prompts], **counts}
+
+    def add(self, state: State) -> None:
+        """Take in what another accumulator has seen, from its `state`."""
+        prompts = state["prompts"]
+        for name in ("sums", "n_rows", "n_excluded"):
+            getattr(self, name)[prompts] += state[name]
 
     def means(self) -> dict[str, NDArray[np.float64]]:
         """For each metric, its mean over each prompt's rows, [prompts]; NaN for one without rows."""

@@ -1,7 +1,14 @@
 """MODEL, as the user typed it → a loaded model whose blocks are known, and its tokenizer.
 
 reference.py   what a MODEL names: a Hub id, a folder, a GGUF file, an adapter, MODEL+ADAPTER
+opening.py     a checkpoint's configuration, class and type, before any weight is read
+checkpoint.py  its stored tensors, and how transformers makes parameters of them
 load.py        from that name to weights in memory, each set of weights once
+sharing.py     a second checkpoint over the first one's weights: only what differs is read
+paging.py      a pair that is read block by block; pager.py does the reading, layout.py says of what and when,
+               tables.py reads the rows of large embeddings
+room.py        how much memory is free
+design.py      whether two models differ in their weights alone
 tokenizer.py   the tokenizer that belongs to it
 adapters.py    PEFT adapters, and two module trees over one storage
 faults.py      the faults of the libraries below, told as what to do about them
@@ -10,22 +17,36 @@ anatomy.py     where a transformers model keeps its blocks, and how long its con
 """
 
 from lazarus.models.anatomy import Anatomy, dissect
-from lazarus.models.load import LoadedModel, LoadOptions, load_one, load_pair, wrap_model
+from lazarus.models.design import same_design
+from lazarus.models.load import LoadedModel, load_one, load_pair, wrap_model
+from lazarus.models.opening import LoadOptions
+from lazarus.models.pager import Pager
+from lazarus.models.paging import Footprint, estimate, fits_surely, load_paged
 from lazarus.models.reference import ModelReference, Source, parse_model
-from lazarus.models.sameness import weights_identical, why_the_same
+from lazarus.models.room import free_bytes, give_back
+from lazarus.models.sameness import shared_blocks, weights_identical, why_the_same
 from lazarus.models.tokenizer import load_tokenizer
 
 __all__ = [
     "Anatomy",
+    "Footprint",
     "LoadOptions",
     "LoadedModel",
     "ModelReference",
+    "Pager",
     "Source",
     "dissect",
+    "estimate",
+    "fits_surely",
+    "free_bytes",
+    "give_back",
     "load_one",
+    "load_paged",
     "load_pair",
     "load_tokenizer",
     "parse_model",
+    "same_design",
+    "shared_blocks",
     "weights_identical",
     "why_the_same",
     "wrap_model",

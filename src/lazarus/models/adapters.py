@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -17,6 +17,7 @@ from lazarus.errors import AdapterError, MissingPackageError, ModelError, Weight
 from lazarus.models.faults import one_line, translated
 from lazarus.models.reference import Source, adapter_settings
 
+WEIGHTS = "adapter_model.safetensors"
 _SIZE_MISMATCH = re.compile(r"size mismatch for (\S+): .*?torch\.Size\((.*?)\).*?torch\.Size\((.*?)\)")
 
 
@@ -26,8 +27,11 @@ def share_storage(model: PreTrainedModel) -> PreTrainedModel:
     The Parameters must be new: PEFT changes `requires_grad` and replaces modules, and neither may
     reach the base. A quantised one has a class of its own, with more than data in it, and nothing to
     train: both trees hold it. Only bitsandbytes' 8-bit ones are copied, because they hand their scales
-    over to the first tree that runs.
+    over to the first tree that runs. So are all weights of a model that rescales them when it first runs
+    (RWKV): it would do so once for each tree.
     """
+    if any(hasattr(module, "layers_are_rescaled") for module in model.modules()):
+        return copy.deepcopy(model)
     memo: dict[int, Any] = {
         id(p): nn.Parameter(p.data, requires_grad=False) if type(p) is nn.Parameter else p
         for p in model.parameters()
@@ -53,7 +57,7 @@ def put_on(model: PreTrainedModel, adapter: Source) -> tuple[PreTrainedModel, st
             "`pip install 'lazarus-introspect[adapters]'`."
         ) from error
     settings = adapter_settings(adapter)
-    weights = adapter.file("adapter_model.safetensors")
+    weights = adapter.file(WEIGHTS)
     if weights is None:
         raise WeightsError(
             f"{adapter.name}: no adapter_model.safetensors there. Pickled adapters (.bin) can run "
@@ -88,10 +92,19 @@ def _inject(peft: Any, model: PreTrainedModel, adapter: Source, folder: str) -> 
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
     wrapped = peft.PeftModel(model, config, autocast_adapter_dtype=False)
+    brought = _keys(Path(folder) / WEIGHTS)
+    for name, parameter in wrapped.named_parameters():
+        if name in brought:  # an embedding or a bias of the model itself, which the base shares
+            parameter.data = parameter.data.clone()
     # load_adapter, not from_pretrained: it says which keys were missing instead of warning.
     device = str(model.device)
     loaded = wrapped.load_adapter(folder, "default", torch_device=device, autocast_adapter_dtype=False)
     return wrapped, loaded
+
+
+def _keys(path: Path) -> set[str]:
+    with safe_open(path, framework="pt") as tensors:
+        return set(tensors.keys())
 
 
 def refuse_virtual(name: str, config: Any) -> None:

@@ -3,42 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-import transformers
-from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.quantizers.auto import AutoHfQuantizer
+from transformers import PreTrainedModel
 
-from lazarus.errors import (
-    AdapterError,
-    MissingPackageError,
-    UnsupportedModelError,
-    WeightsError,
-)
+from lazarus.errors import AdapterError, UnsupportedModelError, WeightsError
 from lazarus.models.adapters import put_on, refuse_virtual, share_storage
 from lazarus.models.anatomy import Anatomy, dissect
+from lazarus.models.checkpoint import find_files
+from lazarus.models.design import same_config
 from lazarus.models.faults import translated
+from lazarus.models.opening import LoadOptions, Opened, open_checkpoint, stored_dtype, where
+from lazarus.models.pager import Pager
 from lazarus.models.reference import ModelReference, Source, adapter_base, adapter_settings
-
-_SAFETENSORS_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """How to load: `dtype` is None for the stored one."""
-
-    dtype: torch.dtype | None
-    device: torch.device
-    trust_remote_code: bool = False
-    layers_path: str | None = None
+from lazarus.models.sharing import load_over
 
 
 @dataclass(frozen=True)
@@ -55,20 +37,35 @@ class LoadedModel:
     revision: str | None = None
     stored_dtype: str | None = None
     notes: tuple[str, ...] = ()
+    pager: Pager | None = None
+    """reads its blocks when they are needed; None where all of it is in memory"""
 
     @property
     def run_dtype(self) -> str:
         """The type in which it runs, such as `float32`."""
         return str(self.model.dtype).removeprefix("torch.")
 
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.model.device if self.pager is None else self.pager.device
+
 
 @dataclass
-class _Weights:
+class Weights:
     """A checkpoint as it was loaded, before any adapter."""
 
-    source: Source
+    opened: Opened
     model: PreTrainedModel
+    report: dict[str, Any]
+    """transformers' account of what is missing, and of what has no place"""
     notes: list[str] = field(default_factory=list)
+    pager: Pager | None = None
+
+    @property
+    def source(self) -> Source:
+        """Where it was loaded from."""
+        return self.opened.source
 
 
 def load_pair(
@@ -85,16 +82,18 @@ def load_pair(
         ModelError: one of them cannot be loaded; the subclass and the message say why.
     """
     announce("base", base.name)
-    base_source = base.model or adapter_base(_adapter_of(base))
-    weights = _load(base_source, options)
+    base_source = base.model or adapter_base(adapter_of(base))
+    weights = _load(open_checkpoint(base_source, options), options)
     announce("finetuned", finetuned.name)
-    finetuned_source = _source_under(finetuned, base)
+    finetuned_source = source_under(finetuned, base)
     if finetuned_source.place == base_source.place:
-        other = _Weights(finetuned_source, share_storage(weights.model), list(weights.notes))
+        opened = replace(weights.opened, source=finetuned_source)
+        other = Weights(opened, share_storage(weights.model), weights.report, list(weights.notes))
     else:
-        other = _load(finetuned_source, options)
-    weights.notes += _same_attention(weights.model, other.model)
-    return _finish(base, weights, options), _finish(finetuned, other, options)
+        opened = open_checkpoint(finetuned_source, options)
+        other = _load_over(weights, opened, options) or _load(opened, options)
+    weights.notes += same_attention(weights.model, other.model)
+    return finish(base, weights, options), finish(finetuned, other, options)
 
 
 def load_one(reference: ModelReference, options: LoadOptions) -> LoadedModel:
@@ -103,8 +102,8 @@ def load_one(reference: ModelReference, options: LoadOptions) -> LoadedModel:
     Raises:
         ModelError: it cannot be loaded.
     """
-    source = reference.model or adapter_base(_adapter_of(reference))
-    return _finish(reference, _load(source, options), options)
+    source = reference.model or adapter_base(adapter_of(reference))
+    return finish(reference, _load(open_checkpoint(source, options), options), options)
 
 
 def wrap_model(model: nn.Module, name: str, layers_path: str | None = None) -> LoadedModel:
@@ -142,12 +141,13 @@ def _adapters_in(model: Any, inner: PreTrainedModel, name: str) -> tuple[str | N
     return told, [f"{name} runs with the adapter that is in it: {told}"]
 
 
-def _adapter_of(reference: ModelReference) -> Source:
+def adapter_of(reference: ModelReference) -> Source:
+    """The adapter of a MODEL that has one."""
     assert reference.adapter is not None, reference
     return reference.adapter
 
 
-def _source_under(finetuned: ModelReference, base: ModelReference) -> Source:
+def source_under(finetuned: ModelReference, base: ModelReference) -> Source:
     """The checkpoint that FINETUNED stands on: its own, or BASE's under an adapter alone."""
     if finetuned.model is not None:
         return finetuned.model
@@ -167,74 +167,54 @@ def _other_base(adapter: Source, base: Source) -> list[str]:
     return [f"{adapter.name} names {named} as its base; it was put on {base.name}"]
 
 
-def _load(source: Source, options: LoadOptions) -> _Weights:
+def _load(opened: Opened, options: LoadOptions) -> Weights:
     """Load one checkpoint in evaluation mode, refusing one whose weights are not all there."""
-    if source.gguf_file:
-        _require_gguf(source)
-    where: dict[str, Any] = {
-        "revision": source.revision,
-        "trust_remote_code": options.trust_remote_code,
-    }
-    if source.subfolder:
-        where["subfolder"] = source.subfolder
-    if source.gguf_file:
-        where["gguf_file"] = source.gguf_file
+    source, arguments = opened.source, where(opened.source, options)
+    if options.device.type != "cpu":
+        arguments["device_map"] = {"": options.device}
     with translated(source.name):
-        config = AutoConfig.from_pretrained(source.path, **where)
-        head = _head_class(config)
-        if options.device.type != "cpu":
-            where["device_map"] = {"": options.device}
-        quantised = _is_quantised(source, config)
-        model, report = head.from_pretrained(
+        model, report = opened.head.from_pretrained(
             source.path,
-            dtype="auto" if quantised or options.dtype is None else options.dtype,
+            dtype="auto" if opened.quantised or options.dtype is None else options.dtype,
             use_safetensors=None if source.gguf_file else True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # the report names them; transformers' own error does not
-            **where,
+            **arguments,
         )
-    weights = _Weights(source, model.eval().requires_grad_(requires_grad=False))
-    if quantised and options.dtype is not None:
+    weights = Weights(opened, model.eval().requires_grad_(requires_grad=False), report)
+    if opened.quantised and options.dtype is not None:
         weights.notes.append(
             f"{source.name} is quantised and runs in its own type: --dtype did not apply to it"
         )
-    weights.notes += _check_report(source, model, report, options)
+    weights.notes += check_report(source, model, report, options)
     return weights
 
 
-def _is_quantised(source: Source, config: Any) -> bool:
-    """transformers reads a quantisation that it does not know as plain numbers, with a warning."""
-    settings = getattr(config, "quantization_config", None)
-    if settings is not None and not AutoHfQuantizer.supports_quant_method(settings):
-        raise UnsupportedModelError(
-            f"{source.name}: its weights are quantised by {settings.get('quant_method')!r}, which "
-            "transformers cannot read. Use an unquantised checkpoint."
-        )
-    return settings is not None
+def _load_over(base: Weights, opened: Opened, options: LoadOptions) -> Weights | None:
+    """Load a checkpoint over base's weights where both hold some alike; None where it must be by itself."""
+    ours = base.opened
+    if (
+        ours.source.gguf_file
+        or opened.source.gguf_file
+        or ours.quantised
+        or opened.quantised
+        or ours.head is not opened.head
+        or not same_config(ours.config, opened.config)
+        or (options.dtype is None and (ours.config.dtype is None or ours.config.dtype != opened.config.dtype))
+    ):
+        return None
+    with translated(opened.source.name):
+        files = [find_files(each.source, each.config, each.head) for each in (ours, opened)]
+        model = load_over(base.model, (files[0], files[1]), options.device)
+    if model is None:
+        return None
+    model.config.name_or_path = model.name_or_path = opened.source.path
+    # Keys and shapes are base's, and so is what transformers said of them.
+    notes = check_report(opened.source, model, base.report, options)
+    return Weights(opened, model, base.report, notes)
 
 
-def _require_gguf(source: Source) -> None:
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise MissingPackageError(
-            f"{source.name}: a GGUF file needs the package gguf. Install it with "
-            "`pip install 'lazarus-introspect[gguf]'`."
-        ) from error
-
-
-def _head_class(config: Any) -> Any:
-    """The checkpoint's own class, so that every one of its tensors has a place."""
-    for name in config.architectures or ():
-        if (own := getattr(transformers, name, None)) is not None:
-            return own
-    remote = getattr(config, "auto_map", None) or {}
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in remote:
-        return AutoModelForCausalLM
-    return AutoModel
-
-
-def _check_report(
+def check_report(
     source: Source, model: PreTrainedModel, report: dict[str, Any], options: LoadOptions
 ) -> list[str]:
     """transformers fills missing tensors with random numbers and warns; that is no model to compare."""
@@ -279,7 +259,7 @@ def _tensors(module: nn.Module | None) -> set[int]:
     return set() if module is None else {id(t) for t in [*module.parameters(), *module.buffers()]}
 
 
-def _same_attention(base: PreTrainedModel, finetuned: PreTrainedModel) -> list[str]:
+def same_attention(base: PreTrainedModel, finetuned: PreTrainedModel) -> list[str]:
     """One attention implementation for both: two kernels differ by more than the noise."""
     ours, theirs = (model.config._attn_implementation for model in (base, finetuned))
     if ours == theirs:
@@ -289,7 +269,8 @@ def _same_attention(base: PreTrainedModel, finetuned: PreTrainedModel) -> list[s
     return [f"both ran with eager attention: left alone, base takes {ours} and fine-tuned {theirs}"]
 
 
-def _finish(reference: ModelReference, weights: _Weights, options: LoadOptions) -> LoadedModel:
+def finish(reference: ModelReference, weights: Weights, options: LoadOptions) -> LoadedModel:
+    """Put the adapter on, if there is one, and name the parts."""
     model, adapter, notes = weights.model, None, list(weights.notes)
     sources = [weights.source]
     if reference.adapter is not None:
@@ -308,34 +289,7 @@ def _finish(reference: ModelReference, weights: _Weights, options: LoadOptions) 
         tokenizer_sources=tuple(sources),
         adapter=adapter,
         revision=weights.source.revision,
-        stored_dtype=_stored_dtype(weights.source),
+        stored_dtype=stored_dtype(weights.source),
+        pager=weights.pager,
         notes=(*notes, *(f"{reference.name}: {note}" for note in anatomy.notes)),
     )
-
-
-def _stored_dtype(source: Source) -> str | None:
-    """The type of most of the stored numbers, read from the files' headers."""
-    counts: Counter[str] = Counter()
-    if source.gguf_file:
-        import gguf
-
-        for tensor in gguf.GGUFReader(Path(source.path) / source.gguf_file).tensors:
-            counts[tensor.tensor_type.name] += int(tensor.n_elements)
-    elif listed := source.file("config.json"):
-        for path in Path(listed).parent.glob("*.safetensors"):
-            counts += _dtypes_in(path)
-    return counts.most_common(1)[0][0] if counts else None
-
-
-def _dtypes_in(path: Path) -> Counter[str]:
-    counts: Counter[str] = Counter()
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (it is no dict)
-                part = tensors.get_slice(key)
-                counts[_SAFETENSORS_NAMES.get(part.get_dtype(), part.get_dtype())] += torch.Size(
-                    part.get_shape()
-                ).numel()
-    except SafetensorError:  # not one of the files that were loaded: those were readable
-        return Counter()
-    return counts

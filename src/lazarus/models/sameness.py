@@ -7,9 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from lazarus.models.design import same_design, same_structure
 from lazarus.models.load import LoadedModel
 
 _PEFT_BASE = ".base_layer"
+_SMALL_BYTES = 2**16
+"""up to here buffers are compared by their bits"""
 
 
 def weights_identical(base: LoadedModel, finetuned: LoadedModel) -> bool:
@@ -18,8 +21,47 @@ def weights_identical(base: LoadedModel, finetuned: LoadedModel) -> bool:
         return True
     if any(model.adapter and not adds_nothing(model) for model in (base, finetuned)):
         return False
+    if base.pager is not None and finetuned.pager is not None:
+        return finetuned.pager.has_weights_of(base.pager)
     ours, theirs = dict(_own_weights(base.model)), dict(_own_weights(finetuned.model))
     return ours.keys() == theirs.keys() and all(_same_bits(ours[name], theirs[name]) for name in ours)
+
+
+def shared_blocks(base: LoadedModel, finetuned: LoadedModel) -> list[bool]:
+    """For each block of base, whether the fine-tuned model has the same one, at the same place.
+
+    Then both are of one design, with the same layers in the block, over the same weights: in memory by their
+    addresses, and of models that are read block by block by what their files hold. A copy of a weight that
+    is in memory twice is not looked into.
+    """
+    blocks, others = base.anatomy.blocks, finetuned.anatomy.blocks
+    if len(blocks) != len(others) or not same_design(base.model, finetuned.model):
+        return [False] * len(blocks)
+    if base.pager is not None or finetuned.pager is not None:
+        if finetuned.pager is None or finetuned.pager.base is not base.pager:
+            return [False] * len(blocks)
+        return [finetuned.pager.same_as_base(index) for index in range(len(blocks))]
+    return [_one_block(block, other) for block, other in zip(blocks, others, strict=True)]
+
+
+def _one_block(base: nn.Module, finetuned: nn.Module) -> bool:
+    """Whether two blocks are the same layers over the same weights."""
+    if base is finetuned:
+        return True
+    if not same_structure(base, finetuned):
+        return False
+    ours, theirs = ({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (base, finetuned))
+    return ours.keys() == theirs.keys() and all(_one_tensor(ours[name], theirs[name]) for name in ours)
+
+
+def _one_tensor(base: Tensor, finetuned: Tensor) -> bool:
+    """Whether two tensors are one in memory, or small buffers of the same bits."""
+    if (base.shape, base.dtype, base.device) != (finetuned.shape, finetuned.dtype, finetuned.device):
+        return False
+    if base.data_ptr() == finetuned.data_ptr() and base.stride() == finetuned.stride():
+        return True
+    is_small = not isinstance(base, nn.Parameter) and base.nbytes <= _SMALL_BYTES
+    return is_small and torch.equal(base, finetuned)
 
 
 def why_the_same(base: LoadedModel, finetuned: LoadedModel, identical: bool) -> list[str]:

@@ -58,6 +58,7 @@ class Settings(Record, frozen=True, kw_only=True):
     layers_path: str | None
     seed: int
     trust_remote_code: bool
+    work_dir: str | None = None
 
 
 class Environment(Record, frozen=True, kw_only=True):
@@ -69,6 +70,13 @@ class Environment(Record, frozen=True, kw_only=True):
     transformers: str
     device_name: str
     n_threads: int
+    matmul: Annotated[
+        Literal["default", "onednn"] | None,
+        Meta(
+            description="how float32 matrices were multiplied on a CPU: by torch's default, or by oneDNN "
+            "where that was measured to be faster; null where nothing was chosen"
+        ),
+    ] = None
 
 
 class PromptRecord(Record, frozen=True, kw_only=True):

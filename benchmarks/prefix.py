@@ -1,0 +1,113 @@
+"""A shared system prompt: the whole of lazarus with the prefix run once against with every prompt, in turn.
+
+Run as `python -m benchmarks.prefix BASE FINETUNED PROMPTS DTYPE RUNS`; prints a `PrefixRuns` record as JSON.
+The models are loaded once. One round more than asked for is run: the first warms up and is thrown away.
+No option turns the sharing off, so for the other way the prefix that is long enough is put out of reach.
+"""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import msgspec
+from msgspec import Struct
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from benchmarks.in_process import timed
+from benchmarks.naive import load_model
+from lazarus import ActivationDiff, activation_diff
+from lazarus.engine import prefix
+
+SYSTEM = (
+    "You are a careful assistant of a public library. Answer in plain words and in complete sentences, say "
+    "so when you are not sure, and give no medical or legal advice. Keep to the question, use at most three "
+    "short paragraphs, and end with the title of a book in which the reader can find more about it."
+)
+OUT_OF_REACH = 2**31
+
+console = Console(stderr=True)
+
+
+class PrefixRuns(Struct, frozen=True):
+    """Seconds of each round, with the prefix run once and with every prompt; and what came of it."""
+
+    dtype: str
+    n_prefix: int
+    n_tokens: int
+    once: list[float]
+    each: list[float]
+    worst_divergence: float
+    """the largest difference between the two ways' divergences, over prompts and layers"""
+
+    @property
+    def ratios(self) -> list[float]:
+        """The time with the prefix run once over the time without, a round each."""
+        return [once / each for once, each in zip(self.once, self.each, strict=True)]
+
+
+class Runs:
+    """Both models in memory, and prompts with a system prompt before them."""
+
+    def __init__(self, base: str, finetuned: str, prompts: str, dtype: str) -> None:
+        self.models = load_model(base, dtype), load_model(finetuned, dtype)
+        self.tokenizer = AutoTokenizer.from_pretrained(base)
+        texts = Path(prompts).read_text(encoding="utf-8").splitlines()
+        self.chats = [_chat(text) for text in texts]
+        self.diffs: dict[str, ActivationDiff] = {}
+
+    def once(self) -> None:
+        """The prefix runs once."""
+        self.diffs["once"] = self._run()
+
+    def each(self) -> None:
+        """The prefix runs with every prompt."""
+        with patch.object(prefix, "FEWEST_TOKENS", OUT_OF_REACH):
+            self.diffs["each"] = self._run()
+
+    def _run(self) -> ActivationDiff:
+        return activation_diff(
+            *self.models, self.chats, tokenizer=self.tokenizer, chat_template="base", device="cpu"
+        )
+
+
+def _chat(text: str) -> dict[str, Any]:
+    return {"messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]}
+
+
+def measure(runs: Runs, dtype: str, n_runs: int) -> PrefixRuns:
+    """Warm up, and measure every round: either way first in turn."""
+    once, each = list[float](), list[float]()
+    runs.once()
+    runs.each()
+    for number in range(n_runs):
+        ways = [(runs.once, once), (runs.each, each)]
+        for way, seconds in ways if number % 2 else reversed(ways):
+            seconds.append(timed(way))
+        console.print(
+            f"{dtype}, run {number + 1} of {n_runs}: {once[-1]:.2f} s, {each[-1]:.2f} s", highlight=False
+        )
+    ours, theirs = (runs.diffs[way].results.column("divergence") for way in ("once", "each"))
+    found = (re.match(r"the first (\d+) tokens.* ran once$", note) for note in runs.diffs["once"].notes)
+    [n_prefix] = [int(match[1]) for match in found if match]
+    return PrefixRuns(
+        dtype=dtype,
+        n_prefix=n_prefix,
+        n_tokens=sum(prompt.n_tokens for prompt in runs.diffs["once"].record.prompts),
+        once=once,
+        each=each,
+        worst_divergence=float(abs(ours - theirs).max()),
+    )
+
+
+def main(base: str, finetuned: str, prompts: str, dtype: str, runs: str) -> None:
+    """Load, measure, write the record to standard output."""
+    found = measure(Runs(base, finetuned, prompts, dtype), dtype, int(runs))
+    console.print(f"{dtype}: {sorted(found.ratios)[len(found.ratios) // 2]:.2f} of the time", highlight=False)
+    sys.stdout.buffer.write(msgspec.json.encode(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

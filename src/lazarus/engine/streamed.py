@@ -1,0 +1,329 @@
+"""One block of each model in memory at a time: each block runs all batches before the next one is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lazarus.engine.kept import KeptStates, check_room
+from lazarus.engine.local import beside
+from lazarus.engine.noise import NoisePlan, nudged
+from lazarus.engine.pair import ModelPair
+from lazarus.engine.positions import Position, RowPicker
+from lazarus.engine.recorder import StatePair, Take
+from lazarus.engine.replay import (
+    Call,
+    Passed,
+    recording,
+    replaying,
+    same_call,
+    stopping_after,
+    stopping_before,
+)
+from lazarus.engine.side import Side, States, joined, logit_pairs
+from lazarus.engine.work import Tagged, Work
+from lazarus.models import LoadedModel, free_bytes, give_back
+from lazarus.tokens import TokenBatch
+
+_NOTHING: AbstractContextManager[Any] = nullcontext()
+
+KEPT_SHARE = 16
+"""The part of the free memory that states between two blocks may take."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What one block made of one batch: its call, and the compared rows after it; before it for the first."""
+
+    call: Call
+    embedding: Tensor | None
+    rows: Tensor
+
+
+class _Pass:
+    """One batch's way through one model, a block at a time; between two blocks its states are kept."""
+
+    def __init__(self, side: Side, batch: TokenBatch, position: Position, kept: KeptStates) -> None:
+        self.side = side
+        self.batch = batch
+        self.kept = kept
+        self.blocks = side.model.anatomy.blocks
+        self.picker = RowPicker.of(batch, position)
+        self.head_picker = RowPicker.of(batch, "last") if self.picker.average else self.picker
+        self.is_alike = True
+        """whether no block had to run: base's had made the very same"""
+
+    @property
+    def state_bytes(self) -> int:
+        """The size of one hidden state a token, padding included."""
+        n_tokens = len(self.batch.members) * self.batch.padded_length
+        return int(n_tokens * self.side.conventions.width * self.side.model.model.dtype.itemsize)
+
+    def step(self, index: int, around: AbstractContextManager[Any] = _NOTHING) -> _Step:
+        """Run block `index`, with something around it."""
+        self.is_alike = False
+        passed, calls = self._passed(), list[Call]()
+        with around, recording([self.blocks[index]], calls.append):
+            self._run(index, passed)
+        return self._taken(calls[0], passed)
+
+    def step_as(self, index: int, twin: Call) -> _Step:
+        """Run a block that is the same in base, unless all has been the same so far, and this call is too."""
+        if self.is_alike and not self._ends_with(index):
+            passed, received = self._passed(), list[Any]()
+            with stopping_before(self.blocks[index], received):
+                self._run(index, passed)
+            if same_call(received[0], (twin.args, twin.kwargs), {}):
+                return self._taken(twin, passed)
+        return self.step(index)
+
+    def rows(self) -> Tensor:
+        """The compared rows after the last block that ran."""
+        states = self._passed().states
+        assert states is not None
+        return self.side.picking(self.picker)(states)
+
+    def end(self) -> States:
+        """The compared rows after the final norm, and those that the head reads."""
+        final, head = self.kept.take((self, "end"))
+        return States(self.picker.prompts, [final], self.head_picker.prompts, head)
+
+    def _ends_with(self, index: int) -> bool:
+        return index == len(self.blocks) - 1
+
+    def _passed(self) -> Passed:
+        return Passed.of_parts(self.kept.take(self)) if self in self.kept else Passed()
+
+    def _run(self, index: int, passed: Passed) -> None:
+        """A pass from block `index` on, to its end or to that of the block."""
+
+        def final(states: Tensor) -> Tensor:
+            head = self.head_picker.pick(states)
+            rows = head if self.head_picker is self.picker else self.picker.pick(states)
+            self.kept.put((self, "end"), (rows, head))
+            return rows
+
+        ends = self._ends_with(index)
+        with (
+            replaying(self.blocks[:index], passed, verify=False),
+            _NOTHING if ends else stopping_after(self.blocks[index]),
+        ):
+            take = Take(torch.Tensor.detach, final)
+            self.side.recorder.run(*self.batch.padded(), take, first=len(self.blocks))
+
+    def _taken(self, call: Call, passed: Passed) -> _Step:
+        pick, first = self.side.picking(self.picker), not passed.returned
+        passed.add(call)
+        self.kept.put(self, passed.parts())
+        assert passed.states is not None
+        return _Step(call, pick(call.args[0]) if first else None, pick(passed.states))
+
+
+class _NoisePass:
+    """Base against itself on one batch: run plainly, and moved in several trials."""
+
+    def __init__(self, side: Side, batch: TokenBatch, plan: NoisePlan, kept: KeptStates) -> None:
+        self.side = side
+        self.n_copies = plan.copies(batch)
+        self.plain = _Pass(side, batch, plan.position, kept)
+        self.moved = [
+            [_Pass(side, part, plan.position, kept) for part in parts]
+            for parts in plan.recomposed(batch, side.model.anatomy.context)
+        ]
+
+    @property
+    def passes(self) -> list[_Pass]:
+        """All of them."""
+        return [self.plain, *(part for parts in self.moved for part in parts)]
+
+    def step(self, index: int, generator: torch.Generator) -> Iterator[Tagged]:
+        """Run block `index` in every trial."""
+        plain = self.plain.step(index)
+        trials = count()
+        for parts in self.moved:
+            block = self.side.model.anatomy.blocks[0]
+            steps = [p.step(index, _NOTHING if index else nudged(block, generator)) for p in parts]
+            rows = torch.cat([step.rows for step in steps]).chunk(self.n_copies)
+            before = [step.embedding for step in steps if step.embedding is not None]
+            entered = torch.cat(before).chunk(self.n_copies) if before else [None] * self.n_copies
+            for other, embedding in zip(rows, entered, strict=True):
+                trial = next(trials)
+                if embedding is not None:
+                    assert plain.embedding is not None
+                    yield trial, StatePair("embedding", self.plain.picker.prompts, plain.embedding, embedding)
+                yield trial, StatePair(index, self.plain.picker.prompts, plain.rows, other)
+
+    def ends(self, has_final_norm: bool) -> Iterator[Tagged]:
+        """The pairs after the final norm and at the logits."""
+        plain = self.plain.end()
+        trials = count()
+        for parts in self.moved:
+            for other in joined([part.end() for part in parts]).split(self.n_copies):
+                trial = next(trials)
+                if has_final_norm:
+                    yield trial, StatePair("final_norm", plain.prompts, plain.sites[0], other.sites[0])
+                for states in logit_pairs(self.side.head, self.side.head, plain, other):
+                    yield trial, states
+
+
+class _Blocks:
+    """The blocks of one model, each in memory while it is needed; the next one is read in the meantime."""
+
+    def __init__(self, model: LoadedModel, reader: Executor | None) -> None:
+        self.pager = model.pager
+        self.n_blocks = len(model.anatomy.blocks)
+        self.reader = reader
+        self._next: Future[Any] | None = None
+
+    @contextmanager
+    def in_memory(self, index: int) -> Iterator[None]:
+        """Hold one block in memory."""
+        if self.pager is None:
+            yield
+            return
+        self.pager.put(index, self._next.result() if self._next else self.pager.read(index))
+        self._next = None
+        if self.reader is not None and index + 1 < self.n_blocks:
+            self._next = self.reader.submit(self.pager.read, index + 1)
+        try:
+            yield
+        finally:
+            self.pager.free(index)
+            give_back()
+
+
+class _Stream:
+    """A pair on its way, a block at a time."""
+
+    def __init__(self, pair: ModelPair, work: Work, kept: KeptStates, reader: Executor | None) -> None:
+        self.pair = pair
+        self.work = work
+        base, finetuned = (
+            Side(pair.base, pair.base_conventions),
+            Side(pair.finetuned, pair.finetuned_conventions),
+        )
+        self.heads = base.head, finetuned.head
+        self.ours = [_Pass(base, b.base, work.position, kept) for b in work.batches]
+        self.theirs = [_Pass(finetuned, b.finetuned, work.position, kept) for b in work.batches]
+        self.noise = [_NoisePass(base, batch, work.noise, kept) for batch in work.sample]
+        self.our_blocks, self.their_blocks = _Blocks(pair.base, reader), _Blocks(pair.finetuned, reader)
+        self.generator = torch.Generator().manual_seed(work.noise.seed)
+        self.n_done = 0
+        """blocks of the fine-tuned model that have run"""
+
+    @property
+    def state_bytes(self) -> int:
+        """What the states of all passes take, between two blocks."""
+        passes = [*self.ours, *self.theirs, *(p for noise in self.noise for p in noise.passes)]
+        return sum(p.state_bytes for p in passes)
+
+    def layer(self, layer: int, advanced: Callable[[int], None]) -> Iterator[Tagged]:
+        """Run one block of base over all batches, and the fine-tuned model up to its counterpart."""
+        counterpart = self.pair.matched[layer]
+        self._run_theirs(counterpart)
+        is_new = self.n_done == counterpart
+        theirs = self.their_blocks.in_memory(counterpart) if is_new else _NOTHING
+        with self.our_blocks.in_memory(layer), theirs:
+            for ours, other in zip(self.ours, self.theirs, strict=True):
+                yield from self._pair(layer, ours, other, is_new)
+                advanced(_share(ours.batch.n_tokens, layer, len(self.pair.matched)))
+            for noise in self.noise:
+                yield from noise.step(layer, self.generator)
+                advanced(_share(noise.plain.batch.n_tokens, layer, len(self.pair.matched)))
+        self.n_done = counterpart + 1
+
+    def ends(self) -> Iterator[Tagged]:
+        """What comes after the blocks: the final norm, and the heads."""
+        self._run_theirs(self.pair.finetuned_conventions.n_layers)
+        with _heads_in_memory(self.pair):
+            for ours, theirs in zip(self.ours, self.theirs, strict=True):
+                b, f = ours.end(), theirs.end()
+                if "final_norm" in self.pair.sites:
+                    yield None, StatePair("final_norm", b.prompts, b.sites[0], f.sites[0])
+                if self.pair.shares_vocabulary:
+                    for states in logit_pairs(*self.heads, b, f):
+                        yield None, states
+            for noise in self.noise:
+                yield from noise.ends("final_norm" in self.pair.sites)
+
+    def _pair(self, layer: int, ours: _Pass, theirs: _Pass, is_new: bool) -> Iterator[Tagged]:
+        local: list[Tensor] = []
+        same, prompts, pick = self._is_same(layer), ours.picker.prompts, ours.side.picking(ours.picker)
+        runs_beside = self.work.localize and not same
+        b = ours.step(layer, beside(self.pair, pick, local, layer) if runs_beside else _NOTHING)
+        if self.work.localize and same:
+            local = [b.rows]
+        if not is_new:  # base is the deeper one: the same block again
+            rows = theirs.rows()
+        else:
+            counterpart = self.pair.matched[layer]
+            f = theirs.step_as(counterpart, b.call) if same else theirs.step(counterpart)
+            rows = f.rows
+            if b.embedding is not None and f.embedding is not None:
+                yield None, StatePair("embedding", prompts, b.embedding, f.embedding)
+        yield None, StatePair(layer, prompts, b.rows, rows, local[0] if local else None)
+
+    def _is_same(self, layer: int) -> bool:
+        """Whether a block is the same in both models, and called on the same tokens."""
+        pager, pair = self.pair.finetuned.pager, self.pair
+        if pager is None:
+            return pair.align == "ids" and pair.same_blocks[layer]
+        return pair.align == "ids" and pair.same_design and pager.same_as_base(layer)
+
+    def _run_theirs(self, until: int) -> None:
+        """Run blocks of a deeper fine-tuned model that have no counterpart."""
+        for index in range(self.n_done, until):
+            with self.their_blocks.in_memory(index):
+                for theirs in self.theirs:
+                    theirs.step(index)
+        self.n_done = max(self.n_done, until)
+
+
+def run_streamed(pair: ModelPair, work: Work, advanced: Callable[[int], None]) -> Iterator[Tagged]:
+    """Run every batch through both models, block by block; yields each site's pairs, and those of the noise.
+
+    Each block's weights are read once, whatever the number of batches. `advanced` is told of tokens as they
+    pass: a batch's in as many parts as there are layers.
+
+    Raises:
+        SaveError: the states between two blocks fit neither memory nor the disk.
+        DeviceError: a batch does not fit the device's memory.
+    """
+    free = free_bytes(pair.base.device)
+    with KeptStates(free // KEPT_SHARE) as kept, ThreadPoolExecutor(1) as reader:
+        ahead = _block_bytes(pair) < free // 4  # of the two that are read meanwhile, and two that compute
+        stream = _Stream(pair, work, kept, reader if ahead else None)
+        check_room(stream.state_bytes, kept.budget_bytes)
+        for layer in range(pair.base_conventions.n_layers):
+            yield from stream.layer(layer, advanced)
+        yield from stream.ends()
+
+
+def _block_bytes(pair: ModelPair) -> int:
+    """The size of the largest block of each model, together."""
+    pagers = [model.pager for model in (pair.base, pair.finetuned) if model.pager is not None]
+    return sum(max(pager.block_bytes(i) for i in range(pager.n_blocks)) for pager in pagers)
+
+
+def _share(n_tokens: int, layer: int, n_layers: int) -> int:
+    """A layer's part of a batch's tokens; all parts together are all tokens."""
+    return n_tokens * (layer + 1) // n_layers - n_tokens * layer // n_layers
+
+
+@contextmanager
+def _heads_in_memory(pair: ModelPair) -> Iterator[None]:
+    pagers = [model.pager for model in (pair.base, pair.finetuned) if model.pager is not None]
+    for pager in pagers:
+        pager.load_head()
+    try:
+        yield
+    finally:
+        for pager in pagers:
+            pager.free_head()

@@ -1,0 +1,25 @@
+"""A piece of work: what is run through the pair, and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lazarus.engine.noise import NoisePlan
+from lazarus.engine.positions import Position
+from lazarus.engine.recorder import StatePair
+from lazarus.tokens import BatchPair, TokenBatch
+
+Tagged = tuple[int | None, StatePair]
+"""the number of a trial of the noise, None for base against fine-tuned; and the pair"""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Batches for both models, and a sample for base against itself."""
+
+    batches: Sequence[BatchPair]
+    sample: Sequence[TokenBatch]
+    noise: NoisePlan
+    position: Position
+    localize: bool

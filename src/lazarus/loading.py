@@ -1,0 +1,130 @@
+"""Both models, from whatever the caller gave: in memory, or read block by block where they do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from lazarus.errors import DeviceError, ModelError, UsageError
+from lazarus.models import (
+    LoadedModel,
+    LoadOptions,
+    ModelReference,
+    estimate,
+    fits_surely,
+    free_bytes,
+    load_one,
+    load_paged,
+    load_pair,
+    parse_model,
+    wrap_model,
+)
+from lazarus.options import Options
+from lazarus.ranks import Rank
+
+Model = str | Path | nn.Module | ModelReference
+Role = Literal["base", "finetuned"]
+Announce = Callable[[Role, str], None]
+
+ROOM_FOR_THE_REST = 1.1
+"""What runs beside the weights, as a factor of them; and, in bytes, whatever their size:"""
+ROOM_AT_LEAST = 2**30
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Both models, and what was decided on the way."""
+
+    models: tuple[LoadedModel, LoadedModel]
+    notes: Sequence[str] = ()
+
+
+def load_models(
+    base: Model, finetuned: Model, chosen: Options, device: torch.device, announce: Announce
+) -> Loaded:
+    """Load both models; two that are named are loaded as a pair, so that common weights are held once.
+
+    Raises:
+        UsageError: models in memory are to be read from disk.
+        ModelError: one of them cannot be loaded; the subclass and the message say why.
+    """
+    options = _load_options(chosen, device)
+    named = [parse_model(str(m)) if isinstance(m, str | Path) else m for m in (base, finetuned)]
+    match named:
+        case [ModelReference() as first, ModelReference() as second]:
+            if chosen.memory == "resident":
+                return Loaded(load_pair(first, second, options, announce))
+            why = None if chosen.memory == "stream" else _why_stream((first, second), options)
+            if chosen.memory == "stream" or why is not None:
+                return Loaded(load_paged(first, second, options, announce), [why] if why else [])
+            return Loaded(load_pair(first, second, options, announce))
+        case _ if chosen.memory == "stream":
+            raise UsageError(
+                "--memory stream reads models from disk, block by block, and one of these is in memory "
+                "already. Name both by their folders, or use --memory resident."
+            )
+        case _:
+            roles: tuple[Role, Role] = ("base", "finetuned")
+            one, other = (
+                _load_or_wrap(m, role, options, announce) for m, role in zip(named, roles, strict=True)
+            )
+            return Loaded((one, other))
+
+
+def pick_device(name: str, rank: Rank) -> torch.device:
+    """The device; `auto` is the first GPU there is, and of several processes each has its own.
+
+    Raises:
+        DeviceError: it is not there.
+    """
+    has_mps = torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    n_cuda = torch.cuda.device_count()
+    if name == "cuda" and rank.world > 1 and n_cuda > 1:
+        name = f"cuda:{rank.local % n_cuda}"
+    device = torch.device(name)
+    absent = device.type == "mps" and not has_mps
+    if absent or (device.type == "cuda" and (device.index or 0) >= n_cuda):
+        raise DeviceError(
+            f"--device {name}: there is no such device here ({n_cuda} CUDA devices). Use --device cpu."
+        )
+    return device
+
+
+def _why_stream(pair: tuple[ModelReference, ModelReference], options: LoadOptions) -> str | None:
+    """Why a pair is read block by block, as a note; None where both models fit, or cannot be read so."""
+    free = free_bytes(options.device)
+    try:
+        footprint = None if fits_surely(*pair, options, free // 2) else estimate(*pair, options)
+    except ModelError:
+        return None  # loading says it, in its place
+    if footprint is None or footprint.resident * ROOM_FOR_THE_REST + ROOM_AT_LEAST <= free:
+        return None
+    return (
+        f"both models take {footprint.resident / 1e9:.1f} GB and {free / 1e9:.1f} GB are free, so a block of "
+        "each at a time was read from disk (--memory stream)"
+    )
+
+
+def _load_or_wrap(
+    model: nn.Module | ModelReference, role: Role, options: LoadOptions, announce: Announce
+) -> LoadedModel:
+    if isinstance(model, ModelReference):
+        announce(role, model.name)
+        return load_one(model, options)
+    announce(role, type(model).__name__)
+    return wrap_model(model, type(model).__name__, options.layers_path)
+
+
+def _load_options(options: Options, device: torch.device) -> LoadOptions:
+    if options.dtype == "auto":
+        dtype = torch.float32 if device.type == "cpu" else None
+    else:
+        dtype = getattr(torch, options.dtype)
+    return LoadOptions(dtype, device, options.trust_remote_code, options.layers_path)

@@ -1,0 +1,127 @@
+"""A checkpoint before its weights are read: its configuration, the class that loads it, its stored type."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from lazarus.errors import MissingPackageError, UnsupportedModelError
+from lazarus.models.faults import translated
+from lazarus.models.reference import Source
+
+_SAFETENSORS_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load: `dtype` is None for the stored one."""
+
+    dtype: torch.dtype | None
+    device: torch.device
+    trust_remote_code: bool = False
+    layers_path: str | None = None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint whose configuration was read: `head` is the class that loads it."""
+
+    source: Source
+    config: Any
+    head: Any
+    quantised: bool
+
+
+def open_checkpoint(source: Source, options: LoadOptions) -> Opened:
+    """Read a checkpoint's configuration.
+
+    Raises:
+        ModelError: it cannot be read, or asks for what is not installed.
+    """
+    if source.gguf_file:
+        _require_gguf(source)
+    with translated(source.name):
+        config = AutoConfig.from_pretrained(source.path, **where(source, options))
+        return Opened(source, config, _head_class(config), _is_quantised(source, config))
+
+
+def where(source: Source, options: LoadOptions) -> dict[str, Any]:
+    """How transformers finds a source's files."""
+    arguments: dict[str, Any] = {
+        "revision": source.revision,
+        "trust_remote_code": options.trust_remote_code,
+    }
+    if source.subfolder:
+        arguments["subfolder"] = source.subfolder
+    if source.gguf_file:
+        arguments["gguf_file"] = source.gguf_file
+    return arguments
+
+
+def _is_quantised(source: Source, config: Any) -> bool:
+    """transformers reads a quantisation that it does not know as plain numbers, with a warning."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is not None and not AutoHfQuantizer.supports_quant_method(settings):
+        raise UnsupportedModelError(
+            f"{source.name}: its weights are quantised by {settings.get('quant_method')!r}, which "
+            "transformers cannot read. Use an unquantised checkpoint."
+        )
+    return settings is not None
+
+
+def _require_gguf(source: Source) -> None:
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise MissingPackageError(
+            f"{source.name}: a GGUF file needs the package gguf. Install it with "
+            "`pip install 'lazarus-introspect[gguf]'`."
+        ) from error
+
+
+def _head_class(config: Any) -> Any:
+    """The checkpoint's own class, so that every one of its tensors has a place."""
+    for name in config.architectures or ():
+        if (own := getattr(transformers, name, None)) is not None:
+            return own
+    remote = getattr(config, "auto_map", None) or {}
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in remote:
+        return AutoModelForCausalLM
+    return AutoModel
+
+
+def stored_dtype(source: Source) -> str | None:
+    """The type of most of the stored numbers, read from the files' headers."""
+    counts: Counter[str] = Counter()
+    if source.gguf_file:
+        import gguf
+
+        for tensor in gguf.GGUFReader(Path(source.path) / source.gguf_file).tensors:
+            counts[tensor.tensor_type.name] += int(tensor.n_elements)
+    elif listed := source.file("config.json"):
+        for path in Path(listed).parent.glob("*.safetensors"):
+            counts += _dtypes_in(path)
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def _dtypes_in(path: Path) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (it is no dict)
+                part = tensors.get_slice(key)
+                counts[_SAFETENSORS_NAMES.get(part.get_dtype(), part.get_dtype())] += torch.Size(
+                    part.get_shape()
+                ).numel()
+    except SafetensorError:  # not one of the files that were loaded: those were readable
+        return Counter()
+    return counts

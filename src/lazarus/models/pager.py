@@ -1,0 +1,274 @@
+"""A model of which the blocks are read from its files when they are needed, and forgotten afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lazarus.models.checkpoint import Conversion
+from lazarus.models.design import same_design, same_structure
+from lazarus.models.layout import Comparison, Layout, Reader, hollow, lay_out, places_of
+
+
+class Pager:
+    """Loads and frees the blocks of one model that was built empty.
+
+    With `base`, the pager of the model that it is compared with, tensors that base holds at that time and
+    that both files store alike are taken from there instead of being read.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[nn.Module],
+        conversion: Conversion,
+        base: Pager | None = None,
+    ) -> None:
+        self.model = model
+        self.blocks = tuple(blocks)
+        self.n_blocks = len(self.blocks)
+        self.base = base
+        self.conversion = conversion
+        self._comparison: Comparison | None = None
+        if base is not None and conversion.dtype == base.conversion.dtype and same_design(base.model, model):
+            self._comparison = Comparison(base.conversion, conversion)
+        self._is_twin = base is not None and base.conversion is conversion
+        self._layout = self._as_base() if self._is_twin else lay_out(model, blocks, conversion)
+        self._reader = Reader(model, conversion)
+        self._held: dict[int, WeakValueDictionary[str, Tensor]] = {}
+        self._same_blocks: dict[int, bool] = {}
+        self._loaded: set[int] = set()
+        self._keeps_head = False
+        self._load_rest()
+
+    @property
+    def device(self) -> torch.device:
+        """Where blocks are loaded to."""
+        return self.conversion.device
+
+    @property
+    def bytes_read(self) -> int:
+        """What has been read of the files, as stored; what was read twice counts twice."""
+        tables = [] if self._is_twin else self._layout.tables.values()
+        return self._reader.bytes_read + sum(table.bytes_read for table in tables)
+
+    def block_bytes(self, index: int) -> int:
+        """The size of a block in memory, in the type in which it runs."""
+        return self._layout.units[index].n_bytes
+
+    def load(self, index: int) -> None:
+        """Fill block `index`: its parameters are then those that `from_pretrained` gives, bit for bit."""
+        self.put(index, self.read(index))
+
+    def read(self, index: int) -> dict[str, Tensor]:
+        """What block `index` is filled with, by name. It touches no module, so that any thread may call it.
+
+        Raises:
+            WeightsError: a file is gone, or was cut short since its header was read.
+        """
+        tensors = self._from_base(index)
+        left = [target for target in self._layout.units[index].targets if target not in tensors]
+        tensors |= self._reader.read(left)
+        self._held[index] = WeakValueDictionary(tensors)
+        return tensors
+
+    def put(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Fill block `index` with what `read` returned."""
+        self._assign(tensors)
+        self._loaded.add(index)
+
+    def free(self, index: int) -> None:
+        """Forget the parameters of block `index`; its buffers stay."""
+        self._assign(self._layout.units[index].empty)
+        self._loaded.discard(index)
+
+    def same_as_base(self, index: int) -> bool:
+        """Whether block `index` has the same layers and, in the files, the same weights as base's block.
+
+        Two blocks that are the same are compared to the end, once; of others a few bytes are read.
+        """
+        if self.base is None or self._comparison is None:
+            return False
+        if index not in self._same_blocks:
+            self._same_blocks[index] = same_structure(self.base.blocks[index], self.blocks[index]) and all(
+                map(self._comparison.is_same, self._layout.units[index].targets)
+            )
+        return self._same_blocks[index]
+
+    def has_weights_of(self, other: Pager) -> bool:
+        """Whether both models run on the same weights, bit for bit, however their files are laid out.
+
+        It stops at the first block that differs.
+        """
+        ours, theirs = self._layout.units, other._layout.units
+        if self.conversion is other.conversion:
+            return True
+        if self._layout.places.keys() != other._layout.places.keys() or len(ours) != len(theirs):
+            return False
+        compared = Comparison(other.conversion, self.conversion)
+        tables = tuple(self._layout.tables), tuple(other._layout.tables)
+        pairs = [tables, *((one.targets, another.targets) for one, another in zip(ours, theirs, strict=True))]
+        if not all(_same_bits(self._at(name), other._at(name)) for name in self._filled(other)):
+            return False
+        for one, another in pairs:
+            mine = self._reader.read(target for target in one if not compared.is_same(target))
+            its = other._reader.read(target for target in another if not compared.is_same(target))
+            if mine.keys() != its.keys() or not all(_same_bits(mine[name], its[name]) for name in mine):
+                return False
+        return True
+
+    def load_head(self) -> None:
+        """Have the output head in memory whole. A small one always is."""
+        if self._head in self._loaded:
+            return
+        if self._layout.head_table is not None:
+            self._layout.head_table.hold()
+        self.load(self._head)
+
+    def free_head(self) -> None:
+        """Forget the output head, if it is not in memory all the time."""
+        if self._head not in self._loaded or self._keeps_head:
+            return
+        if self._layout.head_table is not None:
+            self._layout.head_table.release()
+        self.free(self._head)
+
+    def fill_rows(self, ids: Iterable[int]) -> None:
+        """Read the rows of these token ids into the embeddings; a pass does so by itself for its own."""
+        wanted = set(ids)
+        for table in self._layout.tables.values():
+            table.fill(wanted)
+
+    def keep_embeddings(self) -> None:
+        """Have embeddings and head in memory whole from now on: an adapter copies or changes them."""
+        for table in self._layout.tables.values():
+            table.hold()
+        self.load_head()
+        self._keeps_head = True
+
+    def use_blocks_on_demand(self) -> None:
+        """From now on a block or a head that is called while it is not loaded is loaded for that call."""
+        for index, block in enumerate(self.blocks):
+            self._on_demand(block, index, partial(self.load, index), partial(self.free, index))
+        for module in self._head_modules():
+            self._on_demand(module, self._head, self.load_head, self.free_head)
+        for name, table in self._layout.tables.items():
+            for module, _ in self._layout.places[name]:
+                if isinstance(module, nn.Embedding):
+                    module.register_forward_pre_hook(table.before_reading, with_kwargs=True)
+
+    @contextmanager
+    def hollow(self) -> Iterator[None]:
+        """Inside, what is not loaded has a type, a shape and a device: an adapter can be put on it."""
+        units = [(i, unit) for i, unit in enumerate(self._layout.units) if i not in self._loaded]
+        for _, unit in units:
+            self._assign({name: hollow(tensor, self.device) for name, tensor in unit.empty.items()})
+        try:
+            yield
+        finally:
+            for index, _ in units:
+                self.free(index)
+
+    @property
+    def _head(self) -> int:
+        """The index of the head's unit."""
+        return self.n_blocks
+
+    def unfilled(self) -> list[str]:
+        """The names of parameters that nothing will ever fill."""
+        known = {name for unit in self._layout.units for name in unit.empty}
+        state = self.model.state_dict(keep_vars=True)
+        return sorted(name for name, tensor in state.items() if tensor.is_meta and name not in known)
+
+    def _at(self, name: str) -> Tensor:
+        module, attribute = self._layout.places[name][0]
+        tensor: Tensor = getattr(module, attribute)
+        return tensor
+
+    def _filled(self, other: Pager) -> Iterator[str]:
+        """The names of what is in memory whole, in this model and in another."""
+        apart = {name for unit in self._layout.units for name in unit.empty}
+        for pager in (self, other):
+            for table in pager._layout.tables:
+                apart |= {n for n, p in pager._layout.places.items() if p == pager._layout.places[table]}
+        return (name for name in self._layout.places if name not in apart)
+
+    def _as_base(self) -> Layout:
+        """Base's layout over the places of this model, which was made over base's weights."""
+        assert self.base is not None
+        places = places_of(self.model)
+        for name, table in self.base._layout.tables.items():
+            table.join(places[name])
+        return replace(self.base._layout, rest=(), places=places)
+
+    def _load_rest(self) -> None:
+        rest = self._layout.rest
+        shared: dict[str, Tensor] = {}
+        if self.base is not None and self._comparison is not None and not self._is_twin:
+            common = {t for t in self.base._layout.rest if self.conversion.is_plain(t)}.intersection(rest)
+            for target in filter(self._comparison.is_same, common):
+                shared[target] = _alias(self.base._at(target))
+        self._assign(shared)
+        self._assign(self._reader.read(target for target in rest if target not in shared))
+
+    def _from_base(self, index: int) -> dict[str, Tensor]:
+        """What base holds of a block, if it is the same in both files."""
+        if self.base is None or self._comparison is None:
+            return {}
+        held, unit = dict(self.base._held.get(index, {})), self._layout.units[index]
+        if not held or not held.keys() >= {*unit.targets, *unit.empty}:
+            return {}
+        same = [target for target in unit.targets if self._comparison.is_same(target)]
+        if len(same) == len(unit.targets):
+            return {name: _alias(tensor) for name, tensor in held.items()}
+        one_by_one = len(held) == len(unit.targets)  # no target makes several parameters
+        return {target: _alias(held[target]) for target in same} if one_by_one else {}
+
+    def _assign(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            for module, attribute in self._layout.places[name]:
+                setattr(module, attribute, tensor)
+
+    def _head_modules(self) -> list[nn.Module]:
+        """The output head, if it is not in memory all the time."""
+        names = list(self._layout.units[self._head].empty)
+        names += [name for name, table in self._layout.tables.items() if table is self._layout.head_table]
+        places = [place for name in names for place in self._layout.places[name]]
+        return [module for module, _ in places if not isinstance(module, nn.Embedding)]
+
+    def _on_demand(
+        self, module: nn.Module, index: int, load: Callable[[], None], free: Callable[[], None]
+    ) -> None:
+        own = vars(module).get("forward")
+        for_this_call: list[int] = []
+
+        def before(_module: nn.Module, _args: Any) -> None:
+            # One whose forward is another's for now does not run, and needs no weights.
+            if index not in self._loaded and vars(module).get("forward") is own:
+                load()
+                for_this_call.append(index)
+
+        def after(_module: nn.Module, _args: Any, _output: Any) -> None:
+            if for_this_call:
+                for_this_call.clear()
+                free()
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after, always_call=True)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """Another Parameter over the same data: what changes the one leaves the other alone."""
+    return nn.Parameter(tensor.data, requires_grad=False) if isinstance(tensor, nn.Parameter) else tensor

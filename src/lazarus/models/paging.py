@@ -1,0 +1,233 @@
+"""A pair of models bigger than memory: built empty, and read block by block (pager.py does the reading)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lazarus.errors import UnsupportedModelError
+from lazarus.models.adapters import WEIGHTS, share_storage
+from lazarus.models.anatomy import dissect
+from lazarus.models.checkpoint import Conversion, build_empty, find_files, model_class, read_headers
+from lazarus.models.faults import translated
+from lazarus.models.load import (
+    LoadedModel,
+    Weights,
+    adapter_of,
+    check_report,
+    finish,
+    same_attention,
+    source_under,
+)
+from lazarus.models.opening import LoadOptions, Opened, open_checkpoint
+from lazarus.models.pager import Pager
+from lazarus.models.reference import ModelReference, Source, adapter_base, adapter_settings
+
+_ADAPTERS = {"LORA", "IA3", "LOHA", "LOKR"}
+_STARTS = {"true", "false", "gaussian", "eva", "orthogonal"}
+"""how a LoRA may have begun without the weights of its model being changed"""
+
+
+def load_paged(
+    base: ModelReference,
+    finetuned: ModelReference,
+    options: LoadOptions,
+    announce: Callable[[Literal["base", "finetuned"], str], None],
+) -> tuple[LoadedModel, LoadedModel]:
+    """Open both models without their blocks, which their pagers load; a plain pass loads them one by one.
+
+    `announce` is told the role and the name of each model before it is opened.
+
+    Raises:
+        UnsupportedModelError: one of them cannot be read block by block; the message says why.
+        ModelError: one of them cannot be loaded; the subclass and the message say why.
+    """
+    announce("base", base.name)
+    base_source = base.model or adapter_base(adapter_of(base))
+    ours = _open(open_checkpoint(base_source, options), options)
+    announce("finetuned", finetuned.name)
+    finetuned_source = source_under(finetuned, base)
+    if finetuned_source.place == base_source.place:
+        theirs = _beside(ours, finetuned_source)
+    else:
+        theirs = _open(open_checkpoint(finetuned_source, options), options, ours.pager)
+    ours.notes += same_attention(ours.model, theirs.model)
+    pair = _finish(base, ours, options), _finish(finetuned, theirs, options)
+    for model in pair:
+        assert model.pager is not None
+        model.pager.use_blocks_on_demand()
+    return pair
+
+
+def _open(opened: Opened, options: LoadOptions, base: Pager | None = None) -> Weights:
+    """Build one model empty, and read what is outside its blocks."""
+    source = opened.source
+    with translated(source.name):
+        model, conversion = _build(opened, options)
+        report = conversion.finish(model, conversion.check(model))
+    model.eval().requires_grad_(requires_grad=False)
+    notes = check_report(source, model, report, options)
+    blocks = dissect(model, options.layers_path).blocks
+    with translated(source.name):
+        pager = Pager(model, blocks, conversion, base)
+    if unfilled := pager.unfilled():
+        raise _refusal(source, f"nothing in its files makes {unfilled[0]} by itself")
+    return Weights(opened, model, report, notes, pager)
+
+
+def _build(opened: Opened, options: LoadOptions) -> tuple[PreTrainedModel, Conversion]:
+    source = opened.source
+    kind = _class_of(opened)
+    files = find_files(source, opened.config, opened.head)
+    stored = read_headers(files)
+    dtype: Any = "auto" if options.dtype is None else options.dtype
+    model = build_empty(kind, opened.config, files, dtype)
+    model.config.name_or_path = model.name_or_path = source.path
+    if any(hasattr(module, "layers_are_rescaled") for module in model.modules()):
+        raise _refusal(source, "it rescales all its weights when it first runs")
+    return model, Conversion(model, stored, options.device)
+
+
+def _class_of(opened: Opened) -> type[PreTrainedModel]:
+    """The class of a checkpoint that can be read block by block."""
+    if opened.source.gguf_file:
+        raise _refusal(opened.source, "a GGUF file is read as a whole")
+    if opened.quantised:
+        raise _refusal(opened.source, "quantised weights are read as a whole")
+    kind: type[PreTrainedModel] | None = model_class(opened.head, opened.config)
+    if kind is None:
+        raise _refusal(opened.source, "a model with Python code of its own loads itself")
+    return kind
+
+
+def _beside(base: Weights, source: Source) -> Weights:
+    """A second model on the same files, over what base has read."""
+    assert base.pager is not None
+    model = share_storage(base.model)
+    index = {id(module): i for i, module in enumerate(base.model.modules())}
+    modules = list(model.modules())
+    blocks = [modules[index[id(block)]] for block in base.pager.blocks]
+    pager = Pager(model, blocks, base.pager.conversion, base.pager)
+    return Weights(replace(base.opened, source=source), model, base.report, list(base.notes), pager)
+
+
+def _finish(reference: ModelReference, weights: Weights, options: LoadOptions) -> LoadedModel:
+    """Put the adapter on, if there is one: its own weights are small, and stay."""
+    pager = weights.pager
+    assert pager is not None
+    if reference.adapter is None:
+        return finish(reference, weights, options)
+    settings = adapter_settings(reference.adapter)
+    brought = _brought_whole(reference.adapter, settings)
+    _check_adapter(reference.adapter, settings)
+    _check_brought(reference.adapter, brought, pager)
+    if brought or settings.get("trainable_token_indices"):
+        pager.keep_embeddings()
+    with pager.hollow():
+        return finish(reference, weights, options)
+
+
+def _brought_whole(adapter: Source, settings: dict[str, Any]) -> set[str]:
+    """The last parts of the names of those modules of its model of which an adapter brings all weights."""
+    saved = settings.get("modules_to_save")
+    names = set(saved) if isinstance(saved, list) else set()
+    if (path := adapter.file(WEIGHTS)) is not None:
+        with translated(adapter.name):
+            keys = read_headers([path])
+        # PEFT saves an embedding whole when an adapter is on it.
+        names |= {key.split(".base_layer.")[0].rpartition(".")[2] for key in keys if ".base_layer." in key}
+    return names
+
+
+def _check_adapter(adapter: Source, settings: dict[str, Any]) -> None:
+    """Refuse an adapter that changes weights of its model when it is put on."""
+    kind, start = settings.get("peft_type"), settings.get("init_lora_weights", True)
+    if kind not in _ADAPTERS:
+        raise _refusal(adapter, f"an adapter of the type {kind} may change its model's weights")
+    if str(start).lower() not in _STARTS:
+        raise _refusal(adapter, f"its start, {start}, was taken off its model's weights")
+    if settings.get("bias", "none") != "none":
+        raise _refusal(adapter, "it brings biases for its model's layers")
+
+
+def _check_brought(adapter: Source, brought: set[str], pager: Pager) -> None:
+    """Refuse an adapter that brings modules of blocks whole."""
+    inside = {id(module) for block in pager.blocks for module in block.modules()}
+    names = [f".{name}" for name, module in pager.model.named_modules() if id(module) in inside]
+    for module in sorted(brought):
+        if any(name.endswith(f".{module}") for name in names):
+            raise _refusal(adapter, f"it brings {module} of its model's blocks whole")
+
+
+def _refusal(source: Source, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{source.name}: cannot be read block by block: {reason}. Use --memory resident."
+    )
+
+
+WIDEST = 8
+"""How much larger weights can be in memory than in their files: float64 for 8 bits."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a pair takes in memory, in bytes, in the type in which it runs."""
+
+    resident: int
+    """both models whole; once if they stand on the same files"""
+    block: int
+    """the largest block of each model"""
+    rest: int
+    """what is in memory beside the blocks, with large embeddings and heads whole"""
+
+
+def estimate(base: ModelReference, finetuned: ModelReference, options: LoadOptions) -> Footprint | None:
+    """What a pair will take in memory, from its files' headers and its configurations alone.
+
+    None where one of the two cannot be read block by block.
+
+    Raises:
+        ModelError: a configuration or a header cannot be read.
+    """
+    sources = [base.model or adapter_base(adapter_of(base)), source_under(finetuned, base)]
+    sizes = {source.place: source for source in sources}
+    try:
+        parts = [_sizes(source, options) for source in sizes.values()]
+    except UnsupportedModelError:
+        return None
+    resident, block, rest = (sum(each) for each in zip(*parts, strict=True))
+    return Footprint(resident, block, rest)
+
+
+def fits_surely(base: ModelReference, finetuned: ModelReference, options: LoadOptions, room: int) -> bool:
+    """Whether a pair fits into so many bytes in any type, by its files' sizes; False if not known."""
+    sources = {base.model or adapter_base(adapter_of(base)), source_under(finetuned, base)}
+    n_bytes = 0
+    for source in sources:
+        if source.gguf_file:
+            return False
+        opened = open_checkpoint(source, options)
+        with translated(source.name):
+            n_bytes += sum(Path(f).stat().st_size for f in find_files(source, opened.config, opened.head))
+    return n_bytes * WIDEST <= room
+
+
+def _sizes(source: Source, options: LoadOptions) -> tuple[int, int, int]:
+    """The size of a model, of its largest block, and of what is not in blocks."""
+    opened = open_checkpoint(source, options)
+    with translated(source.name):
+        model, conversion = _build(opened, replace(options, device=torch.device("meta")))
+        conversion.finish(model, conversion.check(model))
+    blocks = [_n_bytes(block) for block in dissect(model, options.layers_path).blocks]
+    whole = _n_bytes(model)
+    return whole, max(blocks), whole - sum(blocks)
+
+
+def _n_bytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())

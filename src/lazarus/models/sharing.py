@@ -1,0 +1,51 @@
+"""A fine-tune over its base's weights: what both checkpoints hold alike is in memory once."""
+
+from __future__ import annotations
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from lazarus.models.adapters import share_storage
+from lazarus.models.checkpoint import Conversion, StoredTensor, read_headers, same_bytes
+
+
+def load_over(
+    base: PreTrainedModel, files: tuple[list[str], list[str]], device: torch.device
+) -> PreTrainedModel | None:
+    """A second model over base's weights, with the tensors of its own that differ.
+
+    `files` are both checkpoints' files; both must be of one class and configuration, in one type. None
+    where the files do not hold the same keys and shapes, or not one tensor is the same: load it by itself.
+    """
+    try:
+        ours, theirs = read_headers(files[0]), read_headers(files[1])
+    except (SafetensorError, OSError, ValueError):
+        return None
+    same = _same_keys(ours, theirs)
+    if not same:
+        return None
+    conversion = Conversion(base, theirs, device)
+    if _ties_what_is_stored(base, conversion):
+        return None
+    model = share_storage(base)
+    differing = [keys for keys in conversion.sources.values() if not same.issuperset(keys)]
+    conversion.convert(model, (key for keys in differing for key in keys))
+    tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    model.tie_weights(missing_keys=tied - conversion.sources.keys(), recompute_mapping=False)
+    return model.eval().requires_grad_(requires_grad=False)
+
+
+def _same_keys(ours: dict[str, StoredTensor], theirs: dict[str, StoredTensor]) -> set[str]:
+    """The keys of the tensors that are stored alike; none where the two files list others."""
+    if {key: s.shape for key, s in ours.items()} != {key: s.shape for key, s in theirs.items()}:
+        return set()
+    return {key for key in ours if same_bytes(ours[key], theirs[key])}
+
+
+def _ties_what_is_stored(model: PreTrainedModel, conversion: Conversion) -> bool:
+    """Whether two tied weights are both stored: whether they are tied then depends on their values."""
+    return any(
+        {target, source} <= conversion.sources.keys()
+        for target, source in model.all_tied_weights_keys.items()
+    )

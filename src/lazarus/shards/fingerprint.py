@@ -1,0 +1,108 @@
+"""What must be the same for two runs to give the same numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from lazarus.models import LoadedModel, Source
+from lazarus.options import Options
+from lazarus.tokens import TokenizedPrompt
+from lazarus.version import __version__
+
+_WITHOUT_EFFECT = {
+    "threshold",
+    "device",
+    "dtype",
+    "readout",
+    "fail_above",
+    "expect",
+    "trust_remote_code",
+    "work_dir",
+    "chat_template",
+    "no_split",
+    "truncate",
+}
+"""Options that change no state, or only through the ids, the device or the type, which are compared."""
+_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json", "*.py")
+_DIGITS = 16
+
+
+def fingerprint(
+    models: tuple[LoadedModel, LoadedModel],
+    prompts: tuple[Sequence[TokenizedPrompt], Sequence[TokenizedPrompt]],
+    options: Options,
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Names and plain values: the program, both models and their files, the prompts' ids, the options.
+
+    `settings` are those whose `auto` has come to something: they take the options' places.
+    """
+    found = {
+        "lazarus": __version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+    }
+    found |= {name: value for name, value in asdict(options).items() if name not in _WITHOUT_EFFECT}
+    found |= settings
+    found["n_prompts"] = len(prompts[0])
+    for side, model, ids in zip(("base", "finetuned"), models, prompts, strict=True):
+        found[f"{side} prompts"] = _hash_of_ids(ids)
+        found |= {f"{side} {name}": value for name, value in _of_model(model).items()}
+    return found
+
+
+def _of_model(model: LoadedModel) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "model": model.name,
+        "revision": model.revision,
+        "architecture": type(model.model).__name__,
+        "run_dtype": model.run_dtype,
+        "adapter": model.adapter,
+    }
+    if not model.tokenizer_sources:
+        return {**found, "weights": _hash_of_weights(model)}
+    for source in model.tokenizer_sources:
+        found |= _files_of(source)
+    return found
+
+
+def _files_of(source: Source) -> dict[str, Any]:
+    """Size and time of change of what a local model is made of; a Hub model is told by its commit."""
+    if source.kind == "hub":
+        return {f"commit of {source.name}": source.revision}
+    if source.gguf_file:
+        paths = [Path(source.gguf_file)]
+    else:
+        folder = Path(source.path, source.subfolder)
+        paths = sorted(path for pattern in _PATTERNS for path in folder.glob(pattern))
+    stats = {path.name: path.stat() for path in paths}
+    return {
+        f"{name} of {source.name}": f"{found.st_size} bytes, changed at {found.st_mtime_ns} ns"
+        for name, found in stats.items()
+    }
+
+
+def _hash_of_weights(model: LoadedModel) -> str:
+    """Of a model in memory: its configuration, and every tensor's name, type, shape and bytes."""
+    config = json.dumps(model.model.config.to_dict(), sort_keys=True, default=str)
+    found = hashlib.sha256(config.encode())
+    for name, tensor in model.model.state_dict().items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:_DIGITS]
+
+
+def _hash_of_ids(prompts: Sequence[TokenizedPrompt]) -> str:
+    found = hashlib.sha256()
+    for prompt in prompts:
+        found.update(array("q", [len(prompt.ids), *prompt.ids]).tobytes())
+    return found.hexdigest()[:_DIGITS]

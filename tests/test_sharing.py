@@ -1,0 +1,249 @@
+"""A fine-tune over its base's weights: what both files hold alike is in memory once."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from architectures import CAUSAL, ENCODER_DECODERS, ENCODERS, REFUSED, UNBUILDABLE, build
+from factories import perturbed, save_model, tiny_llama
+from layouts import compare, edit_json, edit_weights, most, pair_of, save_adapter
+from lazarus.errors import WeightsError
+from lazarus.models import LoadedModel, shared_blocks, weights_identical, wrap_model
+
+NAMES = [n for n in (*CAUSAL, *ENCODERS, *ENCODER_DECODERS) if n not in UNBUILDABLE and n not in REFUSED]
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def copied(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors(model).items()}
+
+
+def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype, name
+        assert torch.equal(tensor, other[name]), name
+
+
+def shared(base: LoadedModel, finetuned: LoadedModel) -> set[str]:
+    """The names of the parameters that are in memory once."""
+    ours, theirs = (dict(m.model.named_parameters()) for m in (base, finetuned))
+    return {name for name in ours if ours[name].data_ptr() == theirs[name].data_ptr()}
+
+
+def changed(model: PreTrainedModel, names: Iterable[str]) -> PreTrainedModel:
+    """A copy of which only these parameters are others."""
+    other, before = perturbed(model, 0.05), dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if name not in names:
+                parameter.copy_(before[name])
+    return other
+
+
+def in_last_block(model: PreTrainedModel) -> set[str]:
+    """The names of the matrices of the last block."""
+    last = wrap_model(model, "model").anatomy.blocks[-1]
+    own = {id(p) for p in last.parameters() if p.dim() > 1}
+    return {name for name, p in model.named_parameters() if id(p) in own}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pair_is_each_model_by_itself_bit_for_bit(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    names = in_last_block(model)
+    base = save_model(tmp_path / "base", model)
+    tuned = save_model(tmp_path / "tuned", changed(model, names))
+    ours, theirs = pair_of(str(base), str(tuned))
+    assert_same_bits(tensors(ours.model), tensors(type(model).from_pretrained(base)))
+    assert_same_bits(tensors(theirs.model), tensors(type(model).from_pretrained(tuned)))
+    if name != "rwkv":  # it rescales its weights when it first runs
+        own = dict(ours.model.named_parameters()).keys() - shared(ours, theirs)
+        assert own
+        assert all(n in names or n.endswith(".bias") for n in own), "tying copies the bias of some heads"
+        assert shared_blocks(ours, theirs)[-1] is False
+
+
+def test_the_blocks_that_did_not_change_are_shared(tmp_path: Path) -> None:
+    model = tiny_llama()
+    base = save_model(tmp_path / "base", model)
+    tuned = save_model(tmp_path / "tuned", changed(model, ["model.layers.2.mlp.up_proj.weight"]))
+    ours, theirs = pair_of(str(base), str(tuned))
+    assert shared_blocks(ours, theirs) == [True, True, False, True]
+    everything = set(dict(model.named_parameters()))
+    assert everything - shared(ours, theirs) == {"model.layers.2.mlp.up_proj.weight"}
+    assert theirs.model.config is not ours.model.config
+    assert theirs.model.config.name_or_path == str(tuned)
+    assert not any(p.requires_grad for p in theirs.model.parameters())
+    assert not weights_identical(ours, theirs)
+
+
+def test_base_is_never_changed(tmp_path: Path) -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    base = save_model(tmp_path / "base", model)
+    tuned = save_model(tmp_path / "tuned", changed(model, ["model.embed_tokens.weight"]))
+    adapter = tmp_path / "adapter"
+    save_adapter(adapter, base, LoraConfig(r=2, target_modules=["q_proj"]))
+    ours, theirs = pair_of(str(base), f"{tuned}+{adapter}")
+    assert_same_bits(tensors(ours.model), tensors(model))
+    head, table = theirs.model.lm_head.weight, theirs.model.model.embed_tokens.weight
+    assert head is table, "a tied head is still tied"
+    assert not torch.equal(head, ours.model.lm_head.weight)
+    assert shared_blocks(ours, theirs) == [False] * 4, "each has a layer of the adapter"
+
+
+def test_what_an_adapter_brings_of_its_models_own_weights_stays_on_its_side(
+    base_folder: Path, tmp_path: Path
+) -> None:
+    save_adapter(tmp_path / "adapter", base_folder, LoraConfig(r=2, target_modules=["embed_tokens"]))
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    brought = load_file(path)
+    [key] = [key for key in brought if "base_layer" in key]
+    brought[key] += 1
+    save_file(brought, path, metadata={"format": "pt"})
+    ours, theirs = pair_of(str(base_folder), str(tmp_path / "adapter"))
+    assert torch.equal(theirs.model.get_input_embeddings().base_layer.weight, brought[key])
+    assert_same_bits(tensors(ours.model), tensors(tiny_llama()))
+
+
+@pytest.mark.parametrize("shard", ["1MB", "20KB"])
+def test_shards_and_whole_files_share_as_well(shard: str, tmp_path: Path) -> None:
+    model = tiny_llama()
+    base = save_model(tmp_path / "base", model)
+    other = changed(model, ["model.layers.0.mlp.up_proj.weight"])
+    ours, theirs = pair_of(str(base), str(save_model(tmp_path / "tuned", other, max_shard_size=shard)))
+    assert_same_bits(tensors(theirs.model), tensors(other))
+    assert shared_blocks(ours, theirs) == [False, True, True, True]
+
+
+def test_a_copy_is_in_memory_once(base_folder: Path, tmp_path: Path) -> None:
+    ours, theirs = pair_of(str(base_folder), str(shutil.copytree(base_folder, tmp_path / "copy")))
+    assert shared(ours, theirs) == set(dict(ours.model.named_parameters()))
+    assert shared_blocks(ours, theirs) == [True] * 4
+    assert weights_identical(ours, theirs)
+
+
+def test_experts_that_are_stored_one_by_one_share_where_all_of_them_are_alike(tmp_path: Path) -> None:
+    model = build("mixtral")
+    name = next(n for n, _ in model.named_parameters() if n.endswith("layers.1.mlp.experts.down_proj"))
+    other = perturbed(model, 0)
+    with torch.no_grad():
+        other.get_parameter(name)[2] += 0.5
+    base, tuned = save_model(tmp_path / "base", model), save_model(tmp_path / "tuned", other)
+    ours, theirs = pair_of(str(base), str(tuned))
+    assert_same_bits(tensors(theirs.model), tensors(other))
+    assert set(tensors(model)) - shared(ours, theirs) - set(dict(model.named_buffers())) == {name}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_stored_type_is_no_hindrance(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = tiny_llama().bfloat16()
+    base = save_model(tmp_path / "base", model)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tuned = save_model(tmp_path / "tuned", changed(model, [name]))
+    ours, theirs = pair_of(str(base), str(tuned), dtype)
+    assert shared_blocks(ours, theirs) == [True, False, True, True]
+    expected = type(model).from_pretrained(tuned, dtype=dtype)
+    assert_same_bits(tensors(theirs.model), tensors(expected))
+
+
+# --- What is loaded by itself
+
+
+def _full(model: PreTrainedModel) -> PreTrainedModel:
+    other = perturbed(model, 0.1)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 0.01
+    return other
+
+
+def _resized(model: PreTrainedModel) -> PreTrainedModel:
+    other = perturbed(model, 0)
+    other.resize_token_embeddings(310)
+    return other
+
+
+def _in_half(model: PreTrainedModel) -> PreTrainedModel:
+    return perturbed(model, 0).bfloat16()
+
+
+def _of_other_eps(model: PreTrainedModel) -> PreTrainedModel:
+    other = tiny_llama(rms_norm_eps=0.1)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("change", [_full, _resized, _in_half, _of_other_eps])
+def test_what_has_nothing_in_common_is_loaded_by_itself(
+    change: Callable[[PreTrainedModel], PreTrainedModel], base_folder: Path, tmp_path: Path
+) -> None:
+    tuned = save_model(tmp_path / "tuned", change(tiny_llama()))
+    ours, theirs = pair_of(str(base_folder), str(tuned))
+    assert shared(ours, theirs) == set()
+    assert shared_blocks(ours, theirs) == [False] * 4
+    expected = type(theirs.model).from_pretrained(tuned, dtype=torch.float32)
+    assert_same_bits(tensors(theirs.model), tensors(expected))
+    assert theirs.model.config.rms_norm_eps == expected.config.rms_norm_eps
+
+
+def test_a_damaged_file_is_refused_as_ever(base_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(base_folder, tmp_path / "cut")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(WeightsError, match=str(folder)):
+        pair_of(str(base_folder), str(folder))
+
+
+def test_notes_on_a_file_do_not_depend_on_what_it_shares(base_folder: Path, tmp_path: Path) -> None:
+    extra = {"value_head.weight": torch.zeros(3)}
+    base = edit_weights(base_folder, tmp_path / "base", lambda tensors: tensors.update(extra))
+    tuned = edit_weights(base, tmp_path / "tuned", lambda t: t["model.layers.3.mlp.up_proj.weight"].mul_(2))
+    diff = compare(base, tuned)
+    assert most(diff) > 0
+    for folder in (base, tuned):
+        [note] = [note for note in diff.notes if str(folder) in note]
+        assert "1 tensors of the checkpoint have no place" in note
+
+
+def test_inert_entries_of_a_configuration_do_not_matter(base_folder: Path, tmp_path: Path) -> None:
+    tuned = edit_weights(base_folder, tmp_path / "tuned", lambda t: t["lm_head.weight"].mul_(2))
+    edit_json(tuned / "config.json", use_cache=False, transformers_version="4.0.0")
+    ours, theirs = pair_of(str(base_folder), str(tuned))
+    assert shared_blocks(ours, theirs) == [True] * 4
+    assert theirs.model.config is not ours.model.config
+
+
+# --- Models in memory
+
+
+def test_models_in_memory_share_what_is_at_one_address(base_folder: Path) -> None:
+    model = tiny_llama()
+    one, copy = wrap_model(model, "one"), wrap_model(perturbed(model, 0), "copy")
+    assert shared_blocks(one, one) == [True] * 4
+    assert shared_blocks(one, copy) == [False] * 4
+    with torch.no_grad():
+        for name, parameter in copy.model.named_parameters():
+            if ".layers.1." not in name:
+                parameter.data = model.get_parameter(name).data
+    assert shared_blocks(one, copy) == [True, False, True, True]
+
+
+def test_blocks_of_other_layers_are_not_shared(tmp_path: Path, base_folder: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[2])
+    save_adapter(tmp_path / "adapter", base_folder, config)
+    ours, theirs = pair_of(str(base_folder), str(tmp_path / "adapter"))
+    assert shared_blocks(ours, theirs) == [True, True, False, True]
