@@ -60,8 +60,9 @@ class Figure(Struct, frozen=True):
     @property
     def target(self) -> str:
         """The target in words."""
-        bound = f"≤ {self.most:g}" if self.most is not None else f"≥ {self.least:g}"
-        return "" if self.most is None and self.least is None else bound
+        if self.most is not None:
+            return f"≤ {self.most:g}"
+        return "" if self.least is None else f"≥ {self.least:g}"
 
     @property
     def shown(self) -> str:

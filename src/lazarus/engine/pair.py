@@ -84,8 +84,8 @@ class ModelPair:
             notes.append(f"padding changes the states of this architecture, so prompts ran {how}")
         if self.base.pager is not None and not self.streams:
             notes.append(
-                "a pass of this architecture cannot go on after a block that ran before, so prompts ran batch "
-                "by batch, and each batch read all weights"
+                "a pass of this architecture cannot go on after a block that ran before, so prompts ran "
+                "batch by batch, and each batch read all weights"
             )
         return notes + self._shape_notes()
 
