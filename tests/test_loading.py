@@ -1,0 +1,103 @@
+"""Which memory mode is chosen, and that both give the same numbers from the same folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lazarus
+from architectures import build
+from factories import perturbed, save_model, tiny_llama, tiny_tokenizer, word_tokenizer
+from lazarus import loading
+from lazarus.errors import ModelNotFoundError, UnsupportedModelError, UsageError
+
+TEXTS = ["Hello, how are you?", "What is AI?", "The answer is 42", "Hello, how are you? What is AI?"]
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    base = tiny_llama()
+    return (
+        save_model(tmp_path / "base", base, tiny_tokenizer()),
+        save_model(tmp_path / "finetuned", perturbed(base), tiny_tokenizer()),
+    )
+
+
+def compare(base: Any, finetuned: Any, **options: Any) -> lazarus.ActivationDiff:
+    return lazarus.activation_diff(base, finetuned, TEXTS, **options)
+
+
+def numbers(diff: lazarus.ActivationDiff) -> Any:
+    record = diff.record
+    return record.layers, record.sites, record.summary, record.output, record.results
+
+
+def test_both_fit_and_are_in_memory(folders: tuple[Path, Path]) -> None:
+    diff = compare(*folders)
+    assert diff.record.settings.memory == "resident"
+    assert not any("GB are free" in note for note in diff.notes)
+
+
+@pytest.mark.parametrize("localize", [False, True])
+def test_what_does_not_fit_is_streamed_and_a_note_says_so(
+    folders: tuple[Path, Path], localize: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resident = compare(*folders, localize=localize)
+    monkeypatch.setattr(loading, "free_bytes", lambda _device: 10_000)
+    streamed = compare(*folders, localize=localize)
+    assert streamed.record.settings.memory == "stream"
+    assert any(note.startswith("both models take 0.0 GB and 0.0 GB are free") for note in streamed.notes)
+    assert numbers(streamed) == numbers(resident)
+
+
+def test_resident_is_resident_whatever_is_free(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "free_bytes", lambda _device: 0)
+    assert compare(*folders, memory="resident").record.settings.memory == "resident"
+
+
+def test_a_model_in_memory_is_not_read_from_disk(folders: tuple[Path, Path]) -> None:
+    with pytest.raises(UsageError, match="--memory stream reads models from disk"):
+        compare(tiny_llama(), folders[1], memory="stream")
+
+
+def test_a_model_that_is_not_there_is_told_by_name(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "free_bytes", lambda _device: 0)
+    with pytest.raises(ModelNotFoundError, match="no-such-folder"):
+        compare(folders[0], "./no-such-folder")
+
+
+def test_one_checkpoint_against_a_copy_is_streamed_and_identical(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    copied = save_model(tmp_path / "copy", tiny_llama(), tiny_tokenizer())
+    diff = compare(folders[0], copied, memory="stream", localize=True)
+    assert diff.summary.verdict == "identical"
+    assert diff.summary.weights_identical is True
+    assert [layer.local.relative_l2 for layer in diff.layers if layer.local] == [0.0] * len(diff.layers)
+    assert any(note.startswith("blocks 0 to 3 are the same") for note in diff.notes)
+
+
+@pytest.mark.parametrize("name", ["dory", "inkling2_text"])
+def test_what_cannot_go_on_after_a_block_runs_batch_by_batch(name: str, tmp_path: Path) -> None:
+    base = build(name)
+    folders = [tmp_path / "base", tmp_path / "finetuned"]
+    for folder, model in zip(folders, (base, perturbed(base)), strict=True):
+        save_model(folder, model, word_tokenizer())
+    texts = ["t5 t17 t80", "t9 t4", "t12 t77 t31 t3 t8"]
+    resident, streamed = (
+        lazarus.activation_diff(*folders, texts, memory=memory) for memory in ("resident", "stream")
+    )
+    assert any("each batch read all weights" in note for note in streamed.notes)
+    assert numbers(streamed) == numbers(resident)
+
+
+def test_what_cannot_be_streamed_is_refused_with_the_reason(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "rwkv", build("rwkv"), word_tokenizer())
+    with pytest.raises(UnsupportedModelError, match=r"rescales all its weights.*Use --memory resident"):
+        lazarus.activation_diff(folder, folder, ["t5 t17"], memory="stream")
