@@ -86,12 +86,14 @@ def test_one_checkpoint_against_a_copy_is_streamed_and_identical(
 @pytest.mark.parametrize("name", ["dory", "inkling2_text"])
 def test_what_cannot_go_on_after_a_block_runs_batch_by_batch(name: str, tmp_path: Path) -> None:
     base = build(name)
-    folders = [tmp_path / "base", tmp_path / "finetuned"]
-    for folder, model in zip(folders, (base, perturbed(base)), strict=True):
-        save_model(folder, model, word_tokenizer())
+    folders = (
+        save_model(tmp_path / "base", base, word_tokenizer()),
+        save_model(tmp_path / "finetuned", perturbed(base), word_tokenizer()),
+    )
     texts = ["t5 t17 t80", "t9 t4", "t12 t77 t31 t3 t8"]
     resident, streamed = (
-        lazarus.activation_diff(*folders, texts, memory=memory) for memory in ("resident", "stream")
+        lazarus.activation_diff(folders[0], folders[1], texts, memory=memory)
+        for memory in ("resident", "stream")
     )
     assert any("each batch read all weights" in note for note in streamed.notes)
     assert numbers(streamed) == numbers(resident)
