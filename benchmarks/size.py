@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ class Figure(Struct, frozen=True):
         """The median, and the range of several runs."""
         middle = statistics.median(self.values)
         if len(self.values) == 1:
-            return f"{middle:.3g} {self.unit}"
+            return f"{middle:.4g} {self.unit}".rstrip()
         return f"{middle:.3g} {self.unit} ({min(self.values):.3g}–{max(self.values):.3g})"
 
 
@@ -180,23 +181,24 @@ def measure_flat(n_runs: int) -> Iterator[Figure]:
     yield Figure("stream", "peak memory, 2,000 prompts / 200 prompts", [prompts.peak / first.peak], most=1.1)
 
 
-def measure_once(n_runs: int) -> Iterator[Figure]:
+def measure_once(n_runs: int, count: int = 200) -> Iterator[Figure]:
     """An adapter, and a fine-tune of the last two blocks, against a full fine-tune."""
     run_module("benchmarks.pairs", "last-two", "lora-15-29")
-    prompts = str(numbered_prompts(200, benchmark_texts()))
+    prompts = str(numbered_prompts(count, benchmark_texts()))
     pairs = {name: str(places.pair_folder(name)) for name in ("lora-15-29", "last-two")}
     pairs["full"] = str(places.finetuned())
     targets = {"lora-15-29": ("an adapter on layers 15 to 29", 0.8), "last-two": ("the last two blocks", 0.6)}
     for dtype in ("float32", "bfloat16"):
+        name_of_run = f"{dtype}, {count:,} prompts"
         rounds = [
             {name: one_run(Task(str(places.BASE), f, prompts, {"dtype": dtype})) for name, f in pairs.items()}
             for _ in range(n_runs)
         ]
         for name, (what, most) in targets.items():
             ratios = [r[name].running / r["full"].running for r in rounds]
-            yield Figure("once", f"{dtype}: {what} / a full fine-tune, seconds", ratios, most=most)
+            yield Figure("once", f"{name_of_run}: {what} / a full fine-tune, seconds", ratios, most=most)
             peaks = [r[name].peak / r["full"].peak for r in rounds]
-            yield Figure("once", f"{dtype}: {what} / a full fine-tune, peak memory", peaks)
+            yield Figure("once", f"{name_of_run}: {what} / a full fine-tune, peak memory", peaks)
 
 
 def measure_check(n_runs: int) -> Iterator[Figure]:
@@ -304,6 +306,7 @@ PARTS: dict[str, Callable[[int], Iterator[Figure]]] = {
     "stream": measure_stream,
     "flat": measure_flat,
     "once": measure_once,
+    "once-1000": partial(measure_once, count=1000),
     "check": measure_check,
     "ranks": measure_ranks,
     "kills": measure_kills,
