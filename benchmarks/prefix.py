@@ -1,8 +1,8 @@
 """A shared system prompt: the whole of lazarus with the prefix run once against with every prompt, in turn.
 
-Run as `python -m benchmarks.prefix BASE FINETUNED PROMPTS DTYPE RUNS`; prints a `PrefixRuns` record as JSON.
-The models are loaded once. One round more than asked for is run: the first warms up and is thrown away.
-No option turns the sharing off, so for the other way the prefix that is long enough is put out of reach.
+Run as `python -m benchmarks.prefix BASE FINETUNED PROMPTS DTYPE RUNS` by `benchmarks.size`; prints a
+`PrefixRuns` record as JSON. The models are loaded once, and each way runs once before any is measured. No
+option turns the sharing off, so for the other way the prefix that is long enough is put out of reach.
 """
 
 import re
@@ -12,12 +12,12 @@ from typing import Any
 from unittest.mock import patch
 
 import msgspec
-from msgspec import Struct
 from rich.console import Console
 from transformers import AutoTokenizer
 
 from benchmarks.in_process import timed
 from benchmarks.naive import load_model
+from benchmarks.results import PrefixRuns
 from lazarus import ActivationDiff, activation_diff
 from lazarus.engine import prefix
 
@@ -29,23 +29,6 @@ SYSTEM = (
 OUT_OF_REACH = 2**31
 
 console = Console(stderr=True)
-
-
-class PrefixRuns(Struct, frozen=True):
-    """Seconds of each round, with the prefix run once and with every prompt; and what came of it."""
-
-    dtype: str
-    n_prefix: int
-    n_tokens: int
-    once: list[float]
-    each: list[float]
-    worst_divergence: float
-    """the largest difference between the two ways' divergences, over prompts and layers"""
-
-    @property
-    def ratios(self) -> list[float]:
-        """The time with the prefix run once over the time without, a round each."""
-        return [once / each for once, each in zip(self.once, self.each, strict=True)]
 
 
 class Runs:
@@ -105,7 +88,6 @@ def measure(runs: Runs, dtype: str, n_runs: int) -> PrefixRuns:
 def main(base: str, finetuned: str, prompts: str, dtype: str, runs: str) -> None:
     """Load, measure, write the record to standard output."""
     found = measure(Runs(base, finetuned, prompts, dtype), dtype, int(runs))
-    console.print(f"{dtype}: {sorted(found.ratios)[len(found.ratios) // 2]:.2f} of the time", highlight=False)
     sys.stdout.buffer.write(msgspec.json.encode(found))
 
 

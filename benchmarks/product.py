@@ -1,8 +1,8 @@
 """The product of float32 matrices: torch's default against oneDNN's, over the whole of lazarus, in turn.
 
-Run as `python -m benchmarks.product BASE FINETUNED PROMPTS RUNS`; prints a `ProductRuns` record as JSON. The
-models are loaded once, and each way is run once before any is measured. No option chooses the product, so it
-is forced by moving the limits of the choice; what would have been chosen is told beside.
+Run as `python -m benchmarks.product BASE FINETUNED PROMPTS RUNS` by `benchmarks.size`; prints a `ProductRuns`
+record as JSON. The models are loaded once, and each way is run once before any is measured. No option chooses
+the product, so it is forced by moving the limits of the choice; what would have been chosen is told beside.
 """
 
 import sys
@@ -14,12 +14,12 @@ from unittest.mock import patch
 
 import msgspec
 import torch
-from msgspec import Struct
 from rich.console import Console
 from transformers import AutoTokenizer
 
 from benchmarks.in_process import timed
 from benchmarks.naive import load_model
+from benchmarks.results import ProductRuns, Way
 from lazarus import ActivationDiff, activation_diff
 from lazarus.engine import product
 from lazarus.models import wrap_model
@@ -27,35 +27,6 @@ from lazarus.models import wrap_model
 BATCH_TOKENS = (512, 1024)
 
 console = Console(stderr=True)
-
-
-class Way(Struct, frozen=True):
-    """Seconds of each round with one product and one size of batches."""
-
-    path: str
-    batch_tokens: int
-    seconds: list[float]
-
-
-class ProductRuns(Struct, frozen=True):
-    """What each way took, and what the choice rests on."""
-
-    n_threads: int
-    chosen: str
-    gflops: dict[str, float]
-    errors: dict[str, float]
-    ways: list[Way]
-    worst_divergence: float
-    """the largest difference between two ways' divergences, over prompts and layers"""
-
-    def ratio(self, path: str, batch_tokens: int) -> float:
-        """The median over rounds of a way's time over that of torch's default with 512 tokens."""
-        reference, way = (
-            next(w.seconds for w in self.ways if (w.path, w.batch_tokens) == key)
-            for key in (("default", BATCH_TOKENS[0]), (path, batch_tokens))
-        )
-        ratios = sorted(ours / theirs for ours, theirs in zip(way, reference, strict=True))
-        return ratios[len(ratios) // 2]
 
 
 class Runs:
@@ -128,11 +99,6 @@ def _candidates(runs: Runs) -> tuple[product.Candidate, ...]:
 def main(base: str, finetuned: str, prompts: str, runs: str) -> None:
     """Load, measure, write the record to standard output."""
     found = measure(Runs(base, finetuned, prompts), int(runs))
-    for way in found.ways:
-        console.print(
-            f"{way.path}, {way.batch_tokens} tokens: {found.ratio(way.path, way.batch_tokens):.2f}",
-            highlight=False,
-        )
     sys.stdout.buffer.write(msgspec.json.encode(found))
 
 

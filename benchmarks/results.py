@@ -106,6 +106,47 @@ class Help(Struct, frozen=True):
     imported: list[str]
 
 
+class Way(Struct, frozen=True):
+    """Seconds of each round with one product and one size of batches."""
+
+    path: str
+    batch_tokens: int
+    seconds: list[float]
+
+
+class ProductRuns(Struct, frozen=True):
+    """What each way took, and what the choice rests on."""
+
+    n_threads: int
+    chosen: str
+    gflops: dict[str, float]
+    errors: dict[str, float]
+    ways: list[Way]
+    worst_divergence: float
+    """the largest difference between two ways' divergences, over prompts and layers"""
+
+    def ratios(self, way: Way) -> list[float]:
+        """A way's time over that of the first, torch's default with the fewest tokens, a round each."""
+        return [ours / theirs for ours, theirs in zip(way.seconds, self.ways[0].seconds, strict=True)]
+
+
+class PrefixRuns(Struct, frozen=True):
+    """Seconds of each round, with the prefix run once and with every prompt; and what came of it."""
+
+    dtype: str
+    n_prefix: int
+    n_tokens: int
+    once: list[float]
+    each: list[float]
+    worst_divergence: float
+    """the largest difference between the two ways' divergences, over prompts and layers"""
+
+    @property
+    def ratios(self) -> list[float]:
+        """The time with the prefix run once over the time without, a round each."""
+        return [once / each for once, each in zip(self.once, self.each, strict=True)]
+
+
 class Machine(Struct, frozen=True):
     """The machine, its software, and how busy it was when the run began."""
 

@@ -32,7 +32,7 @@ from rich.table import Table
 from benchmarks import places
 from benchmarks.commands import ENVIRONMENT, compare_models, measure, python_module, run_module
 from benchmarks.one_run import OneRun, Task
-from benchmarks.results import Machine, describe_machine
+from benchmarks.results import Machine, PrefixRuns, ProductRuns, describe_machine
 from lazarus.demo import BASE as DEMO_BASE
 from lazarus.demo import FINETUNED as DEMO_FINETUNED
 
@@ -212,6 +212,36 @@ def measure_check(n_runs: int) -> Iterator[Figure]:
     yield Figure("once", "a full fine-tune, seconds: looking for common tensors / not", ratios, most=1.03)
 
 
+def measure_prefix(n_runs: int) -> Iterator[Figure]:
+    """200 prompts with a system prompt, which runs once or with each of them."""
+    prompts = numbered_prompts(200, benchmark_texts())
+    for dtype in ("float32", "bfloat16"):
+        pair = (places.BASE, places.finetuned(), prompts)
+        said = run_module("benchmarks.prefix", *pair, dtype, str(n_runs))
+        found = msgspec.json.decode(said, type=PrefixRuns)
+        what = f"{dtype}: a system prompt of {found.n_prefix} tokens run once / with each of 200 prompts"
+        yield Figure("prefix", f"{what}, seconds", found.ratios, most=0.6)
+        yield Figure("prefix", f"{what}, largest difference of a divergence", [found.worst_divergence], "")
+
+
+def measure_product(n_runs: int) -> Iterator[Figure]:
+    """The float32 product: torch's default, oneDNN's, and which of them is chosen."""
+    prompts = numbered_prompts(200, benchmark_texts())
+    said = run_module("benchmarks.product", places.BASE, places.finetuned(), prompts, str(n_runs))
+    found = msgspec.json.decode(said, type=ProductRuns)
+    first, *others = found.ways
+    for way in others:
+        what = (
+            f"float32: {way.path}, {way.batch_tokens:,} tokens / {first.path}, {first.batch_tokens:,} tokens"
+        )
+        yield Figure("product", f"{what}, seconds", found.ratios(way))
+    for path, gflops in found.gflops.items():
+        chosen = " (chosen)" if path == found.chosen else ""
+        yield Figure("product", f"float32: {path}{chosen}, products of one thread", [gflops], "GFLOP/s")
+        error = "largest error of a row against float64"
+        yield Figure("product", f"float32: {path}, {error}", [found.errors[path]], "", most=1e-6)
+
+
 def measure_ranks(n_runs: int) -> Iterator[Figure]:
     """Two ranks of one thread against one process of two."""
     prompts = numbered_prompts(600, benchmark_texts())
@@ -308,6 +338,8 @@ PARTS: dict[str, Callable[[int], Iterator[Figure]]] = {
     "once": measure_once,
     "once-1000": partial(measure_once, count=1000),
     "check": measure_check,
+    "prefix": measure_prefix,
+    "product": measure_product,
     "ranks": measure_ranks,
     "kills": measure_kills,
     "many": measure_many,

@@ -265,8 +265,8 @@ def test_rows_are_added_as_they_are_asked_for(base_folder: Path, finetuned_folde
     table = tiny_llama().model.embed_tokens.weight
     pager = pager_of(model)
     before = pager.bytes_read
-    for ids in ([5, 7, 8], [7, 2, 299], [5, 10**6, -1]):
-        pager.fill_rows(ids)
+    for ids in ([5, 7, 8], [7, 2, 299]):
+        model.model.get_input_embeddings()(torch.tensor([ids]))
     weight = model.model.model.embed_tokens.weight
     asked = [2, 5, 7, 8, 299]
     assert torch.equal(weight[asked], table[asked])

@@ -76,14 +76,6 @@ class KeptStates:
     def __contains__(self, key: object) -> bool:
         return key in self._in_memory or key in self._in_files
 
-    def drop(self, key: Hashable) -> None:
-        """Forget a value."""
-        self._used_bytes -= self._in_memory.pop(key, (None, 0))[1]
-        if key in self._in_files:
-            _, path, size = self._in_files.pop(key)
-            path.unlink()
-            self.spilled_bytes -= size
-
     def _write(self, key: Hashable, shape: Any, tensors: list[Tensor], size: int) -> None:
         try:
             if self._folder is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -140,12 +140,6 @@ class Pager:
         if self._layout.head_table is not None:
             self._layout.head_table.release()
         self.free(self._head)
-
-    def fill_rows(self, ids: Iterable[int]) -> None:
-        """Read the rows of these token ids into the embeddings; a pass does so by itself for its own."""
-        wanted = set(ids)
-        for table in self._layout.tables.values():
-            table.fill(wanted)
 
     def keep_embeddings(self) -> None:
         """Have embeddings and head in memory whole from now on: an adapter copies or changes them."""
