@@ -388,7 +388,8 @@ def main() -> None:
     for part in () if chosen.write_docs else chosen.part or PARTS:
         new = list(PARTS[part](chosen.runs))
         names = {figure.what for figure in new}
-        results.figures = [figure for figure in results.figures if figure.what not in names] + new
+        figures = [figure for figure in results.figures if figure.what not in names] + new
+        results.figures = sorted(figures, key=lambda figure: list(PARTS).index(figure.part))
         RESULTS.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=2) + b"\n")
     Console(width=None if sys.stdout.isatty() else 150).print(table(results))
     write_docs(results)
