@@ -69,9 +69,14 @@ class Figure(Struct, frozen=True):
     def shown(self) -> str:
         """The median, and the range of several runs."""
         middle = statistics.median(self.values)
+        told = f"{_told(middle)} {self.unit}".rstrip()
         if len(self.values) == 1:
-            return f"{middle:.4g} {self.unit}".rstrip()
-        return f"{middle:.3g} {self.unit} ({min(self.values):.3g}–{max(self.values):.3g})"
+            return told
+        return f"{told} ({_told(min(self.values))}–{_told(max(self.values))})"
+
+
+def _told(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 class SizeResults(Struct):
@@ -177,8 +182,8 @@ def measure_flat(n_runs: int) -> Iterator[Figure]:
     first = one_run(Task(*shallow, few, options), limit=LIMIT_BYTES)
     layers = one_run(Task(*deep, few, options), limit=LIMIT_BYTES)
     prompts = one_run(Task(*shallow, many, options), limit=LIMIT_BYTES)
-    yield Figure("stream", "peak memory, 48 layers / 12 layers", [layers.peak / first.peak], most=1.1)
-    yield Figure("stream", "peak memory, 2,000 prompts / 200 prompts", [prompts.peak / first.peak], most=1.1)
+    yield Figure("flat", "peak memory, 48 layers / 12 layers", [layers.peak / first.peak], most=1.1)
+    yield Figure("flat", "peak memory, 2,000 prompts / 200 prompts", [prompts.peak / first.peak], most=1.1)
 
 
 def measure_once(n_runs: int, count: int = 200) -> Iterator[Figure]:
@@ -188,6 +193,7 @@ def measure_once(n_runs: int, count: int = 200) -> Iterator[Figure]:
     pairs = {name: str(places.pair_folder(name)) for name in ("lora-15-29", "last-two")}
     pairs["full"] = str(places.finetuned())
     targets = {"lora-15-29": ("an adapter on layers 15 to 29", 0.8), "last-two": ("the last two blocks", 0.6)}
+    part = "once" if count == 200 else f"once-{count}"
     for dtype in ("float32", "bfloat16"):
         name_of_run = f"{dtype}, {count:,} prompts"
         rounds = [
@@ -196,9 +202,9 @@ def measure_once(n_runs: int, count: int = 200) -> Iterator[Figure]:
         ]
         for name, (what, most) in targets.items():
             ratios = [r[name].running / r["full"].running for r in rounds]
-            yield Figure("once", f"{name_of_run}: {what} / a full fine-tune, seconds", ratios, most=most)
+            yield Figure(part, f"{name_of_run}: {what} / a full fine-tune, seconds", ratios, most=most)
             peaks = [r[name].peak / r["full"].peak for r in rounds]
-            yield Figure("once", f"{name_of_run}: {what} / a full fine-tune, peak memory", peaks)
+            yield Figure(part, f"{name_of_run}: {what} / a full fine-tune, peak memory", peaks)
 
 
 def measure_check(n_runs: int) -> Iterator[Figure]:
@@ -209,7 +215,7 @@ def measure_check(n_runs: int) -> Iterator[Figure]:
         task = Task(str(places.BASE), str(places.finetuned()), prompts, {"dtype": "bfloat16"})
         without = one_run(msgspec.structs.replace(task, looks_for_common=False))
         ratios.append(one_run(task).seconds / without.seconds)
-    yield Figure("once", "a full fine-tune, seconds: looking for common tensors / not", ratios, most=1.03)
+    yield Figure("check", "a full fine-tune, seconds: looking for common tensors / not", ratios, most=1.03)
 
 
 def measure_prefix(n_runs: int) -> Iterator[Figure]:
@@ -277,7 +283,7 @@ def measure_kills(n_runs: int) -> Iterator[Figure]:
         found = _numbers(_run_to_end(prompts, chance))
         differing += found != expected
         progress.print(f"killed {number + 1} of {KILLS}: {differing} differ", highlight=False)
-    yield Figure("ranks", f"results that differ, of {KILLS} with a rank killed", [differing], "", most=0)
+    yield Figure("kills", f"results that differ, of {KILLS} with a rank killed", [differing], "", most=0)
 
 
 def _run_to_end(prompts: Path, chance: random.Random | None) -> Path:
