@@ -76,9 +76,7 @@ def measure(runs: Runs, dtype: str, n_runs: int) -> PrefixRuns:
     found = (re.match(r"the first (\d+) tokens.* ran once$", note) for note in runs.diffs["once"].notes)
     [n_prefix] = [int(match[1]) for match in found if match]
     return PrefixRuns(
-        dtype=dtype,
         n_prefix=n_prefix,
-        n_tokens=sum(prompt.n_tokens for prompt in runs.diffs["once"].record.prompts),
         once=once,
         each=each,
         worst_divergence=float(abs(ours - theirs).max()),

@@ -13,7 +13,6 @@ from typing import Any
 from unittest.mock import patch
 
 import msgspec
-import torch
 from rich.console import Console
 from transformers import AutoTokenizer
 
@@ -81,7 +80,6 @@ def _record(runs: Runs, chosen: str, ways: list[Way]) -> ProductRuns:
     columns = [diff.results.column("divergence") for diff in runs.diffs.values()]
     candidates = _candidates(runs)
     return ProductRuns(
-        n_threads=torch.get_num_threads(),
         chosen=chosen,
         gflops={one.path: one.gflops for one in candidates},
         errors={one.path: one.error for one in candidates},

@@ -117,7 +117,6 @@ class Way(Struct, frozen=True):
 class ProductRuns(Struct, frozen=True):
     """What each way took, and what the choice rests on."""
 
-    n_threads: int
     chosen: str
     gflops: dict[str, float]
     errors: dict[str, float]
@@ -133,9 +132,7 @@ class ProductRuns(Struct, frozen=True):
 class PrefixRuns(Struct, frozen=True):
     """Seconds of each round, with the prefix run once and with every prompt; and what came of it."""
 
-    dtype: str
     n_prefix: int
-    n_tokens: int
     once: list[float]
     each: list[float]
     worst_divergence: float

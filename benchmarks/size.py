@@ -241,6 +241,8 @@ def measure_product(n_runs: int) -> Iterator[Figure]:
             f"float32: {way.path}, {way.batch_tokens:,} tokens / {first.path}, {first.batch_tokens:,} tokens"
         )
         yield Figure("product", f"{what}, seconds", found.ratios(way))
+    worst = "float32: largest difference of a divergence between these ways"
+    yield Figure("product", worst, [found.worst_divergence], "")
     for path, gflops in found.gflops.items():
         chosen = " (chosen)" if path == found.chosen else ""
         yield Figure("product", f"float32: {path}{chosen}, products of one thread", [gflops], "GFLOP/s")

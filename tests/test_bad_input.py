@@ -97,11 +97,14 @@ def test_ctrl_c_in_a_process_of_its_own(make_folder: MakeFolder) -> None:
     os.mkfifo(folder / "prompts.txt")
     command = [sys.executable, "-m", "lazarus", *compare(p="@prompts.txt")]
     with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as process:
-        pipe = _once_it_is_read(folder / "prompts.txt", process)
-        process.send_signal(signal.SIGINT)
-        # Python sees a signal that comes just before a read once the read is over: end it.
-        os.close(pipe)
-        _, stderr = process.communicate()
+        try:
+            pipe = _once_it_is_read(folder / "prompts.txt", process)
+            process.send_signal(signal.SIGINT)
+            # Python sees a signal that comes just before a read once the read is over: end it.
+            os.close(pipe)
+            _, stderr = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert (process.returncode, stderr) == (130, "Interrupted.\n")
 
 

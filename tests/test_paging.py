@@ -267,6 +267,8 @@ def test_rows_are_added_as_they_are_asked_for(base_folder: Path, finetuned_folde
     before = pager.bytes_read
     for ids in ([5, 7, 8], [7, 2, 299]):
         model.model.get_input_embeddings()(torch.tensor([ids]))
+    with pytest.raises(IndexError, match="out of range"):
+        model.model.get_input_embeddings()(torch.tensor([[5, 10**6, -1]]))
     weight = model.model.model.embed_tokens.weight
     asked = [2, 5, 7, 8, 299]
     assert torch.equal(weight[asked], table[asked])
@@ -344,6 +346,16 @@ def test_what_is_alike_is_taken_from_base(tmp_path: Path, base_folder: Path) -> 
     assert shared_blocks(base, finetuned) == [True, True, False, True]
     assert not weights_identical(base, finetuned)
     assert not any(ours.same_as_base(index) for index in range(4)), "it is nobody's fine-tune"
+
+
+def test_blocks_with_the_same_numbers_in_another_type_are_the_same(tmp_path: Path) -> None:
+    model = tiny_llama().bfloat16()
+    base = save_model(tmp_path / "base", model)
+    with torch.no_grad():
+        model.get_parameter(UP).mul_(2)
+    pair = paged(base, save_model(tmp_path / "tuned", model.float()), dtype=torch.float32)
+    assert shared_blocks(*pair) == [True, True, False, True]
+    assert not weights_identical(*pair)
 
 
 def test_what_base_reads_ahead_is_not_read_twice(tmp_path: Path, base_folder: Path) -> None:

@@ -18,6 +18,7 @@ from factories import perturbed, save_model, tiny_llama
 from layouts import compare, edit_json, edit_weights, most, pair_of, save_adapter
 from lazarus.errors import WeightsError
 from lazarus.models import LoadedModel, shared_blocks, weights_identical, wrap_model
+from lazarus.models.checkpoint import read_headers, same_numbers
 
 NAMES = [n for n in (*CAUSAL, *ENCODERS, *ENCODER_DECODERS) if n not in UNBUILDABLE and n not in REFUSED]
 
@@ -160,6 +161,67 @@ def test_another_stored_type_is_no_hindrance(dtype: torch.dtype, tmp_path: Path)
     assert_same_bits(tensors(theirs.model), tensors(expected))
 
 
+@pytest.mark.parametrize("types", [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "float32")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_numbers_in_two_stored_types_are_in_memory_once(
+    types: tuple[str, str], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    stored = [getattr(torch, name) for name in types]
+    narrow = min(stored, key=lambda each: each.itemsize)
+    model = tiny_llama().to(narrow)
+    name = "model.layers.1.mlp.up_proj.weight"
+    base = save_model(tmp_path / "base", perturbed(model, 0).to(stored[0]))
+    tuned = save_model(tmp_path / "tuned", changed(model, [name]).to(stored[1]))
+    ours, theirs = pair_of(str(base), str(tuned), dtype)
+    assert shared(ours, theirs) == set(dict(model.named_parameters())) - {name}
+    assert shared_blocks(ours, theirs) == [True, False, True, True]
+    for loaded, folder in ((ours, base), (theirs, tuned)):
+        assert_same_bits(tensors(loaded.model), tensors(type(model).from_pretrained(folder, dtype=dtype)))
+
+
+def test_rounded_numbers_are_others(base_folder: Path, tmp_path: Path) -> None:
+    rounded = perturbed(tiny_llama(), 0).bfloat16()
+    tuned = save_model(tmp_path / "tuned", rounded)
+    ours, theirs = pair_of(str(base_folder), str(tuned))
+    before, after = dict(tiny_llama().named_parameters()), dict(rounded.named_parameters())
+    unrounded = {name for name in before if torch.equal(before[name], after[name].float())}
+    assert unrounded == {name for name in before if "norm" in name}, "ones are ones in any type"
+    assert shared(ours, theirs) == unrounded
+    assert shared_blocks(ours, theirs) == [False] * 4
+    expected = type(rounded).from_pretrained(tuned, dtype=torch.float32)
+    assert_same_bits(tensors(theirs.model), tensors(expected))
+
+
+LONG = torch.arange(2**13, dtype=torch.float32) / 64  # longer than what is compared at first
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        (LONG.bfloat16(), LONG.bfloat16().double(), True),
+        (LONG.bfloat16(), LONG, False),
+        (torch.tensor([1.5, 2.0]).half(), torch.tensor([1.5, 2.0]).bfloat16(), True),
+        (torch.tensor([0.0]), torch.tensor([-0.0]).bfloat16(), False),
+        (torch.tensor([torch.inf]), torch.tensor([torch.inf]).half(), True),
+        (torch.tensor([1.0]), torch.tensor([1], dtype=torch.int32), False),
+        (torch.tensor([0, 0]), torch.tensor([0, 0], dtype=torch.int32), False),
+        (torch.ones(2, 3), torch.ones(3, 2).half(), False),
+        (torch.ones(0), torch.ones(0).half(), True),
+    ],
+)
+def test_numbers_are_the_same_bit_for_bit_in_the_wider_type(
+    one: Tensor, other: Tensor, expected: bool, tmp_path: Path
+) -> None:
+    stored = []
+    for name, tensor in (("one", one), ("other", other)):
+        path = str(tmp_path / name)
+        save_file({"x": tensor}, path)
+        stored.append(read_headers([path])["x"])
+    assert same_numbers(*stored) is expected
+    assert same_numbers(*reversed(stored)) is expected
+    assert same_numbers(stored[0], stored[0]) is True
+
+
 # --- What is loaded by itself
 
 
@@ -177,17 +239,13 @@ def _resized(model: PreTrainedModel) -> PreTrainedModel:
     return other
 
 
-def _in_half(model: PreTrainedModel) -> PreTrainedModel:
-    return perturbed(model, 0).bfloat16()
-
-
 def _of_other_eps(model: PreTrainedModel) -> PreTrainedModel:
     other = tiny_llama(rms_norm_eps=0.1)
     other.load_state_dict(model.state_dict())
     return other
 
 
-@pytest.mark.parametrize("change", [_full, _resized, _in_half, _of_other_eps])
+@pytest.mark.parametrize("change", [_full, _resized, _of_other_eps])
 def test_what_has_nothing_in_common_is_loaded_by_itself(
     change: Callable[[PreTrainedModel], PreTrainedModel], base_folder: Path, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -50,8 +50,10 @@ TORCH_TYPES = {
     "F8_E5M2": torch.float8_e5m2,
     "C64": torch.complex64,
 }
-_PREFIX_BYTES = 4096
-_CHUNK_BYTES = 2**22
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+_PREFIX = 4096
+_CHUNK = 2**22
+"""how many bytes, or numbers of another type, are compared at first, and then at once"""
 _ALIGNMENT = 64
 
 
@@ -105,21 +107,49 @@ def read_headers(files: Sequence[str]) -> dict[str, StoredTensor]:
     return stored
 
 
-def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two tensors are stored alike, bit for bit; of two that are not, a prefix is read as a rule."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
+def same_numbers(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors hold the same numbers, bit for bit; of two that do not, few are read as a rule.
+
+    Floating-point numbers of two types are compared in the wider one.
+    """
+    if one.shape != other.shape:
         return False
-    if (os.path.realpath(one.path), one.start) == (os.path.realpath(other.path), other.start):
-        return True
+    if one.dtype == other.dtype:
+        return _place(one) == _place(other) or _alike(one, other, (1, 1), bytes.__eq__)
+    if not {one.dtype, other.dtype} <= _FLOATS:
+        return False
+    types = TORCH_TYPES[one.dtype], TORCH_TYPES[other.dtype]
+    wider = torch.promote_types(*types)
+    bits = torch.int64 if wider.itemsize == 8 else torch.int32
+
+    def widened(part: bytes, dtype: torch.dtype) -> Tensor:
+        return torch.frombuffer(bytearray(part), dtype=dtype).to(wider).view(bits)
+
+    return _alike(
+        one,
+        other,
+        (types[0].itemsize, types[1].itemsize),
+        lambda ours, theirs: torch.equal(widened(ours, types[0]), widened(theirs, types[1])),
+    )
+
+
+def _place(stored: StoredTensor) -> tuple[str, int]:
+    return os.path.realpath(stored.path), stored.start
+
+
+def _alike(
+    one: StoredTensor, other: StoredTensor, units: tuple[int, int], same: Callable[[bytes, bytes], bool]
+) -> bool:
+    """Whether all parts of two tensors are the same; `units` are the bytes of what they have as many of."""
     with Path(one.path).open("rb") as ours, Path(other.path).open("rb") as theirs:
         ours.seek(one.start)
         theirs.seek(other.start)
-        left, size = one.n_bytes, _PREFIX_BYTES
+        left, size = one.n_bytes // units[0], _PREFIX
         while left:
             size = min(size, left)
-            if ours.read(size) != theirs.read(size):
+            if not same(ours.read(size * units[0]), theirs.read(size * units[1])):
                 return False
-            left, size = left - size, _CHUNK_BYTES
+            left, size = left - size, _CHUNK
     return True
 
 

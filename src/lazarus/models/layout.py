@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lazarus.models.checkpoint import TORCH_TYPES, Conversion, names_loaded, same_bytes
+from lazarus.models.checkpoint import TORCH_TYPES, Conversion, names_loaded, same_numbers
 from lazarus.models.faults import translated
 from lazarus.models.tables import Place, Table
 
@@ -59,7 +59,7 @@ class Reader:
 
 
 class Comparison:
-    """Which targets two checkpoints store alike. A target is compared when it is first asked for."""
+    """Which targets have the same numbers in two checkpoints. Each is compared when it is first asked for."""
 
     def __init__(self, base: Conversion, finetuned: Conversion) -> None:
         self._base = base
@@ -73,7 +73,7 @@ class Comparison:
         if target not in self._known:
             ours, theirs = (each.sources.get(target) for each in (self._base, self._finetuned))
             self._known[target] = ours == theirs and all(
-                same_bytes(self._base.stored[key], self._finetuned.stored[key]) for key in theirs or ()
+                same_numbers(self._base.stored[key], self._finetuned.stored[key]) for key in theirs or ()
             )
         return self._known[target]
 

@@ -22,7 +22,7 @@ class Pager:
     """Loads and frees the blocks of one model that was built empty.
 
     With `base`, the pager of the model that it is compared with, tensors that base holds at that time and
-    that both files store alike are taken from there instead of being read.
+    with the same numbers in both files are taken from there instead of being read.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A fine-tune over its base's weights: what both checkpoints hold alike is in memory once."""
+"""A fine-tune over its base's weights: what both checkpoints hold is in memory once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from lazarus.models.adapters import share_storage
-from lazarus.models.checkpoint import Conversion, StoredTensor, read_headers, same_bytes
+from lazarus.models.checkpoint import Conversion, StoredTensor, read_headers, same_numbers
 
 
 def load_over(
@@ -37,10 +37,10 @@ def load_over(
 
 
 def _same_keys(ours: dict[str, StoredTensor], theirs: dict[str, StoredTensor]) -> set[str]:
-    """The keys of the tensors that are stored alike; none where the two files list others."""
+    """The keys of the tensors with the same numbers; none where the two files list others."""
     if {key: s.shape for key, s in ours.items()} != {key: s.shape for key, s in theirs.items()}:
         return set()
-    return {key for key in ours if same_bytes(ours[key], theirs[key])}
+    return {key for key in ours if same_numbers(ours[key], theirs[key])}
 
 
 def _ties_what_is_stored(model: PreTrainedModel, conversion: Conversion) -> bool:
