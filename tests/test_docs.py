@@ -1,16 +1,17 @@
-"""The documentation is true: the reference is generated, the README's commands run, the map matches."""
+"""The documentation is true: the reference is generated, every number is explained, the map matches.
+
+That its examples run is in tests/test_site.py.
+"""
 
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
 import typer.main
-from typer.testing import CliRunner
 
 import lazarus
 from lazarus.cli import app
@@ -83,44 +84,6 @@ def test_every_number_is_explained(name: str) -> None:
 
 def test_the_factor_of_the_noise_floor_is_the_one_in_the_page() -> None:
     assert f"The floor** is {FACTOR:g} times the largest mean seen" in " ".join(HOW_TO_READ.split())
-
-
-def _blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
-
-
-def test_the_readme_shows_what_the_demo_prints() -> None:
-    shown = next(block for block in _blocks("console") if block.startswith("$ make demo"))
-    printed = CliRunner().invoke(app, ["demo"]).stdout
-    assert shown.removeprefix("$ make demo\n") == printed
-
-
-@pytest.mark.parametrize(
-    "command", [line for block in _blocks("bash") for line in block.splitlines() if line]
-)
-def test_the_readmes_commands_run(
-    command: str, base_folder: Path, finetuned_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("base").symlink_to(base_folder)
-    Path("finetuned").symlink_to(finetuned_folder)
-    Path("prompts.txt").write_text("Hello\nWhat is AI\n", encoding="utf-8")
-    words = shlex.split(command)
-    assert words[0] == "lazarus"
-    result = CliRunner().invoke(app, words[1:])
-    assert result.exit_code == 0, result.output
-
-
-def test_the_readmes_python_runs(
-    base_folder: Path, finetuned_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("base").symlink_to(base_folder)
-    Path("finetuned").symlink_to(finetuned_folder)
-    blocks = _blocks("python")
-    assert blocks
-    for block in blocks:
-        exec(block, {})
 
 
 def test_the_map_of_the_house_is_true() -> None:

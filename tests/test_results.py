@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import lazarus
-from lazarus.errors import SaveError
+from lazarus.errors import ResultFileError, SaveError
 from lazarus.render import save, text
 from lazarus.results import ResultRow, ResultRows, json_schema
 
@@ -73,7 +73,7 @@ def test_a_result_comes_back_as_it_was(diff: lazarus.ActivationDiff, tmp_path: P
 def test_what_is_no_result_is_refused(document: Any, mutate: Any, tmp_path: Path) -> None:
     mutate(document)
     (tmp_path / "y.json").write_text(json.dumps(document), encoding="utf-8")
-    with pytest.raises(SaveError, match=r"y\.json: "):
+    with pytest.raises(ResultFileError, match=r"y\.json: "):
         lazarus.ActivationDiff.load(tmp_path / "y.json")
 
 

@@ -31,8 +31,10 @@ from lazarus.metrics import FEWEST_FOR_CKA
 from lazarus.options import (
     OptionArguments,
     Options,
+    check_token_prompts,
     make_options,
     parse_position,
+    parse_token_prompts,
     read_template,
     readout_layers,
 )
@@ -78,6 +80,7 @@ def activation_diff(
     *,
     tokenizer: Any | None = None,
     observer: Observer | None = None,
+    rank: Rank | None = None,
     **options: Unpack[OptionArguments],
 ) -> ActivationDiff:
     """Run the same prompts through two models and compare their hidden states layer by layer.
@@ -89,6 +92,8 @@ def activation_diff(
             and `group`). One string is read as the command line's `-p`.
         tokenizer: the tokenizer of models in memory; it stands in for both models' own.
         observer: is told how far the run has come.
+        rank: which of several processes this one is; `Rank()` runs alone. The environment says it (torchrun,
+            Slurm) where it is not given.
         options: the command line's options, with underscores: `position="last"`, `batch_tokens=512`.
 
     Returns:
@@ -106,8 +111,9 @@ def activation_diff(
     found = make_prompts(prompts, no_split=chosen.no_split)
     template = read_template(chosen)
     check_chats(found.prompts, chosen.chat_template)
+    check_token_prompts(chosen.token_prompts, len(found.prompts))
     watcher = observer or _Silence()
-    rank = find_rank()
+    rank = rank or find_rank()
     folder = _open_folder(chosen, rank)
     device = pick_device(chosen.device, rank)
     loaded = load_models(base, finetuned, chosen, device, watcher.loading)
@@ -192,7 +198,14 @@ def _plan(facts: RunFacts, reading: Reading, pair: ModelPair, folder: WorkFolder
         noise_floor=not facts.options.no_noise_floor and pair.same_width,
         seed=facts.options.seed,
         folder=folder,
+        token_prompts=_token_prompts(facts, pair),
     )
+
+
+def _token_prompts(facts: RunFacts, pair: ModelPair) -> Literal["auto"] | list[int]:
+    """The prompts of which every token is kept, where every token is compared."""
+    found = parse_token_prompts(facts.options.token_prompts)
+    return [] if facts.position != "all" or found == "none" or not pair.same_width else found
 
 
 def _readout_layers(options: Options, pair: ModelPair, reading: Reading) -> list[int]:

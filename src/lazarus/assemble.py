@@ -15,7 +15,7 @@ import transformers
 
 from lazarus.engine import Conventions, ModelPair, Site
 from lazarus.errors import NoDataError
-from lazarus.findings import Findings, limits
+from lazarus.findings import Findings, limits, trace_tokens
 from lazarus.measure import Measured
 from lazarus.metrics import SiteMeasures
 from lazarus.models import LoadedModel
@@ -87,6 +87,7 @@ def assemble(
         output=found.output,
         readout=readout,
         groups=found.groups(),
+        tokens=trace_tokens(found, reading, facts.position, choose=options.token_prompts == "auto"),
         notes=list(
             dict.fromkeys(
                 [
@@ -188,6 +189,7 @@ def _settings(pair: ModelPair, facts: RunFacts, measured: Measured) -> Settings:
         seed=options.seed,
         trust_remote_code=options.trust_remote_code,
         work_dir=options.work_dir,
+        token_prompts=options.token_prompts if facts.position == "all" else None,
     )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lazarus.errors import GateNotMetError, MissingPackageError, SaveError
-from lazarus.render import save, text
+from lazarus.errors import GateNotMetError, MissingPackageError, ResultFileError
+from lazarus.options import check_bound, check_gates
+from lazarus.render import figure, notebook, save, text
 from lazarus.results import (
     ActivationDiffRecord,
     LayerRecord,
@@ -14,11 +15,13 @@ from lazarus.results import (
     ResultRows,
     SiteRecord,
     Summary,
+    flag_above,
     read_json,
 )
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.axes import Axes
 
 
 class ActivationDiff:
@@ -78,44 +81,82 @@ class ActivationDiff:
 
         return pandas.DataFrame(columns(self.record))
 
-    def save(self, path: str | Path) -> None:
-        """Write the result; the suffix names the format (.json, .csv, .parquet, .md).
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the divergence per layer with its interval and its references; CKA where widths differ.
 
-        The file is written beside its target and renamed, so that nobody reads half of it.
+        Without `ax` it is a new figure of pyplot's, with the local change below where it was measured.
+        Returns the axes of the curve.
+
+        Raises:
+            MissingPackageError: matplotlib is not installed.
+        """
+        return figure.plot_curve(self.record, ax)
+
+    def heatmap(self, ax: Axes | None = None, *, sort: bool = False) -> Axes:
+        """Draw the divergence of every prompt at every layer; with `sort`, the most divergent prompt first.
+
+        Without `ax` it is a new figure of pyplot's. Returns the axes.
+
+        Raises:
+            MissingPackageError: matplotlib is not installed.
+        """
+        return figure.plot_heatmap(self.record, ax, sort=sort)
+
+    def _repr_html_(self) -> str:
+        return notebook.to_html(self.record)
+
+    def with_threshold(self, threshold: float) -> ActivationDiff:
+        """The same result with the layers and sites above another divergence, 0 to 2, flagged.
+
+        Raises:
+            UsageError: it is no divergence.
+        """
+        check_bound("threshold", threshold)
+        return ActivationDiff(flag_above(self.record, threshold))
+
+    def save(self, path: str | Path) -> list[str]:
+        """Write the result; the suffix names the format.
+
+        These are .json, .csv, .parquet, .md, .html, .png, .svg and .pdf. Each file is written beside its
+        target and renamed, so that nobody reads half of it. Returns the files: the one that was named, and
+        before it the rows (`NAME.rows.parquet`) that a page of very many prompts leaves out.
 
         Raises:
             OutputError: the format or the place cannot be written.
             SaveError: the disk gave out on the way; an older file is left as it was.
         """
         save.check_output(str(path))
-        save.save(self.record, str(path))
+        return save.save(self.record, str(path))
 
     @classmethod
     def load(cls, path: str | Path) -> ActivationDiff:
         """Read back what was saved as JSON.
 
         Raises:
-            SaveError: the file cannot be read, or is no result of this schema version.
+            ResultFileError: it cannot be read, or is no result of this schema version.
         """
         try:
             return cls(read_json(Path(path).read_bytes()))
         except OSError as error:
-            raise SaveError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
-        except SaveError as error:
-            raise SaveError(f"{path}: {error}") from error
+            raise ResultFileError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
+        except ResultFileError as error:
+            raise ResultFileError(f"{path}: {error}") from error
 
-    def check_gates(self) -> None:
-        """Hold the result against `settings.fail_above` and `settings.expect`.
+    def check_gates(self, *, fail_above: float | None = None, expect: str | None = None) -> None:
+        """Hold the result against gates: no layer's divergence above `fail_above`, 0 to 2; a verdict of
+        `identical` (or within the noise) or of `changed`.
 
         Raises:
+            UsageError: a value that is no gate.
             GateNotMetError: a layer's divergence is above the limit, or could not be measured; or the
                 models are not what was expected of them, beyond the noise, or no verdict could be given.
         """
-        if self.record.settings.fail_above is not None:
-            self._check_limit(self.record.settings.fail_above)
-        expected, verdict = self.record.settings.expect, self.summary.verdict
-        if expected is not None and (verdict is None or (verdict == "changed") != (expected == "changed")):
-            raise GateNotMetError(f"--expect {expected}: {text.verdict(self.record)}")
+        check_gates(fail_above, expect)
+        if fail_above is not None:
+            self._check_limit(fail_above)
+        verdict = self.summary.verdict
+        if expect is not None and (verdict is None or (verdict == "changed") != (expect == "changed")):
+            raise GateNotMetError(f"--expect {expect}: {text.verdict(self.record)}")
 
     def _check_limit(self, limit: float) -> None:
         for layer in self.layers:

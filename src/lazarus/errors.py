@@ -4,6 +4,7 @@
     ├── UsageError                   exit code 2: the command line, or a call, is wrong
     │   ├── PromptsError             no prompt, an unreadable prompt file, a row without its field
     │   ├── OutputError              a path that cannot be written, a format that is not there
+    │   ├── ResultFileError          a saved result that cannot be read back
     │   └── MissingPackageError      an optional package that this input or output needs
     ├── ModelError                   one of the two models cannot be used
     │   ├── ModelNotFoundError       no such folder, file or Hub id; gated; offline
@@ -20,7 +21,7 @@
     │   └── ChatTemplateError        a chat template that is absent or fails
     ├── NoDataError                  not one finite pair of states
     ├── DeviceError                  a device that is absent, or out of memory
-    ├── SaveError                    the disk is full, or a result file cannot be read back
+    ├── SaveError                    the disk gave out on the way
     └── GateNotMetError              exit code 3: the results are saved, a gate says no
 
 Each message says what was wrong, where, with which values, and what to do about it.
@@ -47,6 +48,10 @@ class PromptsError(UsageError):
 
 class OutputError(UsageError):
     """A result cannot be written to this path, or not in this format."""
+
+
+class ResultFileError(UsageError):
+    """A saved result cannot be read: no such file, no result, or one of another schema version."""
 
 
 class MissingPackageError(UsageError):
@@ -114,7 +119,7 @@ class DeviceError(LazarusError):
 
 
 class SaveError(LazarusError):
-    """A result could not be written on the way, or a saved one cannot be read back."""
+    """A result, or the work of a run, could not be written on the way."""
 
 
 class GateNotMetError(LazarusError):

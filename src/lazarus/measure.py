@@ -5,7 +5,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise, takewhile
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,6 +34,8 @@ from lazarus.tokens import BatchPair, TokenBatch, TokenizedPrompt, make_batches
 
 Noise = Mapping[Site, PromptMeans]
 FEWER_IF_STREAMED = 8
+MOST_TRACED_TOKENS = 16_384
+"""Tokens of which every one is kept until the end, where the run chooses among their prompts."""
 MOST_ROWS = 2048
 """How many rows of repeated prompts are taken in at once, whole prompts at least."""
 
@@ -51,6 +54,8 @@ class Plan:
     seed: int
     n_prefix: int = 0
     """how many first tokens, the same in all prompts, run once"""
+    token_prompts: Literal["auto"] | Sequence[int] = ()
+    """the prompts of which every token is kept; auto leaves the choice to what they turn out to be"""
     folder: WorkFolder | None = None
     """where the work is kept, and shared with other processes"""
 
@@ -85,7 +90,7 @@ def measure(
     whole = _Part(_batches(pair, plan, repeats), _noise_batches(pair, plan, repeats))
     running(whole.n_tokens)
     totals = _Totals(pair, plan, repeats)
-    notes = repeats.notes
+    notes = [*repeats.notes, *_tracing_notes(plan, repeats)]
     if plan.folder is None:
         totals.take(_run(pair, plan, whole, advanced))
     else:
@@ -154,7 +159,8 @@ class _Totals:
         self.pair, self.plan, self.repeats = pair, plan, repeats
         self.n_prompts = len(plan.base_prompts)
         centered = pair.base.anatomy.uses_layer_norm and pair.finetuned.anatomy.uses_layer_norm
-        site_plan = SitePlan(self.n_prompts, centered, _kept(self.n_prompts, plan.seed))
+        kept, traced = _kept(self.n_prompts, plan.seed), _traced(plan, repeats)
+        site_plan = SitePlan(self.n_prompts, centered, kept, traced)
         self.sites: dict[Site, SiteMeasures] = {site: SiteMeasures(site_plan) for site in pair.sites}
         self.output = PromptMeans(OUTPUT_METRICS, self.n_prompts)
         self.noise: list[dict[Site, PromptMeans]] = []
@@ -284,6 +290,25 @@ def _noise_batches(pair: ModelPair, plan: Plan, repeats: Repeats) -> list[TokenB
     sample = [distinct[i] for i in pick_sample(len(distinct), plan.seed)]
     padding = pair.padding(plan.longest)
     return make_batches(sample, plan.batch_tokens, padding, plan.pad_ids[0], plan.n_prefix)
+
+
+def _traced(plan: Plan, repeats: Repeats) -> Sequence[int]:
+    """The prompts of which every token is kept: those named, or the first ones that there is room for."""
+    if plan.token_prompts != "auto":
+        return plan.token_prompts
+    ends = accumulate(len(plan.base_prompts[i].ids) for i in repeats.distinct)
+    n_prompts = len(list(takewhile(lambda n_tokens: n_tokens <= MOST_TRACED_TOKENS, ends)))
+    return repeats.distinct[:n_prompts]
+
+
+def _tracing_notes(plan: Plan, repeats: Repeats) -> list[str]:
+    n_distinct, n_traced = len(repeats.distinct), len(_traced(plan, repeats))
+    if plan.token_prompts != "auto" or n_traced == n_distinct:
+        return []
+    return [
+        f"tokens are kept of the most divergent of the first {n_traced} of {n_distinct} prompts, for which "
+        "there is room; --token-prompts names others"
+    ]
 
 
 def _kept(n_prompts: int, seed: int) -> dict[int, int]:

@@ -34,6 +34,7 @@ class Options:
     align: str = "ids"
     localize: bool = False
     readout: str | None = None
+    token_prompts: str = "auto"
     no_noise_floor: bool = False
     fail_above: float | None = None
     expect: Literal["identical", "changed"] | None = None
@@ -54,18 +55,20 @@ class Options:
                 f"--align text compares where the text ends, and --position is {self.position}. "
                 "Use last or mean."
             )
-        if self.expect is not None:
-            _check_choice("expect", self.expect, EXPECTATIONS)
-            if self.no_noise_floor:
-                raise UsageError(
-                    f"--expect {self.expect} asks for more than the noise, and --no-noise-floor leaves the "
-                    "noise unmeasured. Leave one of the two out."
-                )
+        check_gates(self.fail_above, self.expect)
+        if self.expect is not None and self.no_noise_floor:
+            raise UsageError(
+                f"--expect {self.expect} asks for more than the noise, and --no-noise-floor leaves the "
+                "noise unmeasured. Leave one of the two out."
+            )
         if self.readout is not None:
             parse_readout(self.readout)
-        _check_bound("threshold", self.threshold)
-        if self.fail_above is not None:
-            _check_bound("fail-above", self.fail_above)
+        if not isinstance(parse_token_prompts(self.token_prompts), str) and self.position != "all":
+            raise UsageError(
+                f"--token-prompts {self.token_prompts} keeps every token of these prompts, and --position is "
+                f"{self.position}. Use --position all."
+            )
+        check_bound("threshold", self.threshold)
         if self.batch_tokens is not None and self.batch_tokens < 1:
             raise UsageError(f"--batch-tokens {self.batch_tokens}: give a number of at least 1.")
         _check_device(self.device)
@@ -92,6 +95,7 @@ class OptionArguments(TypedDict, total=False):
     align: str
     localize: bool
     readout: str | None
+    token_prompts: str
     no_noise_floor: bool
     fail_above: float | None
     expect: Literal["identical", "changed"] | None
@@ -162,7 +166,24 @@ def _either(choices: Sequence[str]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
-def _check_bound(name: str, value: float) -> None:
+def check_gates(fail_above: float | None, expect: str | None) -> None:
+    """Refuse what is no gate.
+
+    Raises:
+        UsageError: it names the gate.
+    """
+    if fail_above is not None:
+        check_bound("fail-above", fail_above)
+    if expect is not None:
+        _check_choice("expect", expect, EXPECTATIONS)
+
+
+def check_bound(name: str, value: float) -> None:
+    """Refuse what is no divergence.
+
+    Raises:
+        UsageError: it is not a number from 0 to 2.
+    """
     if not 0 <= value <= 2:
         raise UsageError(f"--{name} {value}: give a divergence, a number from 0 to 2.")
 
@@ -205,6 +226,41 @@ def parse_readout(readout: str) -> Literal["auto", "all"] | list[int]:
         raise UsageError(
             f"--readout {readout}: not layers. Write auto, all, or layers such as 7,15,-1."
         ) from error
+
+
+def parse_token_prompts(chosen: str) -> Literal["auto", "none"] | list[int]:
+    """`auto`, `none`, or the numbers of prompts, from 0, separated by commas.
+
+    Raises:
+        UsageError: it is none of these.
+
+    >>> parse_token_prompts("3,0")
+    [3, 0]
+    """
+    match chosen:
+        case "auto" | "none":
+            return chosen
+    numbers = [number.strip() for number in chosen.split(",")]
+    if not all(number.isdecimal() for number in numbers):
+        raise UsageError(
+            f"--token-prompts {chosen}: not prompts. Write auto, none, or numbers of prompts, from 0, such "
+            "as 0,3."
+        )
+    return list(dict.fromkeys(map(int, numbers)))
+
+
+def check_token_prompts(chosen: str, n_prompts: int) -> None:
+    """Refuse a prompt that is not there.
+
+    Raises:
+        UsageError: it names the first one.
+    """
+    found = parse_token_prompts(chosen)
+    absent = [number for number in found if number >= n_prompts] if isinstance(found, list) else []
+    if absent:
+        raise UsageError(
+            f"--token-prompts {chosen}: there is no prompt {absent[0]} among {n_prompts}, counted from 0."
+        )
 
 
 def readout_layers(readout: str, n_layers: int) -> list[int]:

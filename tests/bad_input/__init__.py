@@ -5,7 +5,7 @@ outcome.py   running one, here or in a process of its own
 page.py      the page of the documentation, written from both
 """
 
-from bad_input import adapters, checkpoints, models, options, outputs, pairs, prompts
+from bad_input import adapters, checkpoints, models, options, outputs, pairs, prompts, saved
 from bad_input.kind import BadInput, compare
 from bad_input.outcome import Outcome, alone, here, observe
 from bad_input.page import page
@@ -15,6 +15,7 @@ SUBJECTS: dict[str, tuple[BadInput, ...]] = {
     "Prompts": prompts.READING,
     "Prompts and the models": prompts.FITTING,
     "Outputs": outputs.KINDS,
+    "Saved results": saved.KINDS,
     "Naming a model": models.NAMES,
     "A model's configuration": models.CONFIGURATIONS,
     "A model's weights": checkpoints.KINDS,

@@ -185,6 +185,27 @@ KINDS = (
         exit_code=2,
     ),
     BadInput(
+        "tokens of no prompt",
+        "`--position all --token-prompts first`",
+        typed("--position", "all", "--token-prompts", "first"),
+        ("--token-prompts first", "auto, none, or numbers of prompts"),
+        exit_code=2,
+    ),
+    BadInput(
+        "tokens of a prompt that is absent",
+        "`--position all --token-prompts 0,4`, with one prompt",
+        typed("--position", "all", "--token-prompts", "0,4"),
+        ("--token-prompts 0,4", "no prompt 4 among 1"),
+        exit_code=2,
+    ),
+    BadInput(
+        "tokens of prompts compared at one",
+        "`--token-prompts 0` without `--position all`",
+        typed("--token-prompts", "0"),
+        ("--token-prompts 0", "--position is auto", "Use --position all"),
+        exit_code=2,
+    ),
+    BadInput(
         "texts aligned at every token",
         "`--align text --position all`",
         typed("--align", "text", "--position", "all"),

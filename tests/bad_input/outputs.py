@@ -102,11 +102,12 @@ KINDS = (
         exit_code=2,
     ),
     BadInput(
-        "output format to come",
-        "`-o diff.html`",
-        typed(o="diff.html"),
-        ("-o diff.html", ".html", ".json, .csv, .parquet, .md"),
+        "output without matplotlib",
+        "`-o figure.svg` without the package matplotlib",
+        typed(o="figure.svg"),
+        ("-o figure.svg", "matplotlib", "pip install 'lazarus-introspect[plot]'"),
         exit_code=2,
+        around=lambda: patch.dict(sys.modules, {"matplotlib": None}),
     ),
     BadInput(
         "output without pyarrow",

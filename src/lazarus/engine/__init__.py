@@ -21,7 +21,7 @@ noise.py       base against base, with what ought not to matter changed
 from lazarus.engine.head import Head
 from lazarus.engine.noise import NoisePlan, one_ulp_away, pick_sample, run_noise
 from lazarus.engine.pair import ModelPair, check_shapes, learn_pair
-from lazarus.engine.positions import Position, check_positions
+from lazarus.engine.positions import Position, check_positions, compared_tokens
 from lazarus.engine.prefix import PrefixPlan, SharedPrefix, common_prefix, share_prefix
 from lazarus.engine.probe import Conventions, head_reads_blocks, learn
 from lazarus.engine.product import Product, choose_product, confirm_product
@@ -47,6 +47,7 @@ __all__ = [
     "check_shapes",
     "choose_product",
     "common_prefix",
+    "compared_tokens",
     "confirm_product",
     "head_reads_blocks",
     "learn",

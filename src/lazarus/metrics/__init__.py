@@ -4,6 +4,7 @@ states.py      a pair of rows → its metrics; each prompt's means over its rows
 directions.py  what all prompts have in common: the unrelated-prompt baseline, the one static shift
 cka.py         similarity of two models of any widths, on one row a prompt
 output.py      a pair of next-token distributions → how far apart they are
+traces.py      every token of a few prompts
 site.py        all of them at one site
 
 Everything here is float64: on the few rows that are compared, never on whole activations.
@@ -31,6 +32,7 @@ from lazarus.metrics.states import (
     to_float64,
     within,
 )
+from lazarus.metrics.traces import TokenTraces
 
 __all__ = [
     "FEWEST_FOR_CKA",
@@ -46,6 +48,7 @@ __all__ = [
     "SiteMeasures",
     "SitePlan",
     "State",
+    "TokenTraces",
     "centered_divergence",
     "compare_local",
     "compare_logits",

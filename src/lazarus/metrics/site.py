@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,8 +22,9 @@ from lazarus.metrics.states import (
     parts_of,
     within,
 )
+from lazarus.metrics.traces import TokenTraces
 
-_PARTS = ("means", "local", "directions", "kept")
+_PARTS = ("means", "local", "directions", "kept", "traces")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class SitePlan:
     """the feature-mean-centred cosine too, for models with LayerNorm"""
     kept: Mapping[int, int] = field(default_factory=dict)
     """prompt → place, of the prompts whose rows CKA is computed on"""
+    traced: Collection[int] = ()
+    """the prompts of which every token is kept"""
 
 
 class SiteMeasures:
@@ -46,6 +49,7 @@ class SiteMeasures:
         self.local = PromptMeans(LOCAL_METRICS, plan.n_prompts)
         self.directions = Directions()
         self.kept = KeptRows(plan.kept)
+        self.traces = TokenTraces(plan.traced)
         self.n_unlike = 0
         """pairs that are left out of every mean, zero or not finite, and not the same in both models"""
 
@@ -62,7 +66,9 @@ class SiteMeasures:
             return
         rows = Rows.of(base, finetuned)
         self.n_unlike += rows.count_unlike()
-        self.means.update(prompts, compare_rows(rows, self.plan.centered))
+        values = compare_rows(rows, self.plan.centered)
+        self.means.update(prompts, values)
+        self.traces.update(prompts, values)
         self.directions.update(prompts, rows)
         if local is not None:
             self.local.update(prompts, compare_local(Rows.of(base, local)))

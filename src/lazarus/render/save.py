@@ -9,8 +9,9 @@ import stat
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 from lazarus.errors import MissingPackageError, OutputError, SaveError
 from lazarus.render import table
@@ -18,7 +19,6 @@ from lazarus.results import ActivationDiffRecord, write_json
 
 Writer = Callable[[ActivationDiffRecord, IO[bytes]], None]
 
-NOT_YET = (".html", ".png", ".svg", ".pdf")
 LEAST_FREE_BYTES = 1 << 20
 TEMPORARY = ".lazarus-"
 
@@ -32,11 +32,30 @@ class Format:
     extra: str | None = None
 
 
+def _picture(kind: Literal["png", "svg", "pdf"]) -> Format:
+    def write(record: ActivationDiffRecord, stream: IO[bytes]) -> None:
+        from lazarus.render.figure import write_figure
+
+        write_figure(record, stream, kind)
+
+    return Format(write, "matplotlib", "plot")
+
+
+def _write_report(record: ActivationDiffRecord, stream: IO[bytes], rows_file: str | None = None) -> None:
+    from lazarus.render.report import write_html
+
+    write_html(record, stream, rows_file)
+
+
 FORMATS = {
     ".json": Format(write_json),
     ".csv": Format(table.write_csv),
     ".parquet": Format(table.write_parquet, "pyarrow", "parquet"),
     ".md": Format(table.write_markdown),
+    ".html": Format(_write_report),
+    ".png": _picture("png"),
+    ".svg": _picture("svg"),
+    ".pdf": _picture("pdf"),
 }
 
 
@@ -44,12 +63,9 @@ def format_of(path: str) -> Format:
     """The format that the suffix names; any other suffix, or none, is JSON.
 
     Raises:
-        OutputError: a format that this version cannot write.
         MissingPackageError: the package that the format needs is not installed.
     """
     suffix = Path(path).suffix.lower()
-    if suffix in NOT_YET:
-        raise OutputError(f"-o {path}: {suffix} cannot be written by this version. Use {', '.join(FORMATS)}.")
     chosen = FORMATS.get(suffix, FORMATS[".json"])
     if chosen.package and importlib.util.find_spec(chosen.package) is None:
         raise MissingPackageError(
@@ -118,13 +134,38 @@ def _check_place(path: str) -> None:
         raise OutputError(f"-o {path}: {free} bytes are free on that disk. Make room first.")
 
 
-def save(record: ActivationDiffRecord, path: str) -> None:
-    """Write a record to a file beside the target, then rename it into its place.
+def save(record: ActivationDiffRecord, path: str) -> list[str]:
+    """Write a record, and return the files that it is in.
+
+    A page that cannot hold all rows has them in a file of its own, written first: `NAME.rows.parquet`, or
+    `NAME.rows.csv` without pyarrow.
 
     Raises:
         SaveError: the disk gave out; whatever was there before is as it was.
     """
     write = format_of(path).write
+    rows = _rows_beside(record, path)
+    if rows is None:
+        _save_one(record, path, write)
+        return [path]
+    _save_one(record, rows, format_of(rows).write)
+    _save_one(record, path, partial(_write_report, rows_file=Path(rows).name))
+    return [rows, path]
+
+
+def _rows_beside(record: ActivationDiffRecord, path: str) -> str | None:
+    """Where the rows go that a page leaves out; None where the output is complete in itself."""
+    if format_of(path) is not FORMATS[".html"] or _is_special(path):
+        return None
+    from lazarus.render.report import is_sampled
+
+    has_parquet = importlib.util.find_spec("pyarrow") is not None
+    suffix = ".rows.parquet" if has_parquet else ".rows.csv"
+    return str(Path(path).with_suffix(suffix)) if is_sampled(record) else None
+
+
+def _save_one(record: ActivationDiffRecord, path: str, write: Writer) -> None:
+    """Write to a file beside the target, then rename it into its place."""
     try:
         if _is_special(path):
             with open(path, "wb") as stream:

@@ -1,12 +1,14 @@
 """What comes back, as data: no torch here.
 
-metrics.py    what each number is called and means
+glossary.py   what each number is called and means
 rows.py       one row a prompt and layer, held as columns
 records.py    the record of a run and its parts
 document.py   the record as JSON, and the JSON Schema
+flags.py      which layers are above a threshold
 """
 
 from lazarus.results.document import json_schema, read_json, write_json
+from lazarus.results.flags import flag_above
 from lazarus.results.glossary import METRICS, Metric
 from lazarus.results.records import (
     SCHEMA_VERSION,
@@ -26,6 +28,7 @@ from lazarus.results.records import (
     Settings,
     SiteRecord,
     Summary,
+    TokenTrace,
     Tool,
     Verdict,
 )
@@ -53,9 +56,11 @@ __all__ = [
     "Settings",
     "SiteRecord",
     "Summary",
+    "TokenTrace",
     "Tool",
     "Verdict",
     "finite_or_none",
+    "flag_above",
     "json_schema",
     "read_json",
     "write_json",

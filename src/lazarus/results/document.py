@@ -7,9 +7,17 @@ from typing import IO, Any
 
 import msgspec
 
-from lazarus.errors import SaveError
-from lazarus.results.records import SCHEMA_VERSION, ActivationDiffRecord, LayerRecord, SiteRecord
+from lazarus.errors import ResultFileError
+from lazarus.results.records import SCHEMA_VERSION, ActivationDiffRecord, LayerRecord, SiteRecord, Tool
 from lazarus.results.rows import ResultRow, ResultRows
+
+
+class _Head(msgspec.Struct):
+    """What any JSON of lazarus begins with."""
+
+    schema_version: str
+    command: str
+    tool: Tool
 
 
 def write_json(record: ActivationDiffRecord, stream: IO[bytes]) -> None:
@@ -31,18 +39,25 @@ def write_json(record: ActivationDiffRecord, stream: IO[bytes]) -> None:
 
 
 def read_json(text: bytes) -> ActivationDiffRecord:
-    """Read a record back, checking every field.
+    """Read a record back, checking every field; one that an earlier version did not measure is null.
 
     Raises:
-        SaveError: it is not JSON, or not a result of this schema version.
+        ResultFileError: it is not JSON, no result of activation-diff, or one of another schema version.
     """
     try:
-        return _DECODER.decode(text)
+        head = msgspec.json.decode(text, type=_Head)
+        if (head.schema_version, head.command) == (SCHEMA_VERSION, "activation-diff"):
+            return _DECODER.decode(text)
     except msgspec.DecodeError as error:
-        raise SaveError(
-            f"not an activation-diff result of schema version {SCHEMA_VERSION}: {error}. "
-            "Save it again with this version of lazarus."
+        raise ResultFileError(
+            f"not an activation-diff result of schema version {SCHEMA_VERSION}: {error}. Give a file that "
+            "activation-diff saved with -o FILE.json."
         ) from error
+    raise ResultFileError(
+        f"a result of {head.command}, schema version {head.schema_version}, saved by {head.tool.name} "
+        f"{head.tool.version}; this version reads activation-diff of schema version {SCHEMA_VERSION}. Read "
+        "it with the version that saved it, or compare again."
+    )
 
 
 def json_schema() -> dict[str, Any]:

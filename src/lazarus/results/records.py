@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from msgspec import Meta
+from msgspec import Meta, field
 
 from lazarus.results.rows import Layer, Record, ResultRows
 
@@ -49,7 +49,7 @@ class Settings(Record, frozen=True, kw_only=True):
     memory: Literal["resident", "stream"]
     align: Literal["ids", "text"]
     localize: bool
-    readout: str | None
+    readout: str | None = None
     noise_floor: bool
     fail_above: float | None
     expect: Literal["identical", "changed"] | None
@@ -59,6 +59,7 @@ class Settings(Record, frozen=True, kw_only=True):
     seed: int
     trust_remote_code: bool
     work_dir: str | None = None
+    token_prompts: str | None = None
 
 
 class Environment(Record, frozen=True, kw_only=True):
@@ -216,6 +217,17 @@ class Groups(Record, frozen=True, kw_only=True):
     contrasts: list[GroupContrast]
 
 
+class TokenTrace(Record, frozen=True, kw_only=True):
+    """Every compared token of one prompt, with `position` all."""
+
+    prompt_index: int
+    positions: Annotated[list[int], Meta(description="of each token in the prompt, from 0")]
+    tokens: Annotated[list[str], Meta(description="each token's text")]
+    divergence: Annotated[
+        list[list[float | None]], Meta(description="of each token at every layer; null if not finite")
+    ]
+
+
 class Summary(Record, frozen=True, kw_only=True):
     """The few numbers that a reader looks for first; null where there is none."""
 
@@ -229,7 +241,7 @@ class Summary(Record, frozen=True, kw_only=True):
     ] = None
     causes: Annotated[
         list[str], Meta(description="where nothing changed: what was found that may explain it")
-    ]
+    ] = field(default_factory=list)
     weights_identical: Annotated[bool | None, Meta(description="both run on the same weights")] = None
     onset_layer: Annotated[
         Layer | None, Meta(description="from here on every layer's divergence is above the noise")
@@ -258,4 +270,5 @@ class ActivationDiffRecord(Record, frozen=True, kw_only=True):
     output: Output | None = None
     readout: list[Readout] | None = None
     groups: Groups | None = None
+    tokens: list[TokenTrace] | None = None
     notes: list[str]

@@ -9,7 +9,7 @@ import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
-from lazarus.errors import SaveError
+from lazarus.errors import ResultFileError
 
 Layer = Annotated[int, Meta(ge=0, description="the block, counted from 0")]
 
@@ -101,7 +101,7 @@ class ResultRows(Sequence[ResultRow]):
         n_layers = max((row.layer for row in rows), default=-1) + 1
         places = [(row.prompt_index, row.layer) for row in rows]
         if not rows or places != [divmod(i, n_layers) for i in range(len(rows))]:
-            raise SaveError("results: the rows are not one a prompt and layer, in order")
+            raise ResultFileError("results: the rows are not one a prompt and layer, in order")
         columns = {
             name: np.array([getattr(row, name) for row in rows], dtype=np.float64) for name in cls.COLUMNS
         }

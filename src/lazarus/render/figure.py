@@ -1,0 +1,176 @@
+"""The curve as a file, for a paper; the curve, and prompts × layers, as plots in a notebook."""
+
+from __future__ import annotations
+
+from typing import IO, TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lazarus.errors import MissingPackageError
+from lazarus.render.curve import DIVERGENCE, draw_curve, draw_local, drawable, number_layers
+from lazarus.render.series import LayerSeries, measured
+from lazarus.results import ActivationDiffRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["compose", "draw_curve", "draw_heatmap", "draw_local", "figure_size", "write_figure"]
+
+WIDTH_INCHES = 6.8
+HEIGHT_INCHES = 3.0
+HEIGHT_WITH_LOCAL_INCHES = 4.2
+DPI = 300
+LARGER = 1.25
+"""a notebook's text is 10 points and not 8, and so is its figure larger"""
+
+NAME_CHARACTERS = 36
+PROMPT_CHARACTERS = 40
+MOST_PROMPTS_LABELLED = 40
+
+STYLE: dict[str, Any] = {
+    "font.family": ["DejaVu Sans", "sans-serif"],  # the first ships with matplotlib: the same everywhere
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 3,
+    "ytick.major.size": 3,
+    "pdf.fonttype": 42,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "lazarus",
+}
+# No date in it: the same record gives the same bytes.
+METADATA: dict[str, dict[str, str | None]] = {
+    "png": {"Software": "lazarus"},
+    "svg": {"Date": None, "Creator": "lazarus"},
+    "pdf": {"CreationDate": None, "ModDate": None, "Creator": "lazarus", "Producer": None},
+}
+
+
+def write_figure(
+    record: ActivationDiffRecord, stream: IO[bytes], format: Literal["png", "svg", "pdf"]
+) -> None:
+    """The curve as a figure 6.8 inches wide, two columns of most papers; 300 dots an inch in PNG.
+
+    A reader's own settings of matplotlib have no part in it, and none of them is changed.
+    """
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=figure_size(record), layout="constrained")
+        compose(record, figure)
+        figure.savefig(stream, format=format, dpi=DPI, metadata=METADATA[format])
+
+
+def figure_size(record: ActivationDiffRecord) -> tuple[float, float]:
+    """Width and height in inches: a local change has a panel of its own."""
+    has_local = measured(LayerSeries.of(record).local)
+    return WIDTH_INCHES, HEIGHT_WITH_LOCAL_INCHES if has_local else HEIGHT_INCHES
+
+
+def compose(record: ActivationDiffRecord, figure: Figure) -> Axes:
+    """Draw the curve into an empty figure, the local change below it where it was measured.
+
+    Returns:
+        The axes of the curve.
+    """
+    axes: Axes
+    if not measured(LayerSeries.of(record).local):
+        axes = figure.subplots()
+        draw_curve(record, axes)
+    else:
+        axes, below = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [2.2, 1]})
+        draw_curve(record, axes)
+        draw_local(record, below)
+        axes.set_xlabel("")
+        figure.align_ylabels()
+    axes.set_title(_title(record), loc="left", fontsize="medium", parse_math=False)
+    return axes
+
+
+def draw_heatmap(record: ActivationDiffRecord, axes: Axes, *, sort: bool = False) -> None:
+    """Draw the divergence of every prompt at every layer, with a colour bar; grey is not measured.
+
+    Args:
+        record: the result.
+        axes: where to draw.
+        sort: the most divergent prompt first, by its mean over layers; else in the order of the prompts.
+    """
+    import matplotlib
+
+    divergence = record.results.column("divergence")
+    order = _most_divergent_first(divergence) if sort else np.arange(len(divergence))
+    image = axes.imshow(
+        np.ma.masked_invalid(divergence[order]),
+        aspect="auto",
+        cmap=matplotlib.colormaps["cividis"].with_extremes(bad="#C0C0C0"),
+        vmin=0.0,
+        vmax=float(np.nanmax(divergence, initial=0.0)) or 1.0,
+    )
+    number_layers(record, axes)
+    if len(order) <= MOST_PROMPTS_LABELLED:
+        labels = [drawable(record.prompts[i].text, PROMPT_CHARACTERS) for i in order]
+        axes.set_yticks(range(len(order)), labels, fontsize="small", parse_math=False)
+    else:
+        axes.set_ylabel("Prompt, most divergent first" if sort else "Prompt")
+    axes.figure.colorbar(image, ax=axes, label=DIVERGENCE)
+
+
+def plot_curve(record: ActivationDiffRecord, axes: Axes | None) -> Axes:
+    """Draw the curve on these axes; without, in a new figure of pyplot's, local change included.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    if axes is None:
+        width, height = figure_size(record)
+        return compose(record, _new_figure("plot", (LARGER * width, LARGER * height)))
+    draw_curve(record, axes)
+    return axes
+
+
+def plot_heatmap(record: ActivationDiffRecord, axes: Axes | None, *, sort: bool) -> Axes:
+    """Draw prompts × layers on these axes, or in a new figure of pyplot's.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    if axes is None:
+        n_labelled = min(len(record.prompts), MOST_PROMPTS_LABELLED)
+        figure = _new_figure("heatmap", (WIDTH_INCHES, max(2.4, 0.8 + 0.17 * n_labelled)))
+        axes = figure.subplots()
+        axes.set_title(_title(record), loc="left", fontsize="medium", parse_math=False)
+    draw_heatmap(record, axes, sort=sort)
+    return axes
+
+
+def _title(record: ActivationDiffRecord) -> str:
+    base, finetuned = (drawable(model.id, NAME_CHARACTERS) for model in (record.base, record.finetuned))
+    return f"{base} → {finetuned}"
+
+
+def _most_divergent_first(divergence: NDArray[np.float64]) -> NDArray[np.intp]:
+    is_measured = ~np.isnan(divergence)
+    sums = np.where(is_measured, divergence, 0.0).sum(axis=1)
+    return np.argsort(-sums / np.maximum(1, is_measured.sum(axis=1)), kind="stable")
+
+
+def _new_figure(method: str, size: tuple[float, float]) -> Figure:
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise MissingPackageError(
+            f"{method} needs the package matplotlib. Install it with "
+            "`pip install 'lazarus-introspect[plot]'`."
+        ) from error
+    figure: Figure = pyplot.figure(figsize=size, layout="constrained")
+    return figure

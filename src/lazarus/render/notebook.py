@@ -1,0 +1,123 @@
+"""A result as a notebook shows it: HTML without scripts that takes on the notebook's own colours."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lazarus.render.escape import escaped
+from lazarus.render.figure import STYLE, compose, figure_size
+from lazarus.render.summary import summary_lines, verdict
+from lazarus.render.table import MAYBE_SHOWN, SHOWN
+from lazarus.results import METRICS, ActivationDiffRecord, LayerRecord
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+MOST_ROWS_OPEN = 16
+MARK = "***"
+NOT_MEASURED = "–"
+INK = "#010203"
+"""stands for the notebook's own text colour while the curve is drawn"""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number as it is shown, and every digit of it."""
+
+    text: str
+    exact: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer of the table."""
+
+    layer: int
+    cells: list[Cell]
+    mark: str
+
+
+def to_html(record: ActivationDiffRecord) -> str:
+    """The verdict, the summary, the curve, the layers and the notes, as one element of HTML.
+
+    Without matplotlib the curve is left out. Whatever stands in a prompt or a name is text.
+    """
+    names = [
+        *SHOWN,
+        *(name for name in MAYBE_SHOWN if any(_value(row, name) is not None for row in record.layers)),
+    ]
+    lines = [line for line in summary_lines(record) if not line.startswith("Verdict: ")]
+    return _template().render(
+        base=escaped(record.base.id),
+        finetuned=escaped(record.finetuned.id),
+        verdict=verdict(record),
+        verdict_class=record.summary.verdict or "none",
+        lines=lines,
+        curve=_curve(record),
+        headings=[METRICS[name].heading for name in names],
+        rows=[_row(layer, names) for layer in record.layers],
+        most_rows_open=MOST_ROWS_OPEN,
+        threshold=f"{record.settings.threshold:g}",
+        notes=[escaped(note) for note in record.notes],
+    )
+
+
+@cache
+def _template() -> Template:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template("notebook.html.j2")
+
+
+def _row(layer: LayerRecord, names: Sequence[str]) -> Row:
+    cells = [_cell(_value(layer, name), METRICS[name].format) for name in names]
+    return Row(layer.layer, cells, MARK if layer.flagged else "")
+
+
+def _cell(value: float | None, format_of_metric: str) -> Cell:
+    return Cell(NOT_MEASURED, "") if value is None else Cell(format(value, format_of_metric), repr(value))
+
+
+def _value(layer: LayerRecord, name: str) -> float | None:
+    if name == "local_relative_l2":
+        return layer.local.relative_l2 if layer.local else None
+    value: float | None = getattr(layer, name)
+    return value
+
+
+def _curve(record: ActivationDiffRecord) -> Any:
+    """The curve as an element of SVG, empty where matplotlib is not installed."""
+    from markupsafe import Markup
+
+    try:
+        svg = _drawn(record)
+    except ImportError:
+        return ""
+    # A style sheet or an id in it would hold for the whole page; no id of a group is referred to.
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg).replace(INK, "currentColor")
+    return Markup(svg.replace("<svg ", '<svg role="img" aria-label="Divergence per layer" ', 1))
+
+
+def _drawn(record: ActivationDiffRecord) -> str:
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    colours = {**dict.fromkeys(inked, INK), "figure.facecolor": "none", "axes.facecolor": "none"}
+    stream = io.BytesIO()
+    with style.context(["default", {**STYLE, **colours}]):
+        figure = Figure(figsize=figure_size(record), layout="constrained")
+        compose(record, figure).set_title("", loc="left")  # the names stand above it already
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+    return stream.getvalue().decode()

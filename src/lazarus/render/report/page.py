@@ -1,0 +1,164 @@
+"""The file itself: what is written into the template, and what its scripts may do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import IO, Any
+
+from lazarus.render.escape import escaped
+from lazarus.render.report import assets, tables
+from lazarus.render.report.answers import answers, headline
+from lazarus.render.report.payload import MOST_CURVES, payload
+from lazarus.render.report.sample import Sample, TokenSample, choose, choose_tokens, in_script
+from lazarus.render.series import LayerSeries, measured
+from lazarus.render.summary import summary_lines
+from lazarus.results import METRICS, ActivationDiffRecord
+
+
+def write_html(record: ActivationDiffRecord, stream: IO[bytes], rows_file: str | None = None) -> None:
+    """Write the report: one file that needs no network, the same bytes for the same result.
+
+    `rows_file` is the name of the file that has every row, where the page is a sample of the prompts
+    (`is_sampled`); the page names it. At 1,000 prompts and 80 layers the file is below 3,000,000 bytes.
+    """
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    code = {"script": assets.script(), "library": assets.library()}
+    sample = choose(record)
+    tokens = choose_tokens(record, len(sample.indexes))
+    page = environment.from_string(assets.template()).render(
+        **_context(record),
+        prompts_notes=_prompts_notes(sample, rows_file),
+        tokens_note=_tokens_note(tokens),
+        csp=_policy(list(code.values())),
+        style=Markup(assets.style()),
+        data=Markup(in_script(payload(record, sample, tokens))),
+        **{name: Markup(text) for name, text in code.items()},
+    )
+    stream.write(page.encode("utf-8", "replace"))
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Which parts of the page there is something for."""
+
+    divergence: bool
+    local: bool
+    cka: bool
+    tokens: bool
+    groups: bool
+    output: bool
+    readout: bool
+
+
+def _context(record: ActivationDiffRecord) -> dict[str, Any]:
+    """What the template says of the result, whatever part of it the page has."""
+    return {
+        "record": record,
+        "names": (escaped(record.base.id), escaped(record.finetuned.id)),
+        "verdict": record.summary.verdict or "none",
+        "headline": headline(record),
+        "answers": answers(record),
+        "summary": _unsaid(record),
+        "notes": [escaped(note) for note in record.notes],
+        "shown": _shown(record),
+        "absent": _absent(record),
+        "layers": tables.layers(record),
+        "groups": tables.groups(record),
+        "contrasts": tables.contrasts(record),
+        "output": tables.output(record),
+        "readout": tables.readout(record),
+        "provenance": tables.provenance(record),
+        "metrics": list(METRICS.values()),
+        "groups_note": _groups_note(record),
+    }
+
+
+def _policy(scripts: list[str]) -> str:
+    """No request of any kind, and no script but these."""
+    hashes = " ".join(assets.csp_hash(script) for script in scripts)
+    return (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _unsaid(record: ActivationDiffRecord) -> list[tuple[str, str]]:
+    """The summary without the verdict, which is the headline: (what, what is said of it)."""
+    lines = [line for line in summary_lines(record) if not line.startswith("Verdict: ")]
+    parts = [line.partition(": ") for line in lines]
+    return [
+        (head, rest) if mark and ";" not in head else ("", line)
+        for line, (head, mark, rest) in zip(lines, parts, strict=True)
+    ]
+
+
+def _shown(record: ActivationDiffRecord) -> Shown:
+    series = LayerSeries.of(record)
+    divergence = measured(series.divergence)
+    return Shown(
+        divergence=divergence,
+        local=measured(series.local),
+        cka=not divergence and measured(series.cka),
+        tokens=bool(record.tokens),
+        groups=bool(record.groups and record.groups.curves),
+        output=record.output is not None,
+        readout=bool(record.readout),
+    )
+
+
+def _absent(record: ActivationDiffRecord) -> list[str]:
+    """What was not measured, and what would measure it."""
+    shown = _shown(record)
+    reasons = (
+        (shown.divergence, "the divergence (the two models have states of different width)"),
+        (measured([layer.noise_floor for layer in record.layers]), "the noise floor"),
+        (shown.local, "each block's own change (--localize)"),
+        (shown.tokens, "single tokens (--position all)"),
+        (shown.groups, "groups of prompts (give the prompts a group)"),
+        (shown.output, "the next token (no next-token head, or --align text)"),
+        (shown.readout, "the readout as tokens (--readout auto)"),
+    )
+    return [reason for is_there, reason in reasons if not is_there]
+
+
+def _prompts_notes(sample: Sample, rows_file: str | None) -> list[str]:
+    notes = []
+    if not sample.is_whole:
+        drawn = len(sample.indexes) - sample.n_worst
+        where = (
+            f"All of them are in {rows_file}." if rows_file else "Save the result as .json for all of them."
+        )
+        notes.append(
+            f"This page has room for {len(sample.indexes):,} of the {sample.n_prompts:,} prompts: the "
+            f"{sample.n_worst:,} with the largest divergence at any layer, and {drawn:,} drawn at random "
+            f"from the others (seed {sample.seed}). {where}"
+        )
+    if sample.n_cut:
+        notes.append(
+            f"{sample.n_cut:,} of the texts are longer than {sample.characters:,} characters and are cut "
+            "there in this page. The result saved as .json has them whole."
+        )
+    return notes
+
+
+def _tokens_note(tokens: TokenSample | None) -> str:
+    if tokens is None or (len(tokens.traces) == tokens.n_traces and not tokens.n_tokens_cut):
+        return ""
+    note = f"This page has room for the tokens of {len(tokens.traces):,} of {tokens.n_traces:,} prompts"
+    if tokens.n_tokens_cut:
+        note += f", the last of them without its last {tokens.n_tokens_cut:,} tokens"
+    return f"{note}. The result saved as .json has all of them."
+
+
+def _groups_note(record: ActivationDiffRecord) -> str:
+    count = len(record.groups.curves) if record.groups else 0
+    if count <= MOST_CURVES:
+        return ""
+    return (
+        f"The first {MOST_CURVES} of {count:,} groups are drawn. The result saved as .json has all of them."
+    )

@@ -1,0 +1,135 @@
+"""A saved result shown again: as it was, in other formats, with another threshold, and by older versions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import lazarus
+from lazarus.cli import app
+from lazarus.errors import GateNotMetError, ResultFileError, UsageError
+
+SAVED = Path(__file__).parent / "saved"
+PROMPTS = "Hello,How are you,What is AI,The answer is,Write a list,One,Two words"
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, finetuned_folder: Path) -> Path:
+    """What one run printed (`printed.txt`) and saved (`diff.json`)."""
+    folder = tmp_path_factory.mktemp("saved")
+    pair = ("-b", str(base_folder), "-f", str(finetuned_folder), "-p", PROMPTS)
+    done = run("introspect", "activation-diff", *pair, "--localize", "-o", str(folder / "diff.json"))
+    assert done.exit_code == 0, done.output
+    (folder / "printed.txt").write_text(done.stdout.rpartition("Results saved to")[0], encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def diff(folder: Path) -> lazarus.ActivationDiff:
+    return lazarus.ActivationDiff.load(folder / "diff.json")
+
+
+def test_it_prints_what_the_run_printed(folder: Path) -> None:
+    shown = run("show", str(folder / "diff.json"))
+    assert (shown.exit_code, shown.stderr) == (0, "")
+    assert shown.stdout == (folder / "printed.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("suffix", [".json", ".csv", ".md"])
+def test_it_saves_what_the_run_would_have_saved(
+    folder: Path, diff: lazarus.ActivationDiff, suffix: str, tmp_path: Path
+) -> None:
+    target = tmp_path / f"again{suffix}"
+    shown = run("show", str(folder / "diff.json"), "-o", str(target))
+    assert shown.stdout.endswith(f"Results saved to: {target}\n")
+    diff.save(tmp_path / f"once{suffix}")
+    assert target.read_bytes() == (tmp_path / f"once{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.02, 2.0])
+def test_another_threshold_gives_what_a_run_with_it_gives(
+    diff: lazarus.ActivationDiff, threshold: float, base_folder: Path, finetuned_folder: Path
+) -> None:
+    texts = [prompt.text for prompt in diff.prompts]
+    anew = lazarus.activation_diff(
+        str(base_folder), str(finetuned_folder), texts, threshold=threshold, localize=True
+    )
+    found = diff.with_threshold(threshold)
+    assert found.layers == anew.layers
+    assert found.sites == anew.sites
+    assert found.summary == anew.summary
+    assert found.record.settings.threshold == threshold
+    assert diff.record.settings.threshold == 0.1
+
+
+def test_the_command_marks_by_the_threshold_given(folder: Path, diff: lazarus.ActivationDiff) -> None:
+    lowest = min(layer.divergence or 0.0 for layer in diff.layers)
+    shown = run("show", str(folder / "diff.json"), "--threshold", str(lowest))
+    assert shown.stdout.count(" ***\n") == len(diff.layers) - 1
+
+
+def test_gates_are_those_that_are_given_now(folder: Path, diff: lazarus.ActivationDiff) -> None:
+    worst = max(layer.divergence or 0.0 for layer in diff.layers)
+    path = str(folder / "diff.json")
+    assert run("show", path, "--fail-above", str(worst), "--expect", "changed").exit_code == 0
+    failed = run("show", path, "--fail-above", str(worst * 0.99))
+    assert failed.exit_code == 3
+    assert f"--fail-above {worst * 0.99:g}" in failed.stderr
+    assert run("show", path, "--expect", "identical").exit_code == 3
+    with pytest.raises(GateNotMetError, match="--expect identical"):
+        diff.check_gates(expect="identical")
+    with pytest.raises(UsageError, match="--fail-above 3"):
+        diff.check_gates(fail_above=3)
+
+
+def test_a_gate_of_the_run_does_not_fail_the_showing(tmp_path: Path, folder: Path) -> None:
+    saved = json.loads((folder / "diff.json").read_bytes())
+    saved["settings"] |= {"fail_above": 0.0, "expect": "identical"}
+    (tmp_path / "gated.json").write_text(json.dumps(saved), encoding="utf-8")
+    assert run("show", str(tmp_path / "gated.json")).exit_code == 0
+
+
+def test_it_does_not_write_over_the_result(folder: Path) -> None:
+    path = str(folder / "diff.json")
+    refused = run("show", path, "-o", path)
+    assert refused.exit_code == 2
+    assert "is read by this run" in refused.stderr
+
+
+@pytest.mark.parametrize("name", ["activation-diff-1", "activation-diff-2"])
+def test_a_result_of_an_earlier_version_is_shown(name: str, golden: Callable[[str, str], None]) -> None:
+    """1 is from before intervals, noise floor and local change were measured; 2 from before streams."""
+    shown = run("show", str(SAVED / f"{name}.json"))
+    assert shown.exit_code == 0, shown.stderr
+    golden(f"show-{name}.txt", shown.stdout)
+    saved = json.loads((SAVED / f"{name}.json").read_bytes())
+    found = lazarus.ActivationDiff.load(SAVED / f"{name}.json")
+    assert [layer.divergence for layer in found.layers] == [row["divergence"] for row in saved["layers"]]
+    assert found.record.tokens is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"schema_version": "2.0"}, "activation-diff, schema version 2.0, saved by lazarus 0.1.0"),
+        ({"schema_version": "0.9"}, "reads activation-diff of schema version 1.0"),
+        ({"command": "weight-diff"}, "a result of weight-diff, schema version 1.0"),
+    ],
+)
+def test_one_that_it_cannot_read_says_why(folder: Path, changes: Any, says: str, tmp_path: Path) -> None:
+    saved = json.loads((folder / "diff.json").read_bytes())
+    (tmp_path / "other.json").write_text(json.dumps({**saved, **changes}), encoding="utf-8")
+    shown = run("show", str(tmp_path / "other.json"))
+    assert shown.exit_code == 2
+    assert says in shown.stderr
+    with pytest.raises(ResultFileError, match=r"other\.json: .*compare again"):
+        lazarus.ActivationDiff.load(tmp_path / "other.json")
