@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lazarus.render.escape import escaped
 from lazarus.render.figure import STYLE, compose, figure_size
 from lazarus.render.summary import summary_lines, verdict
-from lazarus.render.table import MAYBE_SHOWN, SHOWN
+from lazarus.render.table import layer_value, shown_names
 from lazarus.results import METRICS, ActivationDiffRecord, LayerRecord
 
 if TYPE_CHECKING:
@@ -48,10 +48,7 @@ def to_html(record: ActivationDiffRecord) -> str:
 
     Without matplotlib the curve is left out. Whatever stands in a prompt or a name is text.
     """
-    names = [
-        *SHOWN,
-        *(name for name in MAYBE_SHOWN if any(_value(row, name) is not None for row in record.layers)),
-    ]
+    names = shown_names(record)
     lines = [line for line in summary_lines(record) if not line.startswith("Verdict: ")]
     return _template().render(
         base=escaped(record.base.id),
@@ -79,19 +76,12 @@ def _template() -> Template:
 
 
 def _row(layer: LayerRecord, names: Sequence[str]) -> Row:
-    cells = [_cell(_value(layer, name), METRICS[name].format) for name in names]
+    cells = [_cell(layer_value(layer, name), METRICS[name].format) for name in names]
     return Row(layer.layer, cells, MARK if layer.flagged else "")
 
 
 def _cell(value: float | None, format_of_metric: str) -> Cell:
     return Cell(NOT_MEASURED, "") if value is None else Cell(format(value, format_of_metric), repr(value))
-
-
-def _value(layer: LayerRecord, name: str) -> float | None:
-    if name == "local_relative_l2":
-        return layer.local.relative_l2 if layer.local else None
-    value: float | None = getattr(layer, name)
-    return value
 
 
 def _curve(record: ActivationDiffRecord) -> Any:

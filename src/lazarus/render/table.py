@@ -55,7 +55,7 @@ def write_parquet(record: ActivationDiffRecord, stream: IO[bytes]) -> None:
 
 def write_markdown(record: ActivationDiffRecord, stream: IO[bytes]) -> None:
     """The table of the layers, with what was compared above it and the notes below."""
-    names = [*SHOWN, *(name for name in MAYBE_SHOWN if _measured(record, name))]
+    names = shown_names(record)
     head = ["Layer", *(METRICS[name].heading for name in names), ""]
     lines = [
         f"# `{record.base.id}` against `{record.finetuned.id}`",
@@ -73,11 +73,16 @@ def write_markdown(record: ActivationDiffRecord, stream: IO[bytes]) -> None:
     stream.write(("\n".join(lines) + "\n").encode())
 
 
-def _measured(record: ActivationDiffRecord, name: str) -> bool:
-    return any(_value(layer, name) is not None for layer in record.layers)
+def shown_names(record: ActivationDiffRecord) -> list[str]:
+    """The metrics that a table of layers shows: the usual ones, and of the others what was measured."""
+    measured = (
+        name for name in MAYBE_SHOWN if any(layer_value(layer, name) is not None for layer in record.layers)
+    )
+    return [*SHOWN, *measured]
 
 
-def _value(layer: LayerRecord, name: str) -> float | None:
+def layer_value(layer: LayerRecord, name: str) -> float | None:
+    """A metric of a layer by its name; None where it was not measured."""
     if name == "local_relative_l2":
         return layer.local.relative_l2 if layer.local else None
     value: float | None = getattr(layer, name)
@@ -85,7 +90,7 @@ def _value(layer: LayerRecord, name: str) -> float | None:
 
 
 def _markdown_row(layer: LayerRecord, names: Sequence[str]) -> str:
-    values = [_value(layer, name) for name in names]
+    values = [layer_value(layer, name) for name in names]
     cells = ["nan" if v is None else format(v, METRICS[n].format) for n, v in zip(names, values, strict=True)]
     return "| " + " | ".join([str(layer.layer), *cells, "***" if layer.flagged else ""]) + " |"
 

@@ -51,7 +51,7 @@ function layoutOf(layers, title, log) {
     plot_bgcolor: "rgba(0,0,0,0)",
     margin: { l: 56, r: 12, t: 8, b: 44 },
     hovermode: "x unified",
-    hovermode: false,
+    hoverdistance: -1,
     dragmode: COARSE.matches ? false : "zoom",
     hoverlabel: { bgcolor: colours.sheet, bordercolor: colours.quiet, font: { ...font, color: colours.ink } },
     showlegend: true,
