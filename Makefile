@@ -17,7 +17,7 @@ test: $(VENV)/.installed-dev  ## run every test that needs no network and no rea
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 test-browser: $(VENV)/.installed-dev  ## open the report in Chromium, which must be there (Debian: apt install chromium)
-	$(BIN)/python -m pytest -q -m browser
+	LAZARUS_REQUIRE_CHROMIUM=1 $(BIN)/python -m pytest -q -m browser
 
 test-real: $(VENV)/.installed-dev $(VENV)/.real-weights  ## run the tests on SmolLM2-135M and MiniLM
 	$(BIN)/python -m pytest -q -m real tests/test_real.py

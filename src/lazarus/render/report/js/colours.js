@@ -52,7 +52,7 @@ function startTheme() {
   const button = document.getElementById("theme");
   const show = () => {
     button.textContent = isDark() ? "Light theme" : "Dark theme";
-    ;
+    redraws.forEach((redraw) => redraw());
   };
   button.addEventListener("click", () => {
     document.documentElement.dataset.theme = isDark() ? "light" : "dark";

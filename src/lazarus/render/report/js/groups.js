@@ -27,6 +27,7 @@ function startGroups() {
   if (none) disableLog("groups");
   const redraw = plotWhenNear("groups-plot", () => {
     const layout = layoutOf(data.series.layers, "Divergence", log);
+    if (NARROW.matches) layout.legend.entrywidth = 1;
     if (!log) layout.yaxis.rangemode = "tozero";
     if (none) layout.yaxis.range = [-0.02, 1];
     document.getElementById("groups-plot-note").textContent =

@@ -1,0 +1,285 @@
+"""Results for the tests of the report, made without a model: every value is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from lazarus.results import (
+    ActivationDiffRecord,
+    Environment,
+    GroupContrast,
+    GroupCurve,
+    Groups,
+    LayerRecord,
+    LocalChange,
+    ModelInfo,
+    Output,
+    PromptRecord,
+    Readout,
+    ReadoutToken,
+    ResultRows,
+    Settings,
+    SiteRecord,
+    Summary,
+    TokenTrace,
+    Tool,
+)
+
+THRESHOLD = 0.1
+HOSTILE = (
+    "<script>window.pwned=1</script>",
+    "</script><script>window.pwned=2</script>",
+    "<!-- <script> <img src=x onerror=window.pwned=3>",
+    "{{ 7 * 7 }} {% raw %} ${7*7} & &amp; \"quotes\" 'single'",
+    "\u202eright to left\u202c and \u200f\u05e9\u05dc\u05d5\u05dd\u200e عربى",
+    "👩‍💻 emoji \u2028 line \u2029 paragraph",
+    "NUL \x00 escape \x1b[31m tab\tline\nnext",
+)
+
+
+def layer_record(layer: int, values: NDArray[np.float64], **changes: Any) -> LayerRecord:
+    """A layer whose numbers follow from its prompts' divergences; all of them None without any."""
+    finite = values[~np.isnan(values)]
+    mean = mean_of(values) if finite.size else None
+    fields: dict[str, Any] = {
+        "layer": layer,
+        "cosine_similarity": None if mean is None else 1 - mean,
+        "divergence": mean,
+        "flagged": mean is not None and mean > THRESHOLD,
+        "n_prompts": int(finite.size),
+        "relative_l2": None if mean is None else float(np.sqrt(2 * mean)),
+        "norm_ratio": None if mean is None else 1 + mean / 3,
+        "centered_cosine_similarity": None,
+        "noise_floor": None if mean is None else 3e-7,
+        "noise_floor_divergence": None if mean is None else 4.5e-14,
+        "unrelated_similarity": None if mean is None else 0.3,
+        "normalized_divergence": None if mean is None else mean / 0.7,
+        "interval": None if mean is None else (mean * 0.8, mean * 1.3),
+        "top1_share": None if mean is None else 0.1,
+        "top3_share": None if mean is None else 0.2,
+    }
+    return LayerRecord(**{**fields, **changes})
+
+
+def site_record(name: Any, values: NDArray[np.float64]) -> SiteRecord:
+    """The same outside the blocks."""
+    fields = msgspec.structs.asdict(layer_record(0, values))
+    del fields["layer"], fields["finetuned_layer"]
+    return SiteRecord(name=name, **fields)
+
+
+def divergences(n_prompts: int, n_layers: int, seed: int = 0) -> NDArray[np.float64]:
+    """A divergence that grows with depth, with prompts that differ by orders of magnitude.
+
+    Only what every processor rounds alike: the golden file holds its bits.
+    """
+    prompt = np.arange(seed, seed + n_prompts)[:, None]
+    layer = np.arange(n_layers)[None, :]
+    size = 0.5 ** (prompt * 7 % 11) * (1 + prompt % 97 / 100) / 2
+    values: NDArray[np.float64] = (
+        size * ((layer + 1) / n_layers) ** 2 * (0.8 + (prompt * 31 + layer * 17) % 41 / 100)
+    )
+    return values
+
+
+def mean_of(values: NDArray[np.float64]) -> float:
+    """The mean of the finite ones, the same everywhere."""
+    finite = values[~np.isnan(values)]
+    return math.fsum(finite) / finite.size
+
+
+def record_of(
+    values: NDArray[np.float64], texts: Sequence[str] | None = None, **changes: Any
+) -> ActivationDiffRecord:
+    """A result with these divergences, [prompts, layers]; fields as given in `changes`."""
+    n_prompts, n_layers = values.shape
+    texts = [f"Prompt number {i}" for i in range(n_prompts)] if texts is None else texts
+    layers = [layer_record(i, values[:, i]) for i in range(n_layers)]
+    means = [layer.divergence for layer in layers]
+    most = max((m for m in means if m is not None), default=None)
+    flagged = [layer.layer for layer in layers if layer.flagged]
+    fields: dict[str, Any] = {
+        "schema_version": "1.0",
+        "command": "activation-diff",
+        "tool": Tool(name="lazarus", version="0.0.0"),
+        "created": "2026-01-02T03:04:05+00:00",
+        "base": model("org/base", n_layers),
+        "finetuned": model("org/finetuned", n_layers),
+        "settings": settings(),
+        "environment": Environment(
+            python="3.12.0",
+            platform="a platform",
+            torch="2.8.0",
+            transformers="5.24.0",
+            device_name="cpu",
+            n_threads=1,
+        ),
+        "prompts": [
+            PromptRecord(index=i, text=text, group=None, n_tokens=3 + i % 7, rendered=None)
+            for i, text in enumerate(texts)
+        ],
+        "layers": layers,
+        "sites": [site_record("embedding", values[:, 0] / 2), site_record("final_norm", values[:, -1])],
+        "results": ResultRows(texts, {"divergence": values, "cosine_similarity": 1 - values}),
+        "summary": Summary(
+            most_divergent_layer=None if most is None else means.index(most),
+            max_divergence=most,
+            first_flagged_layer=flagged[0] if flagged else None,
+            n_flagged_layers=len(flagged),
+            verdict="changed" if most else None,
+            causes=[],
+            weights_identical=False,
+            onset_layer=0 if most else None,
+        ),
+        "notes": [],
+    }
+    return ActivationDiffRecord(**{**fields, **changes})
+
+
+def whole_record(n_prompts: int = 12, n_layers: int = 6) -> ActivationDiffRecord:
+    """A result with everything that can be measured: hostile prompts, gaps, groups, tokens, a readout."""
+    values = divergences(n_prompts, n_layers)
+    values[1, 2] = np.nan
+    texts = [*HOSTILE, *(f"Prompt number {i}" for i in range(n_prompts))][:n_prompts]
+    record = record_of(values, texts)
+    names = ["arithmetic", "<b>prose</b>"]
+    prompts = [msgspec.structs.replace(p, group=names[p.index % 2]) for p in record.prompts]
+    local = [
+        msgspec.structs.replace(
+            layer, local=LocalChange(relative_l2=0.0 if i % 3 else 0.02 + i / 100, cosine_similarity=0.99)
+        )
+        for i, layer in enumerate(record.layers)
+    ]
+    return msgspec.structs.replace(
+        record,
+        prompts=prompts,
+        layers=local,
+        settings=settings(localize=True, readout="auto", position="all"),
+        groups=_groups(values, names),
+        output=_output(),
+        readout=[_readout(n_layers // 2), _readout(n_layers - 1)],
+        tokens=[token_trace(i, text, n_layers) for i, text in enumerate(texts[:4])],
+        summary=msgspec.structs.replace(record.summary, most_changed_block=3),
+        notes=["12 prompts: intervals of so few are rough", "layer 2: prompt 1 <b>left out</b>: not finite"],
+    )
+
+
+def token_trace(index: int, text: str, n_layers: int) -> TokenTrace:
+    """Every word a token; the first value is not finite."""
+    tokens = text.split(" ")
+    values: list[list[float | None]] = [
+        [float(v) for v in row] for row in divergences(len(tokens), n_layers, index)
+    ]
+    values[0][0] = None
+    return TokenTrace(
+        prompt_index=index, positions=list(range(1, len(tokens) + 1)), tokens=tokens, divergence=values
+    )
+
+
+def cka_record() -> ActivationDiffRecord:
+    """Two models of different width: nothing but CKA, and not at every layer."""
+    values = np.full((5, 6), np.nan)
+    record = record_of(values)
+    layers = [
+        msgspec.structs.replace(layer, cka=None if i == 3 else 0.9 - i / 20, finetuned_layer=2 * i)
+        for i, layer in enumerate(record.layers)
+    ]
+    return msgspec.structs.replace(
+        record,
+        layers=layers,
+        finetuned=model("org/finetuned", 12, hidden_size=16),
+        notes=["the widths differ: only CKA is given", "layer 3: CKA is not finite"],
+    )
+
+
+def model(name: str, n_layers: int, hidden_size: int = 8) -> ModelInfo:
+    """A model of that name and shape."""
+    return ModelInfo(
+        id=name,
+        revision=None,
+        kind="folder",
+        architecture="LlamaForCausalLM",
+        n_layers=n_layers,
+        hidden_size=hidden_size,
+        stored_dtype="float32",
+        run_dtype="float32",
+        attention="sdpa",
+        adapter=None,
+    )
+
+
+def settings(**changes: Any) -> Settings:
+    """The settings of a plain run."""
+    fields: dict[str, Any] = {
+        "position": "last",
+        "threshold": THRESHOLD,
+        "dtype": "float32",
+        "device": "cpu",
+        "batch_tokens": 512,
+        "chat_template": "none",
+        "memory": "resident",
+        "align": "ids",
+        "localize": False,
+        "readout": None,
+        "noise_floor": True,
+        "fail_above": None,
+        "expect": None,
+        "no_split": False,
+        "truncate": False,
+        "layers_path": None,
+        "seed": 0,
+        "trust_remote_code": False,
+    }
+    return Settings(**{**fields, **changes})
+
+
+def _groups(values: NDArray[np.float64], names: Sequence[str]) -> Groups:
+    means = [[mean_of(column) for column in values[i::2].T] for i in (0, 1)]
+    ratio = [math.log(a) - math.log(b) for a, b in zip(*means, strict=True)]
+    return Groups(
+        curves=[
+            GroupCurve(group=name, n_prompts=len(values[i::2]), divergence=list(means[i]))
+            for i, name in enumerate(names)
+        ],
+        contrasts=[
+            GroupContrast(
+                group_a=names[0],
+                group_b=names[1],
+                log_ratio=list(ratio),
+                p_value=0.0123,
+                layer=ratio.index(max(ratio)),
+            )
+        ],
+    )
+
+
+def _output() -> Output:
+    return Output(
+        kl_base_finetuned=0.5,
+        kl_finetuned_base=0.25,
+        js=0.1,
+        top1_agreement=0.75,
+        base_rank_of_finetuned_top1=1.5,
+        logits_relative_l2=0.4,
+        noise_floor=5e-7,
+    )
+
+
+def _readout(layer: int) -> Readout:
+    tokens = [
+        ReadoutToken(token=t, token_id=i, score=3.5 - i) for i, t in enumerate([" a", "<i>", "\n", "\u202eb"])
+    ]
+    return Readout(
+        layer=layer,
+        base_promoted=tokens,
+        base_suppressed=tokens[::-1],
+        finetuned_promoted=tokens[:2],
+        finetuned_suppressed=[],
+        static_share=0.25,
+    )
