@@ -1,11 +1,13 @@
 """The report's size and speed in Chromium: `python -m benchmarks.report_page` from the root.
 
 Three results without models, so that it takes a minute: how large the file is, when something is first
-painted, when the curve is drawn, and how long a cell's numbers wait after the pointer has moved.
+painted, when the curve is drawn, and how long a cell's numbers wait after the pointer has moved (medians of
+three rounds, and the slowest move; the wait for the next frame, 17 ms, is in it).
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 import tempfile
@@ -14,8 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks import places
 from lazarus.render.report import write_html
@@ -23,7 +23,7 @@ from lazarus.render.report import write_html
 sys.path.insert(0, str(places.ROOT / "tests"))
 
 from browser import chromium, opened
-from report_records import divergences, record_of, whole_record
+from made_records import divergences, record_of, whole_record
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -32,6 +32,13 @@ if TYPE_CHECKING:
 
 ROUNDS = 3
 MOVES = 40
+SIZES = ((24, 8), (1000, 80), (20_000, 33))
+DOCS = places.ROOT / "docs" / "reports.md"
+MARKS = ("<!-- figures of benchmarks.report_page -->", "<!-- end of figures -->")
+HEAD = (
+    "| prompts × layers | size, MB | written in, s | first paint, ms | curve drawn, ms | hover over the map, ms | "
+    "slowest | hover over the curve, ms | slowest |"
+)
 # Not wait_for_function: it evaluates strings, which the page's policy forbids.
 PAINTED = """new Promise(done => new PerformanceObserver(list => {
   const [paint] = list.getEntriesByName('first-contentful-paint');
@@ -71,17 +78,35 @@ class Figures(Struct, frozen=True):
     curve_hover_ms: float
     curve_hover_worst_ms: float
 
+    def row(self, name: str) -> str:
+        """The row of the table."""
+        times = (self.first_paint_ms, self.curve_ms, self.map_hover_ms, self.map_hover_worst_ms)
+        times += (self.curve_hover_ms, self.curve_hover_worst_ms)
+        cells = [
+            name,
+            f"{self.size_bytes / 1e6:.2f}",
+            f"{self.write_seconds:.2f}",
+            *(f"{t:.0f}" for t in times),
+        ]
+        return "| " + " | ".join(cells) + " |"
+
 
 def main() -> None:
-    """Measure and print."""
-    table = Table("prompts × layers", *Figures.__struct_fields__)
+    """Measure, and print or write the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report_page", description=__doc__)
+    parser.add_argument("--write-docs", action="store_true", help="write the table into docs/reports.md")
+    chosen = parser.parse_args()
+    rows = [HEAD, "|---|" + "---:|" * (HEAD.count("|") - 2)]
     with chromium() as browser, tempfile.TemporaryDirectory() as folder:
-        for n_prompts, n_layers in ((24, 8), (1000, 80), (20_000, 33)):
+        for n_prompts, n_layers in SIZES:
             found = measured(browser, _record(n_prompts, n_layers), Path(folder) / "report.html")
-            values = [getattr(found, name) for name in Figures.__struct_fields__]
-            shown = [f"{v:,}" if isinstance(v, int) else f"{v:.3g}" for v in values]
-            table.add_row(f"{n_prompts:,} × {n_layers}", *shown)
-    Console(width=160).print(table)
+            rows.append(found.row(f"{n_prompts:,} × {n_layers}"))
+    if chosen.write_docs:
+        page = DOCS.read_text(encoding="utf-8")
+        before, rest = page.split(MARKS[0])
+        _, after = rest.split(MARKS[1])
+        DOCS.write_text("\n".join([before + MARKS[0], *rows, MARKS[1]]) + after, encoding="utf-8")
+    sys.stdout.write("\n".join(rows) + "\n")
 
 
 def measured(browser: Browser, record: ActivationDiffRecord, path: Path) -> Figures:

@@ -8,22 +8,8 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from lazarus.results import (
-    ActivationDiffRecord,
-    Environment,
-    GroupCurve,
-    Groups,
-    LayerRecord,
-    LocalChange,
-    ModelInfo,
-    PromptRecord,
-    ResultRows,
-    Settings,
-    Summary,
-    Tool,
-)
-
-THRESHOLD = 0.1
+from lazarus.results import ActivationDiffRecord, GroupCurve, Groups, LayerRecord, LocalChange, Summary
+from made_records import THRESHOLD, model, record_of
 
 
 def drawn(
@@ -40,30 +26,18 @@ def drawn(
     means = np.array([np.nan if value is None else value for value in divergence])
     spread = np.linspace(0.5, 1.5, n_prompts) if n_prompts > 1 else np.ones(1)
     largest = max((value for value in divergence if value is not None), default=None)
-    return ActivationDiffRecord(
-        schema_version="1.0",
-        command="activation-diff",
-        tool=Tool(name="lazarus", version="1"),
-        created="2026-01-01T00:00:00Z",
-        base=_model(base, len(layers)),
-        finetuned=_model(finetuned, len(layers)),
-        settings=_settings(),
-        environment=Environment(
-            python="3", platform="x", torch="2", transformers="5", device_name="cpu", n_threads=1
-        ),
-        prompts=[
-            PromptRecord(index=i, text=text, group=None, n_tokens=3, rendered=None)
-            for i, text in enumerate(texts)
-        ],
+    return record_of(
+        spread[:, None] * means,
+        texts,
+        base=model(base, len(layers)),
+        finetuned=model(finetuned, len(layers)),
         layers=layers,
         sites=[],
-        results=ResultRows(texts, {"divergence": spread[:, None] * means}),
         summary=Summary(
             most_divergent_layer=None if largest is None else list(divergence).index(largest),
             max_divergence=largest,
             first_flagged_layer=next((layer.layer for layer in layers if layer.flagged), None),
             n_flagged_layers=sum(layer.flagged for layer in layers),
-            causes=[],
         ),
         notes=["A note."],
     )
@@ -125,42 +99,4 @@ def _layer(layer: int, divergence: float | None, n_prompts: int) -> LayerRecord:
         noise_floor_divergence=None if divergence is None else 1e-13,
         unrelated_similarity=0.5 if n_prompts > 1 and divergence is not None else None,
         interval=(divergence * 0.75, divergence * 1.5) if has_many and divergence is not None else None,
-    )
-
-
-def _model(name: str, n_layers: int) -> ModelInfo:
-    return ModelInfo(
-        id=name,
-        revision=None,
-        kind="folder",
-        architecture="LlamaForCausalLM",
-        n_layers=n_layers,
-        hidden_size=32,
-        stored_dtype="float32",
-        run_dtype="float32",
-        attention="sdpa",
-        adapter=None,
-    )
-
-
-def _settings() -> Settings:
-    return Settings(
-        position="last",
-        threshold=THRESHOLD,
-        dtype="float32",
-        device="cpu",
-        batch_tokens=512,
-        chat_template="none",
-        memory="resident",
-        align="ids",
-        localize=False,
-        readout=None,
-        noise_floor=True,
-        fail_above=None,
-        expect=None,
-        no_split=False,
-        truncate=False,
-        layers_path=None,
-        seed=0,
-        trust_remote_code=False,
     )

@@ -23,7 +23,7 @@ from lazarus.render.report.payload import payload
 from lazarus.render.report.sample import choose, choose_tokens
 from lazarus.render.summary import summary_lines
 from lazarus.results import METRICS, ActivationDiffRecord, GroupCurve, Groups, Measures
-from report_records import HOSTILE, cka_record, divergences, record_of, settings, token_trace, whole_record
+from made_records import HOSTILE, cka_record, divergences, record_of, settings, token_trace, whole_record
 
 MOST_BYTES = 3_000_000
 

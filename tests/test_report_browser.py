@@ -17,7 +17,7 @@ from browser import LAPTOP, PHONE, Opened, chromium, opened
 from lazarus.render import report
 from lazarus.render.report import assets
 from lazarus.results import ActivationDiffRecord
-from report_records import HOSTILE, cka_record, divergences, record_of, whole_record
+from made_records import HOSTILE, cka_record, divergences, record_of, whole_record
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -54,6 +54,8 @@ def view(browser: Browser, file: Path) -> Iterator[Opened]:
 
 @pytest.fixture
 def page(view: Opened) -> Page:
+    """The page with its prompts in the order of the result."""
+    order(view.page, "given")
     return view.page
 
 
@@ -66,6 +68,10 @@ def saved(record: ActivationDiffRecord, folder: Path) -> Path:
 
 def ready(page: Page) -> None:
     page.wait_for_selector("html[data-ready]", state="attached")
+
+
+def order(page: Page, by: str) -> None:
+    page.locator("#prompts-explorer [data-part=sort]").select_option(by)
 
 
 def draw(page: Page, plot: str) -> None:
@@ -193,17 +199,19 @@ def cell_value(text: str) -> float | None:
     return float(text) if text else None
 
 
-def test_map_and_table_follow_the_same_order_and_search(page: Page, record: ActivationDiffRecord) -> None:
-    values = record.results.column("divergence")
-    assert first_rows(page) == list(range(25))
-    page.locator("#prompts-explorer [data-part=sort]").select_option("worst")
+def test_map_and_table_follow_the_same_order_and_search(view: Opened, record: ActivationDiffRecord) -> None:
+    page, values = view.page, record.results.column("divergence")
     expected = np.argsort(-np.nanmax(values, axis=1), kind="stable").tolist()
+    assert first_rows(page) == expected[:25]
+    order(page, "given")
+    assert first_rows(page) == list(range(25))
+    order(page, "worst")
     assert first_rows(page) == expected[:25]
     heat = page.locator("#prompts-explorer [data-part=heat]")
     assert near({pixel(page, "#prompts-explorer [data-part=heat]", -5, 4)}, VIRIDIS_ENDS[1])
     heat.click(position={"x": 300, "y": 2})
     assert page.locator("#prompts-explorer [data-part=detail] h4").inner_text() == f"Prompt {expected[0]}"
-    page.locator("#prompts-explorer [data-part=sort]").select_option("group")
+    order(page, "group")
     assert first_rows(page) == list(range(0, 50, 2))
     page.locator("#prompts-explorer [data-part=search]").fill("NUMBER 1")
     found = [p.index for p in record.prompts if "number 1" in p.text]
@@ -306,6 +314,7 @@ def test_hostile_prompts_are_text(view: Opened) -> None:
     page = view.page
     assert page.evaluate("window.pwned") is None
     assert page.locator("img").count() == 0
+    order(page, "given")
     first = page.locator("#prompts-explorer [data-part=table] tbody th").first
     assert first.inner_text() == "<script>window.pwned=1</script>"
     page.locator("#prompts-explorer [data-part=table] tbody th button").nth(6).click()
@@ -456,6 +465,7 @@ def test_a_thousand_prompts_scroll_within_the_map(browser: Browser, tmp_path: Pa
         page = found.page
         ready(page)
         heat = page.locator("#prompts-explorer [data-part=heat]")
+        order(page, "given")
         heat.focus()
         page.keyboard.press("End")
         page.keyboard.press("Enter")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas
 import pytest
 from typer.testing import CliRunner, Result
 
 import lazarus
 from lazarus.cli import app
-from lazarus.errors import GateNotMetError, ResultFileError, UsageError
+from lazarus.errors import GateNotMetError, ResultFileError, SaveError, UsageError
+from made_records import divergences, record_of
 
 SAVED = Path(__file__).parent / "saved"
 PROMPTS = "Hello,How are you,What is AI,The answer is,Write a list,One,Two words"
@@ -44,7 +48,7 @@ def test_it_prints_what_the_run_printed(folder: Path) -> None:
     assert shown.stdout == (folder / "printed.txt").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("suffix", [".json", ".csv", ".md"])
+@pytest.mark.parametrize("suffix", [".json", ".csv", ".md", ".html", ".svg"])
 def test_it_saves_what_the_run_would_have_saved(
     folder: Path, diff: lazarus.ActivationDiff, suffix: str, tmp_path: Path
 ) -> None:
@@ -133,3 +137,46 @@ def test_one_that_it_cannot_read_says_why(folder: Path, changes: Any, says: str,
     assert says in shown.stderr
     with pytest.raises(ResultFileError, match=r"other\.json: .*compare again"):
         lazarus.ActivationDiff.load(tmp_path / "other.json")
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A result of more prompts than a page has room for."""
+    path = tmp_path_factory.mktemp("large") / "large.json"
+    lazarus.ActivationDiff(record_of(divergences(3000, 40))).save(path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".rows.parquet", ".rows.csv"])
+def test_rows_that_a_page_lacks_are_beside_it(
+    large: Path, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, rows = tmp_path / "page.html", tmp_path / f"page{suffix}"
+    with monkeypatch.context() as world:
+        if suffix == ".rows.csv":
+            world.setitem(sys.modules, "pyarrow", None)
+        shown = run("show", str(large), "-o", str(page))
+    assert shown.exit_code == 0, shown.output
+    assert shown.stdout.endswith(f"Results saved to: {rows}\nResults saved to: {page}\n")
+    assert f"All of them are in {rows.name}." in page.read_text(encoding="utf-8")
+    frame = (
+        pandas.read_parquet(rows)
+        if suffix == ".rows.parquet"
+        else pandas.read_csv(rows, float_precision="round_trip")
+    )
+    saved = lazarus.ActivationDiff.load(large).results.column("divergence")
+    np.testing.assert_array_equal(frame["divergence"].to_numpy().reshape(saved.shape), saved)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [page.name, rows.name]
+
+
+def test_a_page_that_has_all_rows_stands_alone(diff: lazarus.ActivationDiff, tmp_path: Path) -> None:
+    assert diff.save(tmp_path / "page.html") == [str(tmp_path / "page.html")]
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_rows_that_cannot_be_written_leave_the_older_page(large: Path, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text("older", encoding="utf-8")
+    (tmp_path / "page.rows.parquet").mkdir()
+    with pytest.raises(SaveError, match=r"page\.rows\.parquet: could not be written"):
+        lazarus.ActivationDiff.load(large).save(tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == "older"

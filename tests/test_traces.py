@@ -10,9 +10,10 @@ import pytest
 from transformers import PreTrainedModel
 
 import lazarus
-from factories import perturbed, save_model, tiny_llama, word_tokenizer
+from factories import perturbed, save_model, tiny_llama, tiny_tokenizer, word_tokenizer
 from lazarus import measure
 from lazarus.errors import UsageError
+from lazarus.tokens import token_text
 from reference import block_outputs, cosine
 
 IDS = [[5, 17, 80, 3, 41], [9], [12, 77, 31], [64, 2, 50, 23, 8, 91, 36, 70, 19], [44, 6], [9]]
@@ -121,3 +122,12 @@ def test_a_shared_prefix_leaves_the_tokens_as_they_are(models: Any) -> None:
 def test_prompts_that_are_none_are_refused(models: Any, options: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError, match=says):
         compare(models, **options)
+
+
+def test_a_part_of_a_character_is_told_from_another() -> None:
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer("é", add_special_tokens=False)["input_ids"]
+    assert len(ids) == 2
+    assert [tokenizer.decode([i]) for i in ids] == ["\ufffd", "\ufffd"]
+    assert [token_text(tokenizer, i) for i in ids] == ["Ã", "©"]
+    assert token_text(tokenizer, tokenizer(" is")["input_ids"][-1]) == " is"

@@ -355,3 +355,12 @@ def listed(numbers: Sequence[int], most: int = 10) -> str:
 
 def _named(index: int, prompt: Prompt) -> str:
     return f"Prompt {index} ({prompt.text[:40]!r})"
+
+
+def token_text(tokenizer: Any, token_id: int) -> str:
+    """A token as text; one that is only a part of a character, as the vocabulary spells it.
+
+    Such a token decodes to the replacement character, and so do all the others.
+    """
+    text = str(tokenizer.decode([token_id]))
+    return str(tokenizer.convert_ids_to_tokens(token_id)) if "\ufffd" in text else text

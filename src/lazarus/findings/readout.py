@@ -14,6 +14,7 @@ from lazarus.engine import Conventions, Head, ModelPair
 from lazarus.measure import Measured
 from lazarus.models import LoadedModel
 from lazarus.results import Readout, ReadoutToken, finite_or_none
+from lazarus.tokens import token_text
 
 N_TOKENS = 10
 
@@ -71,6 +72,6 @@ def _extremes(scores: Tensor, tokenizer: Any) -> tuple[list[ReadoutToken], list[
 
 def _tokens(ids: Tensor, scores: Tensor, tokenizer: Any) -> list[ReadoutToken]:
     return [
-        ReadoutToken(token=str(tokenizer.decode([i])), token_id=i, score=float(scores[i]))
+        ReadoutToken(token=token_text(tokenizer, i), token_id=i, score=float(scores[i]))
         for i in ids.tolist()
     ]

@@ -11,6 +11,7 @@ from lazarus.engine import Position, compared_tokens
 from lazarus.findings.numbers import Findings
 from lazarus.reading import Reading
 from lazarus.results import TokenTrace, finite_or_none
+from lazarus.tokens import token_text
 
 MOST_SHOWN = 8
 
@@ -46,6 +47,6 @@ def _trace(reading: Reading, prompt: int, position: Position, divergence: NDArra
     return TokenTrace(
         prompt_index=prompt,
         positions=positions,
-        tokens=[str(tokenizer.decode([ids[i]])) for i in positions],
+        tokens=[token_text(tokenizer, ids[i]) for i in positions],
         divergence=[[finite_or_none(value) for value in token] for token in divergence],
     )

@@ -1,4 +1,4 @@
-"""Results for the tests of the report, made without a model: every value is known."""
+"""Results made without a model, for what renders them: every value is known."""
 
 from __future__ import annotations
 
