@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msgspec import Struct
+import msgspec
 
 from benchmarks import places
 from lazarus.render.report import write_html
@@ -36,8 +36,8 @@ SIZES = ((24, 8), (1000, 80), (20_000, 33))
 DOCS = places.ROOT / "docs" / "reports.md"
 MARKS = ("<!-- figures of benchmarks.report_page -->", "<!-- end of figures -->")
 HEAD = (
-    "| prompts × layers | size, MB | written in, s | first paint, ms | curve drawn, ms | hover over the map, ms | "
-    "slowest | hover over the curve, ms | slowest |"
+    "| prompts × layers | size, MB | written in, s | first paint, ms | curve drawn, ms "
+    "| hover over the map, ms | slowest | hover over the curve, ms | slowest |"
 )
 # Not wait_for_function: it evaluates strings, which the page's policy forbids.
 PAINTED = """new Promise(done => new PerformanceObserver(list => {
@@ -66,7 +66,7 @@ HOVER = """async ([selector, moves]) => {
 }"""
 
 
-class Figures(Struct, frozen=True):
+class Figures(msgspec.Struct, frozen=True):
     """What was measured of one page: medians of the rounds, and the slowest move."""
 
     size_bytes: int
@@ -80,14 +80,8 @@ class Figures(Struct, frozen=True):
 
     def row(self, name: str) -> str:
         """The row of the table."""
-        times = (self.first_paint_ms, self.curve_ms, self.map_hover_ms, self.map_hover_worst_ms)
-        times += (self.curve_hover_ms, self.curve_hover_worst_ms)
-        cells = [
-            name,
-            f"{self.size_bytes / 1e6:.2f}",
-            f"{self.write_seconds:.2f}",
-            *(f"{t:.0f}" for t in times),
-        ]
+        size, seconds, *milliseconds = msgspec.structs.astuple(self)
+        cells = [name, f"{size / 1e6:.2f}", f"{seconds:.2f}", *(f"{time:.0f}" for time in milliseconds)]
         return "| " + " | ".join(cells) + " |"
 
 
