@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -180,3 +181,16 @@ def test_rows_that_cannot_be_written_leave_the_older_page(large: Path, tmp_path:
     with pytest.raises(SaveError, match=r"page\.rows\.parquet: could not be written"):
         lazarus.ActivationDiff.load(large).save(tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == "older"
+
+
+def test_neither_torch_nor_transformers_is_loaded(folder: Path, tmp_path: Path) -> None:
+    outputs = [argument for name in ("x.html", "x.svg", "x.csv") for argument in ("-o", str(tmp_path / name))]
+    code = (
+        "import sys, lazarus.cli as cli\n"
+        f"sys.argv = ['lazarus', 'show', {str(folder / 'diff.json')!r}, *{outputs!r}]\n"
+        "try: cli.main()\n"
+        "finally: sys.stderr.write(str({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr == "set()"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.csv", "x.html", "x.svg"]
