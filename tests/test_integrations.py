@@ -200,7 +200,8 @@ from pathlib import Path
 import torch
 from test_integrations import logged, tiny_llama, train
 trainer, callback = train(tiny_llama(), Path(sys.argv[1]), save_dir=sys.argv[1] + "/results", every=4)
-print(trainer.args.process_index, trainer.args.world_size, len(logged(trainer)), callback.last is not None, flush=True)
+told = trainer.args.process_index, trainer.args.world_size, len(logged(trainer)), callback.last is not None
+print(*told, flush=True)
 torch.distributed.destroy_process_group()
 os._exit(0)
 """
