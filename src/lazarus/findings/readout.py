@@ -72,6 +72,5 @@ def _extremes(scores: Tensor, tokenizer: Any) -> tuple[list[ReadoutToken], list[
 
 def _tokens(ids: Tensor, scores: Tensor, tokenizer: Any) -> list[ReadoutToken]:
     return [
-        ReadoutToken(token=token_text(tokenizer, i), token_id=i, score=float(scores[i]))
-        for i in ids.tolist()
+        ReadoutToken(token=token_text(tokenizer, i), token_id=i, score=float(scores[i])) for i in ids.tolist()
     ]
