@@ -493,4 +493,4 @@ def test_the_library_is_run_only_when_a_plot_is_near(browser: Browser, file: Pat
         ready(found.page)
         assert found.page.evaluate("typeof window.Plotly") == "undefined"
         draw(found.page, "#curve")
-        assert found.page.evaluate("window.Plotly.version") in assets.library()[:200]
+        assert found.page.evaluate("window.Plotly.version") in assets.plotly()[:200]

@@ -92,8 +92,7 @@ def activation_diff(
             and `group`). One string is read as the command line's `-p`.
         tokenizer: the tokenizer of models in memory; it stands in for both models' own.
         observer: is told how far the run has come.
-        rank: which of several processes this one is; `Rank()` runs alone. The environment says it (torchrun,
-            Slurm) where it is not given.
+        rank: which of several processes this one is, instead of what the environment says (torchrun, Slurm).
         options: the command line's options, with underscores: `position="last"`, `batch_tokens=512`.
 
     Returns:
@@ -123,12 +122,10 @@ def activation_diff(
     pair = learn_pair(*models, reading.samples, reading.pad_ids, reading.align)
     check_shapes(pair, len(found.prompts), FEWEST_FOR_CKA, localize=chosen.localize)
     layers = _readout_layers(chosen, pair, reading)
-    position, lengths = _position(chosen, pair), [len(prompt.ids) for prompt in reading.base]
     notes = [*found.notes, *loaded.notes, *models[0].notes, *models[1].notes, *reading.notes]
-    notes += pair.notes(max(lengths)) + check_positions(position, lengths)
-    facts = RunFacts(chosen, device, position, _batch_tokens(chosen, device), notes)
+    facts = _facts(chosen, device, pair, reading, notes)
     prefix = _share_prefix(facts, reading, pair)
-    facts = replace(facts, notes=[*notes, *prefix.notes])
+    facts = replace(facts, notes=[*facts.notes, *prefix.notes])
     plan = replace(_plan(facts, reading, pair, folder), n_prefix=prefix.n_tokens)
     product = _begin(plan, facts, reading, pair)
     facts = replace(facts, matmul=product.path, notes=[*facts.notes, *product.notes])
@@ -176,6 +173,15 @@ def _begin(plan: Plan, facts: RunFacts, reading: Reading, pair: ModelPair) -> Pr
         lambda: {"product": choose_product(pair.base, n_tokens, facts.batch_tokens).as_json()},
     )
     return confirm_product(Product.from_json(found["product"]), pair.base, facts.batch_tokens)
+
+
+def _facts(
+    options: Options, device: torch.device, pair: ModelPair, reading: Reading, notes: Sequence[str]
+) -> RunFacts:
+    """What `auto` comes to, and what is to be noted of the pair and of the position."""
+    position, lengths = _position(options, pair), [len(prompt.ids) for prompt in reading.base]
+    notes = [*notes, *pair.notes(max(lengths)), *check_positions(position, lengths)]
+    return RunFacts(options, device, position, _batch_tokens(options, device), notes)
 
 
 def _share_prefix(facts: RunFacts, reading: Reading, pair: ModelPair) -> SharedPrefix:

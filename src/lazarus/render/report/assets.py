@@ -48,7 +48,7 @@ def script() -> str:
 
 
 @cache
-def library() -> str:
+def plotly() -> str:
     """The plotting library, as it was published."""
     return _read(VENDOR / json.loads(_read(VENDOR / "vendor.json"))["file"])
 

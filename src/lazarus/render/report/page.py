@@ -27,7 +27,7 @@ def write_html(record: ActivationDiffRecord, stream: IO[bytes], rows_file: str |
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    code = {"script": assets.script(), "library": assets.library()}
+    code = {"script": assets.script(), "library": assets.plotly()}
     sample = choose(record)
     tokens = choose_tokens(record, len(sample.indexes))
     page = environment.from_string(assets.template()).render(
