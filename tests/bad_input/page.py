@@ -21,7 +21,7 @@ There is no traceback; `--debug` shows it. Standard output carries results and n
 |---|---|
 | 0 | done |
 | 1 | the run failed: a model, a prompt that does not fit it, the disk on the way |
-| 2 | the command line is wrong, a prompt file or saved result cannot be read, or an output cannot be written |
+| 2 | the command line is wrong, prompts or a saved result cannot be read, or an output cannot be written |
 | 3 | a gate (`--fail-above`, `--expect`) was not met; the results are saved first |
 | 130 | interrupted (Ctrl-C) |
 
