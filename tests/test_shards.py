@@ -550,7 +550,7 @@ def _kept(seen: Seen | None = None) -> KeptRows:
 
 
 def _site(seen: Seen | None = None) -> SiteMeasures:
-    made = SiteMeasures(SitePlan(9, centered=True, kept={0: 0, 3: 1, 5: 2}))
+    made = SiteMeasures(SitePlan(9, centered=True, kept={0: 0, 3: 1, 5: 2}, traced={0, 4, 7}))
     if seen is not None:
         made.update(*seen, local=seen[1] + 1)
     return made

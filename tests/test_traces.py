@@ -74,6 +74,10 @@ def test_of_very_many_tokens_the_first_prompts_are_chosen_from(
     assert list(traces(diff)) == [0, 1, 2]
     assert any("the first 3 of 5 prompts" in note and "--token-prompts" in note for note in diff.notes)
     assert list(traces(compare(models, token_prompts="3"))) == [3]
+    monkeypatch.setattr(measure, "MOST_TRACED_TOKENS", 4)
+    none = compare(models)
+    assert none.record.tokens is None
+    assert any("no prompt's tokens are kept" in note for note in none.notes)
 
 
 @pytest.mark.parametrize("options", [{"position": "last"}, {"position": "mean"}, {"token_prompts": "none"}])

@@ -305,6 +305,11 @@ def _tracing_notes(plan: Plan, repeats: Repeats) -> list[str]:
     n_distinct, n_traced = len(repeats.distinct), len(_traced(plan, repeats))
     if plan.token_prompts != "auto" or n_traced == n_distinct:
         return []
+    if n_traced == 0:
+        return [
+            f"no prompt's tokens are kept: the first prompt alone has more than {MOST_TRACED_TOKENS:,}; "
+            "--token-prompts names others"
+        ]
     return [
         f"tokens are kept of the most divergent of the first {n_traced} of {n_distinct} prompts, for which "
         "there is room; --token-prompts names others"
