@@ -10,7 +10,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # So a shell starts what it runs in the background; the tests of Ctrl-C, and what they start, are not that.
+    # So a shell starts what it runs in the background. The tests of Ctrl-C need it as it usually is.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
