@@ -2,7 +2,9 @@
 
 glossary.py   what each number is called and means
 rows.py       one row a prompt and layer, held as columns
-records.py    the record of a run and its parts
+records.py    the record of activation-diff and its parts
+weights.py    the record of weight-diff
+lens.py       the record of compare
 document.py   the record as JSON, and the JSON Schema
 flags.py      which layers are above a threshold
 """
@@ -10,6 +12,16 @@ flags.py      which layers are above a threshold
 from lazarus.results.document import json_schema, read_json, write_json
 from lazarus.results.flags import flag_above
 from lazarus.results.glossary import METRICS, Metric
+from lazarus.results.lens import (
+    CompareRecord,
+    LensLayer,
+    LensModel,
+    LensPair,
+    LensSettings,
+    LensSummary,
+    LensToken,
+    TokenEvolution,
+)
 from lazarus.results.records import (
     SCHEMA_VERSION,
     ActivationDiffRecord,
@@ -33,16 +45,36 @@ from lazarus.results.records import (
     Verdict,
 )
 from lazarus.results.rows import ResultRow, ResultRows, finite_or_none
+from lazarus.results.weights import (
+    CheckpointInfo,
+    Spectrum,
+    TensorRecord,
+    UnmatchedTensor,
+    WeightDiffRecord,
+    WeightEnvironment,
+    WeightLayerRecord,
+    WeightSettings,
+    WeightSummary,
+    WeightVerdict,
+)
 
 __all__ = [
     "METRICS",
     "SCHEMA_VERSION",
     "ActivationDiffRecord",
+    "CheckpointInfo",
+    "CompareRecord",
     "Environment",
     "GroupContrast",
     "GroupCurve",
     "Groups",
     "LayerRecord",
+    "LensLayer",
+    "LensModel",
+    "LensPair",
+    "LensSettings",
+    "LensSummary",
+    "LensToken",
     "LocalChange",
     "Measures",
     "Metric",
@@ -55,10 +87,20 @@ __all__ = [
     "ResultRows",
     "Settings",
     "SiteRecord",
+    "Spectrum",
     "Summary",
+    "TensorRecord",
+    "TokenEvolution",
     "TokenTrace",
     "Tool",
+    "UnmatchedTensor",
     "Verdict",
+    "WeightDiffRecord",
+    "WeightEnvironment",
+    "WeightLayerRecord",
+    "WeightSettings",
+    "WeightSummary",
+    "WeightVerdict",
     "finite_or_none",
     "flag_above",
     "json_schema",

@@ -1,0 +1,173 @@
+"""The record of weight-diff and its parts: one row a tensor."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from lazarus.results.records import Tool
+from lazarus.results.rows import Layer, Record
+
+WeightVerdict = Literal["identical", "changed"]
+RelativeChange = Annotated[
+    float | None,
+    Meta(
+        description="‖f − b‖ / ‖b‖, Frobenius norms, 0 to ∞; null where it is not finite, or base is all zero"
+    ),
+]
+
+
+class CheckpointInfo(Record, frozen=True, kw_only=True):
+    """One of the two checkpoints."""
+
+    id: Annotated[str, Meta(description="as the user named it")]
+    revision: Annotated[str | None, Meta(description="the Hub commit, null for local files")]
+    kind: Literal["hub", "folder", "gguf", "adapter"]
+    family: Annotated[str, Meta(description="the configuration's model_type")]
+    architecture: Annotated[str, Meta(description="the transformers class")]
+    n_layers: Annotated[int, Meta(ge=0, description="blocks; 0 where they cannot be found")]
+    n_tensors: Annotated[int, Meta(ge=0, description="tensors in the files")]
+    n_parameters: Annotated[int, Meta(ge=0, description="numbers in them")]
+    stored_dtype: Annotated[str | None, Meta(description="type of most of the stored numbers")]
+    adapter: Annotated[str | None, Meta(description="adapter, and its type, if there is one")]
+
+
+class WeightSettings(Record, frozen=True, kw_only=True):
+    """Every option that the run used."""
+
+    threshold: float
+    spectrum: bool
+    fail_above: float | None
+    expect: Literal["identical", "changed"] | None
+    layers_path: str | None
+    seed: int
+    allow_pickle: bool
+    trust_remote_code: bool
+
+
+class WeightEnvironment(Record, frozen=True, kw_only=True):
+    """The software and hardware of the run."""
+
+    python: str
+    platform: str
+    torch: str
+    transformers: str
+    n_threads: int
+
+
+class Spectrum(Record, frozen=True, kw_only=True):
+    """The singular values σ₁ ≥ σ₂ ≥ … of one matrix's update f − b."""
+
+    method: Annotated[
+        Literal["exact", "randomised"],
+        Meta(description="all singular values, or the largest by a randomised SVD"),
+    ]
+    n_singular_values: Annotated[int, Meta(ge=1, description="how many were computed, of min(rows, columns)")]
+    spectral_norm: Annotated[float, Meta(description="σ₁")]
+    stable_rank: Annotated[float, Meta(description="Σσ² / σ₁², 1 to min(rows, columns)")]
+    effective_rank: Annotated[
+        float | None, Meta(description="exp of the entropy of σ / Σσ; null where not all σ were computed")
+    ]
+    rank_90: Annotated[
+        int | None,
+        Meta(description="fewest σ that hold 90 % of Σσ²; null where more are needed than were computed"),
+    ]
+    share_computed: Annotated[float, Meta(description="share of Σσ² that the computed σ hold, 0 to 1")]
+    rounding_norm: Annotated[
+        float,
+        Meta(description="expected Frobenius norm of the rounding to the stored type; 0 where there is none"),
+    ]
+    adapter_rank: Annotated[
+        int | None,
+        Meta(
+            description="the rank, where the update looks like a low-rank adapter's: few σ stand above the "
+            "rounding of the stored type, and the rest is no more than that"
+        ),
+    ]
+    singular_values: Annotated[list[float], Meta(description="the 32 largest")]
+
+
+class TensorRecord(Record, frozen=True, kw_only=True):
+    """One tensor of both checkpoints, or the part of a fused one that is one component."""
+
+    layer: Annotated[Layer | None, Meta(description="the block; null outside the blocks")]
+    component: Annotated[str, Meta(description="its standard name, such as attn_q or attn_q.bias")]
+    name: Annotated[str, Meta(description="the parameter's or the file's name for it, in base")]
+    shape: Annotated[list[int], Meta(description="what was compared")]
+    base_dtype: str
+    finetuned_dtype: str
+    relative_change: RelativeChange
+    flagged: Annotated[bool, Meta(description="relative_change above settings.threshold")]
+    cosine_similarity: Annotated[float | None, Meta(description="of all its numbers as one vector, -1 to 1")]
+    max_abs_change: Annotated[float | None, Meta(description="largest |f − b| of a number")]
+    share_changed: Annotated[float, Meta(description="share of its numbers with other bits, 0 to 1")]
+    n_changed: Annotated[int, Meta(ge=0)]
+    base_norm: Annotated[float | None, Meta(description="‖b‖")]
+    change_norm: Annotated[float | None, Meta(description="‖f − b‖")]
+    spectrum: Annotated[Spectrum | None, Meta(description="of a changed matrix, with spectrum")] = None
+
+
+class WeightLayerRecord(Record, frozen=True, kw_only=True):
+    """One block: all of its tensors together."""
+
+    layer: Layer
+    relative_change: RelativeChange
+    n_tensors: Annotated[int, Meta(ge=0)]
+    n_changed_tensors: Annotated[int, Meta(ge=0)]
+
+
+class UnmatchedTensor(Record, frozen=True, kw_only=True):
+    """A tensor that only one of the two has, or of which they have other shapes."""
+
+    layer: Layer | None
+    component: str
+    name: str
+    base_shape: Annotated[list[int] | None, Meta(description="null where base has none")]
+    finetuned_shape: Annotated[list[int] | None, Meta(description="null where the fine-tuned one has none")]
+
+
+class WeightSummary(Record, frozen=True, kw_only=True):
+    """The few numbers that a reader looks for first; null where there is none."""
+
+    verdict: Annotated[
+        WeightVerdict,
+        Meta(description="identical: the same tensors with the same bits; changed: anything else"),
+    ]
+    causes: Annotated[
+        list[str], Meta(description="where nothing changed: what was found that may explain it")
+    ]
+    relative_change: Annotated[
+        float | None, Meta(description="of all matched tensors together, ‖f − b‖ / ‖b‖")
+    ]
+    n_tensors: Annotated[int, Meta(ge=0, description="rows")]
+    n_changed_tensors: Annotated[int, Meta(ge=0, description="rows with at least one other bit")]
+    n_flagged_tensors: Annotated[int, Meta(ge=0)]
+    n_unmatched: Annotated[int, Meta(ge=0)]
+    most_changed: Annotated[
+        list[int], Meta(description="indices into results of the largest relative changes, at most 5, not 0")
+    ]
+    first_changed_layer: Annotated[Layer | None, Meta(description="the first block with another bit")]
+    n_matrices: Annotated[int | None, Meta(description="changed matrices with a spectrum")] = None
+    n_low_rank: Annotated[int | None, Meta(description="of these, how many look like an adapter's")] = None
+    adapter_rank: Annotated[
+        int | None, Meta(description="the largest adapter_rank, where every changed matrix has one")
+    ] = None
+
+
+class WeightDiffRecord(Record, frozen=True, kw_only=True):
+    """The whole result of weight-diff: the object that JSON holds."""
+
+    schema_version: Literal["1.0"]
+    command: Literal["weight-diff"]
+    tool: Tool
+    created: Annotated[str, Meta(description="ISO 8601, UTC")]
+    base: CheckpointInfo
+    finetuned: CheckpointInfo
+    settings: WeightSettings
+    environment: WeightEnvironment
+    layers: list[WeightLayerRecord]
+    results: list[TensorRecord]
+    unmatched: list[UnmatchedTensor]
+    summary: WeightSummary
+    notes: list[str]

@@ -1,0 +1,1 @@
+"""weight-diff: what changed in the weights, tensor pair by tensor pair."""
