@@ -1,19 +1,17 @@
-"""Every option of a comparison, with its default and what it may be. No torch here."""
+"""Every option of activation-diff, with its default and what it may be."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from lazarus.errors import UsageError
+from lazarus.options.checks import DTYPES, check_bound, check_choice, check_device, check_gates, check_known
 
 NAMED_POSITIONS = ("auto", "last", "mean", "all")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 MEMORY_MODES = ("auto", "resident", "stream")
 ALIGNMENTS = ("ids", "text")
-EXPECTATIONS = ("identical", "changed")
 
 
 @dataclass(frozen=True)
@@ -47,9 +45,9 @@ class Options:
 
     def __post_init__(self) -> None:
         _check_position(self.position)
-        _check_choice("dtype", self.dtype, DTYPES)
-        _check_choice("memory", self.memory, MEMORY_MODES)
-        _check_choice("align", self.align, ALIGNMENTS)
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("memory", self.memory, MEMORY_MODES)
+        check_choice("align", self.align, ALIGNMENTS)
         if self.align == "text" and self.position not in ("auto", "last", "mean"):
             raise UsageError(
                 f"--align text compares where the text ends, and --position is {self.position}. "
@@ -71,7 +69,7 @@ class Options:
         check_bound("threshold", self.threshold)
         if self.batch_tokens is not None and self.batch_tokens < 1:
             raise UsageError(f"--batch-tokens {self.batch_tokens}: give a number of at least 1.")
-        _check_device(self.device)
+        check_device(self.device)
         if self.layers_path == "":
             raise UsageError("--layers-path is empty. Give a path such as model.layers.")
         if self.work_dir == "":
@@ -113,10 +111,7 @@ def make_options(**given: Any) -> Options:
     Raises:
         UsageError: an unknown option, or a value that it does not take.
     """
-    known = [field.name for field in fields(Options)]
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise UsageError(f"unknown option {unknown[0]!r}. The options are {', '.join(known)}.")
+    check_known(Options, given)
     return Options(**given)
 
 
@@ -154,45 +149,6 @@ def _check_position(position: str | int) -> None:
             f"--position {position}: not a position. Write auto, last, mean, all, or a token's index "
             "such as 0 or -2."
         ) from error
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UsageError(f"--{name} {value}: not a choice. Write {_either(choices)}.")
-
-
-def _either(choices: Sequence[str]) -> str:
-    *others, last = choices
-    return f"{', '.join(others)} or {last}" if others else last
-
-
-def check_gates(fail_above: float | None, expect: str | None) -> None:
-    """Refuse what is no gate.
-
-    Raises:
-        UsageError: it names the gate.
-    """
-    if fail_above is not None:
-        check_bound("fail-above", fail_above)
-    if expect is not None:
-        _check_choice("expect", expect, EXPECTATIONS)
-
-
-def check_bound(name: str, value: float) -> None:
-    """Refuse what is no divergence.
-
-    Raises:
-        UsageError: it is not a number from 0 to 2.
-    """
-    if not 0 <= value <= 2:
-        raise UsageError(f"--{name} {value}: give a divergence, a number from 0 to 2.")
-
-
-def _check_device(device: str) -> None:
-    name, _, index = device.partition(":")
-    valid = name in ("auto", "cpu", "cuda", "mps") and (not index or (name == "cuda" and index.isdigit()))
-    if not valid or device.endswith(":"):
-        raise UsageError(f"--device {device}: not a device. Write auto, cpu, cuda, cuda:N or mps.")
 
 
 def parse_position(position: str | int) -> Literal["auto", "last", "mean", "all"] | int:

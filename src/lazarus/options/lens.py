@@ -1,0 +1,1 @@
+"""Every option of compare, with its default and what it may be."""
