@@ -18,14 +18,31 @@ from lazarus.version import __version__
 
 if TYPE_CHECKING:
     from lazarus.activation import activation_diff
-    from lazarus.diff import ActivationDiff
+    from lazarus.faces import ActivationDiff, Comparison, WeightDiff, load_result
     from lazarus.errors import LazarusError
+    from lazarus.lens import compare
+    from lazarus.weights import weight_diff
 
-__all__ = ["ActivationDiff", "LazarusError", "__version__", "activation_diff"]
+__all__ = [
+    "ActivationDiff",
+    "Comparison",
+    "LazarusError",
+    "WeightDiff",
+    "__version__",
+    "activation_diff",
+    "compare",
+    "load_result",
+    "weight_diff",
+]
 
 _HOMES = {
     "activation_diff": "lazarus.activation",
-    "ActivationDiff": "lazarus.diff",
+    "compare": "lazarus.lens",
+    "weight_diff": "lazarus.weights",
+    "ActivationDiff": "lazarus.faces",
+    "Comparison": "lazarus.faces",
+    "WeightDiff": "lazarus.faces",
+    "load_result": "lazarus.faces",
     "LazarusError": "lazarus.errors",
 }
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, Unpack, runtime_checkable
 import torch
 
 from lazarus.assemble import RunFacts, assemble
-from lazarus.diff import ActivationDiff
+from lazarus.faces import ActivationDiff
 from lazarus.engine import (
     ModelPair,
     PrefixPlan,

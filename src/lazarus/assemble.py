@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -11,30 +9,25 @@ from typing import Literal
 
 import numpy as np
 import torch
-import transformers
 
-from lazarus.engine import Conventions, ModelPair, Site
+from lazarus import provenance
+from lazarus.engine import ModelPair, Site
 from lazarus.errors import NoDataError
 from lazarus.findings import Findings, limits, trace_tokens
 from lazarus.measure import Measured
 from lazarus.metrics import SiteMeasures
-from lazarus.models import LoadedModel
 from lazarus.options import Options
 from lazarus.reading import Reading
 from lazarus.results import (
     SCHEMA_VERSION,
     ActivationDiffRecord,
-    Environment,
     LayerRecord,
-    ModelInfo,
     PromptRecord,
     Readout,
     Settings,
     SiteRecord,
-    Tool,
 )
 from lazarus.tokens import listed
-from lazarus.version import __version__
 
 
 @dataclass(frozen=True)
@@ -69,12 +62,12 @@ def assemble(
     return ActivationDiffRecord(
         schema_version=SCHEMA_VERSION,
         command="activation-diff",
-        tool=Tool(name="lazarus", version=__version__),
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        base=_model_info(pair.base, pair.base_conventions),
-        finetuned=_model_info(pair.finetuned, pair.finetuned_conventions),
+        tool=provenance.tool(),
+        created=provenance.now(),
+        base=provenance.model_info(pair.base, pair.base_conventions),
+        finetuned=provenance.model_info(pair.finetuned, pair.finetuned_conventions),
         settings=_settings(pair, facts, measured),
-        environment=_environment(facts),
+        environment=provenance.environment(facts.device, facts.matmul),
         prompts=_prompts(reading),
         layers=layers,
         sites=[
@@ -190,33 +183,4 @@ def _settings(pair: ModelPair, facts: RunFacts, measured: Measured) -> Settings:
         trust_remote_code=options.trust_remote_code,
         work_dir=options.work_dir,
         token_prompts=options.token_prompts if facts.position == "all" else None,
-    )
-
-
-def _model_info(model: LoadedModel, conventions: Conventions) -> ModelInfo:
-    return ModelInfo(
-        id=model.name,
-        revision=model.revision,
-        kind=model.kind,
-        architecture=type(model.model).__name__,
-        n_layers=conventions.n_layers,
-        hidden_size=model.anatomy.hidden_size,
-        stored_dtype=model.stored_dtype,
-        run_dtype=model.run_dtype,
-        attention=getattr(model.model.config, "_attn_implementation", None),
-        adapter=model.adapter,
-    )
-
-
-def _environment(facts: RunFacts) -> Environment:
-    device = facts.device
-    on_gpu = device.type == "cuda"
-    return Environment(
-        python=platform.python_version(),
-        platform=platform.platform(),
-        torch=str(torch.__version__),
-        transformers=transformers.__version__,
-        device_name=torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
-        n_threads=torch.get_num_threads(),
-        matmul=facts.matmul,
     )

@@ -12,8 +12,10 @@ import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     TextColumn,
     TimeRemainingColumn,
@@ -21,19 +23,20 @@ from rich.progress import (
 
 from lazarus.prompts import Prompt
 from lazarus.render import text
+from lazarus.render.lens import text as lens_text
+from lazarus.render.weights import text as weight_text
 
 
-class ConsoleObserver:
+class _Console:
     """Prints the header as the run goes on; with `show`, a progress bar on standard error."""
 
-    def __init__(self, *, show: bool, prints: bool = True) -> None:
+    def __init__(self, *counts: ProgressColumn, show: bool, prints: bool = True) -> None:
         self._prints = prints
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("tokens"),
+            *counts,
             TimeRemainingColumn(),
             console=Console(stderr=True),
             transient=True,
@@ -51,6 +54,25 @@ class ConsoleObserver:
     ) -> None:
         self._progress.stop()
 
+    def _begin(self, description: str, total: int | None) -> None:
+        self._progress.start()
+        self._task = self._progress.add_task(description, total=total)
+
+    def advanced(self, amount: int) -> None:
+        """Move the bar."""
+        self._progress.advance(self._task, amount)
+
+    def _print(self, lines: str) -> None:
+        if self._prints:
+            typer.echo(lines)
+
+
+class ConsoleObserver(_Console):
+    """What activation-diff shows on the way."""
+
+    def __init__(self, *, show: bool, prints: bool = True) -> None:
+        super().__init__(MofNCompleteColumn(), TextColumn("tokens"), show=show, prints=prints)
+
     def loading(self, role: Literal["base", "finetuned"], name: str) -> None:
         """Print which model is loaded; transformers draws the bar of its weights."""
         self._print(text.loading(role, name))
@@ -58,20 +80,45 @@ class ConsoleObserver:
     def testing(self, prompts: Sequence[Prompt]) -> None:
         """Print the prompts."""
         self._print(text.prompts([prompt.text for prompt in prompts]))
-        self._progress.start()
-        self._task = self._progress.add_task("Tokenising", total=None)
+        self._begin("Tokenising", None)
 
     def running(self, n_tokens: int) -> None:
         """Begin the bar."""
         self._progress.update(self._task, description="Comparing", total=n_tokens)
 
-    def advanced(self, n_tokens: int) -> None:
-        """Move the bar."""
-        self._progress.advance(self._task, n_tokens)
 
-    def _print(self, lines: str) -> None:
-        if self._prints:
-            typer.echo(lines)
+class WeightObserver(_Console):
+    """What weight-diff shows on the way."""
+
+    def __init__(self, *, show: bool) -> None:
+        super().__init__(DownloadColumn(), show=show)
+
+    def loading(self, role: Literal["base", "finetuned"], name: str) -> None:
+        """Print which checkpoint is opened."""
+        self._print(text.loading(role, name))
+
+    def detected(self, families: tuple[str, str], n_layers: int) -> None:
+        """Print what the two are."""
+        self._print(weight_text.detected(families, n_layers))
+
+    def running(self, n_bytes: int) -> None:
+        """Begin the bar."""
+        self._begin("Comparing", n_bytes)
+
+
+class LensObserver(_Console):
+    """What compare shows on the way."""
+
+    def __init__(self, *, show: bool) -> None:
+        super().__init__(MofNCompleteColumn(), TextColumn("layers"), show=show)
+
+    def loading(self, _role: Literal["base", "finetuned"], name: str) -> None:
+        """Print which model is loaded; transformers draws the bar of its weights."""
+        self._print(lens_text.loading(name))
+
+    def running(self, n_layers: int) -> None:
+        """Begin the bar."""
+        self._begin("Reading", n_layers)
 
 
 def quieten(*, show_bars: bool, show_logs: bool) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lazarus.activation import Prompts, activation_diff
-from lazarus.diff import ActivationDiff
+from lazarus.faces import ActivationDiff
 from lazarus.errors import LazarusError, UsageError
 from lazarus.options import OptionArguments, make_options
 from lazarus.prompts import make_prompts

@@ -1,10 +1,16 @@
 """The command line: parse, call, print, exit code. No formula and no formatting here.
 
-commands.py    the commands
-arguments.py   their options
+app.py         the program, on which the commands hang
+activation.py  activation-diff, and the demo
+weights.py     weight-diff
+lens.py        compare
+saved.py       show and schema: what was saved
+arguments.py   the options as a user types them
+output.py      outputs that are checked first and saved last
 reporting.py   how a command ends
 """
 
-from lazarus.cli.commands import app, main
+from lazarus.cli import activation, lens, saved, weights
+from lazarus.cli.app import app, main
 
-__all__ = ["app", "main"]
+__all__ = ["activation", "app", "lens", "main", "saved", "weights"]

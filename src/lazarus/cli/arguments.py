@@ -45,9 +45,7 @@ Outputs = Annotated[
         ".svg, .pdf; any other is JSON). Repeatable.",
     ),
 ]
-Result = Annotated[
-    str, typer.Argument(metavar="RESULT.json", help="What activation-diff saved with -o FILE.json.")
-]
+Result = Annotated[str, typer.Argument(metavar="RESULT.json", help="What a command saved with -o FILE.json.")]
 Position = Annotated[
     str,
     _option(
@@ -183,3 +181,103 @@ WorkDir = Annotated[
 ]
 Quiet = Annotated[bool, _option("-q", "--quiet", panel=SHOW, help="No progress bars, no logs.")]
 Debug = Annotated[bool, _option("--debug", panel=SHOW, help="Tracebacks and logs.")]
+
+WeightThreshold = Annotated[
+    float, _option("--threshold", panel=COMPARE, metavar="X", help="The relative change that *** marks.")
+]
+SpectrumOption = Annotated[
+    bool,
+    _option(
+        "--spectrum",
+        panel=COMPARE,
+        help="Also each update's singular values: its rank, and whether it looks like an adapter's.",
+    ),
+]
+WeightFailAbove = Annotated[
+    float | None,
+    _option(
+        "--fail-above",
+        panel=COMPARE,
+        metavar="X",
+        help="Exit 3 where a tensor's relative change is above X.",
+        show_default="off",
+    ),
+]
+WeightExpect = Annotated[
+    str | None,
+    _option(
+        "--expect",
+        panel=COMPARE,
+        metavar="identical|changed",
+        help="Exit 3 where the two checkpoints are not that, bit for bit.",
+        show_default="off",
+    ),
+]
+AllowPickle = Annotated[
+    bool,
+    _option(
+        "--allow-pickle",
+        panel=RUN,
+        help="Read .bin checkpoints too, by torch's loader of plain tensors (weights_only).",
+    ),
+]
+
+Model1 = Annotated[
+    str,
+    _option(
+        "-m1",
+        "--model1",
+        "-b",
+        "--base",
+        metavar="MODEL",
+        help="First model: Hub id, folder, .gguf, MODEL+ADAPTER.",
+    ),
+]
+Model2 = Annotated[
+    str,
+    _option(
+        "-m2",
+        "--model2",
+        "-f",
+        "--finetuned",
+        metavar="MODEL",
+        help="Second model; an adapter alone runs on top of MODEL1.",
+    ),
+]
+OnePrompt = Annotated[
+    list[str],
+    _option(
+        "-p",
+        "--prompt",
+        metavar="PROMPT",
+        help="The prompt, its commas kept; or @FILE (.txt, .jsonl, .csv, .parquet) with one prompt in it, or "
+        "@- for standard input.",
+    ),
+]
+TopK = Annotated[
+    int, _option("--top-k", panel=COMPARE, metavar="N", help="How many tokens are kept of each layer.")
+]
+Track = Annotated[
+    str | None,
+    _option(
+        "--track",
+        panel=COMPARE,
+        metavar="TOKENS",
+        help='Tokens that are followed through the layers: "42, Paris". A word is its first token, with or '
+        "without a space before it.",
+        show_default="the first choices of both",
+    ),
+]
+LensChatTemplate = Annotated[
+    str,
+    _option(
+        "--chat-template",
+        panel=READ,
+        metavar="none|model1|model2|FILE",
+        help="Wrap the prompt as a user turn, the same text for both models.",
+    ),
+]
+LensTruncate = Annotated[
+    bool,
+    _option("--truncate", panel=READ, help="Cut the prompt at the models' context instead of refusing it."),
+]

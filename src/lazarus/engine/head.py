@@ -41,14 +41,21 @@ class Head:
 
     def read(self, states: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocabulary"]:
         """Next-token logits from states of the residual stream: through the final norm, and then the head."""
+        return self.read_sequence(states[None], 1)
+
+    def read_sequence(self, states: Tensor, time_axis: int) -> Float[Tensor, "rows vocabulary"]:
+        """The same from states as the last block returns them, of one sequence, with axes of their own.
+
+        Each place along `time_axis` is a row: all that comes after the last block treats it by itself.
+        """
 
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-            given = states[None].to(first_tensor(output))
+            given = states.to(first_tensor(output))
             return given if isinstance(output, Tensor) else type(output)((given, *output[1:]))
 
         handle = self.last_block.register_forward_hook(hook)
         try:
-            return self._run(len(states), states.device)
+            return self._run(states.shape[time_axis], states.device)
         finally:
             handle.remove()
 
@@ -123,8 +130,12 @@ def reads_blocks(model: LoadedModel, whole: WholePass) -> bool:
 
 
 def _alike(logits: Tensor, expected: Tensor) -> bool:
-    """Equal but for rounding, on the scale of the largest: some heads give logits of a thousandth."""
-    limit = max(1e-3, 8 * torch.finfo(expected.dtype).eps)
+    return alike(logits, expected, torch.finfo(expected.dtype).eps)
+
+
+def alike(logits: Tensor, expected: Tensor, eps: float) -> bool:
+    """Equal but for rounding to `eps`, on the scale of the largest: some heads give tiny logits."""
+    limit = max(1e-3, 8 * eps)
     largest = expected[expected.isfinite()].abs().amax().item() if expected.isfinite().any() else 0.0
     return torch.allclose(logits, expected, rtol=limit, atol=limit * largest, equal_nan=True)
 

@@ -68,14 +68,17 @@ class StoredTensor:
     n_bytes: int
 
 
-def find_files(source: Source, config: Any, head: Any) -> list[str]:
-    """The safetensors files that `head.from_pretrained` would read, fetched from the Hub if need be."""
+def find_files(source: Source, config: Any, head: Any, *, pickled: bool = False) -> list[str]:
+    """The safetensors files that `head.from_pretrained` would read, fetched from the Hub if need be.
+
+    With `pickled`, those of a checkpoint that has none: its .bin files.
+    """
     where = {"revision": source.revision, "subfolder": source.subfolder}
     files, _ = _get_resolved_checkpoint_files(
         pretrained_model_name_or_path=source.path,
         variant=None,
         gguf_file=None,
-        use_safetensors=True,
+        use_safetensors=None if pickled else True,
         user_agent={},
         is_remote_code=False,
         transformers_explicit_filename=getattr(config, "transformers_weights", None),
@@ -215,6 +218,45 @@ def build_empty(kind: type[PreTrainedModel], config: Any, files: list[str], dtyp
     return model
 
 
+class KeyMap:
+    """Which stored tensors make which parameters of a model, by their keys.
+
+    `sources` has, for each target, the keys that are collected for it; `mapping` is transformers' own.
+    """
+
+    def __init__(self, model: PreTrainedModel, keys: Iterable[str]) -> None:
+        # One list for all calls: some renamings hold only once an earlier key has been seen.
+        self.mapping = get_model_conversion_mapping(model)
+        self._renamings = [entry for entry in self.mapping if isinstance(entry, WeightRenaming)]
+        self._names = model.state_dict()
+        self._prefix = model.base_model_prefix
+        self._converted: set[str] = set()
+        self.sources = self._find_sources(keys)
+
+    def is_plain(self, target: str) -> bool:
+        """Whether a target is one stored tensor as it is, but for its name and type."""
+        return target not in self._converted and len(self.sources[target]) == 1
+
+    def renamed(self, key: str) -> str:
+        """A key as the model would name it, if what is stored under it were a parameter of its own."""
+        path: str = rename_source_key(key, self._renamings, [], self._prefix, self._names)[0]
+        return path
+
+    def _find_sources(self, keys: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        names, prefix = self._names, self._prefix
+        converters = [entry for entry in self.mapping if isinstance(entry, WeightConverter)]
+        sources: dict[str, list[str]] = {}
+        for key in sorted(keys, key=dot_natural_key):
+            target, pattern = rename_source_key(key, self._renamings, converters, prefix, names)
+            if target not in names and key in names:
+                target, pattern = rename_source_key(key, [], [], prefix, names)
+            if target in names:
+                sources.setdefault(target, []).append(key)
+                if pattern is not None:
+                    self._converted.add(target)
+        return {target: tuple(found) for target, found in sources.items()}
+
+
 class Conversion:
     """How stored tensors become the parameters of one model.
 
@@ -226,10 +268,8 @@ class Conversion:
         self.device = device
         self.dtype = model.config.dtype
         self.dtype_plan = model._get_dtype_plan(self.dtype)
-        # One list for all calls: some renamings hold only once an earlier key has been seen.
-        self._mapping = get_model_conversion_mapping(model)
-        self._converted: set[str] = set()
-        self.sources = self._find_sources(model)
+        self._keys = KeyMap(model, stored)
+        self.sources = self._keys.sources
 
     def convert(self, model: PreTrainedModel, keys: Iterable[str]) -> Any:
         """Read these tensors and put what they make into the model, in new Parameters.
@@ -255,7 +295,7 @@ class Conversion:
             for key, s in self.stored.items()
         }
         # What transformers converts on the CPU whatever the device, for its size, has none here.
-        on_cpu = [entry for entry in self._mapping if getattr(entry, "force_cpu", False)]
+        on_cpu = [entry for entry in self._keys.mapping if getattr(entry, "force_cpu", False)]
         for entry in on_cpu:
             entry.force_cpu = False
         try:
@@ -274,33 +314,18 @@ class Conversion:
 
     def is_plain(self, target: str) -> bool:
         """Whether a target is one stored tensor as it is, but for its name and type."""
-        return target not in self._converted and len(self.sources[target]) == 1
+        return self._keys.is_plain(target)
 
     def n_bytes(self, keys: Iterable[str]) -> int:
         """The stored size of some tensors."""
         return sum(self.stored[key].n_bytes for key in keys)
-
-    def _find_sources(self, model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
-        names = model.state_dict()
-        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
-        sources: dict[str, list[str]] = {}
-        for key in sorted(self.stored, key=dot_natural_key):
-            target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, names)
-            if target not in names and key in names:
-                target, pattern = rename_source_key(key, [], [], model.base_model_prefix, names)
-            if target in names:
-                sources.setdefault(target, []).append(key)
-                if pattern is not None:
-                    self._converted.add(target)
-        return {target: tuple(keys) for target, keys in sources.items()}
 
     def _load_config(self, device: torch.device) -> LoadStateDictConfig:
         return LoadStateDictConfig(
             device_map={"": device},
             dtype=self.dtype,
             dtype_plan=self.dtype_plan,
-            weight_mapping=self._mapping,
+            weight_mapping=self._keys.mapping,
             ignore_mismatched_sizes=True,
         )
 

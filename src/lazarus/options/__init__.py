@@ -21,6 +21,7 @@ from lazarus.options.activation import (
     readout_layers,
 )
 from lazarus.options.checks import DTYPES, EXPECTATIONS, check_bound, check_gates
+from lazarus.options.lens import CompareArguments, CompareOptions, make_compare_options, parse_track
 from lazarus.options.weights import WeightArguments, WeightOptions, check_weight_gates
 
 __all__ = [
@@ -29,6 +30,8 @@ __all__ = [
     "EXPECTATIONS",
     "MEMORY_MODES",
     "NAMED_POSITIONS",
+    "CompareArguments",
+    "CompareOptions",
     "OptionArguments",
     "Options",
     "WeightArguments",
@@ -37,10 +40,12 @@ __all__ = [
     "check_gates",
     "check_token_prompts",
     "check_weight_gates",
+    "make_compare_options",
     "make_options",
     "parse_position",
     "parse_readout",
     "parse_token_prompts",
+    "parse_track",
     "read_template",
     "readout_layers",
 ]

@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 from lazarus.errors import MissingPackageError, OutputError, SaveError
 from lazarus.render import table
-from lazarus.results import ActivationDiffRecord, write_json
+from lazarus.results import ActivationDiffRecord, AnyRecord, write_json
 
-Writer = Callable[[ActivationDiffRecord, IO[bytes]], None]
+Writer = Callable[[Any, IO[bytes]], None]
 
 LEAST_FREE_BYTES = 1 << 20
 TEMPORARY = ".lazarus-"
@@ -47,26 +47,40 @@ def _write_report(record: ActivationDiffRecord, stream: IO[bytes], rows_file: st
     write_html(record, stream, rows_file)
 
 
-FORMATS = {
-    ".json": Format(write_json),
-    ".csv": Format(table.write_csv),
-    ".parquet": Format(table.write_parquet, "pyarrow", "parquet"),
-    ".md": Format(table.write_markdown),
-    ".html": Format(_write_report),
-    ".png": _picture("png"),
-    ".svg": _picture("svg"),
-    ".pdf": _picture("pdf"),
+FORMATS: dict[str, dict[str, Format]] = {
+    "activation-diff": {
+        ".json": Format(write_json),
+        ".csv": Format(table.write_csv),
+        ".parquet": Format(table.write_parquet, "pyarrow", "parquet"),
+        ".md": Format(table.write_markdown),
+        ".html": Format(_write_report),
+        ".png": _picture("png"),
+        ".svg": _picture("svg"),
+        ".pdf": _picture("pdf"),
+    },
+    "weight-diff": {
+        ".json": Format(write_json),
+    },
+    "compare": {
+        ".json": Format(write_json),
+    },
 }
+"""The formats of each command's results."""
+
+_KNOWN = {suffix for formats in FORMATS.values() for suffix in formats}
 
 
-def format_of(path: str) -> Format:
+def format_of(path: str, command: str) -> Format:
     """The format that the suffix names; any other suffix, or none, is JSON.
 
     Raises:
+        OutputError: it is the suffix of a format that this command's results are not written in.
         MissingPackageError: the package that the format needs is not installed.
     """
-    suffix = Path(path).suffix.lower()
-    chosen = FORMATS.get(suffix, FORMATS[".json"])
+    suffix, formats = Path(path).suffix.lower(), FORMATS[command]
+    if suffix in _KNOWN and suffix not in formats:
+        raise OutputError(f"-o {path}: {command} writes no {suffix}. Choose one of {', '.join(formats)}.")
+    chosen = formats.get(suffix, formats[".json"])
     if chosen.package and importlib.util.find_spec(chosen.package) is None:
         raise MissingPackageError(
             f"-o {path}: {suffix} needs the package {chosen.package}. Install it with "
@@ -75,7 +89,7 @@ def format_of(path: str) -> Format:
     return chosen
 
 
-def check_outputs(paths: Sequence[str], inputs: Sequence[str] = ()) -> None:
+def check_outputs(paths: Sequence[str], command: str, inputs: Sequence[str] = ()) -> None:
     """Check every output before anything is run: its format, its folder, its disk.
 
     `inputs` are what the run reads; no output may overwrite a file among them.
@@ -86,7 +100,7 @@ def check_outputs(paths: Sequence[str], inputs: Sequence[str] = ()) -> None:
     read = {os.path.realpath(os.path.expanduser(path)) for path in inputs}
     seen: set[str] = set()
     for path in paths:
-        check_output(path)
+        check_output(path, command)
         real = os.path.realpath(path)
         overwrites = real in read and os.path.isfile(real)
         if overwrites or (real in seen and not _is_special(path)):
@@ -95,7 +109,7 @@ def check_outputs(paths: Sequence[str], inputs: Sequence[str] = ()) -> None:
         seen.add(real)
 
 
-def check_output(path: str) -> None:
+def check_output(path: str, command: str) -> None:
     """Check that a path can be written, without touching what is there.
 
     Raises:
@@ -103,7 +117,7 @@ def check_output(path: str) -> None:
     """
     if path in ("", "-"):
         raise OutputError(f"-o {path!r}: no file is named. The table is on standard output as it is.")
-    format_of(path)
+    format_of(path, command)
     try:
         _check_place(path)
     except (OSError, ValueError) as error:
@@ -134,7 +148,7 @@ def _check_place(path: str) -> None:
         raise OutputError(f"-o {path}: {free} bytes are free on that disk. Make room first.")
 
 
-def save(record: ActivationDiffRecord, path: str) -> list[str]:
+def save(record: AnyRecord, path: str) -> list[str]:
     """Write a record, and return the files that it is in.
 
     A page that cannot hold all rows has them in a file of its own, written first: `NAME.rows.parquet`, or
@@ -143,19 +157,20 @@ def save(record: ActivationDiffRecord, path: str) -> list[str]:
     Raises:
         SaveError: the disk gave out; whatever was there before is as it was.
     """
-    write = format_of(path).write
+    write = format_of(path, record.command).write
     rows = _rows_beside(record, path)
     if rows is None:
         _save_one(record, path, write)
         return [path]
-    _save_one(record, rows, format_of(rows).write)
+    _save_one(record, rows, format_of(rows, record.command).write)
     _save_one(record, path, partial(_write_report, rows_file=Path(rows).name))
     return [rows, path]
 
 
-def _rows_beside(record: ActivationDiffRecord, path: str) -> str | None:
+def _rows_beside(record: AnyRecord, path: str) -> str | None:
     """Where the rows go that a page leaves out; None where the output is complete in itself."""
-    if format_of(path) is not FORMATS[".html"] or _is_special(path):
+    is_page = Path(path).suffix.lower() == ".html" and not _is_special(path)
+    if not is_page or not isinstance(record, ActivationDiffRecord):
         return None
     from lazarus.render.report import is_sampled
 
@@ -164,7 +179,7 @@ def _rows_beside(record: ActivationDiffRecord, path: str) -> str | None:
     return str(Path(path).with_suffix(suffix)) if is_sampled(record) else None
 
 
-def _save_one(record: ActivationDiffRecord, path: str, write: Writer) -> None:
+def _save_one(record: AnyRecord, path: str, write: Writer) -> None:
     """Write to a file beside the target, then rename it into its place."""
     try:
         if _is_special(path):
@@ -180,7 +195,7 @@ def _save_one(record: ActivationDiffRecord, path: str, write: Writer) -> None:
         ) from error
 
 
-def _write_and_rename(record: ActivationDiffRecord, target: Path, write: Writer) -> None:
+def _write_and_rename(record: AnyRecord, target: Path, write: Writer) -> None:
     target = Path(os.path.realpath(target))  # a link stays a link
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=TEMPORARY)
     temporary = Path(name)

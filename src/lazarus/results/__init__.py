@@ -9,7 +9,7 @@ document.py   the record as JSON, and the JSON Schema
 flags.py      which layers are above a threshold
 """
 
-from lazarus.results.document import json_schema, read_json, write_json
+from lazarus.results.document import RECORDS, AnyRecord, json_schema, read_json, write_json
 from lazarus.results.flags import flag_above
 from lazarus.results.glossary import METRICS, Metric
 from lazarus.results.lens import (
@@ -60,8 +60,10 @@ from lazarus.results.weights import (
 
 __all__ = [
     "METRICS",
+    "RECORDS",
     "SCHEMA_VERSION",
     "ActivationDiffRecord",
+    "AnyRecord",
     "CheckpointInfo",
     "CompareRecord",
     "Environment",

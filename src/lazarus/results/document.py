@@ -8,8 +8,19 @@ from typing import IO, Any
 import msgspec
 
 from lazarus.errors import ResultFileError
+from lazarus.results.lens import CompareRecord
 from lazarus.results.records import SCHEMA_VERSION, ActivationDiffRecord, LayerRecord, SiteRecord, Tool
 from lazarus.results.rows import ResultRow, ResultRows
+from lazarus.results.weights import WeightDiffRecord
+
+AnyRecord = ActivationDiffRecord | WeightDiffRecord | CompareRecord
+
+RECORDS: dict[str, type[AnyRecord]] = {
+    "activation-diff": ActivationDiffRecord,
+    "weight-diff": WeightDiffRecord,
+    "compare": CompareRecord,
+}
+"""What each command saves."""
 
 
 class _Head(msgspec.Struct):
@@ -20,7 +31,7 @@ class _Head(msgspec.Struct):
     tool: Tool
 
 
-def write_json(record: ActivationDiffRecord, stream: IO[bytes]) -> None:
+def write_json(record: AnyRecord, stream: IO[bytes]) -> None:
     """Write the record as JSON, one row a line, without ever holding the whole text."""
     encoder = msgspec.json.Encoder()
     separator = b"{\n"
@@ -38,39 +49,41 @@ def write_json(record: ActivationDiffRecord, stream: IO[bytes]) -> None:
     stream.write(b"\n}\n")
 
 
-def read_json(text: bytes) -> ActivationDiffRecord:
+def read_json(text: bytes) -> AnyRecord:
     """Read a record back, checking every field; one that an earlier version did not measure is null.
 
     Raises:
-        ResultFileError: it is not JSON, no result of activation-diff, or one of another schema version.
+        ResultFileError: it is not JSON, no result of lazarus, or one of another schema version.
     """
     try:
         head = msgspec.json.decode(text, type=_Head)
-        if (head.schema_version, head.command) == (SCHEMA_VERSION, "activation-diff"):
-            return _DECODER.decode(text)
+        if head.schema_version == SCHEMA_VERSION and head.command in RECORDS:
+            return _DECODERS[head.command].decode(text)
     except msgspec.DecodeError as error:
         raise ResultFileError(
-            f"not an activation-diff result of schema version {SCHEMA_VERSION}: {error}. Give a file that "
-            "activation-diff saved with -o FILE.json."
+            f"not a result of schema version {SCHEMA_VERSION}: {error}. Give a file that lazarus saved with "
+            "-o FILE.json."
         ) from error
     raise ResultFileError(
         f"a result of {head.command}, schema version {head.schema_version}, saved by {head.tool.name} "
-        f"{head.tool.version}; this version reads activation-diff of schema version {SCHEMA_VERSION}. Read "
-        "it with the version that saved it, or compare again."
+        f"{head.tool.version}; this version reads {', '.join(RECORDS)} of schema version {SCHEMA_VERSION}. "
+        "Read it with the version that saved it, or compare again."
     )
 
 
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of what `-o FILE.json` writes."""
+def json_schema(command: str = "activation-diff") -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of what a command's `-o FILE.json` writes."""
     (reference,), components = msgspec.json.schema_components(
-        [ActivationDiffRecord], schema_hook=_rows_schema, ref_template="#/$defs/{name}"
+        [RECORDS[command]], schema_hook=_rows_schema, ref_template="#/$defs/{name}"
     )
-    _, rows = msgspec.json.schema_components([ResultRow], ref_template="#/$defs/{name}")
+    if command == "activation-diff":
+        _, rows = msgspec.json.schema_components([ResultRow], ref_template="#/$defs/{name}")
+        components = {**components, **rows}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "lazarus activation-diff",
+        "title": f"lazarus {command}",
         **reference,
-        "$defs": {**components, **rows},
+        "$defs": components,
     }
 
 
@@ -93,4 +106,6 @@ def _rows_from_json(kind: type, rows: Any) -> ResultRows:
     return ResultRows.from_rows(msgspec.convert(rows, list[ResultRow]))
 
 
-_DECODER = msgspec.json.Decoder(ActivationDiffRecord, dec_hook=_rows_from_json)
+_DECODERS: dict[str, msgspec.json.Decoder[AnyRecord]] = {
+    command: msgspec.json.Decoder(record, dec_hook=_rows_from_json) for command, record in RECORDS.items()
+}

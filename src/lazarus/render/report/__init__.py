@@ -1,11 +1,13 @@
 """The report: a result as one HTML file that opens anywhere, offline.
 
-page.py       the file itself: what is written into the template, and what its scripts may do
+frame.py      the file itself, whichever command it is of, and what its scripts may do
+page.py       what activation-diff's page says
 payload.py    the numbers that the page's scripts draw, as JSON
 sample.py     which prompts, texts and tokens the page has room for
 answers.py    what a reader must know in ten seconds
 tables.py     the tables that need no script
-assets.py     the template, style, scripts and the vendored library
+assets.py     the style, the scripts and the vendored library
+base.html     what every page has; macros.html: tables and maps; activation.html: activation-diff's page
 """
 
 from lazarus.render.report.page import write_html

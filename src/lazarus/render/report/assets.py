@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +17,7 @@ SCRIPTS = (
     "colours",
     "dom",
     "lazy",
+    "plot",
     "curve",
     "local",
     "groups",
@@ -26,24 +28,23 @@ SCRIPTS = (
     "tokens",
     "main",
 )
+"""The scripts of activation-diff's page, in the order in which they stand in it."""
 
 
 @cache
-def template() -> str:
-    """The page's Jinja template."""
-    return _read(HERE / "template.html")
+def style(folder: Path = HERE) -> str:
+    """The style sheet that all pages have, and after it what `folder` adds for its own page."""
+    own = folder / "page.css"
+    common = _read(HERE / "page.css")
+    return common if folder == HERE or not own.is_file() else common + _read(own)
 
 
 @cache
-def style() -> str:
-    """The style sheet."""
-    return _read(HERE / "page.css")
-
-
-@cache
-def script() -> str:
-    """The page's own scripts as one, in a scope of their own."""
-    parts = [_read(HERE / "js" / f"{name}.js") for name in SCRIPTS]
+def script(names: Sequence[str] = SCRIPTS, folder: Path = HERE) -> str:
+    """A page's own scripts as one, in a scope of their own: those of `folder`, else the common ones here."""
+    own = folder / "js"
+    paths = [own if (own / f"{name}.js").is_file() else HERE / "js" for name in names]
+    parts = [_read(path / f"{name}.js") for path, name in zip(paths, names, strict=True)]
     return '"use strict";\n(() => {\n' + "\n".join(parts) + "})();\n"
 
 

@@ -1,4 +1,4 @@
-"""The file itself: what is written into the template, and what its scripts may do."""
+"""What activation-diff's page says of a result, and of what it has no room for."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import IO, Any
 from lazarus.render.escape import escaped
 from lazarus.render.report import assets, tables
 from lazarus.render.report.answers import answers, headline
+from lazarus.render.report.frame import Kit, unsaid, write_page
 from lazarus.render.report.payload import MOST_CURVES, payload
-from lazarus.render.report.sample import Sample, TokenSample, choose, choose_tokens, in_script
+from lazarus.render.report.sample import Sample, TokenSample, choose, choose_tokens
 from lazarus.render.series import LayerSeries, measured
 from lazarus.render.summary import summary_lines
 from lazarus.results import METRICS, ActivationDiffRecord
@@ -21,25 +22,16 @@ def write_html(record: ActivationDiffRecord, stream: IO[bytes], rows_file: str |
     `rows_file` is the name of the file that has every row, where the page is a sample of the prompts
     (`is_sampled`); the page names it. At 1,000 prompts and 80 layers the file is below 3,000,000 bytes.
     """
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    code = {"script": assets.script(), "library": assets.plotly()}
     sample = choose(record)
     tokens = choose_tokens(record, len(sample.indexes))
-    page = environment.from_string(assets.template()).render(
+    context = {
         **_context(record),
-        prompts_notes=_prompts_notes(sample, rows_file),
-        tokens_note=_tokens_note(tokens),
-        csp=_policy(list(code.values())),
-        style=Markup(assets.style()),
-        data=Markup(in_script(payload(record, sample, tokens))),
-        **{name: Markup(text) for name, text in code.items()},
+        "prompts_notes": _prompts_notes(sample, rows_file),
+        "tokens_note": _tokens_note(tokens),
+    }
+    write_page(
+        Kit("report/activation.html", assets.SCRIPTS), context, payload(record, sample, tokens), stream
     )
-    stream.write(page.encode("utf-8", "replace"))
 
 
 @dataclass(frozen=True)
@@ -58,12 +50,13 @@ class Shown:
 def _context(record: ActivationDiffRecord) -> dict[str, Any]:
     """What the template says of the result, whatever part of it the page has."""
     return {
+        "command": "activation difference",
         "record": record,
         "names": (escaped(record.base.id), escaped(record.finetuned.id)),
         "verdict": record.summary.verdict or "none",
         "headline": headline(record),
         "answers": answers(record),
-        "summary": _unsaid(record),
+        "summary": unsaid(summary_lines(record)),
         "notes": [escaped(note) for note in record.notes],
         "shown": _shown(record),
         "absent": _absent(record),
@@ -76,25 +69,6 @@ def _context(record: ActivationDiffRecord) -> dict[str, Any]:
         "metrics": list(METRICS.values()),
         "groups_note": _groups_note(record),
     }
-
-
-def _policy(scripts: list[str]) -> str:
-    """No request of any kind, and no script but these."""
-    hashes = " ".join(assets.csp_hash(script) for script in scripts)
-    return (
-        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; "
-        "base-uri 'none'; form-action 'none'"
-    )
-
-
-def _unsaid(record: ActivationDiffRecord) -> list[tuple[str, str]]:
-    """The summary without the verdict, which is the headline: (what, what is said of it)."""
-    lines = [line for line in summary_lines(record) if not line.startswith("Verdict: ")]
-    parts = [line.partition(": ") for line in lines]
-    return [
-        (head, rest) if mark and ";" not in head else ("", line)
-        for line, (head, mark, rest) in zip(lines, parts, strict=True)
-    ]
 
 
 def _shown(record: ActivationDiffRecord) -> Shown:

@@ -25,8 +25,11 @@ function largest(matrix, row) {
 const absent = (value) => value === null || value === undefined || Number.isNaN(value);
 const present = (value) => !absent(value);
 
+/** The format of the number that the page is about: the first of its formats. */
+const MAIN_FORMAT = Object.values(data.formats)[0];
+
 /** A number in a Python format such as .4f; never 0 for what is not 0. */
-function formatted(value, format = data.formats.divergence) {
+function formatted(value, format = MAIN_FORMAT) {
   if (absent(value)) return MISSING;
   const digits = Number(format.slice(1, -1));
   const text = format.endsWith("e") ? exponential(value, digits) : value.toFixed(digits);

@@ -17,6 +17,8 @@ function numberCell(value, format) {
   return cell;
 }
 
+const capital = (text) => text[0].toUpperCase() + text.slice(1);
+
 const header = (text, scope = "col") => element("th", { textContent: text, attributes: { scope } });
 
 /** The cells of a table that the server wrote show all their digits when asked, and on hover. */

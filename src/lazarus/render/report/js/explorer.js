@@ -3,12 +3,15 @@
 const MOST_LABEL = 120;
 
 class Explorer {
-  /** `source`: what, count, matrix or null, text(row), name(row), group(row), lead: [[heading, cell(row)]], told(row). */
+  /**
+   * `source`: what, count, matrix or null, words (those of the heatmap), text(row), name(row), group(row),
+   * lead: [[heading, cell(row)]], told(row).
+   */
   constructor(id, source) {
     this.root = document.getElementById(`${id}-explorer`);
     this.parts = Object.fromEntries([...this.root.querySelectorAll("[data-part]")].map((part) => [part.dataset.part, part]));
     this.source = source;
-    if (source.matrix) this.map = new Heatmap(this.parts, { show: (...at) => this.show(...at), leave: () => this.leave(), pick: (row) => this.pick(row) });
+    if (source.matrix) this.map = new Heatmap(this.parts, { show: (...at) => this.show(...at), leave: () => this.leave(), pick: (row) => this.pick(row) }, source.words);
     this.table = new PagedTable(this.parts.table, this.parts.pager, this.tableOf(source));
     this.hint = this.parts.readout && this.parts.readout.firstElementChild;
     this.listen();
@@ -25,19 +28,20 @@ class Explorer {
   }
 
   tableOf(source) {
-    const layers = source.matrix ? data.series.layers : [];
+    const { words } = source;
+    const columns = source.matrix ? words.columns : [];
     const lead = source.lead.map(([heading]) => header(heading));
     return {
-      caption: `Each ${source.what}${source.matrix ? " and its divergence at each layer" : ""}, in the order and search above`,
-      head: [header(source.what === "token" ? "Token" : "Prompt"), ...lead, ...layers.map((layer) => header(`Layer ${layer}`))],
-      cells: (row) => this.cellsOf(row, layers),
+      caption: `Each ${source.what}${source.matrix ? ` and its ${words.value} at each ${words.axis.toLowerCase()}` : ""}, in the order and search above`,
+      head: [header(capital(source.what)), ...lead, ...columns.map((column) => header(`${words.axis} ${column}`))],
+      cells: (row) => this.cellsOf(row, columns),
     };
   }
 
-  cellsOf(row, layers) {
+  cellsOf(row, columns) {
     const { matrix, lead } = this.source;
     const text = element("th", { attributes: { scope: "row" } }, this.chooser(row));
-    return [text, ...lead.map(([, cell]) => cell(row)), ...layers.map((_, column) => numberCell(matrix.at(row, column)))];
+    return [text, ...lead.map(([, cell]) => cell(row)), ...columns.map((_, column) => numberCell(matrix.at(row, column)))];
   }
 
   chooser(row) {
@@ -88,9 +92,10 @@ class Explorer {
   }
 
   show(row, column, byKey) {
-    const value = this.source.matrix.at(row, column);
+    const { matrix, words } = this.source;
+    const value = matrix.at(row, column);
     const text = oneLine(this.source.text(row).slice(0, 300));
-    const where = `${this.source.name(row)}, layer ${data.series.layers[column]}: `;
+    const where = `${this.source.name(row)}, ${words.axis.toLowerCase()} ${words.columns[column]}: `;
     this.parts.readout.replaceChildren(where, element("b", { textContent: formatted(value) }), " ", element("bdi", { textContent: text }));
     if (byKey) this.parts.live.textContent = `${where}${formatted(value)}. ${text}`;
   }
@@ -101,8 +106,7 @@ class Explorer {
 
   /** Show a row whole: its text and its numbers. */
   pick(row, tell = true) {
-    this.map.pickedRow = row;
-    this.map.placeMarks();
+    this.map.mark(row);
     const { detail, live } = this.parts;
     detail.replaceChildren(element("h4", { textContent: this.source.name(row) }), ...this.source.told(row), this.numbers(row));
     detail.scrollTop = 0;
@@ -110,15 +114,15 @@ class Explorer {
   }
 
   numbers(row) {
-    const { matrix } = this.source;
+    const { matrix, words } = this.source;
     const most = largest(matrix, row);
-    const lines = data.series.layers.map((layer, column) => {
+    const lines = words.columns.map((name, column) => {
       const value = matrix.at(row, column);
       const bar = element("i");
       bar.style.width = `${most > 0 && value > 0 ? (100 * value) / most : 0}%`;
-      return element("tr", {}, header(String(layer), "row"), numberCell(value), element("td", { className: "bar", attributes: { "aria-hidden": "true" } }, bar));
+      return element("tr", {}, header(String(name), "row"), numberCell(value), element("td", { className: "bar", attributes: { "aria-hidden": "true" } }, bar));
     });
-    const head = element("tr", {}, header("Layer"), header("Divergence"), element("td"));
-    return element("table", {}, element("caption", { textContent: "Its divergence at each layer" }), element("thead", {}, head), element("tbody", {}, ...lines));
+    const head = element("tr", {}, header(words.axis), header(capital(words.value)), element("td"));
+    return element("table", {}, element("caption", { textContent: `Its ${words.value} at each ${words.axis.toLowerCase()}` }), element("thead", {}, head), element("tbody", {}, ...lines));
   }
 }

@@ -1,4 +1,4 @@
-/* A heatmap of rows by layers on a canvas that is only as high as what is seen of it. */
+/* A heatmap of rows by columns on a canvas that is only as high as what is seen of it. */
 
 const HIGH = 512;
 const LOWEST_ROW = 2;
@@ -33,14 +33,19 @@ function colourScale(values, log) {
 }
 
 class Heatmap {
-  /** `hooks`: show(row, column, byKey) when the cursor moves, leave(), pick(row). Rows are those of the matrix. */
-  constructor(parts, hooks) {
+  /**
+   * `hooks`: show(row, column, byKey) when the cursor moves, leave(), pick(row, column). Rows are those of the matrix.
+   * `words`: columns (their names), axis (what they are), value and missing (what the cells are, or are not), picksCell.
+   */
+  constructor(parts, hooks, words) {
     this.parts = parts;
     this.hooks = hooks;
+    this.words = { missing: "not measured", picksCell: false, ...words };
     this.canvas = parts.heat.querySelector("canvas");
     [this.spacer, this.rowMark, this.picked, this.cursor] = ["spacer", "rowmark", "picked", "cursor"].map((name) => parts.heat.querySelector(`.${name}`));
     this.at = { place: 0, column: 0 };
     this.pickedRow = -1;
+    this.pickedColumn = 0;
     this.tall = false;
     this.log = false;
     this.order = [];
@@ -134,9 +139,9 @@ class Heatmap {
     context.textAlign = "center";
     const every = Math.max(1, Math.ceil(26 / this.cell));
     for (let column = 0; column < this.matrix.columns; column += every) {
-      context.fillText(String(data.series.layers[column]), this.labels + (column + 0.5) * this.cell, 13);
+      context.fillText(String(this.words.columns[column]), this.labels + (column + 0.5) * this.cell, 13);
     }
-    context.fillText("Layer", this.labels + (this.width - this.labels) / 2, 29);
+    context.fillText(this.words.axis, this.labels + (this.width - this.labels) / 2, 29);
   }
 
   /** Size a canvas for the screen's own pixels and clear it. */
@@ -157,11 +162,11 @@ class Heatmap {
     ramp.style.background = RAMP_IMAGE;
     const { least, most } = this.scale;
     const said = (text) => element("span", { textContent: text });
-    const nodes = [said(formatted(least)), ramp, said(formatted(most)), said(this.log && least > 0 ? "divergence, log" : "divergence")];
+    const nodes = [said(formatted(least)), ramp, said(formatted(most)), said(this.log && least > 0 ? `${this.words.value}, log` : this.words.value)];
     if (this.matrix.values.some(Number.isNaN)) {
       const gap = element("span", { className: "gap" });
       gap.style.background = palette().missing;
-      nodes.push(gap, said("not measured"));
+      nodes.push(gap, said(this.words.missing));
     }
     this.parts.key.replaceChildren(...nodes);
   }
@@ -170,7 +175,8 @@ class Heatmap {
   placeMarks() {
     const chosen = this.order.indexOf(this.pickedRow);
     this.picked.hidden = chosen < 0;
-    this.put(this.picked, chosen, 0, this.width);
+    if (this.words.picksCell) this.put(this.picked, chosen, this.labels + this.pickedColumn * this.cell, this.cell);
+    else this.put(this.picked, chosen, 0, this.width);
     this.put(this.rowMark, this.at.place, 0, this.width);
     this.put(this.cursor, this.at.place, this.labels + this.at.column * this.cell, this.cell);
   }
@@ -192,7 +198,7 @@ class Heatmap {
     heat.addEventListener("pointerleave", () => this.leave());
     heat.addEventListener("blur", () => this.leave());
     heat.addEventListener("focus", () => heat.matches(":focus-visible") && this.show(false));
-    heat.addEventListener("click", (event) => this.point(event) && this.pick(this.order[this.at.place]));
+    heat.addEventListener("click", (event) => this.point(event) && this.pick(this.order[this.at.place], this.at.column));
     heat.addEventListener("keydown", (event) => this.key(event));
     heat.addEventListener("scroll", () => requestAnimationFrame(() => this.drawCells()), { passive: true });
     new ResizeObserver(() => this.matrix && heat.clientWidth !== this.width && this.draw()).observe(heat);
@@ -218,7 +224,7 @@ class Heatmap {
     const isPick = event.key === "Enter" || event.key === " ";
     if ((!moves[event.key] && !isPick) || !this.order.length || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
-    if (isPick) return void this.pick(this.order[this.at.place]);
+    if (isPick) return void this.pick(this.order[this.at.place], this.at.column);
     const [down, right] = moves[event.key];
     const clamp = (value, most) => Math.min(most, Math.max(0, value));
     this.at = { place: clamp(this.at.place + down, this.order.length - 1), column: clamp(this.at.column + right, this.matrix.columns - 1) };
@@ -248,9 +254,15 @@ class Heatmap {
     this.hooks.leave();
   }
 
-  pick(row) {
+  pick(row, column) {
+    this.mark(row, column);
+    this.hooks.pick(row, column);
+  }
+
+  /** Outline what is chosen. */
+  mark(row, column = 0) {
     this.pickedRow = row;
+    this.pickedColumn = column;
     this.placeMarks();
-    this.hooks.pick(row);
   }
 }

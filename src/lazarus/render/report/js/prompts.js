@@ -1,5 +1,7 @@
 /* Prompts by layers. */
 
+const DIVERGENCES = { columns: data.series.layers, axis: "Layer", value: "divergence" };
+
 function startPrompts() {
   const prompts = data.prompts;
   const matrix = prompts.divergence && matrixOf(prompts.divergence);
@@ -11,6 +13,7 @@ function startPrompts() {
     what: "prompt",
     count: prompts.index.length,
     matrix,
+    words: DIVERGENCES,
     text: (row) => prompts.text[row],
     name: (row) => `Prompt ${prompts.index[row]}`,
     group: (row) => prompts.group[row],

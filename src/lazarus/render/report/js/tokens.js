@@ -8,6 +8,7 @@ function tokenSource(trace) {
     what: "token",
     count: trace.tokens.length,
     matrix: matrixOf(trace.divergence),
+    words: DIVERGENCES,
     text: (row) => spaced(trace.tokens[row]),
     name: (row) => `Token ${trace.positions[row]}`,
     group: () => null,

@@ -1,13 +1,13 @@
-"""ActivationDiff: what a user of the library holds. A thin face over the record; no torch here."""
+"""ActivationDiff: the result of activation-diff."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lazarus.errors import GateNotMetError, MissingPackageError, ResultFileError
+from lazarus.errors import GateNotMetError
+from lazarus.faces.face import Face, data_frame
 from lazarus.options import check_bound, check_gates
-from lazarus.render import figure, notebook, save, text
+from lazarus.render import figure, notebook, text
 from lazarus.results import (
     ActivationDiffRecord,
     LayerRecord,
@@ -16,7 +16,6 @@ from lazarus.results import (
     SiteRecord,
     Summary,
     flag_above,
-    read_json,
 )
 
 if TYPE_CHECKING:
@@ -24,15 +23,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-class ActivationDiff:
+class ActivationDiff(Face[ActivationDiffRecord]):
     """The result of `activation_diff`.
 
     `record` is the whole of it as plain data; the properties are its parts that are used most.
     Printing it gives the table of the command line.
     """
 
-    def __init__(self, record: ActivationDiffRecord) -> None:
-        self.record = record
+    kind = ActivationDiffRecord
 
     @property
     def layers(self) -> list[LayerRecord]:
@@ -59,27 +57,15 @@ class ActivationDiff:
         """The few numbers that a reader looks for first."""
         return self.record.summary
 
-    @property
-    def notes(self) -> list[str]:
-        """What was left out, what was assumed, what could not be measured."""
-        return self.record.notes
-
     def to_pandas(self) -> pandas.DataFrame:
         """The rows as a data frame: one a prompt and layer, with the columns of the CSV file.
 
         Raises:
             MissingPackageError: pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise MissingPackageError(
-                "to_pandas needs the package pandas. Install it with "
-                "`pip install 'lazarus-introspect[pandas]'`."
-            ) from error
         from lazarus.render.table import columns
 
-        return pandas.DataFrame(columns(self.record))
+        return data_frame(columns(self.record))
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the divergence per layer with its interval and its references; CKA where widths differ.
@@ -114,33 +100,14 @@ class ActivationDiff:
         check_bound("threshold", threshold)
         return ActivationDiff(flag_above(self.record, threshold))
 
-    def save(self, path: str | Path) -> list[str]:
-        """Write the result; the suffix names the format.
-
-        These are .json, .csv, .parquet, .md, .html, .png, .svg and .pdf. Each file is written beside its
-        target and renamed, so that nobody reads half of it. Returns the files: the one that was named, and
-        before it the rows (`NAME.rows.parquet`) that a page of very many prompts leaves out.
+    @staticmethod
+    def check_options(fail_above: float | None, expect: str | None) -> None:
+        """Refuse what is no gate of such a result.
 
         Raises:
-            OutputError: the format or the place cannot be written.
-            SaveError: the disk gave out on the way; an older file is left as it was.
+            UsageError: it names the gate.
         """
-        save.check_output(str(path))
-        return save.save(self.record, str(path))
-
-    @classmethod
-    def load(cls, path: str | Path) -> ActivationDiff:
-        """Read back what was saved as JSON.
-
-        Raises:
-            ResultFileError: it cannot be read, or is no result of this schema version.
-        """
-        try:
-            return cls(read_json(Path(path).read_bytes()))
-        except OSError as error:
-            raise ResultFileError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
-        except ResultFileError as error:
-            raise ResultFileError(f"{path}: {error}") from error
+        check_gates(fail_above, expect)
 
     def check_gates(self, *, fail_above: float | None = None, expect: str | None = None) -> None:
         """Hold the result against gates: no layer's divergence above `fail_above`, 0 to 2; a verdict of

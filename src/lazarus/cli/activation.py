@@ -1,0 +1,120 @@
+"""activation-diff, and the same on the pair of models that ships."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from lazarus.cli import arguments as a
+from lazarus.cli.app import app, introspect
+from lazarus.cli.output import check_outputs, leads, save_all, shows_progress
+from lazarus.cli.reporting import reported
+
+if TYPE_CHECKING:
+    from lazarus.console import ConsoleObserver
+    from lazarus.loading import Model
+    from lazarus.prompts import PromptList
+
+
+@introspect.command("activation-diff")
+def activation_diff(
+    context: typer.Context,
+    base: a.Base,
+    finetuned: a.Finetuned,
+    prompts: a.Prompts,
+    output: a.Outputs = None,
+    position: a.Position = "auto",
+    threshold: a.Threshold = 0.1,
+    align: a.Align = "ids",
+    localize: a.Localize = False,
+    readout: a.ReadoutLayers = None,
+    token_prompts: a.TokenPrompts = "auto",
+    no_noise_floor: a.NoNoiseFloor = False,
+    fail_above: a.FailAbove = None,
+    expect: a.Expect = None,
+    chat_template: a.ChatTemplate = "none",
+    no_split: a.NoSplit = False,
+    truncate: a.Truncate = False,
+    dtype: a.Dtype = "auto",
+    device: a.Device = "auto",
+    batch_tokens: a.BatchTokens = None,
+    memory: a.Memory = "auto",
+    layers_path: a.LayersPath = None,
+    seed: a.Seed = 0,
+    trust_remote_code: a.TrustRemoteCode = False,
+    work_dir: a.WorkDir = None,
+    quiet: a.Quiet = False,
+    debug: a.Debug = False,
+) -> None:
+    """Compare activation divergence between two models.
+
+    Runs the same prompts through both and prints, for each layer, the cosine similarity of their hidden
+    states. Layer i is the residual stream after block i; *** marks a divergence above the threshold.
+
+    Example:
+
+    lazarus introspect activation-diff -b org/base -f org/tuned -p "Hello,How are you" -o diff.json
+    """
+    from lazarus.options import OptionArguments
+
+    options = {name: context.params[name] for name in OptionArguments.__annotations__}
+    with reported(debug):
+        from lazarus.options import check_token_prompts, make_options
+        from lazarus.prompts import check_chats, parse_prompts
+
+        make_options(**options)
+        output = (output or []) if leads() else []
+        files = [value[1:] for value in prompts if value[:1] == "@" and value[:2] != "@@"]
+        check_outputs(output, "activation-diff", [*files, chat_template, base, finetuned])
+        found = parse_prompts(prompts, no_split=no_split)
+        check_chats(found.prompts, chat_template)
+        check_token_prompts(token_prompts, len(found.prompts))
+        _compare(base, finetuned, found, output, _observer(quiet, debug), **options)
+
+
+@app.command()
+def demo(output: a.Outputs = None, quiet: a.Quiet = False, debug: a.Debug = False) -> None:
+    """Run activation-diff on the pair of models that ships with the package, offline."""
+    with reported(debug):
+        from lazarus.demo import BASE, FINETUNED, PROMPTS
+        from lazarus.prompts import parse_prompts
+
+        check_outputs(output or [], "activation-diff", [])
+        found = parse_prompts([f"@{PROMPTS}"])
+        observer = _observer(quiet, debug)
+        from lazarus.models import parse_model
+
+        base, finetuned = (
+            replace(parse_model(str(path)), name=f"demo/{path.name}") for path in (BASE, FINETUNED)
+        )
+        _compare(base, finetuned, found, output or [], observer)
+
+
+def _compare(
+    base: Model,
+    finetuned: Model,
+    found: PromptList,
+    outputs: Sequence[str],
+    observer: Any,
+    **options: Any,
+) -> None:
+    """Run, print, save, and then hold the gate; of several processes, the first does so for all."""
+    from lazarus.activation import activation_diff as run
+    from lazarus.render import text
+
+    with observer:
+        diff = run(base, finetuned, found, observer=observer, **options)
+    if not leads():
+        return
+    typer.echo(f"\n{text.table(diff.record)}\n\n{text.summary(diff.record)}")
+    save_all(diff, outputs)
+    diff.check_gates(fail_above=options.get("fail_above"), expect=options.get("expect"))
+
+
+def _observer(quiet: bool, debug: bool) -> ConsoleObserver:
+    from lazarus.console import ConsoleObserver
+
+    return ConsoleObserver(show=shows_progress(quiet, debug), prints=leads())

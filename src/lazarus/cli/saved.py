@@ -1,0 +1,73 @@
+"""What was saved: show a result again, and the schema of what each command saves."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lazarus.cli import arguments as a
+from lazarus.cli.app import app
+from lazarus.cli.output import check_outputs, save_all
+from lazarus.cli.reporting import reported
+
+
+class Command(StrEnum):
+    """The commands that write JSON, each with a schema."""
+
+    activation_diff = "activation-diff"
+    weight_diff = "weight-diff"
+    compare = "compare"
+
+
+@app.command()
+def show(
+    result: a.Result,
+    output: a.Outputs = None,
+    threshold: a.AnotherThreshold = None,
+    fail_above: a.FailAbove = None,
+    expect: a.Expect = None,
+    debug: a.Debug = False,
+) -> None:
+    """Show a saved result again: print it, save it in other formats, hold it against gates.
+
+    No model is loaded and nothing is measured anew.
+
+    Example:
+
+    lazarus show diff.json --threshold 0.05 -o report.html -o figure.pdf
+    """
+    with reported(debug):
+        from lazarus.errors import UsageError
+        from lazarus.faces import Comparison, load_result
+
+        found = load_result(Path(result).expanduser())
+        check_outputs(output or [], found.record.command, [result])
+        if isinstance(found, Comparison):
+            if (threshold, fail_above, expect) != (None, None, None):
+                raise UsageError(
+                    f"{result}: a result of compare, which has no threshold and no gates. Leave --threshold, "
+                    "--fail-above and --expect out."
+                )
+            typer.echo(found)
+            save_all(found, output or [])
+            return
+        found.check_options(fail_above, expect)
+        if threshold is not None:
+            found = found.with_threshold(threshold)
+        typer.echo(found)
+        save_all(found, output or [])
+        found.check_gates(fail_above=fail_above, expect=expect)
+
+
+@app.command()
+def schema(
+    command: Annotated[Command, typer.Argument(help="The command whose JSON it describes.")],
+) -> None:
+    """Print the JSON Schema of what a command saves."""
+    from lazarus.results import json_schema
+
+    typer.echo(json.dumps(json_schema(command.value), indent=2, ensure_ascii=False))

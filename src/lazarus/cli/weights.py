@@ -1,0 +1,55 @@
+"""weight-diff."""
+
+from __future__ import annotations
+
+import typer
+
+from lazarus.cli import arguments as a
+from lazarus.cli.app import introspect
+from lazarus.cli.output import check_outputs, save_all, shows_progress
+from lazarus.cli.reporting import reported
+
+
+@introspect.command("weight-diff")
+def weight_diff(
+    context: typer.Context,
+    base: a.Base,
+    finetuned: a.Finetuned,
+    output: a.Outputs = None,
+    threshold: a.WeightThreshold = 0.1,
+    spectrum: a.SpectrumOption = False,
+    fail_above: a.WeightFailAbove = None,
+    expect: a.WeightExpect = None,
+    layers_path: a.LayersPath = None,
+    seed: a.Seed = 0,
+    allow_pickle: a.AllowPickle = False,
+    trust_remote_code: a.TrustRemoteCode = False,
+    quiet: a.Quiet = False,
+    debug: a.Debug = False,
+) -> None:
+    """Compare the weights of two models, tensor by tensor.
+
+    Reads both checkpoints from disk, without building the models, and prints for each layer and component the
+    relative change of its weights: the Frobenius norm of the difference over that of the base.
+
+    Example:
+
+    lazarus introspect weight-diff -b org/base -f org/tuned -o weights.html
+    """
+    from lazarus.options import WeightArguments
+
+    options = {name: context.params[name] for name in WeightArguments.__annotations__}
+    with reported(debug):
+        from lazarus.options import WeightOptions
+        from lazarus.render.weights import text
+
+        WeightOptions(**options)
+        check_outputs(output or [], "weight-diff", [base, finetuned])
+        from lazarus.console import WeightObserver
+        from lazarus.weights import weight_diff as run
+
+        with WeightObserver(show=shows_progress(quiet, debug)) as observer:
+            diff = run(base, finetuned, observer=observer, **options)
+        typer.echo(f"\n{text.table(diff.record)}\n\n{text.summary(diff.record)}")
+        save_all(diff, output or [])
+        diff.check_gates(fail_above=fail_above, expect=expect)

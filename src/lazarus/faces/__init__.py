@@ -1,0 +1,34 @@
+"""What a user of the library holds: a thin face over each command's record. No torch here.
+
+face.py        what every result can do: save itself, be read back, tell its notes
+activation.py  ActivationDiff, the result of activation-diff
+weights.py     WeightDiff, the result of weight-diff
+lens.py        Comparison, the result of compare
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lazarus.faces.activation import ActivationDiff
+from lazarus.faces.face import Face, read_record
+from lazarus.faces.lens import Comparison
+from lazarus.faces.weights import WeightDiff
+from lazarus.results import ActivationDiffRecord, CompareRecord, WeightDiffRecord
+
+__all__ = ["ActivationDiff", "Comparison", "Face", "WeightDiff", "load_result"]
+
+
+def load_result(path: str | Path) -> ActivationDiff | WeightDiff | Comparison:
+    """Read back a result of any command that was saved as JSON.
+
+    Raises:
+        ResultFileError: it cannot be read, or is no result of this schema version.
+    """
+    match read_record(path):
+        case ActivationDiffRecord() as record:
+            return ActivationDiff(record)
+        case WeightDiffRecord() as weights:
+            return WeightDiff(weights)
+        case CompareRecord() as lens:
+            return Comparison(lens)

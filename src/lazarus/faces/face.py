@@ -1,0 +1,88 @@
+"""What every result can do, whichever command it came from: save itself, be read back, tell its notes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
+
+from lazarus.errors import MissingPackageError, ResultFileError
+from lazarus.render import save
+from lazarus.results import AnyRecord, read_json
+
+if TYPE_CHECKING:
+    import pandas
+
+R = TypeVar("R", bound=AnyRecord)
+
+
+class Face(Generic[R]):
+    """A thin face over a record, which is the whole result as plain data."""
+
+    kind: ClassVar[type[Any]]
+    """the record that it is a face of"""
+
+    def __init__(self, record: R) -> None:
+        self.record = record
+
+    @property
+    def notes(self) -> list[str]:
+        """What was left out, what was assumed, what could not be measured."""
+        return self.record.notes
+
+    def save(self, path: str | Path) -> list[str]:
+        """Write the result; the suffix names the format, and any other is JSON.
+
+        Each file is written beside its target and renamed, so that nobody reads half of it. Returns the
+        files: the one that was named, and before it the rows (`NAME.rows.parquet`) that a page of very many
+        prompts leaves out.
+
+        Raises:
+            OutputError: the format or the place cannot be written.
+            SaveError: the disk gave out on the way; an older file is left as it was.
+        """
+        save.check_output(str(path), self.record.command)
+        return save.save(self.record, str(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read back what was saved as JSON.
+
+        Raises:
+            ResultFileError: it cannot be read, or is no result of this command and schema version.
+        """
+        record = read_record(path)
+        if not isinstance(record, cls.kind):
+            raise ResultFileError(
+                f"{path}: a result of {record.command}, which is no {cls.__name__}. Use lazarus.load_result."
+            )
+        return cls(record)
+
+
+def read_record(path: str | Path) -> AnyRecord:
+    """The record in a file that was saved as JSON.
+
+    Raises:
+        ResultFileError: it cannot be read, or is no result of this schema version.
+    """
+    try:
+        return read_json(Path(path).read_bytes())
+    except OSError as error:
+        raise ResultFileError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
+    except ResultFileError as error:
+        raise ResultFileError(f"{path}: {error}") from error
+
+
+def data_frame(columns: Mapping[str, Any]) -> pandas.DataFrame:
+    """Columns as a data frame.
+
+    Raises:
+        MissingPackageError: pandas is not installed.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise MissingPackageError(
+            "to_pandas needs the package pandas. Install it with `pip install 'lazarus-introspect[pandas]'`."
+        ) from error
+    return pandas.DataFrame(columns)

@@ -1,0 +1,41 @@
+"""Comparison: the result of compare."""
+
+from __future__ import annotations
+
+from lazarus.faces.face import Face
+from lazarus.render.lens import text
+from lazarus.results import CompareRecord, LensModel, LensPair, LensSummary
+
+
+class Comparison(Face[CompareRecord]):
+    """The result of `compare`: the logit lens of two models on one prompt.
+
+    `record` is the whole of it as plain data; the properties are its parts that are used most.
+    Printing it gives what the command line prints.
+    """
+
+    kind = CompareRecord
+
+    @property
+    def models(self) -> tuple[LensModel, LensModel]:
+        """What each model's lens reads: top tokens a layer, tracked tokens and where they emerge."""
+        return self.record.model1, self.record.model2
+
+    @property
+    def layers(self) -> list[LensPair]:
+        """How far apart the two lenses are, one record a layer of model 1."""
+        return self.record.layers
+
+    @property
+    def summary(self) -> LensSummary:
+        """The few numbers that a reader looks for first."""
+        return self.record.summary
+
+    def __str__(self) -> str:
+        return text.page(self.record)
+
+    def __repr__(self) -> str:
+        one, other = (model.info.id for model in self.models)
+        return (
+            f"<Comparison {one} | {other}: {len(self.record.prompt)} characters, {len(self.layers)} layers>"
+        )

@@ -1,0 +1,105 @@
+"""WeightDiff: the result of weight-diff."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from lazarus.errors import GateNotMetError
+from lazarus.faces.face import Face
+from lazarus.options import check_weight_gates
+from lazarus.options.checks import check_change
+from lazarus.render.weights import text
+from lazarus.results import TensorRecord, WeightDiffRecord, WeightLayerRecord, WeightSummary
+
+
+class WeightDiff(Face[WeightDiffRecord]):
+    """The result of `weight_diff`.
+
+    `record` is the whole of it as plain data; the properties are its parts that are used most.
+    Printing it gives the table of the command line.
+    """
+
+    kind = WeightDiffRecord
+
+    @property
+    def results(self) -> list[TensorRecord]:
+        """One record a tensor, in the model's order."""
+        return self.record.results
+
+    @property
+    def layers(self) -> list[WeightLayerRecord]:
+        """One record a block: all its tensors together."""
+        return self.record.layers
+
+    @property
+    def summary(self) -> WeightSummary:
+        """The few numbers that a reader looks for first."""
+        return self.record.summary
+
+    def with_threshold(self, threshold: float) -> WeightDiff:
+        """The same result with the tensors above another relative change flagged.
+
+        Raises:
+            UsageError: it is no relative change.
+        """
+        check_change("threshold", threshold)
+        return WeightDiff(_flag_above(self.record, threshold))
+
+    @staticmethod
+    def check_options(fail_above: float | None, expect: str | None) -> None:
+        """Refuse what is no gate of such a result.
+
+        Raises:
+            UsageError: it names the gate.
+        """
+        check_weight_gates(fail_above, expect)
+
+    def check_gates(self, *, fail_above: float | None = None, expect: str | None = None) -> None:
+        """Hold the result against gates: no tensor's relative change above `fail_above`; a verdict of
+        `identical` or of `changed`.
+
+        Raises:
+            UsageError: a value that is no gate.
+            GateNotMetError: a tensor’s relative change is above the limit or not finite, tensors of the two
+                have no counterpart, or the checkpoints are not what was expected of them.
+        """
+        check_weight_gates(fail_above, expect)
+        if fail_above is not None:
+            self._check_limit(fail_above)
+        if expect is not None and self.summary.verdict != expect:
+            raise GateNotMetError(f"--expect {expect}: {text.verdict(self.record)}")
+
+    def _check_limit(self, limit: float) -> None:
+        said = f"--fail-above {limit:g}:"
+        if self.record.unmatched:
+            first = self.record.unmatched[0]
+            raise GateNotMetError(
+                f"{said} {len(self.record.unmatched)} tensors have no counterpart of their shape, first "
+                f"{first.name}; see the notes."
+            )
+        for row in self.results:
+            if row.relative_change is None:
+                raise GateNotMetError(f"{said} {text.place(row)} has no relative change; see the notes.")
+        worst = max(self.results, key=lambda row: row.relative_change or 0.0)
+        if (worst.relative_change or 0.0) > limit:
+            raise GateNotMetError(
+                f"{said} {text.place(worst)} has a relative change of {worst.relative_change:.6g}."
+            )
+
+    def __str__(self) -> str:
+        return text.page(self.record)
+
+    def __repr__(self) -> str:
+        base, finetuned = self.record.base.id, self.record.finetuned.id
+        return f"<WeightDiff {base} | {finetuned}: {len(self.results)} tensors, {len(self.layers)} layers>"
+
+
+def _flag_above(record: WeightDiffRecord, threshold: float) -> WeightDiffRecord:
+    """The record as a run with this threshold would have given it."""
+    rows = [replace(row, flagged=(row.relative_change or 0.0) > threshold) for row in record.results]
+    return replace(
+        record,
+        settings=replace(record.settings, threshold=threshold),
+        results=rows,
+        summary=replace(record.summary, n_flagged_tensors=sum(row.flagged for row in rows)),
+    )

@@ -1,0 +1,94 @@
+"""How far apart two models' next-token distributions are, over one vocabulary or over two."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lazarus.lens.lens import Lens
+from lazarus.lens.vocabulary import Vocabulary
+from lazarus.metrics import OUTPUT_METRICS, compare_logits
+from lazarus.results import LensPair, finite_or_none
+from lazarus.tokens import listed
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What both models can give as the next token, as columns that mean the same in both.
+
+    With one vocabulary they are the ids that both heads have. With two they are the texts that are tokens of
+    both, and one more for any other: `places` says which outcome each id of each model belongs to.
+    """
+
+    n_outcomes: int
+    places: tuple[Tensor, Tensor] | None
+    notes: Sequence[str] = ()
+
+    @property
+    def same_ids(self) -> bool:
+        """Whether an id is the same token in both."""
+        return self.places is None
+
+    def logits(self, logits: Tensor, side: int) -> Tensor:
+        """One distribution over the outcomes, [1, outcomes], from one over model `side`'s vocabulary."""
+        if self.places is None:
+            return logits[None, : self.n_outcomes]
+        merged = torch.zeros(self.n_outcomes, dtype=torch.float64)
+        return merged.index_add_(0, self.places[side], logits.double().softmax(-1)).log()[None]
+
+
+def find_outcomes(one: Vocabulary, other: Vocabulary) -> Outcomes:
+    """The outcomes that two models have in common."""
+    n_common = min(one.n_tokens, other.n_tokens)
+    same_heads = one.n_tokens == other.n_tokens
+    if one.ids == other.ids and (same_heads or max(one.ids.values()) < n_common):
+        note = (
+            f"model 1 has logits for {one.n_tokens} tokens and model 2 for {other.n_tokens}: KL and JS are over "
+            f"the {n_common} that both have, whose probabilities are made to sum to 1"
+        )
+        return Outcomes(n_common, None, [] if same_heads else [note])
+    common = sorted({t for t in one.texts if t is not None} & {t for t in other.texts if t is not None})
+    numbers = {text: number for number, text in enumerate(common)}
+    n_texts = len(common)
+    places = [torch.tensor([numbers.get(t or "", n_texts) for t in v.texts]) for v in (one, other)]
+    note = (
+        f"the two vocabularies differ, so KL and JS are over the {n_texts} texts that are tokens of both and "
+        "one outcome for any other; merging outcomes can only lower them, so they are lower bounds (data "
+        "processing inequality, Cover & Thomas 2006, theorem 2.8.1)"
+    )
+    return Outcomes(n_texts + 1, (places[0], places[1]), [note])
+
+
+def lens_pair(lenses: tuple[Lens, Lens], outcomes: Outcomes, layers: tuple[int, int]) -> LensPair:
+    """A layer of each model: KL both ways and JS in nats, in float64; null where nothing is read, or infinite."""
+    rows = [
+        outcomes.logits(lens.logits[i], s) for s, (lens, i) in enumerate(zip(lenses, layers, strict=True))
+    ]
+    compared = compare_logits(rows[0], rows[1])
+    values = dict(zip(OUTPUT_METRICS, compared.values[0].tolist(), strict=True))
+    choices = [lens.first_choices[i] for lens, i in zip(lenses, layers, strict=True)]
+    texts = [None if i is None else x.vocabulary.text(i) for x, i in zip(lenses, choices, strict=True)]
+    return LensPair(
+        layer=layers[0],
+        model2_layer=layers[1],
+        kl_1_2=finite_or_none(values["kl_base_finetuned"]),
+        kl_2_1=finite_or_none(values["kl_finetuned_base"]),
+        js=finite_or_none(values["js"]),
+        same_first_choice=None if None in texts else texts[0] == texts[1],
+    )
+
+
+def distance_notes(pairs: Sequence[LensPair]) -> list[str]:
+    """Where KL is infinite: one model gives no probability at all to what the other can give."""
+    notes = []
+    for one, other, name in ((1, 2, "kl_1_2"), (2, 1, "kl_2_1")):
+        infinite = [pair.layer for pair in pairs if pair.js is not None and getattr(pair, name) is None]
+        if infinite:
+            notes.append(
+                f"KL(model {one}‖model {other}) is infinite, and null, at layers {listed(infinite)} (of "
+                f"{len(pairs)}): model {one} can give what has the probability 0 in model {other}"
+            )
+    return notes

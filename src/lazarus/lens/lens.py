@@ -1,0 +1,79 @@
+"""What one model's lens shows on the prompt: choices, probabilities and ranks, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lazarus.engine import Conventions
+from lazarus.lens.vocabulary import Vocabulary
+from lazarus.models import LoadedModel
+from lazarus.tokens import TokenizedPrompt
+
+
+@dataclass(frozen=True)
+class Lens:
+    """One of the two models on the prompt: next-token logits after each block, [layers, vocabulary].
+
+    A layer with a NaN or +∞ has no distribution, and nothing is read from it; −∞ is a token that cannot come.
+    """
+
+    model: LoadedModel
+    conventions: Conventions
+    vocabulary: Vocabulary
+    prompt: TokenizedPrompt
+    logits: Tensor
+
+    @cached_property
+    def log_totals(self) -> Tensor:
+        """The logarithm of each layer's Σ exp(logit), in float64: [layers]; not finite where nothing is read."""
+        return torch.stack([row.double().logsumexp(-1) for row in self.logits])
+
+    @cached_property
+    def valid(self) -> list[bool]:
+        """Whether each layer has a distribution."""
+        flags: list[bool] = self.log_totals.isfinite().tolist()
+        return flags
+
+    @cached_property
+    def first_choices(self) -> list[int | None]:
+        """Each layer's most probable token, the lowest id of equal ones; None where nothing is read."""
+        chosen = self.logits.argmax(-1).tolist()
+        return [token if valid else None for token, valid in zip(chosen, self.valid, strict=True)]
+
+    def top(self, layer: int, n_tokens: int) -> list[tuple[int, float]]:
+        """The most probable tokens of a layer and their probabilities; of equal ones the lower ids first."""
+        if not self.valid[layer]:
+            return []
+        row = self.logits[layer]
+        least = row.topk(n_tokens).values[-1]
+        found = (row >= least).nonzero()[:, 0].tolist()
+        found.sort(key=lambda token: (-float(row[token]), token))
+        probabilities = (row[found].double() - self.log_totals[layer]).exp().tolist()
+        return list(zip(found, probabilities, strict=True))[:n_tokens]
+
+    def probabilities(self, token_id: int) -> list[float | None]:
+        """A token's probability at each layer; None where nothing is read."""
+        found = (self.logits[:, token_id].double() - self.log_totals).exp().tolist()
+        return [p if valid else None for p, valid in zip(found, self.valid, strict=True)]
+
+    def ranks(self, token_id: int) -> list[int | None]:
+        """One more than the number of tokens that are more probable, at each layer; None where nothing is read."""
+        found = (1 + (self.logits > self.logits[:, token_id, None]).sum(-1)).tolist()
+        return [rank if valid else None for rank, valid in zip(found, self.valid, strict=True)]
+
+    def emergence(self, token_id: int) -> int | None:
+        """The first layer from which the token is the first choice at every later layer; None if not at the end."""
+        others = [layer for layer, first in enumerate(self.first_choices) if first != token_id]
+        layer = others[-1] + 1 if others else 0
+        return layer if layer < len(self.first_choices) else None
+
+    def likeliest(self, token_ids: list[int]) -> int | None:
+        """Which of the tokens is the most probable at the last layer, the first of equal ones; None of none."""
+        if not token_ids:
+            return None
+        last = self.logits[-1]
+        return max(token_ids, key=lambda token: float(last[token])) if self.valid[-1] else token_ids[0]

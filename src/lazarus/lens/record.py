@@ -1,0 +1,163 @@
+"""From what both lenses show to the record, with all that a reader needs to repeat the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lazarus import provenance
+from lazarus.engine import ModelPair
+from lazarus.errors import NoDataError, UsageError
+from lazarus.lens.distance import distance_notes, find_outcomes, lens_pair
+from lazarus.lens.lens import Lens
+from lazarus.lens.tracking import Lenses, Tracked, evolution, find_tracked, tracking_notes
+from lazarus.options import CompareOptions, parse_track
+from lazarus.results import (
+    SCHEMA_VERSION,
+    CompareRecord,
+    LensLayer,
+    LensModel,
+    LensPair,
+    LensSettings,
+    LensSummary,
+    LensToken,
+)
+from lazarus.tokens import listed
+
+
+@dataclass(frozen=True)
+class LensFacts:
+    """The prompt, the options, what their `auto` came to, and what was noted on the way."""
+
+    prompt: str
+    options: CompareOptions
+    device: torch.device
+    notes: Sequence[str]
+
+
+def make_record(lenses: Lenses, facts: LensFacts) -> CompareRecord:
+    """The whole record of a run.
+
+    Raises:
+        UsageError: more tokens a layer are asked for than a model has.
+        NoDataError: the logits of one of the models are finite at no layer.
+    """
+    for lens in lenses:
+        _check(lens, facts.options)
+    outcomes = find_outcomes(lenses[0].vocabulary, lenses[1].vocabulary)
+    words = parse_track(facts.options.track)
+    tracked = find_tracked(lenses, words, same_ids=outcomes.same_ids)
+    pairs = [lens_pair(lenses, outcomes, layers) for layers in _matched(lenses)]
+    notes = [*facts.notes, *outcomes.notes, *_lens_notes(lenses)]
+    notes += [*distance_notes(pairs), *tracking_notes(lenses, tracked)]
+    one, other = (_model(lens, facts, tracked, side) for side, lens in enumerate(lenses))
+    return CompareRecord(
+        schema_version=SCHEMA_VERSION,
+        command="compare",
+        tool=provenance.tool(),
+        created=provenance.now(),
+        model1=one,
+        model2=other,
+        settings=_settings(lenses, facts, words),
+        environment=provenance.environment(facts.device),
+        prompt=facts.prompt,
+        tracked=[each.text for each in tracked],
+        layers=pairs,
+        summary=_summary(pairs, same_vocabulary=outcomes.same_ids),
+        notes=list(dict.fromkeys(notes)),
+    )
+
+
+def _check(lens: Lens, options: CompareOptions) -> None:
+    name, n_tokens = lens.model.name, lens.vocabulary.n_tokens
+    if options.top_k > n_tokens:
+        raise UsageError(
+            f"--top-k {options.top_k}: {name} has {n_tokens} tokens. Give a number of at most {n_tokens}."
+        )
+    if not any(lens.valid):
+        raise NoDataError(
+            f"{name}: the logits are finite at no layer, so there is nothing to read. If it runs in a narrow "
+            f"type (this is {lens.model.run_dtype}), try --dtype float32; else its weights are broken."
+        )
+
+
+def _matched(lenses: Lenses) -> list[tuple[int, int]]:
+    """Each layer of model 1, and the layer of model 2 at the same relative depth."""
+    one, other = lenses
+    pair = ModelPair(one.model, other.model, one.conventions, other.conventions, "text")
+    return list(enumerate(pair.matched))
+
+
+def _model(lens: Lens, facts: LensFacts, tracked: Sequence[Tracked], side: int) -> LensModel:
+    vocabulary = lens.vocabulary
+    return LensModel(
+        info=provenance.model_info(lens.model, lens.conventions),
+        n_vocabulary=vocabulary.n_tokens,
+        prompt_tokens=[vocabulary.text(i) for i in lens.prompt.ids],
+        rendered=lens.prompt.rendered,
+        layers=[_layer(lens, layer, facts.options.top_k) for layer in range(len(lens.logits))],
+        tracked=[evolution(lens, each.text, each.ids[side]) for each in tracked],
+    )
+
+
+def _layer(lens: Lens, layer: int, top_k: int) -> LensLayer:
+    return LensLayer(
+        layer=layer,
+        top=[
+            LensToken(token=lens.vocabulary.text(i), token_id=i, probability=probability)
+            for i, probability in lens.top(layer, top_k)
+        ],
+    )
+
+
+def _settings(lenses: Lenses, facts: LensFacts, words: list[str] | None) -> LensSettings:
+    options = facts.options
+    return LensSettings(
+        top_k=options.top_k,
+        track=words,
+        dtype=lenses[0].model.run_dtype,
+        device=str(facts.device),
+        chat_template=options.chat_template,
+        truncate=options.truncate,
+        layers_path=options.layers_path,
+        seed=options.seed,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def _summary(pairs: Sequence[LensPair], *, same_vocabulary: bool) -> LensSummary:
+    measured = {pair.layer: pair.js for pair in pairs if pair.js is not None}
+    largest = max(measured, key=lambda layer: measured[layer], default=None)
+    return LensSummary(
+        same_first_choice=pairs[-1].same_first_choice,
+        most_divergent_layer=largest,
+        max_js=None if largest is None else measured[largest],
+        same_vocabulary=same_vocabulary,
+    )
+
+
+def _lens_notes(lenses: Lenses) -> list[str]:
+    """What a reader must know of how the two ran, and of the layers where nothing is read."""
+    one, other = (lens.model for lens in lenses)
+    depths = [len(lens.logits) for lens in lenses]
+    notes = [note for lens in lenses for note in lens.conventions.notes]
+    if one.run_dtype != other.run_dtype:
+        notes.append(
+            f"{one.name} ran in {one.run_dtype}, {other.name} in {other.run_dtype}: part of what differs is "
+            "the rounding of the narrower type"
+        )
+    if depths[0] != depths[1]:
+        notes.append(
+            f"{one.name} has {depths[0]} layers, {other.name} has {depths[1]}: they are matched by relative "
+            "depth (model2_layer in JSON)"
+        )
+    for lens in lenses:
+        broken = [layer for layer, valid in enumerate(lens.valid) if not valid]
+        if broken:
+            notes.append(
+                f"{lens.model.name}: logits that are not finite, so nothing is read, at layers "
+                f"{listed(broken)} ({len(broken)} of {len(lens.valid)})"
+            )
+    return notes

@@ -1,0 +1,135 @@
+"""compare: one prompt through both models, and the logit lens on each."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, Unpack, runtime_checkable
+
+from lazarus.engine import Conventions, learn
+from lazarus.errors import PromptsError
+from lazarus.faces import Comparison
+from lazarus.lens.lens import Lens
+from lazarus.lens.reading import read_layers
+from lazarus.lens.record import LensFacts, make_record
+from lazarus.lens.vocabulary import Vocabulary
+from lazarus.loading import Model, Role, load_models, pick_device
+from lazarus.models import LoadedModel, same_design
+from lazarus.options import CompareArguments, make_compare_options, read_template
+from lazarus.prompts import Prompt, make_prompts
+from lazarus.ranks import Rank
+from lazarus.reading import Reading, read_prompts
+from lazarus.results import CompareRecord
+from lazarus.tokens import TokenizedPrompt
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """What is told how far a run has come."""
+
+    def loading(self, role: Role, name: str) -> None:
+        """A model is about to be loaded: `base` is model 1, `finetuned` is model 2."""
+
+    def running(self, n_layers: int) -> None:
+        """The lens begins: so many layers in all, of both models."""
+
+    def advanced(self, n_layers: int) -> None:
+        """So many layers more have been read."""
+
+
+class _Silence:
+    def loading(self, role: Role, name: str) -> None: ...
+    def running(self, n_layers: int) -> None: ...
+    def advanced(self, n_layers: int) -> None: ...
+
+
+def compare(
+    model1: Model,
+    model2: Model,
+    prompt: str,
+    *,
+    tokenizer: Any | None = None,
+    observer: Observer | None = None,
+    **options: Unpack[CompareArguments],
+) -> Comparison:
+    """Read what two models would say after each layer: the logit lens, side by side, for one prompt.
+
+    Args:
+        model1: a Hub id, a folder, a `.gguf` file, MODEL+ADAPTER, or a transformers model in memory.
+        model2: the same; an adapter alone runs on top of `model1`.
+        prompt: a text, taken whole; what comes after its last token is read.
+        tokenizer: the tokenizer of models in memory; it stands in for both models' own.
+        observer: is told how far the run has come.
+        options: the command line's options, with underscores: `top_k=10`, `track=["Paris", "Rome"]`.
+
+    Returns:
+        For each model and layer the most probable next tokens; for each tracked token its probability and
+        rank (from 1) at every layer, and the layer from which it is the first choice to the end; for each
+        layer of model 1 and its counterpart KL and Jensen-Shannon divergence in nats; and notes on what was
+        assumed.
+
+    Raises:
+        UsageError: an option or the prompt is wrong.
+        ModelError: a model cannot be loaded, predicts no next token, or cannot be read layer by layer.
+        PairError: neither model brings a tokenizer.
+        PromptDataError: the prompt does not fit the models.
+        NoDataError: the logits of a model are finite at no layer.
+    """
+    return Comparison(
+        compare_models(model1, model2, prompt, tokenizer=tokenizer, observer=observer, **options)
+    )
+
+
+def compare_models(
+    model1: Model,
+    model2: Model,
+    prompt: str,
+    *,
+    tokenizer: Any | None = None,
+    observer: Observer | None = None,
+    **options: Unpack[CompareArguments],
+) -> CompareRecord:
+    """The record of `compare`, which see."""
+    chosen = make_compare_options(**options)
+    prompts, of_pair = _prompt(prompt), chosen.of_pair()
+    template = read_template(of_pair)
+    watcher = observer or _Silence()
+    device = pick_device(chosen.device, Rank())
+    loaded = load_models(model1, model2, of_pair, device, watcher.loading)
+    reading = read_prompts(loaded.models, tokenizer, prompts, template, of_pair)
+    lenses = _look(loaded.models, reading, watcher)
+    # The last of the reading's notes says that distributions over two vocabularies are not compared.
+    notes = [*loaded.notes, *loaded.models[0].notes, *loaded.models[1].notes, *reading.notes[:-1]]
+    return make_record(lenses, LensFacts(prompt, chosen, device, notes))
+
+
+def _prompt(text: Any) -> list[Prompt]:
+    """The one prompt.
+
+    Raises:
+        PromptsError: it is no text, is empty, or is not Unicode.
+    """
+    if not isinstance(text, str) or not text.strip():
+        raise PromptsError(f"--prompt {text!r:.40}: give a text that is not empty, as in -p 'The answer is'.")
+    return make_prompts([text]).prompts
+
+
+def _look(models: tuple[LoadedModel, LoadedModel], reading: Reading, watcher: Observer) -> tuple[Lens, Lens]:
+    """Each model's lens on the prompt, one model after the other."""
+    ours = learn(models[0], reading.samples[0], reading.pad_ids[0])
+    alike = same_design(models[0].model, models[1].model)
+    theirs = ours if alike else learn(models[1], reading.samples[1], reading.pad_ids[1])
+    conventions = (ours, theirs)
+    watcher.running(sum(each.n_layers for each in conventions))
+    one, other = (
+        _look_at(model, known, prompt[0], tokenizer, watcher)
+        for model, known, prompt, tokenizer in zip(
+            models, conventions, (reading.base, reading.finetuned), reading.tokenizers, strict=True
+        )
+    )
+    return one, other
+
+
+def _look_at(
+    model: LoadedModel, conventions: Conventions, prompt: TokenizedPrompt, tokenizer: Any, watcher: Observer
+) -> Lens:
+    logits = read_layers(model, conventions, prompt.ids, watcher.advanced)
+    return Lens(model, conventions, Vocabulary(tokenizer, logits.shape[-1]), prompt, logits)

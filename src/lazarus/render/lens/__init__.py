@@ -1,0 +1,11 @@
+"""What compare shows of two logit lenses.
+
+tokens.py    how a token and a prompt are written, so that every space of them is seen
+summary.py   what the numbers say together, in sentences
+text.py      standard output
+table.py     CSV, Parquet and Markdown
+plots.py     small curves over layers, as SVG without scripts
+page.py      one page of HTML
+figure.py    layers by ranks, for a paper
+notebook.py  how a result shows itself in a notebook
+"""

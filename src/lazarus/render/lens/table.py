@@ -1,0 +1,129 @@
+"""CSV, Parquet and Markdown of compare."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterable
+from typing import IO, Any
+
+from lazarus.render.escape import escaped
+from lazarus.render.lens.summary import last_choice, names, summary_lines, title
+from lazarus.render.lens.text import emergence
+from lazarus.render.lens.tokens import quoted, quoted_token
+from lazarus.results import CompareRecord, LensModel
+
+
+def columns(record: CompareRecord) -> dict[str, list[Any]]:
+    """The tokens of every layer as columns: one row a model, layer and rank, from 1."""
+    found: dict[str, list[Any]] = {
+        name: [] for name in ("model", "model_id", "layer", "rank", "token", "token_id", "probability")
+    }
+    for number, model in enumerate((record.model1, record.model2), 1):
+        for layer in model.layers:
+            for rank, token in enumerate(layer.top, 1):
+                row = (
+                    number,
+                    model.info.id,
+                    layer.layer,
+                    rank,
+                    token.token,
+                    token.token_id,
+                    token.probability,
+                )
+                for values, value in zip(found.values(), row, strict=True):
+                    values.append(value)
+    return found
+
+
+def write_csv(record: CompareRecord, stream: IO[bytes]) -> None:
+    """One row a model, layer and rank, RFC 4180; a probability that is not finite is empty."""
+    text = io.TextIOWrapper(
+        stream, encoding="utf-8", errors="backslashreplace", newline="", write_through=True
+    )
+    writer, table = csv.writer(text), columns(record)
+    writer.writerow(table)
+    writer.writerows(zip(*table.values(), strict=True))
+    text.detach()
+
+
+def write_parquet(record: CompareRecord, stream: IO[bytes]) -> None:
+    """The same rows as Parquet; a probability that is not finite is null."""
+    import pyarrow
+    from pyarrow import parquet
+
+    texts, table = ("model_id", "token"), columns(record)
+    whole = {name: [_storable(text) for text in table[name]] for name in texts}
+    types = dict.fromkeys(table, pyarrow.int64()) | dict.fromkeys(texts, pyarrow.string())
+    types["probability"] = pyarrow.float64()
+    arrays = {name: pyarrow.array(whole.get(name, table[name]), type=types[name]) for name in table}
+    parquet.write_table(pyarrow.table(arrays), stream)
+
+
+def write_markdown(record: CompareRecord, stream: IO[bytes]) -> None:
+    """The final predictions, the tracked tokens, and the summary with its notes."""
+    one, other = names(record)
+    lines = [
+        f"# {_code(one)} against {_code(other)}",
+        "",
+        f"The logit lens at the last token of {_code(quoted(record.prompt))}.",
+        "",
+        *_table("| Model | Top token | Prob |", "|---|---|---:|", _predictions(record)),
+        "",
+        *_table("| Token | Model | Emergence | Final prob |", "|---|---|---|---:|", _evolutions(record)),
+        "",
+        *(f"- {_plain(line)}" for line in summary_lines(record)),
+    ]
+    if record.notes:
+        lines += ["", "Notes:", "", *(f"- {_plain(escaped(note))}" for note in record.notes)]
+    stream.write(("\n".join(lines) + "\n").encode())
+
+
+def _table(head: str, rule: str, rows: Iterable[Iterable[str]]) -> list[str]:
+    return [head, rule, *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def _models(record: CompareRecord) -> list[tuple[str, LensModel]]:
+    return list(zip(names(record), (record.model1, record.model2), strict=True))
+
+
+def _predictions(record: CompareRecord) -> Iterable[Iterable[str]]:
+    for name, model in _models(record):
+        choice = last_choice(model)
+        if choice is None:
+            yield _code(name), "", _number(None)
+        else:
+            yield _code(name), _code(quoted_token(choice.token)), _number(choice.probability)
+
+
+def _evolutions(record: CompareRecord) -> Iterable[Iterable[str]]:
+    for index in range(len(record.tracked)):
+        for name, model in _models(record):
+            found = model.tracked[index]
+            final = "" if found.token is None else _number(found.final_probability)
+            yield _code(quoted_token(title(record, index))), _code(name), emergence(found), final
+
+
+def _number(value: float | None) -> str:
+    return "nan" if value is None else f"{value:.4f}"
+
+
+def _code(text: str) -> str:
+    """The text as code in a cell: a bar would end the cell, and a backtick the code."""
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    space = " " if "`" in text or text != text.strip() else ""
+    return f"{fence}{space}{escaped(text)}{space}{fence}".replace("|", "\\|")
+
+
+def _plain(text: str) -> str:
+    r"""The text as a sentence of Markdown, in which nothing is markup.
+
+    >>> print(_plain("a_b <i>"))
+    a\_b \<i\>
+    """
+    return re.sub(r"([\\`*_{}\[\]<>#|&$~])", r"\\\1", text)
+
+
+def _storable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,324 @@
+"""What is measured of one pair of tensors, in float64 and in parts.
+
+f and b are all the numbers of the fine-tuned and of the base tensor, as one vector each, and d = f − b.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lazarus.weights.views import Update, View, bits, open_rows, same_bits
+
+N_NUMBERS = 2**15
+"""As many at once stay, in float64 and twice, in the level-2 cache of one core."""
+_TINY = 1e-280
+"""Sums of squares below are not to be trusted: squares of single numbers were rounded to denormals, or 0."""
+_CANCELLED = 1e-6
+"""Where ‖f‖² is less than this share of ‖b‖² it is summed from f, not from b and d."""
+_MOST_SCALING = 1000
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows of a pair: base and f − b, both [rows, columns] float64."""
+
+    base: Tensor
+    change: Tensor
+    n_changed: int
+
+
+class Pair(Protocol):
+    """A base tensor and what became of it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of both."""
+        ...
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns under which both are read."""
+        ...
+
+    @property
+    def finetuned_dtype(self) -> str:
+        """The type that the fine-tuned numbers were rounded to; float64 where they were not."""
+        ...
+
+    def identical(self) -> bool:
+        """Whether they are known to have the same bits, without arithmetic."""
+        ...
+
+    def chunks(self, n_numbers: int) -> Iterator[Chunk]:
+        """All rows in order, about `n_numbers` numbers at a time.
+
+        The tensors of one chunk may be overwritten by the next.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class ViewPair:
+    """Two tensors that are both stored.
+
+    f − b is exact for numbers of up to 32 bits unless they are 2²⁹ times apart, and rounded to float64 for
+    all others. A number has changed where its bits have: −0.0 is not 0.0, and a NaN is itself. Those of two
+    types are compared in float64.
+
+    Raises:
+        ValueError: they have different shapes.
+    """
+
+    base: View
+    finetuned: View
+
+    def __post_init__(self) -> None:
+        if self.base.shape != self.finetuned.shape:
+            raise ValueError(f"a tensor of {self.base.shape} cannot be compared with {self.finetuned.shape}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of both."""
+        return self.base.shape
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns under which both are read."""
+        return self.base.matrix
+
+    @property
+    def finetuned_dtype(self) -> str:
+        """The type of the fine-tuned numbers."""
+        return self.finetuned.dtype
+
+    def identical(self) -> bool:
+        """Whether they have the same bits.
+
+        Raises:
+            OSError: a file is missing or too short.
+        """
+        return same_bits(self.base, self.finetuned)
+
+    def chunks(self, n_numbers: int) -> Iterator[Chunk]:
+        """All rows in order; a chunk is overwritten by the next.
+
+        Raises:
+            OSError: a file is missing or too short.
+        """
+        step = _rows_at_once(self.matrix, n_numbers)
+        wide = torch.empty(2, step, self.matrix[1], dtype=torch.float64)
+        differs: NDArray[np.bool_] = np.empty((step, self.matrix[1]), dtype=np.bool_)
+        with open_rows(self.base) as ours, open_rows(self.finetuned) as theirs:
+            for start, stop in _starts_and_stops(self.matrix[0], step):
+                base, change = wide[:, : stop - start].unbind()
+                b, f = ours.read(start, stop), theirs.read(start, stop)
+                base.copy_(b)
+                change.copy_(f)
+                one, other = (b, f) if b.dtype == f.dtype else (base, change)
+                np.not_equal(bits(one).numpy(), bits(other).numpy(), out=differs[: stop - start])
+                n_changed = int(np.count_nonzero(differs[: stop - start]))
+                yield Chunk(base, change.sub_(base), n_changed)
+
+
+@dataclass(frozen=True, eq=False)
+class UpdatePair:
+    """A stored tensor and what an adapter adds to it; a number has changed where that is not 0.
+
+    Raises:
+        ValueError: the update is of another shape.
+    """
+
+    base: View
+    update: Update
+    finetuned_dtype: str = "float64"
+
+    def __post_init__(self) -> None:
+        if self.base.matrix != self.update.matrix:
+            raise ValueError(f"an update of {self.update.matrix} does not fit a tensor of {self.base.shape}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the base."""
+        return self.base.shape
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns under which both are read."""
+        return self.base.matrix
+
+    def identical(self) -> bool:
+        """Unknown until the update has been computed."""
+        return math.prod(self.matrix) == 0
+
+    def chunks(self, n_numbers: int) -> Iterator[Chunk]:
+        """All rows in order; a chunk is overwritten by the next.
+
+        Raises:
+            OSError: the file is missing or too short.
+        """
+        step = _rows_at_once(self.matrix, n_numbers)
+        wide = torch.empty(step, self.matrix[1], dtype=torch.float64)
+        with open_rows(self.base) as rows:
+            for start, stop in _starts_and_stops(self.matrix[0], step):
+                change = self.update.read(start, stop)
+                n_changed = int(np.count_nonzero(change.numpy()))
+                yield Chunk(wide[: stop - start].copy_(rows.read(start, stop)), change, n_changed)
+
+
+def _rows_at_once(matrix: tuple[int, int], n_numbers: int) -> int:
+    return min(matrix[0], max(1, n_numbers // max(matrix[1], 1)))
+
+
+def _starts_and_stops(n_rows: int, step: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, n_rows, step or 1):
+        yield start, min(start + step, n_rows)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What is measured of a pair; NaN where it is not finite, or undefined."""
+
+    relative_change: float
+    """‖d‖ / ‖b‖; undefined where base is all zero and the other has other bits"""
+    cosine_similarity: float
+    """of f and b, -1 to 1; 1 where both are all zero, undefined where one is"""
+    max_abs_change: float
+    n_changed: int
+    share_changed: float
+    """of all numbers, 0 to 1; 0 of none"""
+    base_norm: float | None
+    """‖b‖; None where it was not needed: the bits are the same"""
+    change_norm: float
+
+
+def measure(pair: Pair, n_numbers: int = N_NUMBERS) -> Numbers:
+    """The numbers of a pair. Tensors with the same bits are recognised from these, and not read again.
+
+    Raises:
+        OSError: a file is missing or too short.
+    """
+    if pair.identical():
+        return Numbers(0.0, 1.0, 0.0, 0, 0.0, None, 0.0)
+    sums = _add_up(pair, n_numbers)
+    norms = sums.norms() if sums.safe() else _scaled_norms(pair, n_numbers)
+    base = _finite(norms.base)
+    if sums.n_changed == 0:
+        return Numbers(0.0, 1.0, 0.0, 0, 0.0, base, 0.0)
+    return Numbers(
+        relative_change=_finite(norms.change / norms.base) if norms.base else math.nan,
+        cosine_similarity=norms.cosine(),
+        max_abs_change=_finite(sums.largest),
+        n_changed=sums.n_changed,
+        share_changed=sums.n_changed / math.prod(pair.matrix),
+        base_norm=base,
+        change_norm=_finite(norms.change),
+    )
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else math.nan
+
+
+@dataclass(frozen=True)
+class _Norms:
+    """‖b‖, ‖f‖, ‖d‖, and ‖f‖ − ‖b‖, which may be known better than the two."""
+
+    base: float
+    finetuned: float
+    change: float
+    longer: float
+
+    def cosine(self) -> float:
+        """1 − ½‖b̂ − f̂‖², with ½‖b̂ − f̂‖² = (‖d‖² − (‖f‖ − ‖b‖)²) / (2‖f‖‖b‖): without cancellation."""
+        if self.base == self.finetuned == 0:
+            return 1.0
+        if not (self.base and self.finetuned):
+            return math.nan
+        # As two factors: a square may overflow where a norm does not.
+        less, more = self.change - abs(self.longer), self.change + abs(self.longer)
+        divergence = less / self.base * (more / self.finetuned) / 2
+        return _finite(1 - min(max(divergence, 0.0), 2.0)) if math.isfinite(divergence) else math.nan
+
+
+@dataclass
+class _Sums:
+    """b·b, d·d and b·d over the chunks, the largest |d|, and how many numbers have changed."""
+
+    base: float = 0.0
+    change: float = 0.0
+    cross: float = 0.0
+    largest: float = 0.0
+    n_changed: int = 0
+
+    def add(self, chunk: Chunk) -> None:
+        """Take in one chunk."""
+        b, d = chunk.base.view(-1), chunk.change.view(-1)
+        self.base += torch.dot(b, b).item()
+        self.change += torch.dot(d, d).item()
+        self.cross += torch.dot(b, d).item()
+        self.largest = _largest(self.largest, chunk.change)
+        self.n_changed += chunk.n_changed
+
+    @property
+    def finetuned(self) -> float:
+        """f·f."""
+        return self.base + 2 * self.cross + self.change
+
+    def safe(self) -> bool:
+        """Whether no square overflowed or vanished, and f·f did not cancel."""
+        whole = math.isfinite(self.base) and math.isfinite(self.change)
+        small = self.base < _TINY or self.change < _TINY
+        return whole and not small and self.finetuned > _CANCELLED * self.base
+
+    def norms(self) -> _Norms:
+        """The norms, where this is safe."""
+        base, finetuned = math.sqrt(self.base), math.sqrt(self.finetuned)
+        longer = (2 * self.cross + self.change) / (finetuned + base)
+        return _Norms(base, finetuned, math.sqrt(self.change), longer)
+
+
+def _add_up(pair: Pair, n_numbers: int) -> _Sums:
+    sums = _Sums()
+    for chunk in pair.chunks(n_numbers):
+        sums.add(chunk)
+    return sums
+
+
+def _largest(before: float, tensor: Tensor) -> float:
+    """The larger of `before` and the largest absolute value; NaN where there is one."""
+    numbers = tensor.numpy()
+    return float(np.maximum(before, np.maximum(numbers.max(), -numbers.min())))
+
+
+def _scaled_norms(pair: Pair, n_numbers: int) -> _Norms:
+    """The norms by two passes: squares of numbers that a power of two has brought near 1."""
+    largest = [0.0, 0.0, 0.0]
+    for chunk in pair.chunks(n_numbers):
+        largest = [_largest(before, part) for before, part in zip(largest, _three(chunk), strict=True)]
+    scales = [_scale(value) for value in largest]
+    squares = [0.0, 0.0, 0.0]
+    for chunk in pair.chunks(n_numbers):
+        for i, part in enumerate(_three(chunk)):
+            scaled = (part * scales[i]).view(-1)
+            squares[i] += torch.dot(scaled, scaled).item()
+    base, finetuned, change = (math.sqrt(s) / scale for s, scale in zip(squares, scales, strict=True))
+    return _Norms(base, finetuned, change, finetuned - base)
+
+
+def _three(chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
+    return chunk.base, chunk.base + chunk.change, chunk.change
+
+
+def _scale(largest: float) -> float:
+    """The power of two by which `largest` comes near 1; 1 for 0 and for what is not finite."""
+    if largest == 0 or not math.isfinite(largest):
+        return 1.0
+    return math.ldexp(1.0, min(max(-math.frexp(largest)[1], -_MOST_SCALING), _MOST_SCALING))

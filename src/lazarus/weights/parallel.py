@@ -1,0 +1,92 @@
+"""Many pairs of tensors at once, in a few threads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Event
+from typing import Any, TypeVar
+
+import torch
+
+from lazarus.weights.numbers import Chunk, Pair
+
+T = TypeVar("T")
+
+
+class _StoppedError(Exception):
+    """Another pair failed, or the user interrupted."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Stoppable:
+    """A pair whose chunks end in an error once `stop` is set."""
+
+    pair: Pair
+    stop: Event
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.pair.shape
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        return self.pair.matrix
+
+    @property
+    def finetuned_dtype(self) -> str:
+        return self.pair.finetuned_dtype
+
+    def identical(self) -> bool:
+        return self.pair.identical()
+
+    def chunks(self, n_numbers: int) -> Iterator[Chunk]:
+        for chunk in self.pair.chunks(n_numbers):
+            if self.stop.is_set():
+                raise _StoppedError
+            yield chunk
+
+
+def measure_all(
+    pairs: Sequence[Pair],
+    measure_one: Callable[[Pair], T],
+    n_threads: int,
+    on_done: Callable[[int, T], Any] | None = None,
+) -> list[T]:
+    """What `measure_one` says of each pair, in their order, from `n_threads` threads; the largest go first.
+
+    `on_done` is called here, with a pair's index, as each is ready. The first error ends all, and is raised
+    once the other threads have ended, which they do at their next chunk; so does an interrupt.
+    """
+    stop, sizes = Event(), [math.prod(pair.matrix) for pair in pairs]
+    done: dict[int, T] = {}
+    with _single_threads(n_threads) as pool:
+        try:
+            largest_first = sorted(range(len(pairs)), key=lambda i: -sizes[i])
+            places: dict[Future[T], int] = {
+                pool.submit(measure_one, _Stoppable(pairs[i], stop)): i for i in largest_first
+            }
+            for future in as_completed(places):
+                i = places[future]
+                done[i] = future.result()
+                if on_done is not None:
+                    on_done(i, done[i])
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [done[i] for i in range(len(pairs))]
+
+
+@contextmanager
+def _single_threads(n_threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads in which torch uses one thread each: two on two cores, not four."""
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(n_threads, "weights", lambda: torch.set_num_threads(1)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,381 @@
+"""A tensor that is read in parts: where its numbers are, and rows of it at a time.
+
+A checkpoint may fuse what is two components here, or stack all experts. So a view is a stored tensor or a
+part of one, and every view is read as a matrix: all leading axes are its rows, the last axis its columns.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lazarus.models.checkpoint import TORCH_TYPES, StoredTensor
+
+MORE_TYPES = {
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+"""What safetensors stores besides, which no parameter of a model is made from."""
+_FIRST, _CHUNK = 1024, 2**16
+"""how many numbers are compared at first, and then at once"""
+_WASTE = 8
+"""Where reading across gaps would read more than this many times what is wanted, each row is read alone."""
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Rows(Protocol):
+    """What reads rows of a matrix."""
+
+    def read(self, start: int, stop: int, /) -> Tensor:
+        """Rows start to stop, [stop − start, columns], in their own type."""
+        ...
+
+
+class View(Rows, Protocol):
+    """A tensor that is read in parts. A complex one has a last axis more: real part, imaginary part."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What it is."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """The name of its stored type, such as bfloat16, or Q8_0 of a GGUF file."""
+        ...
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns under which it is read; a vector of n is (n, 1), a scalar (1, 1)."""
+        ...
+
+
+class Update(Protocol):
+    """What is added to a tensor, such as an adapter's B·A."""
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns, those of the view that it is added to."""
+        ...
+
+    def read(self, start: int, stop: int, /) -> Tensor:
+        """Rows start to stop in float64: exactly what is added."""
+        ...
+
+
+@dataclass(frozen=True)
+class Take:
+    """A part of a tensor: its numbers in the shape `dims`, row-major, then `index`, with ints and slices.
+
+    The steps of slices are positive.
+    """
+
+    dims: tuple[int, ...]
+    index: tuple[int | slice, ...]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the rows of a matrix are in a row-major file, counted in numbers.
+
+    `outer` and `inner` are (length, stride) of the axes that the rows run along, the last one apart;
+    neighbours that are one axis in the file have been merged.
+    """
+
+    shape: tuple[int, ...]
+    matrix: tuple[int, int]
+    offset: int
+    outer: tuple[tuple[int, int], ...]
+    inner: tuple[int, int]
+    column_stride: int
+
+    def place(self, row: int) -> int:
+        """Where a row begins."""
+        left, index = divmod(row, self.inner[0])
+        place = self.offset + index * self.inner[1]
+        for length, stride in reversed(self.outer):
+            left, index = divmod(left, length)
+            place += index * stride
+        return place
+
+    def regular(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """The rows start to stop in runs whose rows are all equally far apart, as (start, stop)."""
+        length = self.inner[0]
+        while start < stop:
+            end = min(stop, (start // length + 1) * length)
+            yield start, end
+            start = end
+
+    def span(self, n_rows: int) -> int:
+        """From the first number of such a run to its last, gaps included."""
+        return (n_rows - 1) * self.inner[1] + (self.matrix[1] - 1) * self.column_stride + 1
+
+
+def _lay_out(shape: tuple[int, ...], take: Take | None, dtype: torch.dtype) -> _Layout:
+    part = _part(torch.empty(shape, dtype=dtype, device="meta"), take)
+    rows, columns = _as_matrix(tuple(part.shape))
+    axes: list[tuple[int, int]] = []
+    n_leading = max(part.ndim - 1, 1)
+    for length, stride in zip(part.shape[:n_leading], part.stride()[:n_leading], strict=True):
+        if axes and axes[-1][1] == length * stride:
+            axes[-1] = (axes[-1][0] * length, stride)
+        elif length != 1:
+            axes.append((length, stride))
+    last = part.stride()[-1] if part.ndim > 1 else 1
+    inner = axes.pop() if axes else (1, columns)
+    return _Layout(tuple(part.shape), (rows, columns), int(part.storage_offset()), tuple(axes), inner, last)
+
+
+def _part(tensor: Tensor, take: Take | None) -> Tensor:
+    """The part that is taken of a tensor; of complex numbers, their two parts."""
+    if take is not None:
+        if math.prod(take.dims) != tensor.numel():
+            raise ValueError(f"a tensor of shape {tuple(tensor.shape)} cannot be read as {take.dims}")
+        tensor = tensor.reshape(take.dims)[take.index]
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    if len(shape) < 2:
+        return math.prod(shape), 1
+    return math.prod(shape[:-1]), shape[-1]
+
+
+def _type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class StoredView:
+    """A tensor in a safetensors file, or a part of it.
+
+    Raises:
+        ValueError: the type is not one that torch can read, or `take` does not fit the shape.
+    """
+
+    stored: StoredTensor
+    take: Take | None = None
+
+    def __post_init__(self) -> None:
+        if self.stored.dtype not in TORCH_TYPES | MORE_TYPES:
+            raise ValueError(f"{self.stored.path}: numbers of type {self.stored.dtype} cannot be read")
+        _ = self.layout
+
+    @cached_property
+    def layout(self) -> _Layout:
+        """Where its rows are."""
+        return _lay_out(self.stored.shape, self.take, self.torch_type)
+
+    @property
+    def torch_type(self) -> torch.dtype:
+        """The type in the file."""
+        return (TORCH_TYPES | MORE_TYPES)[self.stored.dtype]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What it is, after the take."""
+        return self.layout.shape
+
+    @property
+    def dtype(self) -> str:
+        """The name of the type in the file."""
+        return _type_name(self.torch_type)
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns under which it is read."""
+        return self.layout.matrix
+
+    def read(self, start: int, stop: int, /) -> Tensor:
+        """Rows start to stop, from the file.
+
+        Raises:
+            OSError: the file is missing or too short.
+        """
+        with self.rows() as rows:
+            return rows.read(start, stop)
+
+    def rows(self) -> _FileRows:
+        """A reader that keeps the file open and reads into the same memory each time."""
+        return _FileRows(self)
+
+
+class _FileRows:
+    """Reads rows of a stored view; what `read` returns is overwritten by the next call."""
+
+    def __init__(self, view: StoredView) -> None:
+        self.start = view.stored.start
+        self.layout = view.layout
+        self.dtype = view.torch_type.to_real() if view.torch_type.is_complex else view.torch_type
+        self.taken = self.across = torch.empty(0, dtype=self.dtype)
+        self.file = Path(view.stored.path).open("rb", buffering=0)  # noqa: SIM115  closed by __exit__
+
+    def __enter__(self) -> _FileRows:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def read(self, start: int, stop: int, /) -> Tensor:
+        """Rows start to stop: what is together in the file at once, other rows with the gaps between."""
+        columns, layout = self.layout.matrix[1], self.layout
+        n_numbers = (stop - start) * columns
+        if len(self.taken) < n_numbers:
+            self.taken = torch.empty(n_numbers, dtype=self.dtype)
+        taken = self.taken[:n_numbers].view(stop - start, columns)
+        if n_numbers:
+            for first, end in layout.regular(start, stop):
+                self._run(first, taken[first - start : end - start])
+        return taken
+
+    def _run(self, row: int, taken: Tensor) -> None:
+        """Read rows that are equally far apart, from `row` on."""
+        span = self.layout.span(len(taken))
+        if span == taken.numel():
+            self._fill(self.layout.place(row), taken.view(-1))
+        elif len(taken) > 1 and span > _WASTE * taken.numel():
+            for i in range(len(taken)):
+                self._run(row + i, taken[i : i + 1])
+        else:
+            if len(self.across) < span:
+                self.across = torch.empty(span, dtype=self.dtype)
+            self._fill(self.layout.place(row), self.across[:span])
+            strides = (self.layout.inner[1], self.layout.column_stride)
+            taken.copy_(self.across.as_strided(tuple(taken.shape), strides))
+
+    def _fill(self, place: int, memory: Tensor) -> None:
+        left = memoryview(memory.view(torch.uint8).numpy().data)
+        self.file.seek(self.start + place * self.dtype.itemsize)
+        while left:
+            n_read = self.file.readinto(left)  # two gigabytes at most
+            if not n_read:
+                raise OSError(f"{self.file.name}: cut short")
+            left = left[n_read:]
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryView:
+    """A tensor in memory, or a part of it; `dtype` names the type that it was stored in.
+
+    Raises:
+        ValueError: `take` does not fit the shape.
+    """
+
+    tensor: Tensor
+    dtype: str
+    take: Take | None = None
+
+    def __post_init__(self) -> None:
+        _ = self.part
+
+    @cached_property
+    def part(self) -> Tensor:
+        """What is taken."""
+        return _part(self.tensor.detach(), self.take)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What it is, after the take."""
+        return tuple(self.part.shape)
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns under which it is read."""
+        return _as_matrix(self.shape)
+
+    @cached_property
+    def _as_rows(self) -> Tensor:
+        return self.part.reshape(self.matrix)
+
+    def read(self, start: int, stop: int, /) -> Tensor:
+        """Rows start to stop; they share the tensor's memory where its layout allows."""
+        return self._as_rows[start:stop]
+
+
+@dataclass(frozen=True, eq=False)
+class AddedView:
+    """A view with an update on top, such as a model with an adapter.
+
+    Raises:
+        ValueError: the update is of another shape.
+    """
+
+    view: View
+    update: Update
+
+    def __post_init__(self) -> None:
+        if self.view.matrix != self.update.matrix:
+            raise ValueError(f"an update of {self.update.matrix} does not fit a tensor of {self.view.shape}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the view."""
+        return self.view.shape
+
+    @property
+    def dtype(self) -> str:
+        """The sum is not rounded to a stored type."""
+        return "float64"
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """That of the view."""
+        return self.view.matrix
+
+    def read(self, start: int, stop: int, /) -> Tensor:
+        """Rows start to stop of the sum, in float64."""
+        return self.view.read(start, stop).to(torch.float64) + self.update.read(start, stop)
+
+
+def open_rows(view: View) -> AbstractContextManager[Rows]:
+    """The rows of a view, to be read by one thread; what is read is overwritten by the next `read`."""
+    return view.rows() if isinstance(view, StoredView) else nullcontext(view)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The same memory as integers: equal where all bits are, so −0.0 is not 0.0, and a NaN is itself."""
+    return tensor.view(_BITS[tensor.dtype.itemsize])
+
+
+def same_bits(one: View, other: View) -> bool:
+    """Whether two views hold the same numbers, bit for bit; of two that do not, few are read as a rule.
+
+    Numbers of two types are compared in float64, which holds all that are stored but large int64 exactly.
+
+    Raises:
+        OSError: a file is missing or too short.
+    """
+    if one.shape != other.shape:
+        return False
+    if isinstance(one, StoredView) and isinstance(other, StoredView) and _place(one) == _place(other):
+        return True
+    (n_rows, columns), size = one.matrix, _FIRST
+    start = 0
+    with open_rows(one) as ours, open_rows(other) as theirs:
+        while start < n_rows:
+            stop = min(n_rows, start + max(1, size // max(columns, 1)))
+            if not _alike(ours.read(start, stop), theirs.read(start, stop)):
+                return False
+            start, size = stop, _CHUNK
+    return True
+
+
+def _place(view: StoredView) -> tuple[str, int, str, _Layout]:
+    return os.path.realpath(view.stored.path), view.stored.start, view.stored.dtype, view.layout
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    if one.dtype != other.dtype:
+        one, other = one.to(torch.float64), other.to(torch.float64)
+    return torch.equal(bits(one), bits(other))
