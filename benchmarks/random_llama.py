@@ -1,4 +1,7 @@
-"""Make a pair of random bfloat16 Llamas: `python -m benchmarks.random_llama FOLDER LAYERS WIDTH`."""
+"""Make a pair of random Llamas: `python -m benchmarks.random_llama FOLDER LAYERS WIDTH [DTYPE]`.
+
+DTYPE is bfloat16 unless it is named.
+"""
 
 import shutil
 import sys
@@ -13,7 +16,7 @@ CHANGE = 0.02
 VOCABULARY = 49152
 
 
-def main(folder: Path, n_layers: int, width: int) -> None:
+def main(folder: Path, n_layers: int, width: int, dtype: str = "bfloat16") -> None:
     """Save base and fine-tuned, which is base with every matrix moved by a share of its own size."""
     if (folder / "finetuned").exists():
         return
@@ -26,9 +29,9 @@ def main(folder: Path, n_layers: int, width: int) -> None:
         num_attention_heads=width // 64,
         num_key_value_heads=width // 64,
         tie_word_embeddings=True,
-        dtype="bfloat16",
+        dtype=dtype,
     )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = LlamaForCausalLM(config).to(getattr(torch, dtype))
     _save(model, folder / "base")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -45,4 +48,4 @@ def _save(model: LlamaForCausalLM, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])

@@ -6,16 +6,12 @@ a limit of memory make a cgroup (version 1) for it, and need root.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import datetime
 import json
 import os
 import random
 import signal
-import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,20 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from msgspec import Struct
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks import places
 from benchmarks.commands import ENVIRONMENT, compare_models, measure, python_module, run_module
+from benchmarks.figures import Figure, Page, run_parts
 from benchmarks.one_run import OneRun, Task
-from benchmarks.results import Machine, PrefixRuns, ProductRuns, describe_machine
+from benchmarks.results import PrefixRuns, ProductRuns
 from lazarus.demo import BASE as DEMO_BASE
 from lazarus.demo import FINETUNED as DEMO_FINETUNED
 
-RESULTS = places.ROOT / "benchmarks" / "results" / "size.json"
-DOCS = places.ROOT / "docs" / "big-models.md"
-MARKS = ("<!-- figures of benchmarks.size -->", "<!-- end of figures -->")
 CGROUP = Path("/sys/fs/cgroup/memory/lazarus-benchmark")
 LIMIT_BYTES = 1_500_000_000
 GIGABYTE = 1e9
@@ -48,52 +40,14 @@ KILLS = 20
 progress = Console(stderr=True)
 
 
-class Figure(Struct, frozen=True):
-    """What was measured, each run's value, and what it should be."""
-
-    part: str
-    what: str
-    values: list[float]
-    unit: str = "×"
-    most: float | None = None
-    least: float | None = None
-
-    @property
-    def target(self) -> str:
-        """The target in words."""
-        if self.most is not None:
-            return f"≤ {self.most:g}"
-        return "" if self.least is None else f"≥ {self.least:g}"
-
-    @property
-    def shown(self) -> str:
-        """The median, and the range of several runs."""
-        middle = statistics.median(self.values)
-        told = f"{_told(middle)} {self.unit}".rstrip()
-        if len(self.values) == 1:
-            return told
-        return f"{told} ({_told(min(self.values))}–{_told(max(self.values))})"
-
-
-def _told(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-class SizeResults(Struct):
-    """Every figure of the last run of each part."""
-
-    created: str
-    machine: Machine
-    figures: list[Figure] = []
-
-
 # --- models and prompts -------------------------------------------------------------------------
 
 
-def random_llamas(n_layers: int, width: int) -> tuple[str, str]:
-    """A random bfloat16 Llama with SmolLM2's tokenizer, and a second one that differs a little everywhere."""
-    folder = places.CACHE / f"random-llama-{n_layers}x{width}"
-    run_module("benchmarks.random_llama", folder, str(n_layers), str(width))
+def random_llamas(n_layers: int, width: int, dtype: str = "bfloat16") -> tuple[str, str]:
+    """A random Llama with SmolLM2's tokenizer, and a second one that differs a little everywhere."""
+    name = f"random-llama-{n_layers}x{width}" + ("" if dtype == "bfloat16" else f"-{dtype}")
+    folder = places.CACHE / name
+    run_module("benchmarks.random_llama", folder, str(n_layers), str(width), dtype)
     return str(folder / "base"), str(folder / "finetuned")
 
 
@@ -354,54 +308,5 @@ PARTS: dict[str, Callable[[int], Iterator[Figure]]] = {
 }
 
 
-# --- what it says -------------------------------------------------------------------------------
-
-
-def table(results: SizeResults) -> Table:
-    """The figures, for a terminal."""
-    found = Table("Figure", "Measured", "Target")
-    for figure in results.figures:
-        found.add_row(figure.what, figure.shown, figure.target)
-    return found
-
-
-def write_docs(results: SizeResults) -> None:
-    """Put the figures into their place in the page."""
-    page = DOCS.read_text(encoding="utf-8")
-    before, rest = page.split(MARKS[0])
-    _, after = rest.split(MARKS[1])
-    machine = results.machine
-    lines = [
-        f"{machine.cpu}, {machine.cores} cores, torch {machine.packages['torch']}; medians, and the range of "
-        "several runs in parentheses.",
-        "",
-        "| | measured | target |",
-        "|---|---|---|",
-        *(f"| {f.what} | {f.shown} | {f.target} |" for f in results.figures),
-    ]
-    DOCS.write_text("\n".join([before.rstrip(), "", MARKS[0], *lines, MARKS[1]]) + after, encoding="utf-8")
-
-
-def main() -> None:
-    """Measure, print, save and write the page."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.size", description=__doc__)
-    parser.add_argument("--part", action="append", choices=PARTS, help="only this part; repeatable")
-    parser.add_argument("--runs", type=int, default=3, help="rounds of what is repeated (default: 3)")
-    parser.add_argument("--write-docs", action="store_true", help="only write the page from the last results")
-    chosen = parser.parse_args()
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    results = SizeResults(now, describe_machine())
-    if RESULTS.exists():
-        results.figures = msgspec.json.decode(RESULTS.read_bytes(), type=SizeResults).figures
-    for part in () if chosen.write_docs else chosen.part or PARTS:
-        new = list(PARTS[part](chosen.runs))
-        names = {figure.what for figure in new}
-        figures = [figure for figure in results.figures if figure.what not in names] + new
-        results.figures = sorted(figures, key=lambda figure: list(PARTS).index(figure.part))
-        RESULTS.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=2) + b"\n")
-    Console(width=None if sys.stdout.isatty() else 150).print(table(results))
-    write_docs(results)
-
-
 if __name__ == "__main__":
-    main()
+    run_parts("benchmarks.size", __doc__ or "", PARTS, Page("size.json", "big-models.md"))

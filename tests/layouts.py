@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
-from factories import save_model
+from factories import perturbed, save_model
 from lazarus import ActivationDiff, activation_diff
 from lazarus.models import LoadedModel, LoadOptions, load_pair, parse_model
 
@@ -58,6 +58,16 @@ def edit_weights(source: Path, folder: Path, change: Callable[[dict[str, Tensor]
     change(tensors)
     save_file(tensors, folder / WEIGHTS, metadata=METADATA)
     return folder
+
+
+def scattered(model: PreTrainedModel, seed: int = 3) -> PreTrainedModel:
+    """A copy in which every number of every tensor is a little other."""
+    changed = perturbed(model, 0.0)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.01)
+    return changed
 
 
 def publish(cache: Path, hub_id: str, commits: Mapping[str, tuple[str, Path]]) -> None:
@@ -141,7 +151,7 @@ def save_gguf(path: Path, model: LlamaForCausalLM, tokenizer: Any, kind: gguf.GG
     """A Llama as llama.cpp stores it: its matrices in `kind`, its norms in float32."""
     writer = gguf.GGUFWriter(path, "llama")
     _write_shape(writer, model.config)
-    _write_tokenizer(writer, tokenizer)
+    write_tokenizer(writer, tokenizer)
     for name, tensor in model.state_dict().items():
         heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
         for part, n_heads in heads.items():
@@ -170,7 +180,7 @@ def _write_shape(writer: Any, config: Any) -> None:
     writer.add_vocab_size(config.vocab_size)
 
 
-def _write_tokenizer(writer: Any, tokenizer: Any) -> None:
+def write_tokenizer(writer: Any, tokenizer: Any) -> None:
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
     control = gguf.TokenType.CONTROL

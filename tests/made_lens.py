@@ -104,22 +104,22 @@ def lens_model(
 
 
 def unmeasured_record() -> CompareRecord:
-    """Half of it null: the second model's last layer is not finite, and it lacks a tracked token."""
+    """Half of it null: model 2 reads nothing after its last layer, and lacks a tracked token."""
     record = lens_record()
-    last = replace(
-        record.model2.layers[-1],
-        top=[replace(token, probability=None) for token in record.model2.layers[-1].top],
-    )
+    layers = [*record.model2.layers[:-1], replace(record.model2.layers[-1], top=[])]
+    layers[1] = replace(layers[1], top=[replace(token, probability=None) for token in layers[1].top])
     first, second = record.model2.tracked
     broken = replace(first, emergence_layer=None, final_probability=None)
     broken = replace(broken, probability=[*first.probability[:-1], None], rank=[*first.rank[:-1], None])
     absent = replace(second, token=None, token_id=None, emergence_layer=None, final_probability=None)
     absent = replace(absent, probability=[None] * 4, rank=[None] * 4)
-    pair = replace(record.layers[-1], kl_1_2=None, kl_2_1=None, js=None, same_first_choice=None)
+    pairs = [
+        replace(pair, kl_1_2=None, kl_2_1=None, js=None, same_first_choice=None) for pair in record.layers
+    ]
     return replace(
         record,
-        model2=replace(record.model2, layers=[*record.model2.layers[:-1], last], tracked=[broken, absent]),
-        layers=[*record.layers[:-1], pair],
+        model2=replace(record.model2, layers=layers, tracked=[broken, absent]),
+        layers=pairs,
         summary=replace(record.summary, same_first_choice=None, most_divergent_layer=None, max_js=None),
         notes=["org/model2, layer 3: its logits are not finite"],
     )

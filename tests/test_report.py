@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from lazarus.render import report
-from lazarus.render.report import assets, sample, tables
+from lazarus.render.report import assets, cells, sample, tables
 from lazarus.render.report.answers import answers
 from lazarus.render.report.payload import payload
 from lazarus.render.report.sample import choose, choose_tokens
@@ -292,9 +292,9 @@ def exact(place: Any, name: str) -> str:
 
 
 def test_a_number_that_is_not_zero_is_not_shown_as_zero() -> None:
-    assert tables.cell(4e-9, METRICS["divergence"].format).shown == "4.0e-09"
-    assert tables.cell(0.0, METRICS["divergence"].format).shown == "0.0000"
-    assert tables.cell(None, ".4f") == tables.Cell("–", "")
+    assert cells.cell(4e-9, METRICS["divergence"].format).shown == "4.0e-09"
+    assert cells.cell(0.0, METRICS["divergence"].format).shown == "0.0000"
+    assert cells.cell(None, ".4f") == cells.Cell("–", "")
 
 
 def test_what_was_not_measured_is_absent_and_named_once() -> None:

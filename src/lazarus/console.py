@@ -12,11 +12,11 @@ import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
     SpinnerColumn,
+    TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -91,7 +91,7 @@ class WeightObserver(_Console):
     """What weight-diff shows on the way."""
 
     def __init__(self, *, show: bool) -> None:
-        super().__init__(DownloadColumn(), show=show)
+        super().__init__(TaskProgressColumn(), show=show)
 
     def loading(self, role: Literal["base", "finetuned"], name: str) -> None:
         """Print which checkpoint is opened."""
@@ -101,9 +101,9 @@ class WeightObserver(_Console):
         """Print what the two are."""
         self._print(weight_text.detected(families, n_layers))
 
-    def running(self, n_bytes: int) -> None:
+    def running(self, n_numbers: int) -> None:
         """Begin the bar."""
-        self._begin("Comparing", n_bytes)
+        self._begin("Comparing", n_numbers)
 
 
 class LensObserver(_Console):

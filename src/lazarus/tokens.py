@@ -343,7 +343,7 @@ def _compare_vocabularies(base: Any, finetuned: Any) -> list[str]:
     ]
 
 
-def listed(numbers: Sequence[int], most: int = 10) -> str:
+def listed(numbers: Sequence[object], most: int = 10) -> str:
     """The numbers, the first few if they are many.
 
     >>> listed([1, 2, 3], most=2)

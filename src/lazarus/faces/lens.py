@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from lazarus.faces.face import Face
-from lazarus.render.lens import text
+from typing import TYPE_CHECKING
+
+from lazarus.faces.face import Face, data_frame
+from lazarus.render.lens import notebook, text
 from lazarus.results import CompareRecord, LensModel, LensPair, LensSummary
+
+if TYPE_CHECKING:
+    import pandas
 
 
 class Comparison(Face[CompareRecord]):
@@ -30,6 +35,19 @@ class Comparison(Face[CompareRecord]):
     def summary(self) -> LensSummary:
         """The few numbers that a reader looks for first."""
         return self.record.summary
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """The rows as a data frame: one a model, layer and rank, with the columns of the CSV file.
+
+        Raises:
+            MissingPackageError: pandas is not installed.
+        """
+        from lazarus.render.lens.table import columns
+
+        return data_frame(columns(self.record))
+
+    def _repr_html_(self) -> str:
+        return notebook.to_html(self.record)
 
     def __str__(self) -> str:
         return text.page(self.record)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from msgspec.structs import replace
 
 from lazarus.errors import GateNotMetError
-from lazarus.faces.face import Face
+from lazarus.faces.face import Face, data_frame
 from lazarus.options import check_weight_gates
 from lazarus.options.checks import check_change
-from lazarus.render.weights import text
+from lazarus.render.weights import figure, notebook, table, text
 from lazarus.results import TensorRecord, WeightDiffRecord, WeightLayerRecord, WeightSummary
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.axes import Axes
 
 
 class WeightDiff(Face[WeightDiffRecord]):
@@ -35,6 +41,37 @@ class WeightDiff(Face[WeightDiffRecord]):
     def summary(self) -> WeightSummary:
         """The few numbers that a reader looks for first."""
         return self.record.summary
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """The tensors as a data frame: one row each, with the columns of the CSV file.
+
+        Raises:
+            MissingPackageError: pandas is not installed.
+        """
+        frame = data_frame(table.columns(self.record))
+        return frame.astype(dict.fromkeys(table.INTEGERS, "Int64"))  # they may be missing
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the relative change of each component at each layer, on a log scale; white is exactly 0.
+
+        Without `ax` it is a new figure of pyplot's, with the tensors outside the layers below the map.
+        Returns the axes of the map.
+
+        Raises:
+            MissingPackageError: matplotlib is not installed.
+        """
+        return figure.plot_map(self.record, ax, "plot")
+
+    def heatmap(self, ax: Axes | None = None) -> Axes:
+        """The same as `plot`: the map of components by layers.
+
+        Raises:
+            MissingPackageError: matplotlib is not installed.
+        """
+        return figure.plot_map(self.record, ax, "heatmap")
+
+    def _repr_html_(self) -> str:
+        return notebook.to_html(self.record)
 
     def with_threshold(self, threshold: float) -> WeightDiff:
         """The same result with the tensors above another relative change flagged.

@@ -46,8 +46,8 @@ def find_outcomes(one: Vocabulary, other: Vocabulary) -> Outcomes:
     same_heads = one.n_tokens == other.n_tokens
     if one.ids == other.ids and (same_heads or max(one.ids.values()) < n_common):
         note = (
-            f"model 1 has logits for {one.n_tokens} tokens and model 2 for {other.n_tokens}: KL and JS are over "
-            f"the {n_common} that both have, whose probabilities are made to sum to 1"
+            f"model 1 has logits for {one.n_tokens} tokens and model 2 for {other.n_tokens}: KL and JS are "
+            f"over the {n_common} that both have, whose probabilities are made to sum to 1"
         )
         return Outcomes(n_common, None, [] if same_heads else [note])
     common = sorted({t for t in one.texts if t is not None} & {t for t in other.texts if t is not None})
@@ -63,11 +63,15 @@ def find_outcomes(one: Vocabulary, other: Vocabulary) -> Outcomes:
 
 
 def lens_pair(lenses: tuple[Lens, Lens], outcomes: Outcomes, layers: tuple[int, int]) -> LensPair:
-    """A layer of each model: KL both ways and JS in nats, in float64; null where nothing is read, or infinite."""
-    rows = [
-        outcomes.logits(lens.logits[i], s) for s, (lens, i) in enumerate(zip(lenses, layers, strict=True))
-    ]
-    compared = compare_logits(rows[0], rows[1])
+    """A layer of each model: KL both ways and JS, in nats and float64.
+
+    They are null where nothing is read from one of the two, and a KL is where it is infinite.
+    """
+    ours, theirs = (
+        outcomes.logits(lens.logits[layer], side)
+        for side, (lens, layer) in enumerate(zip(lenses, layers, strict=True))
+    )
+    compared = compare_logits(ours, theirs)
     values = dict(zip(OUTPUT_METRICS, compared.values[0].tolist(), strict=True))
     choices = [lens.first_choices[i] for lens, i in zip(lenses, layers, strict=True)]
     texts = [None if i is None else x.vocabulary.text(i) for x, i in zip(lenses, choices, strict=True)]

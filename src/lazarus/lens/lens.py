@@ -29,7 +29,7 @@ class Lens:
 
     @cached_property
     def log_totals(self) -> Tensor:
-        """The logarithm of each layer's Σ exp(logit), in float64: [layers]; not finite where nothing is read."""
+        """log Σ exp(logit) of each layer, in float64, [layers]; not finite where nothing is read."""
         return torch.stack([row.double().logsumexp(-1) for row in self.logits])
 
     @cached_property
@@ -61,18 +61,18 @@ class Lens:
         return [p if valid else None for p, valid in zip(found, self.valid, strict=True)]
 
     def ranks(self, token_id: int) -> list[int | None]:
-        """One more than the number of tokens that are more probable, at each layer; None where nothing is read."""
+        """At each layer, the number of tokens that are more probable, plus 1; None where nothing is read."""
         found = (1 + (self.logits > self.logits[:, token_id, None]).sum(-1)).tolist()
         return [rank if valid else None for rank, valid in zip(found, self.valid, strict=True)]
 
     def emergence(self, token_id: int) -> int | None:
-        """The first layer from which the token is the first choice at every later layer; None if not at the end."""
+        """The first layer from which it is the first choice at every later layer; None if not at the end."""
         others = [layer for layer, first in enumerate(self.first_choices) if first != token_id]
         layer = others[-1] + 1 if others else 0
         return layer if layer < len(self.first_choices) else None
 
     def likeliest(self, token_ids: list[int]) -> int | None:
-        """Which of the tokens is the most probable at the last layer, the first of equal ones; None of none."""
+        """The most probable of these tokens at the last layer, the first of equal ones; None of none."""
         if not token_ids:
             return None
         last = self.logits[-1]

@@ -33,15 +33,15 @@ def read_layers(
     blocks, final = _last_states(model, time, ids)
     own = _plain(head.logits(final))
     rows = []
-    for states in blocks.split(_rows_at_once(model, own.shape[-1]), dim=time):
+    for states in torch.split(blocks, _rows_at_once(model, own.shape[-1]), dim=time):
         rows.append(_plain(head.read_sequence(states, time)))
         advanced(states.shape[time])
     logits = torch.cat(rows)
     if not alike(logits[-1:], own, torch.finfo(model.model.dtype).eps):
         raise UnsupportedModelError(
-            f"{model.name}: {type(model.model).__name__} makes more than a norm of what leaves its last block "
-            "at a token, such as a mixture with what other blocks gave, so a block's output cannot be read "
-            "through its head by itself. The logit lens is not defined for it."
+            f"{model.name}: {type(model.model).__name__} makes more than a norm of what leaves its last "
+            "block, such as a mixture with what other blocks gave, so a block's output cannot be read by "
+            "itself through its head. The logit lens is not defined for it: compare other models."
         )
     return logits
 
@@ -60,17 +60,17 @@ def _why_no_logits(model: LoadedModel, conventions: Conventions) -> str:
 
 
 def _last_states(model: LoadedModel, time: int, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """At the last token: what each block returns, one after the other on the axis of time, and the final state.
+    """What each block returns for the last token, and the state that the head reads there.
 
-    The final state is [1, hidden].
+    The first are one behind the other on the axis of time; the second is [1, hidden].
     """
 
     def last(states: Tensor) -> Tensor:
         if states.shape[time] != len(ids):
             raise UnsupportedModelError(
                 f"{model.name}: a prompt of {len(ids)} tokens gave states for {states.shape[time]}: this "
-                "architecture adds positions of its own, so tokens cannot be matched. A shorter prompt may not "
-                "need them."
+                "architecture adds positions of its own, so tokens cannot be matched. A shorter prompt may "
+                "not need them."
             )
         return states.narrow(time, len(ids) - 1, 1).clone()
 

@@ -16,8 +16,8 @@ _ANCHOR = "\n"
 class Vocabulary:
     """The tokens that a model has logits for, by its tokenizer.
 
-    A token's text is what it adds to a text: SentencePiece drops the space of the very first token, so a token
-    is decoded after itself. One that is only a part of a character is given as the vocabulary spells it.
+    A token's text is what it adds to a text: SentencePiece drops the space of the very first token, so a
+    token is decoded after itself. One that is only a part of a character is as the vocabulary spells it.
     """
 
     def __init__(self, tokenizer: Any, n_tokens: int) -> None:
@@ -74,7 +74,7 @@ class Vocabulary:
         return None
 
     def _begins(self, token_id: int, form: str) -> bool:
-        """Whether it is a token of that text, and not the unknown one, a mere space, or one without a logit."""
+        """Whether it is a token of that text: not the unknown one, a mere space, or one without a logit."""
         if token_id not in self._known or token_id == self.tokenizer.unk_token_id:
             return False
         if "\ufffd" in self.tokenizer.decode([token_id]):

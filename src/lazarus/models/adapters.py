@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from lazarus.models.faults import one_line, translated
 from lazarus.models.reference import Source, adapter_settings
 
 WEIGHTS = "adapter_model.safetensors"
+_STARTS = {"true", "false", "gaussian", "eva", "orthogonal"}
+"""how a LoRA may have begun without the weights of its model being changed"""
 _SIZE_MISMATCH = re.compile(r"size mismatch for (\S+): .*?torch\.Size\((.*?)\).*?torch\.Size\((.*?)\)")
 
 
@@ -105,6 +107,12 @@ def _inject(peft: Any, model: PreTrainedModel, adapter: Source, folder: str) -> 
 def _keys(path: Path) -> set[str]:
     with safe_open(path, framework="pt") as tensors:
         return set(tensors.keys())
+
+
+def rewriting_start(settings: Mapping[str, object]) -> str | None:
+    """How a LoRA began, where that was taken off the weights of its model (PiSSA, OLoRA); None elsewhere."""
+    start = str(settings.get("init_lora_weights", True))
+    return None if start.lower() in _STARTS else start
 
 
 def refuse_virtual(name: str, config: Any) -> None:

@@ -218,6 +218,11 @@ def build_empty(kind: type[PreTrainedModel], config: Any, files: list[str], dtyp
     return model
 
 
+def natural_key(key: str) -> Any:
+    """Sorts keys with the numbers in them as numbers: layer 2 before layer 10."""
+    return dot_natural_key(key)
+
+
 class KeyMap:
     """Which stored tensors make which parameters of a model, by their keys.
 
@@ -246,7 +251,7 @@ class KeyMap:
         names, prefix = self._names, self._prefix
         converters = [entry for entry in self.mapping if isinstance(entry, WeightConverter)]
         sources: dict[str, list[str]] = {}
-        for key in sorted(keys, key=dot_natural_key):
+        for key in sorted(keys, key=natural_key):
             target, pattern = rename_source_key(key, self._renamings, converters, prefix, names)
             if target not in names and key in names:
                 target, pattern = rename_source_key(key, [], [], prefix, names)

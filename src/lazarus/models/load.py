@@ -159,7 +159,7 @@ def source_under(finetuned: ModelReference, base: ModelReference) -> Source:
     return base.model
 
 
-def _other_base(adapter: Source, base: Source) -> list[str]:
+def other_base(adapter: Source, base: Source) -> list[str]:
     """A note, if the adapter names another base than the one that it is on; any spelling will do."""
     named = str(adapter_settings(adapter).get("base_model_name_or_path") or "")
     if not named or os.path.realpath(os.path.expanduser(named)) == os.path.realpath(base.place[0]):
@@ -277,7 +277,7 @@ def finish(reference: ModelReference, weights: Weights, options: LoadOptions) ->
         model, kind = put_on(model, reference.adapter)
         commit = f", commit {reference.adapter.revision}" if reference.adapter.revision else ""
         adapter = f"{reference.adapter.name} ({kind}{commit})"
-        notes += _other_base(reference.adapter, weights.source)
+        notes += other_base(reference.adapter, weights.source)
         sources.insert(0, reference.adapter)
     anatomy = dissect(model, options.layers_path)
     return LoadedModel(

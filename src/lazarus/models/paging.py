@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lazarus.errors import UnsupportedModelError
-from lazarus.models.adapters import WEIGHTS, share_storage
+from lazarus.models.adapters import WEIGHTS, rewriting_start, share_storage
 from lazarus.models.anatomy import dissect
 from lazarus.models.checkpoint import Conversion, build_empty, find_files, model_class, read_headers
 from lazarus.models.faults import translated
@@ -30,8 +30,6 @@ from lazarus.models.pager import Pager
 from lazarus.models.reference import ModelReference, Source, adapter_base, adapter_settings
 
 _ADAPTERS = {"LORA", "IA3", "LOHA", "LOKR"}
-_STARTS = {"true", "false", "gaussian", "eva", "orthogonal"}
-"""how a LoRA may have begun without the weights of its model being changed"""
 
 
 def load_paged(
@@ -147,10 +145,10 @@ def _brought_whole(adapter: Source, settings: dict[str, Any]) -> set[str]:
 
 def _check_adapter(adapter: Source, settings: dict[str, Any]) -> None:
     """Refuse an adapter that changes weights of its model when it is put on."""
-    kind, start = settings.get("peft_type"), settings.get("init_lora_weights", True)
+    kind, start = settings.get("peft_type"), rewriting_start(settings)
     if kind not in _ADAPTERS:
         raise _refusal(adapter, f"an adapter of the type {kind} may change its model's weights")
-    if str(start).lower() not in _STARTS:
+    if start is not None:
         raise _refusal(adapter, f"its start, {start}, was taken off its model's weights")
     if settings.get("bias", "none") != "none":
         raise _refusal(adapter, "it brings biases for its model's layers")

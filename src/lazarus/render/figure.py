@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from lazarus.errors import MissingPackageError
 from lazarus.render.curve import DIVERGENCE, draw_curve, draw_local, drawable, number_layers
 from lazarus.render.series import LayerSeries, measured
-from lazarus.results import ActivationDiffRecord
+from lazarus.results import ActivationDiffRecord, WeightDiffRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,12 +63,22 @@ def write_figure(
 
     A reader's own settings of matplotlib have no part in it, and none of them is changed.
     """
+    write_picture(figure_size(record), lambda figure: compose(record, figure), stream, format)
+
+
+def write_picture(
+    size: tuple[float, float],
+    draw: Callable[[Figure], object],
+    stream: IO[bytes],
+    format: Literal["png", "svg", "pdf"],
+) -> None:
+    """What `draw` puts into an empty figure of that size in inches; equal bytes for equal figures."""
     from matplotlib import style
     from matplotlib.figure import Figure
 
     with style.context(["default", STYLE]):
-        figure = Figure(figsize=figure_size(record), layout="constrained")
-        compose(record, figure)
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
         figure.savefig(stream, format=format, dpi=DPI, metadata=METADATA[format])
 
 
@@ -93,7 +104,7 @@ def compose(record: ActivationDiffRecord, figure: Figure) -> Axes:
         draw_local(record, below)
         axes.set_xlabel("")
         figure.align_ylabels()
-    axes.set_title(_title(record), loc="left", fontsize="medium", parse_math=False)
+    axes.set_title(title(record), loc="left", fontsize="medium", parse_math=False)
     return axes
 
 
@@ -133,7 +144,7 @@ def plot_curve(record: ActivationDiffRecord, axes: Axes | None) -> Axes:
     """
     if axes is None:
         width, height = figure_size(record)
-        return compose(record, _new_figure("plot", (LARGER * width, LARGER * height)))
+        return compose(record, new_figure("plot", (LARGER * width, LARGER * height)))
     draw_curve(record, axes)
     return axes
 
@@ -146,14 +157,15 @@ def plot_heatmap(record: ActivationDiffRecord, axes: Axes | None, *, sort: bool)
     """
     if axes is None:
         n_labelled = min(len(record.prompts), MOST_PROMPTS_LABELLED)
-        figure = _new_figure("heatmap", (WIDTH_INCHES, max(2.4, 0.8 + 0.17 * n_labelled)))
+        figure = new_figure("heatmap", (WIDTH_INCHES, max(2.4, 0.8 + 0.17 * n_labelled)))
         axes = figure.subplots()
-        axes.set_title(_title(record), loc="left", fontsize="medium", parse_math=False)
+        axes.set_title(title(record), loc="left", fontsize="medium", parse_math=False)
     draw_heatmap(record, axes, sort=sort)
     return axes
 
 
-def _title(record: ActivationDiffRecord) -> str:
+def title(record: ActivationDiffRecord | WeightDiffRecord) -> str:
+    """What stands above every figure: the two models."""
     base, finetuned = (drawable(model.id, NAME_CHARACTERS) for model in (record.base, record.finetuned))
     return f"{base} → {finetuned}"
 
@@ -164,7 +176,12 @@ def _most_divergent_first(divergence: NDArray[np.float64]) -> NDArray[np.intp]:
     return np.argsort(-sums / np.maximum(1, is_measured.sum(axis=1)), kind="stable")
 
 
-def _new_figure(method: str, size: tuple[float, float]) -> Figure:
+def new_figure(method: str, size: tuple[float, float]) -> Figure:
+    """A figure of pyplot's, of that size in inches, for the method of a result.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
     try:
         from matplotlib import pyplot
     except ImportError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,6 +18,7 @@ from lazarus.results import METRICS, ActivationDiffRecord, LayerRecord
 
 if TYPE_CHECKING:
     from jinja2 import Template
+    from matplotlib.figure import Figure
 
 MOST_ROWS_OPEN = 16
 MARK = "***"
@@ -36,9 +37,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One layer of the table."""
+    """One layer or tensor of the table."""
 
-    layer: int
+    name: str
     cells: list[Cell]
     mark: str
 
@@ -48,9 +49,9 @@ def to_html(record: ActivationDiffRecord) -> str:
 
     Without matplotlib the curve is left out. Whatever stands in a prompt or a name is text.
     """
-    names = shown_names(record)
+    names, count = shown_names(record), len(record.layers)
     lines = [line for line in summary_lines(record) if not line.startswith("Verdict: ")]
-    return _template().render(
+    return template().render(
         base=escaped(record.base.id),
         finetuned=escaped(record.finetuned.id),
         verdict=verdict(record),
@@ -60,13 +61,17 @@ def to_html(record: ActivationDiffRecord) -> str:
         headings=[METRICS[name].heading for name in names],
         rows=[_row(layer, names) for layer in record.layers],
         most_rows_open=MOST_ROWS_OPEN,
+        what="Layer",
+        told=f"{count} layer{'' if count == 1 else 's'}",
+        marked="divergence",
         threshold=f"{record.settings.threshold:g}",
         notes=[escaped(note) for note in record.notes],
     )
 
 
 @cache
-def _template() -> Template:
+def template() -> Template:
+    """What every result is put into, whichever command it is of."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -76,30 +81,38 @@ def _template() -> Template:
 
 
 def _row(layer: LayerRecord, names: Sequence[str]) -> Row:
-    cells = [_cell(layer_value(layer, name), METRICS[name].format) for name in names]
-    return Row(layer.layer, cells, MARK if layer.flagged else "")
+    cells = [number(layer_value(layer, name), METRICS[name].format) for name in names]
+    return Row(str(layer.layer), cells, MARK if layer.flagged else "")
 
 
-def _cell(value: float | None, format_of_metric: str) -> Cell:
+def number(value: float | None, format_of_metric: str) -> Cell:
+    """A number as a cell."""
     return Cell(NOT_MEASURED, "") if value is None else Cell(format(value, format_of_metric), repr(value))
 
 
 def _curve(record: ActivationDiffRecord) -> Any:
-    """The curve as an element of SVG, empty where matplotlib is not installed."""
+    def draw(figure: Figure) -> None:
+        compose(record, figure).set_title("", loc="left")  # the names stand above it already
+
+    return picture(figure_size(record), draw, "Divergence per layer")
+
+
+def picture(size: tuple[float, float], draw: Callable[[Figure], None], label: str) -> Any:
+    """What `draw` puts into a figure as an element of SVG, empty where matplotlib is not installed."""
     from markupsafe import Markup
 
     try:
-        svg = _drawn(record)
+        svg = _drawn(size, draw)
     except ImportError:
         return ""
     # A style sheet or an id in it would hold for the whole page; no id of a group is referred to.
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg).replace(INK, "currentColor")
-    return Markup(svg.replace("<svg ", '<svg role="img" aria-label="Divergence per layer" ', 1))
+    return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))
 
 
-def _drawn(record: ActivationDiffRecord) -> str:
+def _drawn(size: tuple[float, float], draw: Callable[[Figure], None]) -> str:
     from matplotlib import style
     from matplotlib.figure import Figure
 
@@ -107,7 +120,7 @@ def _drawn(record: ActivationDiffRecord) -> str:
     colours = {**dict.fromkeys(inked, INK), "figure.facecolor": "none", "axes.facecolor": "none"}
     stream = io.BytesIO()
     with style.context(["default", {**STYLE, **colours}]):
-        figure = Figure(figsize=figure_size(record), layout="constrained")
-        compose(record, figure).set_title("", loc="left")  # the names stand above it already
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
         figure.savefig(stream, format="svg", metadata={"Date": None})
     return stream.getvalue().decode()

@@ -15,7 +15,9 @@ from typing import IO, Any, Literal
 
 from lazarus.errors import MissingPackageError, OutputError, SaveError
 from lazarus.render import table
-from lazarus.results import ActivationDiffRecord, AnyRecord, write_json
+from lazarus.render.lens import table as lens_table
+from lazarus.render.weights import table as weight_table
+from lazarus.results import ActivationDiffRecord, AnyRecord, CompareRecord, WeightDiffRecord, write_json
 
 Writer = Callable[[Any, IO[bytes]], None]
 
@@ -47,6 +49,36 @@ def _write_report(record: ActivationDiffRecord, stream: IO[bytes], rows_file: st
     write_html(record, stream, rows_file)
 
 
+def _lens_picture(kind: Literal["png", "svg", "pdf"]) -> Format:
+    def write(record: CompareRecord, stream: IO[bytes]) -> None:
+        from lazarus.render.lens.figure import write_figure
+
+        write_figure(record, stream, kind)
+
+    return Format(write, "matplotlib", "plot")
+
+
+def _write_lens_page(record: CompareRecord, stream: IO[bytes]) -> None:
+    from lazarus.render.lens.page import write_html
+
+    write_html(record, stream)
+
+
+def _weight_picture(kind: Literal["png", "svg", "pdf"]) -> Format:
+    def write(record: WeightDiffRecord, stream: IO[bytes]) -> None:
+        from lazarus.render.weights.figure import write_figure
+
+        write_figure(record, stream, kind)
+
+    return Format(write, "matplotlib", "plot")
+
+
+def _write_weight_page(record: WeightDiffRecord, stream: IO[bytes]) -> None:
+    from lazarus.render.weights.page import write_html
+
+    write_html(record, stream)
+
+
 FORMATS: dict[str, dict[str, Format]] = {
     "activation-diff": {
         ".json": Format(write_json),
@@ -60,9 +92,23 @@ FORMATS: dict[str, dict[str, Format]] = {
     },
     "weight-diff": {
         ".json": Format(write_json),
+        ".csv": Format(weight_table.write_csv),
+        ".parquet": Format(weight_table.write_parquet, "pyarrow", "parquet"),
+        ".md": Format(weight_table.write_markdown),
+        ".html": Format(_write_weight_page),
+        ".png": _weight_picture("png"),
+        ".svg": _weight_picture("svg"),
+        ".pdf": _weight_picture("pdf"),
     },
     "compare": {
         ".json": Format(write_json),
+        ".csv": Format(lens_table.write_csv),
+        ".parquet": Format(lens_table.write_parquet, "pyarrow", "parquet"),
+        ".md": Format(lens_table.write_markdown),
+        ".html": Format(_write_lens_page),
+        ".png": _lens_picture("png"),
+        ".svg": _lens_picture("svg"),
+        ".pdf": _lens_picture("pdf"),
     },
 }
 """The formats of each command's results."""

@@ -159,3 +159,103 @@ METRICS: dict[str, Metric] = {
         ),
     )
 }
+
+WEIGHT_METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            "relative_change",
+            "Rel. Diff",
+            "1",
+            "0 to ∞",
+            ".6f",
+            "‖f − b‖ / ‖b‖",
+            "relative error in the Frobenius norm, over all numbers of a tensor",
+        ),
+        Metric(
+            "cosine_similarity",
+            "Cosine",
+            "1",
+            "-1 to 1",
+            ".6f",
+            "⟨b, f⟩ / (‖b‖ ‖f‖)",
+            "of all numbers of a tensor as one vector",
+        ),
+        Metric("max_abs_change", "Largest change", "1", "0 to ∞", ".2e", "max |f − b|", "of a single number"),
+        Metric(
+            "share_changed",
+            "Share changed",
+            "1",
+            "0 to 1",
+            ".4f",
+            "numbers with other bits / all numbers",
+            "a dense update moves nearly all; of a very small one many disappear in the rounding",
+        ),
+        Metric("base_norm", "‖b‖", "1", "0 to ∞", ".4g", "√Σ b²", "Frobenius norm of base's tensor"),
+        Metric("change_norm", "‖f − b‖", "1", "0 to ∞", ".4g", "√Σ (f − b)²", "Frobenius norm of the update"),
+        Metric(
+            "spectral_norm",
+            "Spectral norm",
+            "1",
+            "0 to ∞",
+            ".4g",
+            "σ₁, the largest singular value of f − b",
+            "how far the update can move a state of length 1",
+        ),
+        Metric(
+            "stable_rank",
+            "Stable rank",
+            "1",
+            "1 to min(rows, columns)",
+            ".2f",
+            "Σσ² / σ₁²",
+            "a rank that small singular values do not move (Rudelson & Vershynin 2007)",
+        ),
+        Metric(
+            "effective_rank",
+            "Effective rank",
+            "1",
+            "1 to min(rows, columns)",
+            ".2f",
+            "exp(−Σ p log p), p = σ / Σσ",
+            "entropy of the singular values (Roy & Vetterli 2007)",
+        ),
+        Metric(
+            "rank_90",
+            "Rank for 90 %",
+            "1",
+            "1 to min(rows, columns)",
+            "",
+            "fewest σ that hold 90 % of Σσ²",
+            "how many directions nearly all of the update is in",
+        ),
+        Metric(
+            "share_computed",
+            "σ² computed",
+            "1",
+            "0 to 1",
+            ".4f",
+            "Σσ² of the computed σ / ‖f − b‖²",
+            "1 where all singular values were computed; less by a randomised SVD (Halko et al. 2011)",
+        ),
+        Metric(
+            "rounding_norm",
+            "Rounding",
+            "1",
+            "0 to ∞",
+            ".2e",
+            "expected ‖rounding of f to its stored type‖",
+            "what an update of low rank is spread to when it is merged and stored",
+        ),
+        Metric(
+            "adapter_rank",
+            "Adapter rank",
+            "1",
+            "1 to min(rows, columns)",
+            "",
+            "the number of σ above the rounding, where the rest is no more than rounding",
+            "the rank of a merged low-rank adapter (Hu et al. 2021, arXiv 2106.09685)",
+        ),
+    )
+}
+"""The same of weight-diff."""

@@ -24,7 +24,12 @@ class LensLayer(Record, frozen=True, kw_only=True):
     """What the lens reads from the output of one block, at the last position."""
 
     layer: Layer
-    top: Annotated[list[LensToken], Meta(description="the most probable tokens, settings.top_k of them")]
+    top: Annotated[
+        list[LensToken],
+        Meta(
+            description="the most probable tokens, settings.top_k of them; none if the logits are not finite"
+        ),
+    ]
 
 
 class TokenEvolution(Record, frozen=True, kw_only=True):

@@ -1,8 +1,18 @@
-"""weight-diff: what changed in the weights, tensor pair by tensor pair."""
+"""weight-diff: what changed in the weights, tensor pair by tensor pair.
 
-from __future__ import annotations
+run.py          the order of a run
+structure.py    what a checkpoint's tensors belong to: the model's modules, built empty
+stores.py       tensors in safetensors and pickled files; gguf.py those of a GGUF file
+components.py   the standard name of each tensor; roles.py reads names, fused.py cuts fused tensors
+checkpoints.py  one checkpoint as components
+updates.py      what an adapter adds to them
+views.py        a tensor that is read in parts
+pairs.py        which tensor of one belongs to which of the other
+numbers.py      what is measured of a pair; parallel.py of many at once
+spectrum.py     the singular values of an update
+record.py       from what was measured to the record
+"""
 
-from typing import Any
+from lazarus.weights.run import weight_diff
 
-
-def weight_diff(*_arguments: Any, **_options: Any) -> Any: ...
+__all__ = ["weight_diff"]

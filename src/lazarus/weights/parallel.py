@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from lazarus.weights.numbers import Chunk, Pair
+from lazarus.weights.views import View
 
 T = TypeVar("T")
 
@@ -35,6 +36,10 @@ class _Stoppable:
     @property
     def matrix(self) -> tuple[int, int]:
         return self.pair.matrix
+
+    @property
+    def base(self) -> View:
+        return self.pair.base
 
     @property
     def finetuned_dtype(self) -> str:

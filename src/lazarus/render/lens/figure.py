@@ -7,7 +7,7 @@ from typing import IO, TYPE_CHECKING, Literal
 import numpy as np
 
 from lazarus.render.curve import LAYER_STEPS, VERMILLION, drawable
-from lazarus.render.figure import DPI, METADATA, NAME_CHARACTERS, STYLE, WIDTH_INCHES
+from lazarus.render.figure import NAME_CHARACTERS, WIDTH_INCHES, write_picture
 from lazarus.render.lens.summary import last_choice, names
 from lazarus.render.lens.tokens import quoted, shown
 from lazarus.results import CompareRecord, LensModel
@@ -40,13 +40,7 @@ def write_figure(record: CompareRecord, stream: IO[bytes], format: Literal["png"
 
     A reader's own settings of matplotlib have no part in it, and none of them is changed.
     """
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
-    with style.context(["default", STYLE]):
-        figure = Figure(figsize=figure_size(record), layout="constrained")
-        compose(record, figure)
-        figure.savefig(stream, format=format, dpi=DPI, metadata=METADATA[format])
+    write_picture(figure_size(record), lambda figure: compose(record, figure), stream, format)
 
 
 def figure_size(record: CompareRecord) -> tuple[float, float]:

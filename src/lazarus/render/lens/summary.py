@@ -13,14 +13,12 @@ LEAST_JS = 1e-12
 
 
 def summary_lines(record: CompareRecord) -> list[str]:
-    """The first choices, where the two lenses part, and what their distance means."""
+    """The first choices, and where the two lenses part.
+
+    What their distance means where the vocabularies differ is among the record's notes.
+    """
     lines = [first_choices(record), parting(record), by_layers(record)]
-    if not record.summary.same_vocabulary:
-        lines.append(
-            "Vocabularies: the two differ, so KL and JS compare tokens by their text; what only one model "
-            "has counts as a token that the other never gives."
-        )
-    return [line for line in [*lines, *_renamed(record)] if line]
+    return [line for line in lines if line]
 
 
 def last_choice(model: LensModel) -> LensToken | None:
@@ -81,22 +79,15 @@ def by_layers(record: CompareRecord) -> str:
 
 
 def title(record: CompareRecord, index: int) -> str:
-    """What a tracked token is called: the models' own token where they agree on it, else what was given."""
+    """What a tracked token is called: the models' own token, with its leading space, or the word as given.
+
+    A word of which only the first token is tracked keeps its own text, and so does one that is another token
+    in either model; the notes say what is tracked instead.
+    """
+    given = record.tracked[index]
     found = {model.tracked[index].token for model in (record.model1, record.model2)} - {None}
-    (token,) = found if len(found) == 1 else (record.tracked[index],)
-    return record.tracked[index] if token is None else token
-
-
-def _renamed(record: CompareRecord) -> list[str]:
-    """Where a word is tracked by another token than itself, with or without its leading space."""
-    lines = []
-    for index, given in enumerate(record.tracked):
-        tokens = [model.tracked[index].token for model in (record.model1, record.model2)]
-        own = [token for token in tokens if token is not None]
-        if len(set(own)) > 1 or any(token.strip() != given.strip() for token in own):
-            told = " and ".join(quoted_token(token) for token in dict.fromkeys(own))
-            lines.append(f"Tracked: {quoted_token(given)} is read by its first token, {told}.")
-    return lines
+    own = found.pop() if len(found) == 1 else None
+    return own if own is not None and own.strip() == given.strip() else given
 
 
 def _number(value: float | None) -> str:

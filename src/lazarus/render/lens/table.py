@@ -92,7 +92,7 @@ def _predictions(record: CompareRecord) -> Iterable[Iterable[str]]:
     for name, model in _models(record):
         choice = last_choice(model)
         if choice is None:
-            yield _code(name), "", _number(None)
+            yield _code(name), "-", _number(None)
         else:
             yield _code(name), _code(quoted_token(choice.token)), _number(choice.probability)
 

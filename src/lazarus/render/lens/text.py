@@ -62,7 +62,7 @@ def emergence(found: TokenEvolution) -> str:
 
 def _prediction(model: LensModel) -> str:
     choice = last_choice(model)
-    token = "" if choice is None else shown(choice.token)
+    token = "-" if choice is None else shown(choice.token)
     probability = None if choice is None else choice.probability
     return f"{escaped(model.info.id):<40} {token:<16} {_nan(probability):.4f}"
 

@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from lazarus.render.report.frame import Answer
 from lazarus.render.series import LayerSeries, measured
 from lazarus.render.summary import short, verdict
 from lazarus.results import ActivationDiffRecord
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A question, its answer in a word or two, and what it rests on."""
-
-    question: str
-    answer: str
-    reason: str
 
 
 def headline(record: ActivationDiffRecord) -> str:

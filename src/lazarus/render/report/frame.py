@@ -29,6 +29,15 @@ class Kit:
     """whether the plotting library is in it, which is 1.5 MB"""
 
 
+@dataclass(frozen=True)
+class Answer:
+    """A question, its answer in a word or two, and what it rests on."""
+
+    question: str
+    answer: str
+    reason: str
+
+
 def write_page(kit: Kit, context: Mapping[str, Any], data: object, stream: IO[bytes]) -> None:
     """Write a page: one file that needs no network, the same bytes for the same result.
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
-
-import msgspec
+from dataclasses import dataclass
 
 from lazarus.render.escape import escaped
+from lazarus.render.report.cells import Cell, Heading, Row, Table, Value, cell, run_tables
 from lazarus.results import (
     METRICS,
     ActivationDiffRecord,
@@ -18,48 +16,8 @@ from lazarus.results import (
     SiteRecord,
 )
 
-MISSING = "–"
 MOST_CONTRASTS = 100
 MOST_GROUPS = 20
-
-Value = float | int | bool | str | None
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What is shown, and the value itself at full precision; empty where there is none."""
-
-    shown: str
-    value: str
-    field: str = ""
-
-
-@dataclass(frozen=True)
-class Heading:
-    """A column's heading, and what it means in a line."""
-
-    text: str
-    meaning: str = ""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row: the cell that names it, and the others."""
-
-    name: str
-    cells: Sequence[Cell]
-    flagged: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table as the template draws it."""
-
-    caption: str
-    headings: Sequence[Heading]
-    rows: Sequence[Row]
-    left_out: Sequence[str] = field(default=())
-    """headings of columns without a single value"""
 
 
 @dataclass(frozen=True)
@@ -71,27 +29,6 @@ class _Column:
     format: str
     meaning: str
     read: Callable[[Measures], Value]
-
-
-def shown(value: Value, form: str = "") -> str:
-    """A value as the glossary formats it; never 0 for what is not 0.
-
-    >>> shown(0.25, ".4f"), shown(3e-9, ".4f"), shown(0.0, ".4f"), shown(None)
-    ('0.2500', '3.0e-09', '0.0000', '–')
-    """
-    if value is None:
-        return MISSING
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float) and form.endswith("f"):
-        text = format(value, form)
-        return format(value, ".1e") if value and not float(text) else text
-    return format(value, form)
-
-
-def cell(value: Value, form: str = "", name: str = "") -> Cell:
-    """A cell of a table."""
-    return Cell(shown(value, form), _exact(value), name)
 
 
 def layers(record: ActivationDiffRecord) -> Table:
@@ -190,30 +127,7 @@ def readout(record: ActivationDiffRecord) -> list[ReadoutLayer]:
 
 def provenance(record: ActivationDiffRecord) -> list[Table]:
     """Both models, every setting and the environment: all that repeats the run."""
-    base, finetuned = msgspec.structs.asdict(record.base), msgspec.structs.asdict(record.finetuned)
-    models = Table(
-        caption="The two models",
-        headings=[Heading("Model"), Heading("Base"), Heading("Fine-tuned")],
-        rows=[Row(_words(name), [_plain(base[name]), _plain(finetuned[name])]) for name in base],
-    )
-    run = {
-        "created": record.created,
-        "tool": f"{record.tool.name} {record.tool.version}",
-        "schema_version": record.schema_version,
-        "command": record.command,
-        "prompts": len(record.prompts),
-    }
-    settings = msgspec.structs.asdict(record.settings)
-    environment = {**run, **msgspec.structs.asdict(record.environment)}
-    return [models, _pairs("Settings", settings), _pairs("Run and environment", environment)]
-
-
-def _exact(value: Value) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return repr(value) if isinstance(value, float) else str(value)
+    return run_tables(record, {"prompts": len(record.prompts)})
 
 
 def _columns(record: ActivationDiffRecord) -> list[_Column]:
@@ -298,21 +212,6 @@ def _tokens(found: Iterable[ReadoutToken]) -> list[tuple[str, Cell]]:
 def _seen(token: str) -> str:
     """A token that is nothing but spaces would not be seen."""
     return escaped(token) if token.strip(" ") else token.replace(" ", "␣")
-
-
-def _pairs(caption: str, fields: dict[str, Any]) -> Table:
-    rows = [Row(_words(name), [_plain(value)]) for name, value in fields.items()]
-    return Table(caption, [Heading("Name"), Heading("Value")], rows)
-
-
-def _plain(value: Any) -> Cell:
-    if isinstance(value, str):
-        return Cell(escaped(value), value)
-    return cell(value)
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
 
 
 _OUTPUT = (

@@ -20,13 +20,13 @@ const RAMP_IMAGE = `linear-gradient(to right, ${RAMP.filter((_, i) => i % 15 ===
 
 /* Okabe and Ito's palette, without the colours that a background swallows. */
 const LIGHT = {
-  ink: "#1c1b19", quiet: "#5c5851", grid: "#e8e4db", sheet: "#ffffff", missing: "#d9d5cc",
+  ink: "#1c1b19", quiet: "#5c5851", grid: "#e8e4db", sheet: "#ffffff", missing: "#d9d5cc", zero: "#ffffff",
   main: "#0072B2", band: "rgba(0,114,178,0.18)", flag: "#D55E00", noise: "#009E73", unrelated: "#CC79A7",
   local: "#E69F00",
   groups: ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7a7a00"],
 };
 const DARK = {
-  ink: "#e9e6df", quiet: "#a9a59b", grid: "#2d333b", sheet: "#1b1f25", missing: "#3a4048",
+  ink: "#e9e6df", quiet: "#a9a59b", grid: "#2d333b", sheet: "#1b1f25", missing: "#3a4048", zero: "#000000",
   main: "#56B4E9", band: "rgba(86,180,233,0.22)", flag: "#FF9A5C", noise: "#2CC295", unrelated: "#E3A0C5",
   local: "#E69F00",
   groups: ["#56B4E9", "#FF9A5C", "#2CC295", "#E3A0C5", "#E69F00", "#4a93d9", "#ffffff", "#F0E442"],

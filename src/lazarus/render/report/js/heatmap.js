@@ -35,12 +35,13 @@ function colourScale(values, log) {
 class Heatmap {
   /**
    * `hooks`: show(row, column, byKey) when the cursor moves, leave(), pick(row, column). Rows are those of the matrix.
-   * `words`: columns (their names), axis (what they are), value and missing (what the cells are, or are not), picksCell.
+   * `words`: columns (their names), axis (what they are), value and missing (what the cells are, or are not), zero (the name of
+   * exactly 0, where that is no low value but another thing), picksCell (not the row), fitsLabels (no wider than they are).
    */
   constructor(parts, hooks, words) {
     this.parts = parts;
     this.hooks = hooks;
-    this.words = { missing: "not measured", picksCell: false, ...words };
+    this.words = { missing: "not measured", ...words };
     this.canvas = parts.heat.querySelector("canvas");
     [this.spacer, this.rowMark, this.picked, this.cursor] = ["spacer", "rowmark", "picked", "cursor"].map((name) => parts.heat.querySelector(`.${name}`));
     this.at = { place: 0, column: 0 };
@@ -85,9 +86,27 @@ class Heatmap {
     heat.style.height = `${this.seen}px`;
     this.width = heat.clientWidth;
     const labelled = this.rowHeight >= LABEL_ROW;
-    const share = this.width < LABELS_FROM ? 0.36 : 0.3;
-    this.labels = labelled ? Math.min(230, Math.round(this.width * share)) : 0;
+    this.labels = labelled ? this.labelWidth() : 0;
     this.cell = (this.width - this.labels) / this.matrix.columns;
+  }
+
+  labelWidth() {
+    const share = this.width < LABELS_FROM ? 0.36 : 0.3;
+    const most = Math.min(230, Math.round(this.width * share));
+    if (!this.words.fitsLabels) return most;
+    const context = this.canvas.getContext("2d");
+    context.font = this.font();
+    return Math.min(most, 14 + Math.ceil(Math.max(0, ...this.order.map((row) => context.measureText(this.label(row)).width))));
+  }
+
+  font() {
+    return `${Math.min(12, this.rowHeight - 3)}px ${getComputedStyle(document.body).fontFamily}`;
+  }
+
+  fill(value, colours) {
+    if (value === 0 && this.words.zero) return colours.zero;
+    const step = this.scale.step(value);
+    return step < 0 ? colours.missing : RAMP[step];
   }
 
   draw() {
@@ -109,14 +128,20 @@ class Heatmap {
       const row = this.order[place];
       const y = place * this.rowHeight - top;
       for (let column = 0; column < this.matrix.columns; column += 1) {
-        const step = this.scale.step(this.matrix.at(row, column));
         const left = Math.round(this.labels + column * this.cell);
         const right = Math.round(this.labels + (column + 1) * this.cell);
-        context.fillStyle = step < 0 ? colours.missing : RAMP[step];
+        context.fillStyle = this.fill(this.matrix.at(row, column), colours);
         context.fillRect(left, y, right - left - gap, this.rowHeight - gap);
+        if (gap && context.fillStyle === colours.zero) this.outline(context, left, y, right - left - gap, colours);
       }
       if (this.labels) this.drawLabel(context, this.label(row), y, colours);
     }
+  }
+
+  /** The colour of exactly 0 may be that of the page. */
+  outline(context, left, y, width, colours) {
+    context.strokeStyle = colours.grid;
+    context.strokeRect(left + 0.5, y + 0.5, width - 1, this.rowHeight - 2);
   }
 
   drawLabel(context, text, y, colours) {
@@ -125,7 +150,7 @@ class Heatmap {
     context.rect(0, y, this.labels - 8, this.rowHeight);
     context.clip();
     context.fillStyle = colours.ink;
-    context.font = `${Math.min(12, this.rowHeight - 3)}px ${getComputedStyle(document.body).fontFamily}`;
+    context.font = this.font();
     context.textBaseline = "middle";
     context.fillText(text.slice(0, 80), 2, y + this.rowHeight / 2);
     context.restore();
@@ -163,11 +188,13 @@ class Heatmap {
     const { least, most } = this.scale;
     const said = (text) => element("span", { textContent: text });
     const nodes = [said(formatted(least)), ramp, said(formatted(most)), said(this.log && least > 0 ? `${this.words.value}, log` : this.words.value)];
-    if (this.matrix.values.some(Number.isNaN)) {
+    const swatch = (colour, text) => {
       const gap = element("span", { className: "gap" });
-      gap.style.background = palette().missing;
-      nodes.push(gap, said(this.words.missing));
-    }
+      gap.style.background = colour;
+      nodes.push(gap, said(text));
+    };
+    if (this.words.zero && this.matrix.values.includes(0)) swatch(palette().zero, this.words.zero);
+    if (this.matrix.values.some(Number.isNaN)) swatch(palette().missing, this.words.missing);
     this.parts.key.replaceChildren(...nodes);
   }
 

@@ -1,0 +1,83 @@
+"""What weight-diff's page says of a result, and of what it has no room for."""
+
+from __future__ import annotations
+
+from typing import IO, Any
+
+from lazarus.render.escape import escaped
+from lazarus.render.report.cells import run_tables
+from lazarus.render.report.frame import Kit, unsaid, write_page
+from lazarus.render.weights import tables
+from lazarus.render.weights.answers import answers, headline
+from lazarus.render.weights.grid import Grid
+from lazarus.render.weights.payload import Kept, payload
+from lazarus.render.weights.summary import summary_lines
+from lazarus.results import WeightDiffRecord
+from lazarus.results.glossary import WEIGHT_METRICS
+
+OF_SPECTRUM = (
+    "spectral_norm",
+    "stable_rank",
+    "effective_rank",
+    "rank_90",
+    "share_computed",
+    "rounding_norm",
+    "adapter_rank",
+)
+KIT = Kit(
+    "weights/page.html",
+    ("data", "colours", "dom", "lazy", "heatmap", "pager", "tensors", "sorting", "told", "main"),
+    has_plots=False,
+)
+
+
+def write_html(record: WeightDiffRecord, stream: IO[bytes]) -> None:
+    """Write the report: one file that needs no network, the same bytes for the same result.
+
+    48 layers of 128 experts are below 3,000,000 bytes; of more the page has the most changed, and says so.
+    """
+    grid = Grid.of(record)
+    kept = Kept.of(record, grid)
+    write_page(KIT, _context(record, grid, kept), payload(record, grid, kept), stream)
+
+
+def _context(record: WeightDiffRecord, grid: Grid, kept: Kept) -> dict[str, Any]:
+    """What the template says of the result, whatever part of it the page has."""
+    return {
+        "command": "weight difference",
+        "record": record,
+        "names": (escaped(record.base.id), escaped(record.finetuned.id)),
+        "verdict": record.summary.verdict,
+        "headline": headline(record),
+        "answers": answers(record),
+        "summary": unsaid(summary_lines(record)),
+        "notes": [escaped(note) for note in record.notes],
+        "absent": [] if record.settings.spectrum else ["the spectrum of each change (--spectrum)"],
+        "has_map": bool(grid.components and grid.layers),
+        "left_out": _left_out(record, kept),
+        "layers": tables.layers(record),
+        "outside": tables.others(record),
+        "unmatched": tables.unmatched(record),
+        "updates": tables.updates(record),
+        "provenance": run_tables(record, {}),
+        "metrics": [
+            metric
+            for metric in WEIGHT_METRICS.values()
+            if record.settings.spectrum or metric.name not in OF_SPECTRUM
+        ],
+    }
+
+
+def _left_out(record: WeightDiffRecord, kept: Kept) -> list[str]:
+    """What there is no room for; the most changed is there."""
+    places = (
+        (len(kept.components), kept.n_components, "components in the map"),
+        (len(kept.tensors), len(record.results), "tensors in the table"),
+        (len(kept.spectra), kept.n_spectra, "spectra"),
+    )
+    return [
+        f"This page has room for {count:,} of the {whole:,} {what}: the most changed ones. The result saved "
+        "as .json has all of them."
+        for count, whole, what in places
+        if count < whole
+    ]

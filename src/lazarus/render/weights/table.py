@@ -1,0 +1,165 @@
+"""CSV, Parquet and Markdown of weight-diff: a row a tensor."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import IO, Any
+
+from lazarus.render.escape import escaped
+from lazarus.render.report.cells import shown
+from lazarus.render.weights.summary import counted, shape_text, summary_lines
+from lazarus.results import Spectrum, TensorRecord, WeightDiffRecord
+from lazarus.results.glossary import WEIGHT_METRICS
+
+MOST_MARKDOWN_ROWS = 400
+"""A comment on a pull request takes no more than 65,536 characters."""
+INTEGERS = ("layer", "spectrum_n_singular_values", "spectrum_rank_90", "spectrum_adapter_rank")
+"""columns of whole numbers that may be empty"""
+
+_KINDS: dict[str, Sequence[str]] = {
+    "int64": (*INTEGERS, "n_changed"),
+    "string": ("component", "name", "shape", "base_dtype", "finetuned_dtype", "spectrum_method"),
+    "bool_": ("flagged",),
+}
+_SHOWN = ("relative_change", "cosine_similarity", "max_abs_change", "share_changed")
+_OF_SPECTRUM = ("effective_rank", "rank_90", "adapter_rank")
+
+
+def columns(record: WeightDiffRecord) -> dict[str, list[Any]]:
+    """Every field of every tensor as columns, the spectrum's with `spectrum_` before it; None where none is.
+
+    The singular values themselves are in the JSON only.
+    """
+    rows = record.results
+    plain = [field for field in TensorRecord.__struct_fields__ if field != "spectrum"]
+    table: dict[str, list[Any]] = {field: [getattr(row, field) for row in rows] for field in plain}
+    table["shape"] = [shape_text(row.shape) for row in rows]
+    for field in Spectrum.__struct_fields__:
+        if field != "singular_values":
+            table[f"spectrum_{field}"] = [getattr(row.spectrum, field, None) for row in rows]
+    return table
+
+
+def write_csv(record: WeightDiffRecord, stream: IO[bytes]) -> None:
+    """One row a tensor, RFC 4180; a value that there is none of is empty."""
+    text = io.TextIOWrapper(stream, encoding="utf-8", errors="replace", newline="", write_through=True)
+    writer = csv.writer(text)
+    table = columns(record)
+    writer.writerow(table)
+    for row in zip(*table.values(), strict=True):
+        writer.writerow([_written(value) for value in row])
+    text.detach()
+
+
+def write_parquet(record: WeightDiffRecord, stream: IO[bytes]) -> None:
+    """The same rows as Parquet; a value that there is none of is null."""
+    import pyarrow
+    from pyarrow import parquet
+
+    kinds = {name: kind for kind, names in _KINDS.items() for name in names}
+    arrays = {
+        name: pyarrow.array(_encodable(values), type=getattr(pyarrow, kinds.get(name, "float64"))())
+        for name, values in columns(record).items()
+    }
+    parquet.write_table(pyarrow.table(arrays), stream)
+
+
+def write_markdown(record: WeightDiffRecord, stream: IO[bytes]) -> None:
+    """The table of the tensors, with what was compared above it and the summary and the notes below."""
+    rows, names = _markdown_rows(record), shown_names(record)
+    left = len(record.results) - len(rows)
+    lines = [
+        f"# {code(record.base.id)} against {code(record.finetuned.id)}",
+        "",
+        f"{counted(len(record.results), 'tensor')} in {counted(len(record.layers), 'layer')}; "
+        f"`***` marks a relative change above {record.settings.threshold:g}.",
+        "",
+    ]
+    if left:
+        lines += [f"The {len(rows)} most changed of them; the other {left:,} are in the JSON.", ""]
+    head = ["Layer", "Component", *(WEIGHT_METRICS[name].heading for name in names), ""]
+    lines += [
+        "| " + " | ".join(head) + " |",
+        "|---:|---|" + "---:|" * len(names) + "---|",
+        *(_markdown_row(row, names) for row in rows),
+        "",
+        *(f"- {_prose(line)}" for line in summary_lines(record)),
+    ]
+    if record.notes:
+        lines += ["", "Notes:", "", *(f"- {_prose(escaped(note))}" for note in record.notes)]
+    stream.write(("\n".join(lines) + "\n").encode("utf-8", "replace"))
+
+
+def value_of(row: TensorRecord, name: str) -> float | int | None:
+    """A number of a tensor, or of its spectrum, by the name that the glossary has for it."""
+    holder = row if name in TensorRecord.__struct_fields__ else row.spectrum
+    value: float | int | None = getattr(holder, name, None)
+    return value
+
+
+def shown_names(record: WeightDiffRecord) -> list[str]:
+    """The metrics that a table of tensors shows: the usual ones, and the spectrum's where there is one."""
+    has_spectrum = any(row.spectrum for row in record.results)
+    return [*_SHOWN, *(_OF_SPECTRUM if has_spectrum else ())]
+
+
+def most_changed_first(rows: Sequence[TensorRecord]) -> list[int]:
+    """The rows by their relative change, the largest first; those without one come before all others.
+
+    A tensor that is not finite, or was all zero, must not be what is left out.
+    """
+    return sorted(range(len(rows)), key=lambda i: (-_rank(rows[i]), i))
+
+
+def code(text: str) -> str:
+    """A text as code in Markdown, whatever is in it.
+
+    >>> code("org/base"), code("a`b|c")
+    ('`org/base`', '``a`b\\\\|c``')
+    """
+    text = escaped(text).replace("|", "\\|")
+    fence = "``" if "`" in text else "`"
+    return f"{fence}{text}{fence}"
+
+
+def _rank(row: TensorRecord) -> float:
+    if row.relative_change is None:
+        return float("inf") if row.n_changed else 0.0
+    return row.relative_change
+
+
+def _markdown_rows(record: WeightDiffRecord) -> list[TensorRecord]:
+    kept = sorted(most_changed_first(record.results)[:MOST_MARKDOWN_ROWS])
+    return [record.results[i] for i in kept]
+
+
+def _markdown_row(row: TensorRecord, names: Sequence[str]) -> str:
+    cells = [_cell(value_of(row, name), WEIGHT_METRICS[name].format, name) for name in names]
+    layer = "-" if row.layer is None else str(row.layer)
+    return "| " + " | ".join([layer, code(row.component), *cells, "***" if row.flagged else ""]) + " |"
+
+
+def _cell(value: float | int | None, form: str, name: str) -> str:
+    if value is None:
+        return "nan" if name in _SHOWN else ""
+    return shown(value, form)
+
+
+def _prose(text: str) -> str:
+    """Names of tensors have underscores and angle brackets, which Markdown reads."""
+    for mark in "\\`*_<>[]|":
+        text = text.replace(mark, f"\\{mark}")
+    return text
+
+
+def _written(value: Any) -> Any:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "" if value is None else value
+
+
+def _encodable(values: Sequence[Any]) -> list[Any]:
+    """Half a surrogate has no place in UTF-8."""
+    return [v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for v in values]

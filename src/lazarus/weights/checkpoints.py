@@ -1,0 +1,169 @@
+"""One checkpoint as components: each with its place, the key of its tensor, and a view of its numbers."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from transformers import PreTrainedModel
+
+from lazarus.errors import WeightsError
+from lazarus.models import Source
+from lazarus.models.checkpoint import KeyMap, natural_key
+from lazarus.models.faults import translated
+from lazarus.options import WeightOptions
+from lazarus.weights.components import Place
+from lazarus.weights.gguf import GgufFile
+from lazarus.weights.stores import open_store
+from lazarus.weights.structure import Structure, learn_structure
+from lazarus.weights.views import Take, View
+
+_LAST = sys.maxsize
+"""after all of the model's own: what has no place in it"""
+
+
+class ViewOf(Protocol):
+    """Gives a view of a tensor, or of a part of it."""
+
+    def __call__(self, take: Take | None, /) -> View:
+        """Nothing is read yet."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the files: its key there, its path in the model, and what was stored."""
+
+    key: str
+    path: str
+    order: int
+    """the place in the model of the parameter that it makes, or a part of it"""
+    shape: tuple[int, ...]
+    dtype: str
+    view: ViewOf
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One component: where it is, its tensor's names in the files and in the model, and its numbers."""
+
+    place: Place
+    key: str
+    path: str
+    take: Take | None
+    view: View
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All components of one checkpoint, in the model's order."""
+
+    source: Source
+    structure: Structure
+    entries: Mapping[Place, Entry]
+    tied: Mapping[Place, Place]
+    """components without a tensor of their own, and whose tensor they use"""
+    stored: Mapping[str, Stored]
+    """every tensor by its path"""
+    n_tensors: int
+    n_parameters: int
+    stored_dtype: str
+    notes: tuple[str, ...]
+
+    def find(self, place: Place) -> Entry | None:
+        """A component, even one that uses another's tensor."""
+        return self.entries.get(place) or self.entries.get(self.tied.get(place, place))
+
+
+def read_checkpoint(source: Source, options: WeightOptions) -> Checkpoint:
+    """Find every tensor of a checkpoint; their numbers are read later.
+
+    Raises:
+        ModelError: its configuration or its files cannot be read, or its weights are refused.
+    """
+    structure = learn_structure(source, options.layers_path, trust_remote_code=options.trust_remote_code)
+    stored = list(_read_gguf(structure) if source.gguf_file else _read_files(structure, options))
+    if not stored:
+        raise WeightsError(f"{source.name}: there is no tensor in its files. Fetch the model again.")
+    entries = _entries(structure, stored)
+    return Checkpoint(
+        source=source,
+        structure=structure,
+        entries=entries,
+        tied=_tied(structure, entries),
+        stored={each.path: each for each in stored},
+        n_tensors=len(stored),
+        n_parameters=sum(math.prod(each.shape) for each in stored),
+        stored_dtype=_usual_type(stored),
+        notes=structure.notes,
+    )
+
+
+def _read_files(structure: Structure, options: WeightOptions) -> Iterator[Stored]:
+    """The tensors of safetensors or .bin files."""
+    store = open_store(structure.opened, allow_pickle=options.allow_pickle)
+    known = {} if structure.model is None else _paths(structure.model, store.shapes)
+    for key, shape in store.shapes.items():
+        path, order = known.get(key, (key, _LAST))
+        yield Stored(key, path, order, shape, store.dtypes[key], partial(store.view, key))
+
+
+def _paths(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, tuple[str, int]]:
+    """For each key, its path and its order: a piece of a parameter has a path as if it were one itself."""
+    keys, order = KeyMap(model, stored), {name: place for place, name in enumerate(model.state_dict())}
+    return {
+        key: (target if keys.is_plain(target) else keys.renamed(key), order[target])
+        for target, sources in keys.sources.items()
+        for key in sources
+    }
+
+
+def _read_gguf(structure: Structure) -> Iterator[Stored]:
+    """The tensors of a GGUF file, with every expert of a stack by itself."""
+    source, model = structure.opened.source, structure.model
+    assert source.gguf_file is not None
+    assert model is not None
+    order = {name: place for place, name in enumerate(model.state_dict())}
+    with translated(source.name):
+        file = GgufFile(source.gguf_file, model)
+        for tensor in file.tensors():
+            view = partial(file.view, tensor.key, tensor.expert)
+            place = order.get(tensor.target, _LAST)
+            yield Stored(tensor.key, tensor.path, place, tensor.view.shape, tensor.view.dtype, view)
+
+
+def _entries(structure: Structure, stored: Iterable[Stored]) -> dict[Place, Entry]:
+    """The components in the model's order; of two in one place, the second is called by its key."""
+    found: dict[Place, Entry] = {}
+    for each in sorted(stored, key=lambda each: (each.order, natural_key(each.path))):
+        for part in structure.parts(each.path, each.shape):
+            place = part.place if part.place not in found else Place(part.place.layer, each.key)
+            found[place] = Entry(place, each.key, each.path, part.take, each.view(part.take))
+    return found
+
+
+def _tied(structure: Structure, entries: Mapping[Place, Entry]) -> dict[Place, Place]:
+    """The components that the model ties to others and that are not stored."""
+    if structure.model is None:
+        return {}
+    by_path = {entry.path: place for place, entry in entries.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in structure.model.state_dict().items()}
+    tied: dict[str, str] = structure.model.all_tied_weights_keys
+    return {
+        structure.parts(name, shapes[name])[0].place: by_path[source]
+        for name, source in tied.items()
+        if name not in by_path and source in by_path and name in shapes
+    }
+
+
+def _usual_type(stored: Iterable[Stored]) -> str:
+    """The type of most of the stored numbers."""
+    counts: Counter[str] = Counter()
+    for each in stored:
+        counts[each.dtype] += math.prod(each.shape)
+    return counts.most_common(1)[0][0]

@@ -1,0 +1,204 @@
+"""The tensors of a GGUF file as transformers would load them, dequantised a few rows or a tensor at a time.
+
+llama.cpp has other names, and other layouts for some tensors (Llama's queries and keys are permuted). What of
+transformers is used here for that and not public is used nowhere else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_gguf_pytorch_utils import (
+    TENSOR_PROCESSORS,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+    read_field,
+)
+
+from lazarus.weights.views import MemoryView, Take, View
+
+_EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps\.weight")
+_PLAIN = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""GGUF's names of the types that others have too"""
+_KEPT = 4
+"""Whole tensors in memory at once: two for each of two threads."""
+
+
+@dataclass(frozen=True)
+class _Outside:
+    """A module with its children but not theirs: transformers would go through every module of the model.
+
+    It looks at children because some files were written from the stack alone (BLOOM's).
+    """
+
+    module: nn.Module
+    children: Iterable[tuple[str, nn.Module]] = ()
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self.module.config
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its tensors by their names."""
+        return self.module.state_dict()
+
+    def named_children(self) -> list[tuple[str, _Outside]]:
+        """Its children, which have none."""
+        return [(name, _Outside(child)) for name, child in self.children]
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One tensor, or one expert of a stack."""
+
+    key: str
+    path: str
+    """what it is called in the model, or would be if it were a parameter of its own"""
+    target: str
+    """the model's parameter that it makes, or a part of it"""
+    expert: int | None
+    view: View
+
+
+class GgufFile:
+    """The tensors of one file, by the names that they have in the empty `model`."""
+
+    def __init__(self, path: str, model: PreTrainedModel) -> None:
+        import gguf
+
+        reader = gguf.GGUFReader(path)
+        self._gguf = gguf
+        self._tensors: dict[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
+        architecture = read_field(reader, "general.architecture")[0]
+        kind = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+        self._processor = kind(config=model.config.to_dict())
+        self._names = get_gguf_hf_weights_map(_Outside(model, model.named_children()), self._processor)
+        self.whole = lru_cache(maxsize=_KEPT)(self._whole)
+
+    def tensors(self) -> Iterator[GgufTensor]:
+        """Every tensor; of the stacks, every expert by itself."""
+        for key, tensor in self._tensors.items():
+            stack = _EXPERTS.fullmatch(key)
+            if stack is None:
+                path = self._names.get(key, "lm_head.weight" if key == "output.weight" else key)
+                yield GgufTensor(key, path, path, None, self.view(key, None, None))
+                continue
+            target = self._names.get(key) or self._names.get(key.removesuffix(".weight"), key)
+            module = target.removesuffix(".weight").rpartition(".")[0]
+            for expert in range(int(tensor.shape[-1])):
+                path = f"{module}.{expert}.{stack[1]}_proj.weight"
+                yield GgufTensor(key, path, target, expert, self.view(key, expert, None))
+
+    def view(self, key: str, expert: int | None, take: Take | None) -> View:
+        """A tensor, one expert of a stack, or a part of either."""
+        data, kind = self._tensors[key].data, self._tensors[key].tensor_type
+        if expert is not None:
+            data = data[expert]
+        rows = _GgufRows(self._gguf, data, kind)
+        if expert is None and not self._is_untouched(key, rows.shape):
+            return _WholeView(self, key, rows.dtype, take)
+        return rows if take is None else _WholeView(self, key, rows.dtype, take, expert)
+
+    def _is_untouched(self, key: str, shape: tuple[int, ...]) -> bool:
+        """Whether transformers takes a tensor as it is: then so it takes the numbers of its rows."""
+        numbers = np.arange(1.0, shape[0] + 1)
+        numbers = numbers if len(shape) == 1 else numbers.reshape(-1, *[1] * (len(shape) - 1))
+        return np.array_equal(self._processed(key, numbers), numbers)
+
+    def _processed(self, key: str, weights: NDArray[Any]) -> NDArray[Any]:
+        kept: dict[str, Any] = {"tensors": {}}
+        result = self._processor.process(
+            weights=weights, name=key, tensor_key_mapping=self._names, parsed_parameters=kept
+        )
+        if result.name is None and kept["tensors"]:  # it has put the tensor there by itself
+            (tensor,) = kept["tensors"].values()
+            return np.asarray(tensor)
+        return np.asarray(result.weights)
+
+    def _whole(self, key: str, expert: int | None) -> Tensor:
+        tensor = self._tensors[key]
+        if expert is not None:
+            return _GgufRows(self._gguf, tensor.data[expert], tensor.tensor_type).everything()
+        weights = self._gguf.dequantize(tensor.data, tensor.tensor_type)
+        return torch.from_numpy(np.array(self._processed(key, weights)))
+
+
+@dataclass(frozen=True, eq=False)
+class _GgufRows:
+    """A tensor that is taken as it is, dequantised as many rows at a time as are read."""
+
+    gguf: Any
+    data: NDArray[Any]
+    kind: Any
+
+    @property
+    def dtype(self) -> str:
+        """The name of its stored type."""
+        return _PLAIN.get(self.kind.name, str(self.kind.name))
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """What it is once it is dequantised."""
+        if self.data.dtype != np.uint8:
+            return self.data.shape
+        return tuple(int(n) for n in self.gguf.quant_shape_from_byte_shape(self.data.shape, self.kind))
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns under which it is read."""
+        if len(self.shape) < 2:
+            return int(np.prod(self.shape)), 1
+        return int(np.prod(self.shape[:-1])), self.shape[-1]
+
+    def read(self, start: int, stop: int, /) -> Tensor:
+        """Rows start to stop in float32."""
+        if len(self.shape) < 2:
+            return self.everything().reshape(-1, 1)[start:stop]
+        rows = self.data.reshape(-1, self.data.shape[-1])[start:stop]
+        return self._numbers(rows).reshape(stop - start, -1)
+
+    def everything(self) -> Tensor:
+        """The whole tensor in float32."""
+        return self._numbers(self.data).reshape(self.shape)
+
+    def _numbers(self, data: NDArray[Any]) -> Tensor:
+        numbers = self.gguf.dequantize(np.ascontiguousarray(data), self.kind)
+        return torch.from_numpy(np.array(numbers))  # a copy: what is mapped cannot be written to
+
+
+@dataclass(frozen=True, eq=False)
+class _WholeView:
+    """A tensor that has to be dequantised whole, or a part of one; the file keeps the last few."""
+
+    file: GgufFile
+    key: str
+    dtype: str
+    take: Take | None
+    expert: int | None = None
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """What it is, after the take."""
+        return self._view().shape
+
+    @cached_property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns under which it is read."""
+        return self._view().matrix
+
+    def read(self, start: int, stop: int, /) -> Tensor:
+        """Rows start to stop in float32."""
+        return self._view().read(start, stop)
+
+    def _view(self) -> MemoryView:
+        return MemoryView(self.file.whole(self.key, self.expert), self.dtype, self.take)

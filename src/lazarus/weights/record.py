@@ -1,0 +1,247 @@
+"""From what was measured to the record that comes back."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import transformers
+
+from lazarus.errors import NoDataError
+from lazarus.models import ModelReference
+from lazarus.options import WeightOptions
+from lazarus.results import (
+    SCHEMA_VERSION,
+    CheckpointInfo,
+    Spectrum,
+    TensorRecord,
+    Tool,
+    WeightDiffRecord,
+    WeightEnvironment,
+    WeightLayerRecord,
+    WeightSettings,
+    WeightSummary,
+    finite_or_none,
+)
+from lazarus.tokens import listed
+from lazarus.version import __version__
+from lazarus.weights.checkpoints import Checkpoint
+from lazarus.weights.numbers import Numbers
+from lazarus.weights.pairs import Matched, Row
+
+N_MOST_CHANGED = 5
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one pair."""
+
+    numbers: Numbers
+    spectrum: Spectrum | None
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two: what the user named, its checkpoint, and its adapter if it has one."""
+
+    reference: ModelReference
+    checkpoint: Checkpoint
+    adapter: str | None
+    notes: Sequence[str]
+
+
+def assemble(
+    sides: tuple[Side, Side], matched: Matched, measured: Sequence[Measured], options: WeightOptions
+) -> WeightDiffRecord:
+    """The whole record of a run.
+
+    Raises:
+        NoDataError: the two have no tensor in common.
+    """
+    base, finetuned = sides
+    if not matched.rows:
+        raise NoDataError(
+            f"{base.reference.name} and {finetuned.reference.name} have no tensor in common, by component "
+            f"and shape: they are {base.checkpoint.structure.architecture} and "
+            f"{finetuned.checkpoint.structure.architecture}. Compare two models of one architecture."
+        )
+    rows = [_row(row, each, options.threshold) for row, each in zip(matched.rows, measured, strict=True)]
+    return WeightDiffRecord(
+        schema_version=SCHEMA_VERSION,
+        command="weight-diff",
+        tool=Tool(name="lazarus", version=__version__),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        base=_info(base),
+        finetuned=_info(finetuned),
+        settings=_settings(options),
+        environment=_environment(),
+        layers=_layers(rows, measured),
+        results=rows,
+        unmatched=list(matched.unmatched),
+        summary=_summary(sides, rows, matched, measured),
+        notes=list(dict.fromkeys([*base.notes, *finetuned.notes, *matched.notes, *_limits(rows, sides)])),
+    )
+
+
+def _row(row: Row, measured: Measured, threshold: float) -> TensorRecord:
+    numbers = measured.numbers
+    relative = finite_or_none(numbers.relative_change)
+    return TensorRecord(
+        layer=row.place.layer,
+        component=row.place.component,
+        name=row.base.key,
+        shape=list(row.pair.shape),
+        base_dtype=row.base.view.dtype,
+        finetuned_dtype=row.finetuned.view.dtype,
+        relative_change=relative,
+        flagged=relative is not None and relative > threshold,
+        cosine_similarity=finite_or_none(numbers.cosine_similarity),
+        max_abs_change=finite_or_none(numbers.max_abs_change),
+        share_changed=numbers.share_changed,
+        n_changed=numbers.n_changed,
+        base_norm=None if numbers.base_norm is None else finite_or_none(numbers.base_norm),
+        change_norm=finite_or_none(numbers.change_norm),
+        spectrum=measured.spectrum,
+    )
+
+
+def _layers(rows: Sequence[TensorRecord], measured: Sequence[Measured]) -> list[WeightLayerRecord]:
+    """Each block: the root of the sum of its tensors' squared changes, over that of their squared norms."""
+    found = []
+    for layer in sorted({row.layer for row in rows if row.layer is not None}):
+        inside = [each.numbers for row, each in zip(rows, measured, strict=True) if row.layer == layer]
+        found.append(
+            WeightLayerRecord(
+                layer=layer,
+                relative_change=_together(inside),
+                n_tensors=len(inside),
+                n_changed_tensors=sum(numbers.n_changed > 0 for numbers in inside),
+            )
+        )
+    return found
+
+
+def _together(numbers: Sequence[Numbers]) -> float | None:
+    """The relative change of several tensors as one: 0 where none has changed."""
+    if not any(each.n_changed for each in numbers):
+        return 0.0
+    change = math.hypot(*(each.change_norm for each in numbers))
+    base = math.hypot(*(math.nan if each.base_norm is None else each.base_norm for each in numbers))
+    return finite_or_none(change / base) if base else None
+
+
+def _summary(
+    sides: tuple[Side, Side], rows: Sequence[TensorRecord], matched: Matched, measured: Sequence[Measured]
+) -> WeightSummary:
+    ranked = sorted(
+        (i for i, row in enumerate(rows) if row.relative_change),
+        key=lambda i: -(rows[i].relative_change or 0.0),
+    )
+    changed = [row for row in rows if row.n_changed]
+    spectra = [row.spectrum for row in rows if row.spectrum is not None]
+    ranks = [spectrum.adapter_rank for spectrum in spectra if spectrum.adapter_rank is not None]
+    is_same = not changed and not matched.unmatched
+    has_spectrum = bool(spectra)
+    return WeightSummary(
+        verdict="identical" if is_same else "changed",
+        causes=_causes(sides) if is_same else [],
+        relative_change=_together([each.numbers for each in measured]),
+        n_tensors=len(rows),
+        n_changed_tensors=len(changed),
+        n_flagged_tensors=sum(row.flagged for row in rows),
+        n_unmatched=len(matched.unmatched),
+        most_changed=ranked[:N_MOST_CHANGED],
+        first_changed_layer=min((row.layer for row in changed if row.layer is not None), default=None),
+        n_matrices=len(spectra) if has_spectrum else None,
+        n_low_rank=len(ranks) if has_spectrum else None,
+        adapter_rank=max(ranks) if ranks and len(ranks) == len(spectra) else None,
+    )
+
+
+def _causes(sides: tuple[Side, Side]) -> list[str]:
+    """Why nothing changed, as far as it can be known."""
+    base, finetuned = sides
+    adapters = [side.adapter for side in sides if side.adapter is not None]
+    if base.checkpoint.source.place == finetuned.checkpoint.source.place:
+        if base.adapter == finetuned.adapter:
+            return ["both names are the same files"]
+        return [f"the adapter {adapter} adds nothing: its products are exactly 0" for adapter in adapters]
+    return ["both checkpoints hold the same weights, bit for bit: one is a copy of the other"]
+
+
+def _limits(rows: Sequence[TensorRecord], sides: tuple[Side, Side]) -> list[str]:
+    """What a reader must know of the numbers."""
+    notes = []
+    broken = [row.name for row in rows if row.change_norm is None]
+    if broken:
+        notes.append(
+            f"tensors that hold NaN or infinity, so that their change is no number: {len(broken)}, "
+            f"{listed(broken, 5)}"
+        )
+    empty = [row.name for row in rows if row.relative_change is None and row.change_norm is not None]
+    if empty:
+        notes.append(
+            f"tensors that are all zero in base, so that no change is relative: {len(empty)}, "
+            f"{listed(empty, 5)}"
+        )
+    types = {(row.base_dtype, row.finetuned_dtype) for row in rows if row.n_changed}
+    narrowed = [f"{ours} to {theirs}" for ours, theirs in sorted(types) if not _holds(theirs, ours)]
+    if narrowed:
+        notes.append(
+            f"base and fine-tuned are stored in different types ({', '.join(narrowed)}): a part of the "
+            "change may be the rounding from one to the other"
+        )
+    return notes
+
+
+def _holds(wide: str, narrow: str) -> bool:
+    """Whether a type holds every number of another; of GGUF's types, only of its own."""
+    one, other = getattr(torch, wide, None), getattr(torch, narrow, None)
+    if one is None or other is None:
+        return wide == narrow
+    return bool(torch.promote_types(one, other) == one)
+
+
+def _info(side: Side) -> CheckpointInfo:
+    checkpoint, source = side.checkpoint, side.checkpoint.source
+    kind: Literal["hub", "folder", "gguf", "adapter"] = "adapter" if side.adapter else source.kind
+    return CheckpointInfo(
+        id=side.reference.name,
+        revision=source.revision,
+        kind=kind,
+        family=checkpoint.structure.family,
+        architecture=checkpoint.structure.architecture,
+        n_layers=checkpoint.structure.n_layers,
+        n_tensors=checkpoint.n_tensors,
+        n_parameters=checkpoint.n_parameters,
+        stored_dtype=checkpoint.stored_dtype,
+        adapter=side.adapter,
+    )
+
+
+def _settings(options: WeightOptions) -> WeightSettings:
+    return WeightSettings(
+        threshold=options.threshold,
+        spectrum=options.spectrum,
+        fail_above=options.fail_above,
+        expect=options.expect,
+        layers_path=options.layers_path,
+        seed=options.seed,
+        allow_pickle=options.allow_pickle,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def _environment() -> WeightEnvironment:
+    return WeightEnvironment(
+        python=platform.python_version(),
+        platform=platform.platform(),
+        torch=str(torch.__version__),
+        transformers=transformers.__version__,
+        n_threads=torch.get_num_threads(),
+    )

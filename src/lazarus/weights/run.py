@@ -1,0 +1,155 @@
+"""weight_diff: two checkpoints from disk, compared tensor by tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, Protocol, Unpack
+
+import torch
+
+from lazarus.errors import UsageError, WeightsError
+from lazarus.faces import WeightDiff
+from lazarus.models import ModelReference, parse_model
+from lazarus.models.load import adapter_of, other_base, source_under
+from lazarus.models.reference import adapter_base
+from lazarus.options import WeightArguments, WeightOptions
+from lazarus.options.checks import check_known
+from lazarus.weights.checkpoints import Checkpoint, read_checkpoint
+from lazarus.weights.numbers import Pair, base_norm, measure
+from lazarus.weights.pairs import Row, match
+from lazarus.weights.parallel import measure_all
+from lazarus.weights.record import Measured, Side, assemble
+from lazarus.weights.spectrum import spectrum
+from lazarus.weights.updates import put_adapter
+
+Role = Literal["base", "finetuned"]
+
+
+class Observer(Protocol):
+    """What is told how far a run has come."""
+
+    def loading(self, role: Role, name: str) -> None:
+        """A checkpoint is about to be opened."""
+
+    def detected(self, families: tuple[str, str], n_layers: int) -> None:
+        """Both are open: what they are, and how many layers are compared."""
+
+    def running(self, n_numbers: int) -> None:
+        """The tensors begin: so many numbers in all."""
+
+    def advanced(self, n_numbers: int) -> None:
+        """So many numbers more have been compared."""
+
+
+class _Silence:
+    def loading(self, role: Role, name: str) -> None: ...
+    def detected(self, families: tuple[str, str], n_layers: int) -> None: ...
+    def running(self, n_numbers: int) -> None: ...
+    def advanced(self, n_numbers: int) -> None: ...
+
+
+def weight_diff(
+    base: str | Path,
+    finetuned: str | Path,
+    *,
+    observer: Observer | None = None,
+    **options: Unpack[WeightArguments],
+) -> WeightDiff:
+    """Compare the weights of two models, tensor by tensor, without building the models.
+
+    Args:
+        base: a Hub id, a folder, a `.gguf` file, or MODEL+ADAPTER.
+        finetuned: the same; an adapter alone is taken on top of `base`.
+        observer: is told how far the run has come.
+        options: the command line's options, with underscores: `spectrum=True`, `threshold=0.05`.
+
+    Returns:
+        For each tensor, by layer and component, the relative change ‖f − b‖ / ‖b‖ (Frobenius norms, 0 to ∞),
+        the cosine similarity, the largest change of a number and the share of changed ones; with `spectrum`,
+        the singular values of f − b. Whatever has no counterpart, and notes on what was assumed.
+
+    Raises:
+        UsageError: an option is wrong, or a model is no name.
+        ModelError: a checkpoint cannot be read.
+    """
+    check_known(WeightOptions, options)
+    chosen = WeightOptions(**options)
+    watcher = observer or _Silence()
+    sides = _open_pair(_reference(base), _reference(finetuned), chosen, watcher)
+    ours, theirs = (side.checkpoint for side in sides)
+    n_layers = max(ours.structure.n_layers, theirs.structure.n_layers)
+    watcher.detected((ours.structure.family, theirs.structure.family), n_layers)
+    matched = match(ours, theirs)
+    try:
+        measured = _measure(matched.rows, chosen, watcher)
+    except OSError as error:
+        raise WeightsError(
+            f"{base} and {finetuned}: a file could not be read on the way: {error.strerror or error}. It was "
+            "moved or cut short since the run began: fetch the model again."
+        ) from error
+    return WeightDiff(assemble(sides, matched, measured, chosen))
+
+
+def _reference(model: object) -> ModelReference:
+    if isinstance(model, ModelReference):
+        return model
+    if not isinstance(model, str | Path):
+        raise UsageError(
+            f"weight_diff reads checkpoints from disk, and {type(model).__name__} is none. Name a folder or "
+            "a Hub id; save a model that is in memory with save_pretrained first."
+        )
+    return parse_model(str(model))
+
+
+def _open_pair(
+    base: ModelReference, finetuned: ModelReference, options: WeightOptions, watcher: Observer
+) -> tuple[Side, Side]:
+    """Both checkpoints; where both names stand on one, it is opened once."""
+    watcher.loading("base", base.name)
+    source = base.model or adapter_base(adapter_of(base))
+    ours = read_checkpoint(source, options)
+    watcher.loading("finetuned", finetuned.name)
+    their_source = source_under(finetuned, base)
+    theirs = ours if their_source.place == source.place else read_checkpoint(their_source, options)
+    return _side(base, ours), _side(finetuned, theirs)
+
+
+def _side(reference: ModelReference, checkpoint: Checkpoint) -> Side:
+    """One of the two, with its adapter if there is one."""
+    adapter = reference.adapter
+    if adapter is None:
+        return Side(reference, checkpoint, None, checkpoint.notes)
+    changed, kind = put_adapter(checkpoint, adapter)
+    commit = f", commit {adapter.revision}" if adapter.revision else ""
+    notes = [*checkpoint.notes, *other_base(adapter, checkpoint.source)]
+    return Side(reference, changed, f"{adapter.name} ({kind}{commit})", notes)
+
+
+def _measure(rows: Sequence[Row], options: WeightOptions, watcher: Observer) -> list[Measured]:
+    """The numbers of every pair and, where it is asked for, the spectrum of each changed matrix."""
+
+    def measure_one(pair: Pair) -> Measured:
+        numbers = measure(pair)
+        is_matrix = min(pair.matrix) > 1
+        has_spectrum = options.spectrum and is_matrix and numbers.n_changed
+        found = spectrum(pair, options.seed, pair.finetuned_dtype) if has_spectrum else None
+        return Measured(numbers, found)
+
+    pairs = [row.pair for row in rows]
+    sizes, n_threads = [math.prod(pair.matrix) for pair in pairs], torch.get_num_threads()
+    watcher.running(sum(sizes))
+    measured = measure_all(pairs, measure_one, n_threads, lambda i, _: watcher.advanced(sizes[i]))
+    if any(each.numbers.n_changed for each in measured):
+        _add_norms(pairs, measured, n_threads)
+    return measured
+
+
+def _add_norms(pairs: Sequence[Pair], measured: list[Measured], n_threads: int) -> None:
+    """The norms of those that did not change: a layer's change is relative to all that is in it."""
+    lacking = [i for i, each in enumerate(measured) if each.numbers.base_norm is None]
+    norms = measure_all([pairs[i] for i in lacking], base_norm, n_threads)
+    for i, norm in zip(lacking, norms, strict=True):
+        measured[i] = Measured(replace(measured[i].numbers, base_norm=norm), measured[i].spectrum)

@@ -1,0 +1,102 @@
+"""A checkpoint's tensors by their keys, wherever they are: safetensors, GGUF, or pickled files."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lazarus.errors import UnsupportedModelError, WeightsError
+from lazarus.models.checkpoint import find_files, read_headers
+from lazarus.models.faults import translated
+from lazarus.models.opening import Opened
+from lazarus.weights.views import MemoryView, StoredView, Take, View
+
+
+@dataclass(frozen=True)
+class Store:
+    """Every tensor of a checkpoint: its shape, and a view of it or of a part of it when it is asked for."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]
+    tensors: Mapping[str, Any]
+
+    def view(self, key: str, take: Take | None) -> View:
+        """A tensor, or a part of it."""
+        tensor = self.tensors[key]
+        if isinstance(tensor, Tensor):
+            return MemoryView(tensor, self.dtypes[key], take)
+        return StoredView(tensor, take)
+
+
+def open_store(opened: Opened, *, allow_pickle: bool) -> Store:
+    """The tensors of a checkpoint in safetensors files, or in .bin files where that is allowed.
+
+    Raises:
+        UnsupportedModelError: its numbers are quantised.
+        WeightsError: there are no weights, they are pickled, or a file is damaged.
+    """
+    source = opened.source
+    if opened.quantised:
+        settings = opened.config.quantization_config
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
+        raise UnsupportedModelError(
+            f"{source.name}: its weights are quantised ({getattr(method, 'value', method)}): what is stored "
+            "are codes, whose differences mean nothing. Compare an unquantised checkpoint, or a GGUF file."
+        )
+    with translated(source.name):
+        files = find_files(opened.source, opened.config, opened.head, pickled=True)
+        if all(file.endswith(".safetensors") for file in files):
+            stored = read_headers(files)
+            views = {key: StoredView(tensor) for key, tensor in stored.items()}
+            return Store(
+                {key: tensor.shape for key, tensor in stored.items()},
+                {key: view.dtype for key, view in views.items()},
+                stored,
+            )
+        if not allow_pickle:
+            raise WeightsError(
+                f"{source.name}: its weights are pickled ({Path(files[0]).name}), and a pickle can run code "
+                "when it is read. Allow torch's reader of plain tensors with --allow-pickle, or load the "
+                "model where you trust it and write it again with save_pretrained."
+            )
+        return _read_pickles(files)
+
+
+def _read_pickles(files: Sequence[str]) -> Store:
+    """The tensors of .bin files, mapped into memory where the file allows; nothing else is unpickled."""
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        found = _read_pickle(file)
+        if not isinstance(found, dict):
+            raise WeightsError(f"{file}: holds no tensors by their names. Write the model again.")
+        tensors |= {key: value for key, value in found.items() if isinstance(value, Tensor)}
+    return Store(
+        {key: tuple(tensor.shape) for key, tensor in tensors.items()},
+        {key: str(tensor.dtype).removeprefix("torch.") for key, tensor in tensors.items()},
+        tensors,
+    )
+
+
+def _read_pickle(file: str) -> Any:
+    """What one file holds.
+
+    Raises:
+        WeightsError: it holds more than plain tensors.
+    """
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{file}: holds more than plain tensors, and reading the rest could run code. Load the model "
+            "where you trust it and write it again with save_pretrained."
+        ) from error
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+    return torch.load(file, map_location="cpu", weights_only=True)  # torch's format before 1.6

@@ -1,0 +1,69 @@
+"""What a checkpoint's tensors belong to: the model's modules, built empty, and the names that they give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from lazarus.errors import BlocksNotFoundError
+from lazarus.models import LoadOptions, Source, dissect
+from lazarus.models.checkpoint import build_empty, model_class
+from lazarus.models.faults import translated
+from lazarus.models.opening import Opened, open_checkpoint
+from lazarus.weights.components import Namer, Part, name_by_path
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A checkpoint's configuration, and its model without memory, on torch's device `meta`."""
+
+    opened: Opened
+    model: PreTrainedModel | None
+    """None where its Python code is its own"""
+    namer: Namer | None
+    n_layers: int
+    notes: tuple[str, ...]
+
+    @property
+    def family(self) -> str:
+        """The configuration's model_type."""
+        return str(self.opened.config.model_type)
+
+    @property
+    def architecture(self) -> str:
+        """The class of the model."""
+        if self.model is not None:
+            return type(self.model).__name__
+        return str(next(iter(self.opened.config.architectures or ()), "unknown"))
+
+    def parts(self, path: str, shape: tuple[int, ...]) -> list[Part]:
+        """What one stored tensor holds: a component, or several that are fused."""
+        if self.namer is None:
+            return [Part(name_by_path(path), None)]
+        return self.namer.parts(path, shape)
+
+
+def learn_structure(source: Source, layers_path: str | None, *, trust_remote_code: bool) -> Structure:
+    """Build the empty model of a checkpoint and find its blocks.
+
+    Raises:
+        ModelError: its configuration cannot be read or used, or `layers_path` is no list of blocks.
+    """
+    options = LoadOptions(None, torch.device("meta"), trust_remote_code, layers_path)
+    opened = open_checkpoint(source, options)
+    with translated(source.name):
+        kind = model_class(opened.head, opened.config)
+        model = None if kind is None else build_empty(kind, opened.config, [], torch.float32)
+    if model is None:
+        note = f"{source.name}: its Python code is its own, so its tensors are named by their keys alone"
+        return Structure(opened, None, None, 0, (note,))
+    try:
+        anatomy = dissect(model, layers_path)
+    except BlocksNotFoundError as error:
+        if layers_path is not None:
+            raise
+        note = f"{source.name}: no tensor is in a layer: {error}"
+        return Structure(opened, model, Namer(model, None), 0, (note,))
+    return Structure(opened, model, Namer(model, anatomy), len(anatomy.blocks), ())

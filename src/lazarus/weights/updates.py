@@ -1,0 +1,253 @@
+"""What an adapter adds to the tensors of its model, computed tensor by tensor; no model is merged."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lazarus.errors import UnsupportedModelError
+from lazarus.models import Source
+from lazarus.models.adapters import put_on, rewriting_start
+from lazarus.models.faults import translated
+from lazarus.models.layout import hollow
+from lazarus.models.reference import adapter_settings
+from lazarus.weights.checkpoints import Checkpoint, Entry, Stored
+from lazarus.weights.views import AddedView, MemoryView, Take, Update, View
+
+ADAPTER = "default"
+_KEPT = 4
+"""Whole updates in memory at once: two for each of two threads."""
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A low-rank update, `left` [rows, rank] times `right` [rank, columns], in float64."""
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.left.shape[0], self.right.shape[1]
+
+    def read(self, start: int, stop: int, /) -> Tensor:
+        """Rows start to stop."""
+        return self.left[start:stop] @ self.right
+
+
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """The update of one tensor by an adapter's own rule, whatever it is: what merging adds, in float64."""
+
+    layers: _Layers
+    module: str
+    attribute: str
+    shape: tuple[int, ...]
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns."""
+        if len(self.shape) < 2:
+            return math.prod(self.shape), 1
+        return math.prod(self.shape[:-1]), self.shape[-1]
+
+    def read(self, start: int, stop: int, /) -> Tensor:
+        """Rows start to stop."""
+        return self.layers.update(self.module)[self.attribute].reshape(self.matrix)[start:stop]
+
+
+@dataclass(frozen=True, eq=False)
+class Taken:
+    """The part of an update that belongs to one component of a fused tensor of shape `whole`."""
+
+    update: Update
+    whole: tuple[int, ...]
+    take: Take
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return MemoryView(torch.empty(self.whole, device="meta"), "float64", self.take).matrix
+
+    @cached_property
+    def _view(self) -> MemoryView:
+        everything = self.update.read(0, self.update.matrix[0])
+        return MemoryView(everything.reshape(self.whole), "float64", self.take)
+
+    def read(self, start: int, stop: int, /) -> Tensor:
+        """Rows start to stop."""
+        return self._view.read(start, stop).contiguous()
+
+
+def put_adapter(checkpoint: Checkpoint, adapter: Source) -> tuple[Checkpoint, str]:
+    """The checkpoint as it is with an adapter, and the adapter's type.
+
+    Raises:
+        AdapterError: it does not fit the model, or works by virtual tokens instead of weights.
+        UnsupportedModelError: it is on tensors that cannot be told apart.
+    """
+    empty = checkpoint.structure.model
+    if empty is None:
+        raise UnsupportedModelError(
+            f"{adapter.name}: {checkpoint.source.name} has Python code of its own, so where its adapter "
+            "belongs is not known. Merge the adapter and compare the merged model."
+        )
+    start = rewriting_start(adapter_settings(adapter))
+    if start is not None:
+        raise UnsupportedModelError(
+            f"{adapter.name}: its start ({start}) was taken off its model's weights, which takes the whole "
+            "model to undo. Merge the adapter and compare the merged model."
+        )
+    model, kind = put_on(_hollow_copy(empty), adapter)
+    brought = _brought(model, empty)
+    updates = _Layers(model, checkpoint.stored, brought, adapter).updates()
+    entries = {
+        place: replace(entry, view=_changed(entry, checkpoint.stored[entry.path], updates, brought))
+        for place, entry in checkpoint.entries.items()
+    }
+    known = {entry.path for entry in entries.values()}
+    for path in brought.keys() - known:  # a head of its own, where the model's was tied
+        for part in checkpoint.structure.parts(path, tuple(brought[path].shape)):
+            view = MemoryView(brought[path], _type_name(brought[path]), part.take)
+            entries[part.place] = Entry(part.place, path, path, part.take, view)
+    return replace(checkpoint, entries=entries), kind
+
+
+def _changed(
+    entry: Entry, stored: Stored, updates: Mapping[str, Update], brought: Mapping[str, Tensor]
+) -> View:
+    """A component's numbers with the adapter: as they were, with an update on top, or the adapter's own."""
+    view = entry.view
+    if entry.path in brought:
+        tensor = brought[entry.path]
+        view = MemoryView(tensor, _type_name(tensor), entry.take)
+    update = updates.get(entry.path)
+    if update is None:
+        return view
+    return AddedView(view, update if entry.take is None else Taken(update, stored.shape, entry.take))
+
+
+def _type_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _hollow_copy(empty: PreTrainedModel) -> PreTrainedModel:
+    """A second empty model, on the CPU and without memory all the same, for an adapter to be put on."""
+    cpu = torch.device("cpu")
+    memo: dict[int, Any] = {id(p): hollow(p, cpu) for p in empty.parameters()}
+    return copy.deepcopy(empty, memo)
+
+
+def _is_hollow(tensor: Tensor) -> bool:
+    return tensor.numel() > 1 and not any(tensor.stride())
+
+
+def _brought(model: PreTrainedModel, empty: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors of the model that the adapter brings whole, by their paths: a head, biases."""
+    own = set(empty.state_dict())
+    found = {}
+    for name, tensor in model.named_parameters():
+        path = _path(name)
+        if path in own and ".original_module." not in name and not _is_hollow(tensor) and not tensor.is_meta:
+            found[path] = tensor.detach()
+    return found
+
+
+def _path(name: str) -> str:
+    """A parameter's name without what PEFT puts around its module."""
+    for wrapper in (".base_layer", ".token_adapter", f".modules_to_save.{ADAPTER}"):
+        name = name.replace(wrapper, "")
+    return name
+
+
+class _Layers:
+    """The layers of a hollow model that carry an adapter."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        stored: Mapping[str, Stored],
+        brought: Mapping[str, Tensor],
+        adapter: Source,
+    ) -> None:
+        self._stored = stored
+        self._brought = brought
+        self._adapter = adapter
+        self._found = {name: layer for name, layer in model.named_modules() if hasattr(layer, "base_layer")}
+        self.update = lru_cache(maxsize=_KEPT)(self._merge)
+
+    def updates(self) -> dict[str, Update]:
+        """The update of every tensor that an adapter changes, by the tensor's path.
+
+        Raises:
+            UnsupportedModelError: the checkpoint stores such a tensor in pieces, or an adapter is on another.
+        """
+        return {path: update for name in self._found for path, update in self._of(name)}
+
+    def _of(self, name: str) -> Iterator[tuple[str, Update]]:
+        layer, module = self._found[name], _path(name)
+        if hasattr(layer, "parameter_name") or hasattr(layer.base_layer, "base_layer"):
+            raise self._refusal(module, "is on single parameters of it, or on top of another")
+        product = _product(layer)
+        for attribute, parameter in layer.base_layer.named_parameters(recurse=False):
+            path = f"{module}.{attribute}"
+            if path not in self._stored:
+                raise self._refusal(path, "is on a tensor that the checkpoint stores in pieces or not at all")
+            if product is not None:
+                if attribute == "weight":
+                    yield path, product
+            else:
+                yield path, Merged(self, name, attribute, tuple(parameter.shape))
+
+    def _merge(self, name: str) -> dict[str, Tensor]:
+        """What merging one layer adds to each of its tensors, in float64."""
+        layer, module = copy.deepcopy(self._found[name]), _path(name)
+        base: Any = layer.base_layer
+        before = {}
+        for attribute, _ in list(base.named_parameters(recurse=False)):
+            tensor = before[attribute] = self._tensor(f"{module}.{attribute}")
+            setattr(base, attribute, nn.Parameter(tensor.clone(), requires_grad=False))
+        merging: Any = layer.double()
+        with torch.no_grad(), translated(self._adapter.name):
+            merging.merge(adapter_names=[ADAPTER])
+        return {name: getattr(base, name).detach() - tensor for name, tensor in before.items()}
+
+    def _tensor(self, path: str) -> Tensor:
+        """A tensor of the model as the adapter finds it, in float64."""
+        if path in self._brought:
+            return self._brought[path].to(torch.float64)
+        view = self._stored[path].view(None)
+        return view.read(0, view.matrix[0]).reshape(view.shape).to(torch.float64)
+
+    def _refusal(self, module: str, reason: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"{self._adapter.name}: what it adds to {module} cannot be computed by itself: it {reason}. "
+            "Merge the adapter and compare the merged model."
+        )
+
+
+def _product(layer: Any) -> Product | None:
+    """A plain LoRA layer's update; None where the adapter has another rule than scaling·B·A."""
+    from peft.tuners.lora import Embedding, Linear
+
+    if type(layer) not in (Linear, Embedding) or layer.lora_variant.get(ADAPTER) is not None:
+        return None
+    if layer.lora_bias.get(ADAPTER):
+        return None
+    scaling = float(layer.scaling[ADAPTER])
+    if type(layer) is Embedding:
+        a, b = layer.lora_embedding_A[ADAPTER], layer.lora_embedding_B[ADAPTER]
+        return Product(a.T.double() * scaling, b.T.double())
+    a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    if layer.fan_in_fan_out:
+        return Product(a.T.double() * scaling, b.T.double())
+    return Product(b.double() * scaling, a.double())

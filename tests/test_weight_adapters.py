@@ -1,0 +1,200 @@
+"""weight_diff with adapters: what is added to each tensor, against PEFT's own merge in float64."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, PeftModel, PromptTuningConfig
+from transformers import AutoModelForCausalLM
+
+from architectures import build
+from factories import save_model, tiny_llama
+from layouts import edit_json, save_adapter, scattered
+from lazarus import WeightDiff, weight_diff
+from lazarus.errors import AdapterError, UnsupportedModelError
+
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+CONFIGS: dict[str, Callable[[], PeftConfig]] = {
+    "lora": lambda: LoraConfig(r=4, target_modules=TARGETS),
+    "rank-stabilised": lambda: LoraConfig(r=4, lora_alpha=32, target_modules=TARGETS, use_rslora=True),
+    "patterns": lambda: LoraConfig(
+        r=4, target_modules=TARGETS, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3}
+    ),
+    "dora": lambda: LoraConfig(r=4, target_modules=TARGETS, use_dora=True),
+    "embeddings": lambda: LoraConfig(r=4, target_modules=["embed_tokens", "lm_head"]),
+    "upper half": lambda: LoraConfig(r=4, target_modules=TARGETS, layers_to_transform=[2, 3]),
+    "modules to save": lambda: LoraConfig(
+        r=4, target_modules=["q_proj"], modules_to_save=["lm_head", "input_layernorm"]
+    ),
+    "biases": lambda: LoraConfig(r=4, target_modules=TARGETS, bias="all"),
+    "new tokens": lambda: LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[45, 70]),
+    "ia3": lambda: IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
+    "loha": lambda: LoHaConfig(r=4, target_modules=TARGETS),
+    "lokr": lambda: LoKrConfig(r=4, target_modules=TARGETS),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("base") / "base", scattered(tiny_llama(attention_bias=True)))
+
+
+def merged(base: Path, adapter: Path) -> dict[str, Any]:
+    """Every parameter of the model that PEFT merges in float64."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole: Any = PeftModel.from_pretrained(model, adapter).double().merge_and_unload()
+    return {name: tensor.detach().numpy() for name, tensor in whole.named_parameters()}
+
+
+def check(diff: WeightDiff, base: Path, expected: dict[str, Any]) -> int:
+    """Every row against the merged model; how many have changed."""
+    before = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64).state_dict()
+    assert {row.name for row in diff.results} == set(before)
+    for row in diff.results:
+        b = before[row.name].numpy()
+        change, norm = float(np.linalg.norm(expected[row.name] - b)), float(np.linalg.norm(b))
+        assert row.change_norm == pytest.approx(change, rel=1e-9, abs=1e-14 * norm), row.name
+        assert row.relative_change == pytest.approx(change / norm, rel=1e-9, abs=1e-14), row.name
+        largest = np.abs(expected[row.name] - b).max()
+        assert row.max_abs_change == pytest.approx(largest, rel=1e-9, abs=1e-14), row.name
+        assert (row.n_changed == 0) == (change == 0), row.name
+    return sum(row.n_changed > 0 for row in diff.results)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_what_an_adapter_adds_is_what_peft_merges(kind: str, base: Path, tmp_path: Path) -> None:
+    save_adapter(tmp_path / "adapter", base, CONFIGS[kind]())
+    diff = weight_diff(base, tmp_path / "adapter")
+    n_changed = check(diff, base, merged(base, tmp_path / "adapter"))
+    assert n_changed > 0
+    info = diff.record.finetuned
+    assert (info.kind, info.id) == ("adapter", str(tmp_path / "adapter"))
+    assert info.adapter is not None
+    assert weight_diff(base, f"{base}+{tmp_path / 'adapter'}").results == diff.results
+
+
+def test_an_adapter_s_rank_is_seen(base: Path, tmp_path: Path) -> None:
+    save_adapter(tmp_path / "adapter", base, LoraConfig(r=4, target_modules=TARGETS))
+    diff = weight_diff(base, tmp_path / "adapter", spectrum=True)
+    ranks = {row.spectrum.adapter_rank for row in diff.results if row.spectrum is not None}
+    assert ranks == {4}
+    assert diff.summary.adapter_rank == 4
+    assert diff.summary.n_matrices == 12
+
+
+def test_an_adapter_on_fused_and_transposed_tensors(tmp_path: Path) -> None:
+    for name, target in (("gpt2", "c_attn"), ("phi3", "qkv_proj")):
+        model = build(name)
+        base = save_model(tmp_path / name, model)
+        save_adapter(
+            tmp_path / f"{name}-adapter",
+            base,
+            LoraConfig(r=2, target_modules=[target], fan_in_fan_out=name == "gpt2"),
+        )
+        diff = weight_diff(base, tmp_path / f"{name}-adapter")
+        expected, before = merged(base, tmp_path / f"{name}-adapter"), model.state_dict()
+        changed = [row for row in diff.results if row.n_changed]
+        assert {row.component for row in changed} == {"attn_q", "attn_k", "attn_v"}
+        for path in {path for path in before if path.endswith(f"{target}.weight")}:
+            change = np.linalg.norm(expected[path] - before[path].double().numpy())
+            rows = [row for row in changed if path.endswith(row.name)]
+            assert len(rows) == 3, path
+            total = np.sqrt(sum((row.change_norm or 0) ** 2 for row in rows))
+            assert total == pytest.approx(change, rel=1e-9)
+
+
+def test_a_merge_is_the_model_with_its_adapter(base: Path, tmp_path: Path) -> None:
+    wrapped = save_adapter(tmp_path / "adapter", base, LoraConfig(r=4, target_modules=TARGETS))
+    whole = save_model(tmp_path / "merged", wrapped.merge_and_unload())
+    diff = weight_diff(whole, f"{base}+{tmp_path / 'adapter'}")
+    assert 0 < (diff.summary.relative_change or 0) < 1e-7  # what rounding to float32 left
+    diff.check_gates(fail_above=1e-6)
+
+
+def test_two_adapters_of_one_model_can_be_compared(base: Path, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        save_adapter(tmp_path / f"{seed}", base, LoraConfig(r=4, target_modules=["q_proj"]), seed=seed)
+    diff = weight_diff(f"{base}+{tmp_path / '1'}", f"{base}+{tmp_path / '2'}")
+    ours, theirs = (merged(base, tmp_path / str(seed)) for seed in (1, 2))
+    for row in diff.results:
+        expected = np.linalg.norm(theirs[row.name] - ours[row.name])
+        assert row.change_norm == pytest.approx(expected, rel=1e-9, abs=1e-13), row.name
+    alone = weight_diff(tmp_path / "1", base)
+    assert alone.record.base.kind == "adapter"
+    assert sum(row.n_changed > 0 for row in alone.results) == 4
+
+
+def test_an_adapter_that_adds_nothing_is_told(base: Path, tmp_path: Path) -> None:
+    save_adapter(tmp_path / "adapter", base, LoraConfig(r=4, target_modules=TARGETS))
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({k: v * ("lora_B" not in k) for k, v in tensors.items()}, path)
+    diff = weight_diff(base, tmp_path / "adapter")
+    assert diff.summary.verdict == "identical"
+    assert any("adds nothing" in cause for cause in diff.summary.causes)
+    same = weight_diff(tmp_path / "adapter", f"{base}+{tmp_path / 'adapter'}")
+    assert same.summary.verdict == "identical"
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_a_head_of_its_own_takes_the_place_of_a_tied_one(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", tiny_llama(tie_word_embeddings=True))
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    save_adapter(tmp_path / "adapter", base, config)
+    diff = weight_diff(base, tmp_path / "adapter")
+    expected = merged(base, tmp_path / "adapter")
+    (row,) = [row for row in diff.results if row.component == "lm_head"]
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    before = model.lm_head.weight.detach().numpy()
+    change = np.linalg.norm(expected["lm_head.weight"] - before) / np.linalg.norm(before)
+    assert row.relative_change == pytest.approx(change, rel=1e-9)
+    assert any("tied" in note for note in diff.notes)
+
+
+def test_an_adapter_that_names_another_base_is_noted(base: Path, tmp_path: Path) -> None:
+    save_adapter(tmp_path / "adapter", base, LoraConfig(r=4, target_modules=TARGETS))
+    edit_json(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path="org/other")
+    assert any(
+        "names org/other as its base" in note for note in weight_diff(base, tmp_path / "adapter").notes
+    )
+
+
+# --- What is refused
+
+
+@pytest.mark.parametrize("start", ["olora", "pissa"])
+def test_a_start_that_rewrites_the_base_is_refused(start: str, base: Path, tmp_path: Path) -> None:
+    config = LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=start)
+    save_adapter(tmp_path / "adapter", base, config)
+    with pytest.raises(UnsupportedModelError, match=f"its start \\({start}\\)"):
+        weight_diff(base, tmp_path / "adapter")
+
+
+def test_virtual_tokens_are_refused(base: Path, tmp_path: Path) -> None:
+    config = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    save_adapter(tmp_path / "adapter", base, config)
+    with pytest.raises(AdapterError, match="virtual tokens"):
+        weight_diff(base, tmp_path / "adapter")
+
+
+def test_one_that_does_not_fit_is_an_error(base: Path, tmp_path: Path) -> None:
+    other = save_model(tmp_path / "other", tiny_llama(hidden_size=64))
+    save_adapter(tmp_path / "adapter", other, LoraConfig(r=4, target_modules=TARGETS))
+    with pytest.raises(AdapterError, match="does not fit"):
+        weight_diff(base, tmp_path / "adapter")
+
+
+def test_two_adapters_alone_name_no_model(base: Path, tmp_path: Path) -> None:
+    save_adapter(tmp_path / "adapter", base, LoraConfig(r=4, target_modules=TARGETS))
+    with pytest.raises(AdapterError, match="Say which model"):
+        weight_diff(tmp_path / "adapter", tmp_path / "adapter")
