@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from bad_input import SUBJECTS, BadInput, Outcome, alone, compare, here, observe, page
+from bad_input import SUBJECTS, BadInput, Outcome, alone, compare, here, observe, page, siblings
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="/dev/full, /proc and RLIMIT_FSIZE are Linux's"
 )
 
+SHARED = {k.title: k for command in ("weight-diff", "compare") for k in siblings.shared_by(command)}
 KINDS = {kind.title: kind for kinds in SUBJECTS.values() for kind in kinds}
 IN_A_PROCESS = (
     "unknown option",
@@ -68,6 +69,18 @@ def test_every_title_is_used_once() -> None:
 @pytest.mark.parametrize("title", KINDS)
 def test_a_mistake_is_told_in_one_message(title: str, outcome_of: Callable[[BadInput], Outcome]) -> None:
     check(KINDS[title], outcome_of(KINDS[title]))
+
+
+@pytest.mark.parametrize("title", SHARED)
+def test_the_other_commands_say_the_same_of_models_and_outputs(
+    title: str, outcome_of: Callable[[BadInput], Outcome]
+) -> None:
+    check(SHARED[title], outcome_of(SHARED[title]))
+
+
+def test_what_the_other_commands_do_otherwise_is_a_mistake_that_there_is() -> None:
+    titles = {kind.title for kind in siblings.SHARED}
+    assert titles >= siblings.OTHERWISE_IN_WEIGHT_DIFF.keys() | siblings.OTHERWISE_IN_COMPARE.keys()
 
 
 @pytest.mark.parametrize("title", IN_A_PROCESS)

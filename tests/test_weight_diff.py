@@ -81,9 +81,7 @@ def test_every_tensor_of_every_architecture_is_what_numpy_says(name: str, tmp_pa
     base = save_model(tmp_path / "base", model)
     finetuned = save_model(tmp_path / "finetuned", scattered(model))
     diff = weight_diff(base, finetuned)
-    ours, theirs = (
-        {k: v.astype(np.float64) for k, v in load_numpy(f / WEIGHTS).items()} for f in (base, finetuned)
-    )
+    ours, theirs = (numbers_of(folder) for folder in (base, finetuned))
     parts: dict[str, list[TensorRecord]] = {}
     for row in diff.results:
         parts.setdefault(row.name, []).append(row)
@@ -93,11 +91,14 @@ def test_every_tensor_of_every_architecture_is_what_numpy_says(name: str, tmp_pa
         b, f = ours[key], theirs[key]
         assert sum(int(np.prod(row.shape)) for row in rows) == b.size, key
         check(rows, b, f, key)
-    overall = [
-        np.sum([np.sum((theirs[k] - ours[k]) ** 2) for k in ours]),
-        np.sum([np.sum(b**2) for b in ours.values()]),
-    ]
-    assert diff.summary.relative_change == pytest.approx(np.sqrt(overall[0] / overall[1]), rel=1e-9)
+    change = np.sqrt(sum(np.sum((theirs[key] - ours[key]) ** 2) for key in ours))
+    norm = np.sqrt(sum(np.sum(tensor**2) for tensor in ours.values()))
+    assert diff.summary.relative_change == pytest.approx(change / norm, rel=1e-9)
+
+
+def numbers_of(folder: Path) -> dict[str, Any]:
+    """A checkpoint's tensors in float64."""
+    return {key: tensor.astype(np.float64) for key, tensor in load_numpy(folder / WEIGHTS).items()}
 
 
 def check(rows: list[TensorRecord], b: Any, f: Any, key: str) -> None:
@@ -402,6 +403,15 @@ def test_two_models_without_a_common_tensor_are_an_error(base: Path, tmp_path: P
         weight_diff(base, save_model(tmp_path / "wide", tiny_llama(hidden_size=64, intermediate_size=96)))
 
 
+def test_models_of_which_nothing_is_a_number_are_an_error(base: Path, tmp_path: Path) -> None:
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        for tensor in tensors.values():
+            tensor.fill_(float("nan"))
+
+    with pytest.raises(NoDataError, match="NaN or infinity"):
+        weight_diff(base, edit_weights(base, tmp_path / "spoilt", spoil))
+
+
 def test_a_damaged_file_is_told(base: Path, tmp_path: Path) -> None:
     damaged = shutil.copytree(base, tmp_path / "damaged")
     (damaged / WEIGHTS).write_bytes((base / WEIGHTS).read_bytes()[:-100])
@@ -416,14 +426,14 @@ def test_a_wrong_path_of_blocks_is_an_error(base: Path) -> None:
 
 def test_a_model_in_memory_is_none(base: Path) -> None:
     with pytest.raises(UsageError, match="save_pretrained"):
-        weight_diff(base, tiny_llama())  # type: ignore[arg-type]
+        weight_diff(base, tiny_llama())
 
 
 def test_what_is_not_there_is_an_error(base: Path) -> None:
     with pytest.raises(ModelNotFoundError):
         weight_diff(base, "/no/such/folder")
     with pytest.raises(UsageError, match="unknown option"):
-        weight_diff(base, base, position="last")
+        weight_diff(base, base, position="last")  # type: ignore[call-arg]
 
 
 def test_blocks_that_cannot_be_found_still_have_names(tmp_path: Path) -> None:

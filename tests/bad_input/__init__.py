@@ -5,7 +5,7 @@ outcome.py   running one, here or in a process of its own
 page.py      the page of the documentation, written from both
 """
 
-from bad_input import adapters, checkpoints, models, options, outputs, pairs, prompts, saved
+from bad_input import adapters, checkpoints, models, options, outputs, pairs, prompts, saved, siblings
 from bad_input.kind import BadInput, compare
 from bad_input.outcome import Outcome, alone, here, observe
 from bad_input.page import page
@@ -22,6 +22,8 @@ SUBJECTS: dict[str, tuple[BadInput, ...]] = {
     "Adapters": adapters.KINDS,
     "Tokenizers": pairs.TOKENIZERS,
     "The pair": pairs.KINDS,
+    "weight-diff": siblings.WEIGHT_DIFF,
+    "compare": siblings.COMPARE,
 }
 
 __all__ = ["SUBJECTS", "BadInput", "Outcome", "alone", "compare", "here", "observe", "page"]

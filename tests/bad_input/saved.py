@@ -50,14 +50,14 @@ KINDS = (
         "result is no JSON",
         "`lazarus show saved.json`, a file that holds `Layer,Divergence`",
         _show(damage=lambda _: "Layer,Divergence"),
-        ("saved.json", "not an activation-diff result", "-o FILE.json"),
+        ("saved.json", "not a result of schema version 1.0", "-o FILE.json"),
         exit_code=2,
     ),
     BadInput(
         "result cut short",
         "a saved result of which the end is missing",
         _show(damage=lambda text: text[: len(text) // 2]),
-        ("saved.json", "not an activation-diff result", "truncated", "-o FILE.json"),
+        ("saved.json", "not a result of schema version 1.0", "truncated", "-o FILE.json"),
         exit_code=2,
     ),
     BadInput(
@@ -76,9 +76,9 @@ KINDS = (
     ),
     BadInput(
         "result of another command",
-        "a saved result of `weight-diff`",
-        _show(changes={"command": "weight-diff"}),
-        ("saved.json", "a result of weight-diff", "reads activation-diff"),
+        "a saved result of a command that there is not",
+        _show(changes={"command": "token-diff"}),
+        ("saved.json", "a result of token-diff", "reads activation-diff, weight-diff, compare"),
         exit_code=2,
     ),
     BadInput(

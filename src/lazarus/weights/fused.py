@@ -227,7 +227,7 @@ def _gated_delta(holder: Holder, fused: str) -> Layout | None:
     if fused == "qkv":
         return Layout(1, (("q", n_keys * key), ("k", n_keys * key), ("v", n_values * value)))
     if fused == "ba":
-        return Layout(n_keys, (("alpha", per_group), ("beta", per_group)))
+        return Layout(n_keys, (("beta", per_group), ("alpha", per_group)))
     return Layout(n_keys, (("q", key), ("k", key), ("v", per_group * value), ("gate", per_group * value)))
 
 

@@ -70,6 +70,11 @@ def assemble(
             f"and shape: they are {base.checkpoint.structure.architecture} and "
             f"{finetuned.checkpoint.structure.architecture}. Compare two models of one architecture."
         )
+    if all(math.isnan(each.numbers.change_norm) for each in measured):
+        raise NoDataError(
+            f"{base.reference.name} and {finetuned.reference.name}: no tensor has a change that is a number: in "
+            "every one of them there is NaN or infinity. Fetch or train that model again."
+        )
     rows = [_row(row, each, options.threshold) for row, each in zip(matched.rows, measured, strict=True)]
     return WeightDiffRecord(
         schema_version=SCHEMA_VERSION,
