@@ -6,6 +6,7 @@ weights.py     weight-diff
 lens.py        compare
 saved.py       show and schema: what was saved
 arguments.py   the options as a user types them
+imports.py     torch and transformers, as fast as they go
 output.py      outputs that are checked first and saved last
 reporting.py   how a command ends
 """

@@ -10,6 +10,7 @@ import typer
 
 from lazarus.cli import arguments as a
 from lazarus.cli.app import app, introspect
+from lazarus.cli.imports import heavy_imports
 from lazarus.cli.output import check_outputs, leads, save_all, shows_progress
 from lazarus.cli.reporting import reported
 
@@ -115,6 +116,10 @@ def _compare(
 
 
 def _observer(quiet: bool, debug: bool) -> ConsoleObserver:
-    from lazarus.console import ConsoleObserver
+    """What shows how the run goes; from here on all that the run needs is imported."""
+    with heavy_imports():
+        show = shows_progress(quiet, debug)
+        import lazarus.activation  # noqa: F401
+        from lazarus.console import ConsoleObserver
 
-    return ConsoleObserver(show=shows_progress(quiet, debug), prints=leads())
+    return ConsoleObserver(show=show, prints=leads())

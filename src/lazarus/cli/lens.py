@@ -8,6 +8,7 @@ import typer
 
 from lazarus.cli import arguments as a
 from lazarus.cli.app import introspect
+from lazarus.cli.imports import heavy_imports
 from lazarus.cli.output import check_outputs, save_all, shows_progress
 from lazarus.cli.reporting import reported
 
@@ -52,10 +53,12 @@ def compare(
         files = [value[1:] for value in prompt if value[:1] == "@" and value[:2] != "@@"]
         check_outputs(output or [], "compare", [*files, chat_template, model1, model2])
         text_of_prompt = _one(prompt)
-        from lazarus.console import LensObserver
-        from lazarus.lens import compare as run
+        with heavy_imports():
+            show = shows_progress(quiet, debug)
+            from lazarus.console import LensObserver
+            from lazarus.lens import compare as run
 
-        with LensObserver(show=shows_progress(quiet, debug)) as observer:
+        with LensObserver(show=show) as observer:
             comparison = run(model1, model2, text_of_prompt, observer=observer, **options)
         typer.echo(f"\n{text.body(comparison.record)}")
         save_all(comparison, output or [])

@@ -6,6 +6,7 @@ import typer
 
 from lazarus.cli import arguments as a
 from lazarus.cli.app import introspect
+from lazarus.cli.imports import heavy_imports
 from lazarus.cli.output import check_outputs, save_all, shows_progress
 from lazarus.cli.reporting import reported
 
@@ -45,10 +46,12 @@ def weight_diff(
 
         WeightOptions(**options)
         check_outputs(output or [], "weight-diff", [base, finetuned])
-        from lazarus.console import WeightObserver
-        from lazarus.weights import weight_diff as run
+        with heavy_imports():
+            show = shows_progress(quiet, debug)
+            from lazarus.console import WeightObserver
+            from lazarus.weights import weight_diff as run
 
-        with WeightObserver(show=shows_progress(quiet, debug)) as observer:
+        with WeightObserver(show=show) as observer:
             diff = run(base, finetuned, observer=observer, **options)
         typer.echo(f"\n{text.table(diff.record)}\n\n{text.summary(diff.record)}")
         save_all(diff, output or [])

@@ -72,8 +72,8 @@ def assemble(
         )
     if all(math.isnan(each.numbers.change_norm) for each in measured):
         raise NoDataError(
-            f"{base.reference.name} and {finetuned.reference.name}: no tensor has a change that is a number: in "
-            "every one of them there is NaN or infinity. Fetch or train that model again."
+            f"{base.reference.name} and {finetuned.reference.name}: no tensor has a change that is a number: "
+            "in every one of them there is NaN or infinity. Fetch or train that model again."
         )
     rows = [_row(row, each, options.threshold) for row, each in zip(matched.rows, measured, strict=True)]
     return WeightDiffRecord(

@@ -1,0 +1,27 @@
+"""torch and transformers are imported when a command runs, and take most of a short one's time."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def heavy_imports() -> Iterator[None]:
+    """Import without collecting garbage: the million objects that come are none.
+
+    They are not looked through later either, nor is what is left when the process ends.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
+        atexit.register(gc.freeze)
