@@ -20,7 +20,20 @@ from jaxtyping import install_import_hook
 
 from factories import perturbed, save_model, tiny_llama, tiny_tokenizer
 
-SHAPED = ["activation", "assemble", "engine", "findings", "measure", "metrics", "models", "reading", "tokens"]
+SHAPED = [
+    "activation",
+    "assemble",
+    "engine",
+    "findings",
+    "lens",
+    "measure",
+    "metrics",
+    "models",
+    "provenance",
+    "reading",
+    "tokens",
+    "weights",
+]
 install_import_hook([f"lazarus.{name}" for name in SHAPED], "beartype.beartype")
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from lazarus.results import METRICS, json_schema
+from lazarus.results import LENS_METRICS, METRICS, RECORDS, WEIGHT_METRICS, json_schema
 
 HEAD = """# JSON format
 
-What `-o FILE.json` holds and `ActivationDiff.load` reads. The schema itself (JSON Schema, draft 2020-12):
+What `-o FILE.json` holds and `load_result` reads: one object, of [`activation-diff`](#activationdiffrecord),
+[`weight-diff`](#weightdiffrecord) or [`compare`](#comparerecord). The schemas themselves (JSON Schema, draft
+2020-12):
 
 ```bash
 lazarus schema activation-diff
+lazarus schema weight-diff
+lazarus schema compare
 ```
 
 A number that was not measured, or is not finite, is `null`: never 0, and never `NaN`. Numbers are written
@@ -21,14 +25,26 @@ This page is written by `make docs-reference` from the schema. Formulas: [Metric
 how to read the numbers: [How to read it](how-to-read-it.md).
 """
 
+_METRICS = WEIGHT_METRICS | LENS_METRICS | METRICS
+
 MEANINGS = {
-    "ActivationDiffRecord.schema_version": "the version of this format",
-    "ActivationDiffRecord.command": "which command made it",
-    "ActivationDiffRecord.tool": "which program made it",
+    "schema_version": "the version of this format",
+    "command": "which command made it",
+    "tool": "which program made it",
+    "environment": "software and hardware",
+    "notes": "what was left out, assumed, or could not be measured",
+    "python": "version of Python",
+    "platform": "operating system and processor",
+    "torch": "version of torch",
+    "transformers": "version of transformers",
+    "n_threads": "threads of torch on the CPU",
+    "kind": "what the name stood for",
+    "layers_path": "where the blocks were said to be",
+    "seed": "of every random choice",
+    "trust_remote_code": "whether the models' own Python code was allowed",
     "ActivationDiffRecord.base": "the base model, as it was run",
     "ActivationDiffRecord.finetuned": "the fine-tuned model, as it was run",
     "ActivationDiffRecord.settings": "every option; `auto` is replaced by what it came to",
-    "ActivationDiffRecord.environment": "software and hardware",
     "ActivationDiffRecord.prompts": "in the order in which they were given",
     "ActivationDiffRecord.layers": "one for each block, in order",
     "ActivationDiffRecord.sites": "what enters the first block, and what leaves the final norm",
@@ -38,13 +54,7 @@ MEANINGS = {
     "ActivationDiffRecord.readout": "one for each layer that was read out",
     "ActivationDiffRecord.groups": "what the prompts' groups show",
     "ActivationDiffRecord.tokens": "one for each prompt of which every token was kept",
-    "ActivationDiffRecord.notes": "what was left out, assumed, or could not be measured",
-    "Environment.python": "version of Python",
-    "Environment.platform": "operating system and processor",
-    "Environment.torch": "version of torch",
-    "Environment.transformers": "version of transformers",
     "Environment.device_name": "name of the processor or GPU",
-    "Environment.n_threads": "threads of torch on the CPU",
     "GroupContrast.group_a": "the first group that was given",
     "GroupContrast.group_b": "the group that it is held against",
     "GroupCurve.group": "the group",
@@ -53,7 +63,6 @@ MEANINGS = {
     "Groups.curves": "one for each group, in the order in which they were given",
     "Groups.contrasts": "the first group against each of the others",
     "LayerRecord.local": "what the block's own weights change",
-    "ModelInfo.kind": "what the name stood for",
     "PromptRecord.index": "its place in the run, from 0",
     "PromptRecord.text": "what the user gave, whole; of a chat, its last message",
     "PromptRecord.group": "the group that the user gave it",
@@ -83,9 +92,6 @@ MEANINGS = {
     "Settings.expect": "the gate on the verdict",
     "Settings.no_split": "whether each `-p` was one prompt",
     "Settings.truncate": "whether long prompts might be cut",
-    "Settings.layers_path": "where the blocks were said to be",
-    "Settings.seed": "of every random choice",
-    "Settings.trust_remote_code": "whether the models' own Python code was allowed",
     "Settings.work_dir": "the folder that keeps what is done",
     "Settings.token_prompts": "of which prompts every token was kept",
     "SiteRecord.local": "always null: a site outside the blocks has no block",
@@ -97,6 +103,43 @@ MEANINGS = {
     "TokenTrace.prompt_index": "`prompts[].index`",
     "Tool.name": "`lazarus`",
     "Tool.version": "its version",
+    "WeightDiffRecord.base": "the base checkpoint",
+    "WeightDiffRecord.finetuned": "the fine-tuned checkpoint",
+    "WeightDiffRecord.settings": "every option",
+    "WeightDiffRecord.layers": "one for each block with a tensor of both, in order",
+    "WeightDiffRecord.results": "one for each tensor that both have, in the model's order",
+    "WeightDiffRecord.unmatched": "the tensors that could not be compared",
+    "WeightDiffRecord.summary": "the few numbers that a reader looks for first",
+    "WeightSettings.threshold": "the relative change that flags a tensor",
+    "WeightSettings.spectrum": "whether singular values were computed",
+    "WeightSettings.fail_above": "the gate on the relative change",
+    "WeightSettings.expect": "the gate on the verdict",
+    "WeightSettings.allow_pickle": "whether .bin files might be read",
+    "WeightLayerRecord.n_tensors": "its tensors that both have",
+    "WeightLayerRecord.n_changed_tensors": "those of them with another bit",
+    "TensorRecord.base_dtype": "the type that it is stored in",
+    "TensorRecord.finetuned_dtype": "the same; `float64` where an adapter is added to it",
+    "TensorRecord.n_changed": "numbers with other bits",
+    "UnmatchedTensor.component": "its standard name",
+    "UnmatchedTensor.name": "its name in the file",
+    "WeightSummary.n_flagged_tensors": "rows above the threshold",
+    "WeightSummary.n_unmatched": "tensors that could not be compared",
+    "CompareRecord.model1": "the first model and its lens",
+    "CompareRecord.model2": "the second model and its lens",
+    "CompareRecord.settings": "every option; `auto` is replaced by what it came to",
+    "CompareRecord.layers": "one for each layer of the first model",
+    "CompareRecord.summary": "the few numbers that a reader looks for first",
+    "LensModel.info": "the model, as it was run",
+    "LensModel.layers": "one for each block, in order",
+    "LensToken.token_id": "its id in this model",
+    "TokenEvolution.token_id": "its id in this model",
+    "LensSettings.top_k": "tokens that are kept of each layer",
+    "LensSettings.track": "the tokens that were asked for",
+    "LensSettings.dtype": "the type in which both models ran",
+    "LensSettings.device": "where they ran",
+    "LensSettings.chat_template": "`none`, whose template, or its file",
+    "LensSettings.truncate": "whether a long prompt might be cut",
+    "LensSummary.max_js": "that JS",
 }
 """What a field means, where the schema does not say it and no metric has its name."""
 
@@ -105,6 +148,8 @@ _NO_NOISE = "the noise was not measured (`--no-noise-floor`), or the widths diff
 _NO_LOCAL = "without `--localize`"
 _NOT_FINITE = "it is not finite: one model rules out a token that the other may give"
 _NONE_GIVEN = "none was given"
+_NO_SPECTRUM = "without `--spectrum`, or where no matrix changed"
+_NO_LOGITS = "the logits are not finite there"
 
 NULL_WHEN = {
     "cosine_similarity": _NO_PAIR,
@@ -139,18 +184,18 @@ NULL_WHEN = {
     "top1_agreement": _NOT_FINITE,
     "base_rank_of_finetuned_top1": _NOT_FINITE,
     "logits_relative_l2": _NOT_FINITE,
-    "ModelInfo.revision": "it is not from the Hub",
-    "ModelInfo.stored_dtype": "no file says it",
+    "revision": "it is not from the Hub",
+    "stored_dtype": "no file says it",
     "ModelInfo.attention": "the model does not say",
-    "ModelInfo.adapter": "it has none",
+    "adapter": "it has none",
     "PromptRecord.group": _NONE_GIVEN,
-    "PromptRecord.rendered": "without `--chat-template`",
+    "rendered": "without `--chat-template`",
     "PromptRecord.finetuned_n_tokens": "without `--align text`",
     "Readout.static_share": "there is one prompt, or no change",
     "Settings.readout": "without `--readout`",
-    "Settings.fail_above": _NONE_GIVEN,
-    "Settings.expect": _NONE_GIVEN,
-    "Settings.layers_path": _NONE_GIVEN,
+    "fail_above": _NONE_GIVEN,
+    "expect": _NONE_GIVEN,
+    "layers_path": _NONE_GIVEN,
     "Settings.work_dir": _NONE_GIVEN,
     "Settings.token_prompts": "`position` is not `all`",
     "Summary.most_divergent_layer": "no layer was measured",
@@ -160,16 +205,45 @@ NULL_WHEN = {
     "Summary.weights_identical": "never, in a result of this version",
     "Summary.onset_layer": "there is none, there are fewer than 5 prompts, or the noise was not measured",
     "Summary.most_changed_block": "without `--localize`, or where no block changed",
+    "relative_change": "it is not finite, or base is all zero",
+    "TensorRecord.layer": "outside the blocks",
+    "TensorRecord.cosine_similarity": "it is not finite, or one of the two is all zero",
+    "TensorRecord.max_abs_change": "it is not finite",
+    "TensorRecord.base_norm": "it is not finite, or nothing changed in the whole model",
+    "TensorRecord.change_norm": "it is not finite",
+    "TensorRecord.spectrum": "without `--spectrum`; no matrix, not changed, or not finite",
+    "Spectrum.effective_rank": "not all σ were computed",
+    "Spectrum.rank_90": "more σ are needed than were computed",
+    "Spectrum.adapter_rank": "it does not look like an adapter's",
+    "UnmatchedTensor.layer": "outside the blocks",
+    "UnmatchedTensor.base_shape": "base has none",
+    "UnmatchedTensor.finetuned_shape": "the fine-tuned one has none",
+    "WeightSummary.first_changed_layer": "no block changed",
+    "WeightSummary.n_matrices": _NO_SPECTRUM,
+    "WeightSummary.n_low_rank": _NO_SPECTRUM,
+    "WeightSummary.adapter_rank": "not every changed matrix has one, or as `n_matrices`",
+    "probability": _NO_LOGITS,
+    "final_probability": "as `token_id`, or the last logits are not finite",
+    "TokenEvolution.token": "as `token_id`",
+    "TokenEvolution.token_id": "the model has no token for it",
+    "TokenEvolution.emergence_layer": "it is not the first choice at the end",
+    "LensSettings.track": "none was given: the first choices of both",
+    "kl_1_2": "it is not finite: model 2 rules out a token that model 1 may give, or logits are not finite",
+    "kl_2_1": "the same the other way round",
+    "same_first_choice": _NO_LOGITS,
+    "LensSummary.most_divergent_layer": "JS is finite at no layer",
+    "LensSummary.max_js": "JS is finite at no layer",
 }
 """When a field is null, by its record and name, or by its name where that is the same in all records."""
 
 
 def json_page() -> str:
-    """The page, the whole result first and then each record in the order in which it is met."""
-    schema = json_schema()
-    records = schema["$defs"]
+    """The page: each command's whole result, and then each record in the order in which it is met."""
     page = [HEAD]
-    for name in _in_order(records, schema["$ref"]):
+    records, names = _records(), dict[str, None]()
+    for command in RECORDS:
+        names |= dict.fromkeys(_in_order(records, json_schema(command)["$ref"]))
+    for name in names:
         page += [f"## {name}", "", _sentence(records[name]["description"]), ""]
         page += ["| Field | Type | What it is | `null` when |", "|---|---|---|---|"]
         page += [_row(name, field, told) for field, told in records[name]["properties"].items()]
@@ -177,11 +251,16 @@ def json_page() -> str:
     return "\n".join(page)
 
 
+def _records() -> dict[str, Any]:
+    """Every record of every command, by its name."""
+    return {name: told for command in RECORDS for name, told in json_schema(command)["$defs"].items()}
+
+
 def described_fields() -> dict[str, dict[str, Any]]:
     """Every field of every record, as `Record.field`, with its part of the schema."""
     return {
         f"{name}.{field}": told
-        for name, record in json_schema()["$defs"].items()
+        for name, record in _records().items()
         for field, told in record["properties"].items()
     }
 
@@ -189,9 +268,10 @@ def described_fields() -> dict[str, dict[str, Any]]:
 def meaning(field: str, told: dict[str, Any]) -> str | None:
     """What a field is: said here, by the schema, or by the metric of its name."""
     name = field.partition(".")[2]
-    own = MEANINGS.get(field) or told.get("description") or _branches(told)[0].get("description")
-    if own is None and name in METRICS:
-        own = METRICS[name].formula
+    own = MEANINGS.get(field) or MEANINGS.get(name)
+    own = own or told.get("description") or _branches(told)[0].get("description")
+    if own is None and name in _METRICS:
+        own = _METRICS[name].formula
     if own is None and name == "layer":
         own = "the block, counted from 0"
     return own

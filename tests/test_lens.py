@@ -27,7 +27,7 @@ from lazarus.errors import (
     PromptTooLongError,
     UsageError,
 )
-from lazarus.lens import compare, compare_models
+from lazarus.lens import compare
 from lazarus.lens.lens import Lens
 from lazarus.lens.tracking import find_tracked
 from lazarus.lens.vocabulary import Vocabulary
@@ -75,7 +75,7 @@ EXPECTED: dict[str, list[tuple[str, int | None, int | None]]] = {
 
 @pytest.mark.parametrize("prompt", EXPECTED)
 def test_the_worked_example_is_right(prompt: str) -> None:
-    record = compare_models(BASE, FINETUNED, prompt)
+    record = compare(BASE, FINETUNED, prompt).record
     found = zip(record.tracked, record.model1.tracked, record.model2.tracked, strict=True)
     assert [(t, a.emergence_layer, b.emergence_layer) for t, a, b in found] == EXPECTED[prompt]
     for folder, model in ((BASE, record.model1), (FINETUNED, record.model2)):
@@ -192,7 +192,7 @@ def check_distances(record: CompareRecord, p: Floats, q: Floats, matched: Sequen
 def test_the_distances_equal_the_oracle() -> None:
     one, tokenizer = tiny_llama(), tiny_tokenizer()
     other = perturbed(one, 0.5)
-    record = compare_models(one, other, PROMPT, tokenizer=tokenizer)
+    record = compare(one, other, PROMPT, tokenizer=tokenizer).record
     ids = tokenizer(PROMPT)["input_ids"]
     p, q = softmax(logits_of(one, ids)), softmax(logits_of(other, ids))
     assert abs(kl(p[-1], q[-1]) - kl(q[-1], p[-1])) > 1e-3
@@ -206,7 +206,7 @@ def test_the_distances_equal_the_oracle() -> None:
 
 def test_a_model_against_itself_is_at_no_distance() -> None:
     model = tiny_llama()
-    record = compare_models(model, model, PROMPT, tokenizer=tiny_tokenizer())
+    record = compare(model, model, PROMPT, tokenizer=tiny_tokenizer()).record
     assert [(x.kl_1_2, x.kl_2_1, x.js, x.same_first_choice) for x in record.layers] == [(0, 0, 0, True)] * 4
     assert len(record.tracked) == 1
     assert record.model1.layers == record.model2.layers
@@ -216,7 +216,7 @@ def test_a_model_against_itself_is_at_no_distance() -> None:
 def test_models_of_other_depth_are_matched_by_relative_depth(depths: tuple[int, int]) -> None:
     one, other = (tiny_llama(seed, num_hidden_layers=n) for seed, n in enumerate(depths))
     tokenizer = tiny_tokenizer()
-    record = compare_models(one, other, PROMPT, tokenizer=tokenizer)
+    record = compare(one, other, PROMPT, tokenizer=tokenizer).record
     ids = tokenizer(PROMPT)["input_ids"]
     matched = [round(i * (depths[1] - 1) / max(depths[0] - 1, 1)) for i in range(depths[0])]
     check_distances(record, softmax(logits_of(one, ids)), softmax(logits_of(other, ids)), matched)
@@ -227,7 +227,7 @@ def test_models_of_other_depth_are_matched_by_relative_depth(depths: tuple[int, 
 def test_padding_logits_of_one_head_are_left_out_and_the_rest_sums_to_one() -> None:
     one, other = tiny_llama(0), tiny_llama(1, vocab_size=320)
     tokenizer = tiny_tokenizer()
-    record = compare_models(one, other, PROMPT, tokenizer=tokenizer)
+    record = compare(one, other, PROMPT, tokenizer=tokenizer).record
     ids = tokenizer(PROMPT)["input_ids"]
     q = softmax(logits_of(other, ids))[:, :300]
     check_distances(record, softmax(logits_of(one, ids)), q / q.sum(-1, keepdims=True), range(4))
@@ -244,7 +244,7 @@ def test_two_vocabularies_are_compared_by_text_with_one_outcome_for_the_rest(tmp
     """One byte-level vocabulary is the other's without its last merges, with its special tokens elsewhere."""
     one = saved(tmp_path / "one", 0, tiny_tokenizer(300))
     other = saved(tmp_path / "other", 1, tiny_tokenizer(280))
-    record = compare_models(one, other, PROMPT)
+    record = compare(one, other, PROMPT).record
     sides = []
     for folder in (one, other):
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -268,7 +268,7 @@ def test_two_vocabularies_are_compared_by_text_with_one_outcome_for_the_rest(tmp
 def test_what_a_model_cannot_say_at_all_makes_kl_infinite_which_is_noted(tmp_path: Path) -> None:
     one = saved(tmp_path / "one", 0, tiny_tokenizer(300))
     other = saved(tmp_path / "other", 1, tiny_tokenizer(280), vocab_size=280)
-    record = compare_models(one, other, PROMPT)
+    record = compare(one, other, PROMPT).record
     assert [pair.kl_1_2 for pair in record.layers] == [None] * 4
     assert all(pair.kl_2_1 is not None and pair.js is not None for pair in record.layers)
     assert any(
@@ -349,7 +349,7 @@ def test_a_tracked_word_is_the_form_that_ends_more_probable_in_each_model() -> N
     one, tokenizer = tiny_llama(), tiny_tokenizer()
     other = perturbed(one, 1.0)
     words = ["is", "the", "an", "a", "of", "in", "Hello", " is"]
-    record = compare_models(one, other, PROMPT, tokenizer=tokenizer, track=words)
+    record = compare(one, other, PROMPT, tokenizer=tokenizer, track=words).record
     assert record.tracked == record.settings.track == words
     chosen = []
     for model, side in ((one, record.model1), (other, record.model2)):
@@ -366,7 +366,7 @@ def test_a_tracked_word_is_the_form_that_ends_more_probable_in_each_model() -> N
 def test_a_word_of_several_tokens_and_one_without_a_token_are_noted(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "one", tiny_llama(vocab_size=100), word_tokenizer())
     byte_level = saved(tmp_path / "other", 1, tiny_tokenizer())
-    record = compare_models(folder, byte_level, "t5 t17", track="t5,zebra")
+    record = compare(folder, byte_level, "t5 t17", track="t5,zebra").record
     t5, zebra = record.model1.tracked
     assert (t5.token, t5.token_id) == (" t5", 5)
     assert (zebra.token, zebra.token_id, zebra.emergence_layer, zebra.final_probability) == (None,) * 4
@@ -383,7 +383,7 @@ def test_a_word_of_several_tokens_and_one_without_a_token_are_noted(tmp_path: Pa
 def test_the_first_choices_are_tracked_in_the_other_model_by_their_text(tmp_path: Path) -> None:
     one = saved(tmp_path / "one", 0, tiny_tokenizer(300))
     other = saved(tmp_path / "other", 3, tiny_tokenizer(280), vocab_size=280)
-    record = compare_models(one, other, PROMPT)
+    record = compare(one, other, PROMPT).record
     firsts = [side.layers[-1].top[0] for side in (record.model1, record.model2)]
     assert record.tracked == [first.token for first in firsts]
     assert [side.tracked[i].token_id for i, side in enumerate(sides(record))] == [f.token_id for f in firsts]
@@ -442,7 +442,7 @@ def test_the_last_token_of_the_prompt_is_read() -> None:
     """Not the first, and not that of a longer prompt: each prompt's own next token."""
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     for prompt in ("The", "The answer", "The answer is 42, and the capital of"):
-        record = compare_models(model, model, prompt, tokenizer=tokenizer, top_k=1)
+        record = compare(model, model, prompt, tokenizer=tokenizer, top_k=1).record
         logits = logits_of(model, tokenizer(prompt)["input_ids"])
         assert [layer.top[0].token_id for layer in record.model1.layers] == logits.argmax(-1).tolist()
 
@@ -451,7 +451,7 @@ def test_the_last_token_of_the_prompt_is_read() -> None:
 def test_a_chat_template_is_that_of_the_model_it_names(chosen: str, tmp_path: Path) -> None:
     one = saved(tmp_path / "one", 0, tiny_tokenizer(template="<1>{{ messages[0]['content'] }}"))
     other = saved(tmp_path / "two", 1, tiny_tokenizer(template="<2>{{ messages[0]['content'] }}"))
-    record = compare_models(one, other, PROMPT, chat_template=chosen)
+    record = compare(one, other, PROMPT, chat_template=chosen).record
     number = 1 if chosen in ("model1", "base") else 2
     assert record.model1.rendered == record.model2.rendered == f"<{number}>{PROMPT}"
     assert "".join(record.model1.prompt_tokens) == f"<{number}>{PROMPT}"
@@ -463,8 +463,8 @@ def test_a_prompt_beyond_the_context_is_refused_or_cut_for_each_model(tmp_path: 
     one = saved(tmp_path / "one", 0, tiny_tokenizer(), max_position_embeddings=4)
     other = saved(tmp_path / "other", 1, tiny_tokenizer())
     with pytest.raises(PromptTooLongError, match=r"context is 4.*--truncate"):
-        compare_models(one, other, PROMPT)
-    record = compare_models(one, other, PROMPT, truncate=True)
+        compare(one, other, PROMPT)
+    record = compare(one, other, PROMPT, truncate=True).record
     assert len(record.model1.prompt_tokens) == 4 < len(record.model2.prompt_tokens)
     assert any("cut to the context of 4 tokens" in note for note in record.notes)
 
@@ -483,7 +483,7 @@ def test_logits_that_are_not_finite_are_null_with_a_note() -> None:
     broken.model.layers[3].forward = lambda states, *args, **kwargs: fine(
         torch.nan_to_num(states), *args, **kwargs
     )
-    record = compare_models(model, broken, PROMPT, tokenizer=tiny_tokenizer())
+    record = compare(model, broken, PROMPT, tokenizer=tiny_tokenizer()).record
     assert [bool(layer.top) for layer in record.model2.layers] == [True, True, False, True]
     assert [tracked.probability[2] for tracked in record.model2.tracked] == [None] * len(record.tracked)
     pair = record.layers[2]
@@ -497,7 +497,7 @@ def test_a_model_whose_logits_are_finite_nowhere_stops_the_run() -> None:
     with torch.no_grad():
         broken.model.embed_tokens.weight.fill_(NAN)
     with pytest.raises(NoDataError, match=r"the logits are finite at no layer.*float32"):
-        compare_models(tiny_llama(), broken, PROMPT, tokenizer=tiny_tokenizer())
+        compare(tiny_llama(), broken, PROMPT, tokenizer=tiny_tokenizer())
 
 
 # The record and what is told on the way.
@@ -539,7 +539,7 @@ def test_the_record_says_how_it_was_made(base_folder: Path, finetuned_folder: Pa
 
 
 def test_the_record_is_read_back_as_it_was_written(base_folder: Path, finetuned_folder: Path) -> None:
-    record = compare_models(base_folder, finetuned_folder, PROMPT)
+    record = compare(base_folder, finetuned_folder, PROMPT).record
     stream = io.BytesIO()
     write_json(record, stream)
     assert read_json(stream.getvalue()) == record
@@ -551,7 +551,7 @@ def test_an_adapter_alone_runs_on_model_1(base_folder: Path, tmp_path: Path) -> 
     torch.manual_seed(0)
     adapted = get_peft_model(base, config)
     adapted.save_pretrained(tmp_path / "adapter")
-    record = compare_models(base_folder, tmp_path / "adapter", PROMPT)
+    record = compare(base_folder, tmp_path / "adapter", PROMPT).record
     tokenizer = tiny_tokenizer()
     ids = tokenizer(PROMPT)["input_ids"]
     alone = LlamaForCausalLM.from_pretrained(base_folder)
@@ -586,21 +586,21 @@ def test_the_arguments_are_the_options() -> None:
 def test_an_option_that_is_wrong_is_named(options: dict[str, Any], message: str) -> None:
     model = tiny_llama()
     with pytest.raises(UsageError, match=message):
-        compare_models(model, model, PROMPT, tokenizer=tiny_tokenizer(), **options)
+        compare(model, model, PROMPT, tokenizer=tiny_tokenizer(), **options)
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n", None, ["The answer is"], "a\ud800"])
 def test_a_prompt_that_is_none_is_refused(prompt: Any) -> None:
     model = tiny_llama()
     with pytest.raises(PromptsError, match=r"--prompt .*give a text that is not empty|not valid Unicode"):
-        compare_models(model, model, prompt, tokenizer=tiny_tokenizer())
+        compare(model, model, prompt, tokenizer=tiny_tokenizer())
 
 
 def test_models_that_cannot_read_the_prompt_are_refused() -> None:
     model, small = tiny_llama(), tiny_llama(vocab_size=100)
     with pytest.raises(PairError, match="brings a tokenizer"):
-        compare_models(model, model, PROMPT)
+        compare(model, model, PROMPT)
     with pytest.raises(PromptDataError, match="has embeddings for 100"):
-        compare_models(model, small, PROMPT, tokenizer=tiny_tokenizer())
+        compare(model, small, PROMPT, tokenizer=tiny_tokenizer())
     with pytest.raises(ChatTemplateError, match="has no chat template"):
-        compare_models(model, model, PROMPT, tokenizer=tiny_tokenizer(template=None), chat_template="model1")
+        compare(model, model, PROMPT, tokenizer=tiny_tokenizer(template=None), chat_template="model1")

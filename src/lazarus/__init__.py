@@ -18,8 +18,8 @@ from lazarus.version import __version__
 
 if TYPE_CHECKING:
     from lazarus.activation import activation_diff
-    from lazarus.faces import ActivationDiff, Comparison, WeightDiff, load_result
     from lazarus.errors import LazarusError
+    from lazarus.faces import ActivationDiff, Comparison, WeightDiff, load_result
     from lazarus.lens import compare
     from lazarus.weights import weight_diff
 

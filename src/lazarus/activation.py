@@ -9,7 +9,6 @@ from typing import Any, Literal, Protocol, Unpack, runtime_checkable
 import torch
 
 from lazarus.assemble import RunFacts, assemble
-from lazarus.faces import ActivationDiff
 from lazarus.engine import (
     ModelPair,
     PrefixPlan,
@@ -24,6 +23,7 @@ from lazarus.engine import (
     share_prefix,
 )
 from lazarus.errors import UnsupportedModelError, UsageError
+from lazarus.faces import ActivationDiff
 from lazarus.findings import read_differences
 from lazarus.loading import Model, Role, load_models, pick_device
 from lazarus.measure import Plan, measure
@@ -180,7 +180,7 @@ def _facts(
 ) -> RunFacts:
     """What `auto` comes to, and what is to be noted of the pair and of the position."""
     position, lengths = _position(options, pair), [len(prompt.ids) for prompt in reading.base]
-    notes = [*notes, *pair.notes(max(lengths)), *check_positions(position, lengths)]
+    notes = [*notes, *reading.apart(), *pair.notes(max(lengths)), *check_positions(position, lengths)]
     return RunFacts(options, device, position, _batch_tokens(options, device), notes)
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Unpack
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lazarus.activation import Prompts, activation_diff
-from lazarus.faces import ActivationDiff
 from lazarus.errors import LazarusError, UsageError
+from lazarus.faces import ActivationDiff
 from lazarus.options import OptionArguments, make_options
 from lazarus.prompts import make_prompts
 from lazarus.ranks import Rank

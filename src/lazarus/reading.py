@@ -46,6 +46,16 @@ class Reading:
         )
         return base, finetuned
 
+    def apart(self) -> list[str]:
+        """A note where each model read the texts with its own tokenizer."""
+        if self.align == "ids":
+            return []
+        differing = sum(b.ids != f.ids for b, f in zip(self.base, self.finetuned, strict=True))
+        return [
+            f"each model read the texts with its own tokenizer: {differing} of {len(self.base)} prompts have "
+            "other ids; next-token distributions over two vocabularies are not compared"
+        ]
+
 
 def read_prompts(
     models: Models, given: Any | None, prompts: Sequence[Prompt], template: str | None, options: Options
@@ -67,17 +77,7 @@ def read_prompts(
     base, finetuned, token_notes = tokenize_pair(prompts, *tokenizers, token_options)
     for model, tokenized in zip(models, (base, finetuned), strict=True):
         _check_vocabulary(model, tokenized)
-    if align == "text":
-        token_notes.append(_apart(base, finetuned))
     return Reading(prompts, base, finetuned, tokenizers, align, [*notes, *token_notes])
-
-
-def _apart(base: Sequence[TokenizedPrompt], finetuned: Sequence[TokenizedPrompt]) -> str:
-    differing = sum(b.ids != f.ids for b, f in zip(base, finetuned, strict=True))
-    return (
-        f"each model read the texts with its own tokenizer: {differing} of {len(base)} prompts have "
-        "other ids; next-token distributions over two vocabularies are not compared"
-    )
 
 
 def _tokenizers(models: Models, given: Any | None, options: Options) -> tuple[tuple[Any, Any], list[str]]:
@@ -88,7 +88,7 @@ def _tokenizers(models: Models, given: Any | None, options: Options) -> tuple[tu
     if base is None and finetuned is None:
         raise PairError(
             f"neither {models[0].name} nor {models[1].name} brings a tokenizer. Put the tokenizer's "
-            "files beside the weights, or give activation_diff a tokenizer."
+            "files beside the weights or, from Python, give a tokenizer."
         )
     notes = [
         f"{model.name} brings no tokenizer; the other model's was used for both"
@@ -103,8 +103,7 @@ def _own_template(tokenizer: Any, name: str, options: Options) -> str:
         return str(tokenizer.get_chat_template())
     except ValueError as error:
         raise ChatTemplateError(
-            f"--chat-template {options.chat_template}: {name} has no chat template. Use the other "
-            "model's, or a file."
+            f"--chat-template: {name} has no chat template. Use the other model's, or a file."
         ) from error
 
 

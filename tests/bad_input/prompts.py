@@ -286,7 +286,7 @@ FITTING = (
         "model without a template",
         "`--chat-template finetuned`, and that model has none",
         _no_template,
-        ("--chat-template finetuned", "plain has no chat template", "a file"),
+        ("--chat-template", "plain has no chat template", "a file"),
     ),
     BadInput(
         "prompt without the position",

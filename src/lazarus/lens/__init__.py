@@ -9,6 +9,6 @@ distance.py    how far apart two layers' distributions are, over one vocabulary 
 record.py      from these to the record
 """
 
-from lazarus.lens.run import Observer, compare, compare_models
+from lazarus.lens.run import Observer, compare
 
-__all__ = ["Observer", "compare", "compare_models"]
+__all__ = ["Observer", "compare"]

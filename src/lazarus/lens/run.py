@@ -17,7 +17,6 @@ from lazarus.options import CompareArguments, make_compare_options, read_templat
 from lazarus.prompts import Prompt, make_prompts
 from lazarus.ranks import Rank
 from lazarus.reading import Reading, read_prompts
-from lazarus.results import CompareRecord
 from lazarus.tokens import TokenizedPrompt
 
 
@@ -73,21 +72,6 @@ def compare(
         PromptDataError: the prompt does not fit the models.
         NoDataError: the logits of a model are finite at no layer.
     """
-    return Comparison(
-        compare_models(model1, model2, prompt, tokenizer=tokenizer, observer=observer, **options)
-    )
-
-
-def compare_models(
-    model1: Model,
-    model2: Model,
-    prompt: str,
-    *,
-    tokenizer: Any | None = None,
-    observer: Observer | None = None,
-    **options: Unpack[CompareArguments],
-) -> CompareRecord:
-    """The record of `compare`, which see."""
     chosen = make_compare_options(**options)
     prompts, of_pair = _prompt(prompt), chosen.of_pair()
     template = read_template(of_pair)
@@ -96,9 +80,8 @@ def compare_models(
     loaded = load_models(model1, model2, of_pair, device, watcher.loading)
     reading = read_prompts(loaded.models, tokenizer, prompts, template, of_pair)
     lenses = _look(loaded.models, reading, watcher)
-    # The last of the reading's notes says that distributions over two vocabularies are not compared.
-    notes = [*loaded.notes, *loaded.models[0].notes, *loaded.models[1].notes, *reading.notes[:-1]]
-    return make_record(lenses, LensFacts(prompt, chosen, device, notes))
+    notes = [*loaded.notes, *loaded.models[0].notes, *loaded.models[1].notes, *reading.notes]
+    return Comparison(make_record(lenses, LensFacts(prompt, chosen, device, notes)))
 
 
 def _prompt(text: Any) -> list[Prompt]:

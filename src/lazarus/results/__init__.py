@@ -1,6 +1,6 @@
 """What comes back, as data: no torch here.
 
-glossary.py   what each number is called and means
+glossary.py   what each number is called and means; lens_glossary.py those of compare
 rows.py       one row a prompt and layer, held as columns
 records.py    the record of activation-diff and its parts
 weights.py    the record of weight-diff
@@ -11,7 +11,7 @@ flags.py      which layers are above a threshold
 
 from lazarus.results.document import RECORDS, AnyRecord, json_schema, read_json, write_json
 from lazarus.results.flags import flag_above
-from lazarus.results.glossary import METRICS, Metric
+from lazarus.results.glossary import METRICS, WEIGHT_METRICS, Metric
 from lazarus.results.lens import (
     CompareRecord,
     LensLayer,
@@ -22,6 +22,7 @@ from lazarus.results.lens import (
     LensToken,
     TokenEvolution,
 )
+from lazarus.results.lens_glossary import LENS_METRICS
 from lazarus.results.records import (
     SCHEMA_VERSION,
     ActivationDiffRecord,
@@ -59,9 +60,11 @@ from lazarus.results.weights import (
 )
 
 __all__ = [
+    "LENS_METRICS",
     "METRICS",
     "RECORDS",
     "SCHEMA_VERSION",
+    "WEIGHT_METRICS",
     "ActivationDiffRecord",
     "AnyRecord",
     "CheckpointInfo",
