@@ -25,14 +25,18 @@ SHAPED = [
     "assemble",
     "engine",
     "findings",
-    "lens",
+    "lens.reading",
     "measure",
     "metrics",
     "models",
     "provenance",
     "reading",
     "tokens",
-    "weights",
+    "weights.gguf",
+    "weights.numbers",
+    "weights.spectrum",
+    "weights.updates",
+    "weights.views",
 ]
 install_import_hook([f"lazarus.{name}" for name in SHAPED], "beartype.beartype")
 

@@ -273,7 +273,10 @@ class Endless:
     shape: tuple[int, ...] = (10**9, 1)
     matrix: tuple[int, int] = (10**9, 1)
     finetuned_dtype: str = "float32"
-    base: View = MemoryView(torch.ones(1), "float32")
+
+    @property
+    def base(self) -> MemoryView:
+        return MemoryView(torch.ones(1), "float32")
 
     def identical(self) -> bool:
         return False

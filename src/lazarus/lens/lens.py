@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from lazarus.engine import Conventions
@@ -25,7 +26,7 @@ class Lens:
     conventions: Conventions
     vocabulary: Vocabulary
     prompt: TokenizedPrompt
-    logits: Tensor
+    logits: Float[Tensor, "layers vocabulary"]
 
     @cached_property
     def log_totals(self) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from lazarus.engine import Conventions, Head
@@ -16,8 +17,8 @@ from lazarus.models import LoadedModel
 
 def read_layers(
     model: LoadedModel, conventions: Conventions, ids: Sequence[int], advanced: Callable[[int], None]
-) -> Tensor:
-    """Next-token logits after each block, [layers, vocabulary], on the CPU, in float32 (or float64).
+) -> Float[Tensor, "layers vocabulary"]:
+    """Next-token logits after each block, on the CPU, in float32 (or float64).
 
     A block's output at the last token takes the place of the last block's, and all that the model does
     after that is done to it (logit lens, nostalgebraist 2020). The last row must be the model's own logits.

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from transformers import PreTrainedModel
 
@@ -27,6 +27,7 @@ _LAST = sys.maxsize
 """after all of the model's own: what has no place in it"""
 
 
+@runtime_checkable
 class ViewOf(Protocol):
     """Gives a view of a tensor, or of a part of it."""
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float32
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -160,7 +161,7 @@ class _GgufRows:
             return int(np.prod(self.shape)), 1
         return int(np.prod(self.shape[:-1])), self.shape[-1]
 
-    def read(self, start: int, stop: int, /) -> Tensor:
+    def read(self, start: int, stop: int, /) -> Float32[Tensor, "rows columns"]:
         """Rows start to stop in float32."""
         if len(self.shape) < 2:
             return self.everything().reshape(-1, 1)[start:stop]
@@ -196,7 +197,7 @@ class _WholeView:
         """Rows and columns under which it is read."""
         return self._view().matrix
 
-    def read(self, start: int, stop: int, /) -> Tensor:
+    def read(self, start: int, stop: int, /) -> Float32[Tensor, "rows columns"]:
         """Rows start to stop in float32."""
         return self._view().read(start, stop)
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from jaxtyping import Float64
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -30,11 +31,12 @@ _MOST_SCALING = 1000
 class Chunk:
     """Some rows of a pair: base and f − b, both [rows, columns] float64."""
 
-    base: Tensor
-    change: Tensor
+    base: Float64[Tensor, "rows columns"]
+    change: Float64[Tensor, "rows columns"]
     n_changed: int
 
 
+@runtime_checkable
 class Pair(Protocol):
     """A base tensor and what became of it."""
 

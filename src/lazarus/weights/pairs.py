@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from jaxtyping import Shaped
 from torch import Tensor
 
 from lazarus.results import UnmatchedTensor
@@ -59,7 +60,7 @@ class FirstRows:
         """That of the view, cut."""
         return self.view.matrix[0] // self.view.shape[0] * self.n_rows, self.view.matrix[1]
 
-    def read(self, start: int, stop: int, /) -> Tensor:
+    def read(self, start: int, stop: int, /) -> Shaped[Tensor, "rows columns"]:
         """Rows start to stop."""
         return self.view.read(start, stop)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, Protocol, Unpack
+from typing import Literal, Protocol, Unpack, runtime_checkable
 
 import torch
 
@@ -28,6 +28,7 @@ from lazarus.weights.updates import put_adapter
 Role = Literal["base", "finetuned"]
 
 
+@runtime_checkable
 class Observer(Protocol):
     """What is told how far a run has come."""
 

@@ -10,6 +10,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -31,15 +32,15 @@ _KEPT = 4
 class Product:
     """A low-rank update, `left` [rows, rank] times `right` [rank, columns], in float64."""
 
-    left: Tensor
-    right: Tensor
+    left: Float64[Tensor, "rows rank"]
+    right: Float64[Tensor, "rank columns"]
 
     @property
     def matrix(self) -> tuple[int, int]:
         """Rows and columns."""
         return self.left.shape[0], self.right.shape[1]
 
-    def read(self, start: int, stop: int, /) -> Tensor:
+    def read(self, start: int, stop: int, /) -> Float64[Tensor, "rows columns"]:
         """Rows start to stop."""
         return self.left[start:stop] @ self.right
 
@@ -60,7 +61,7 @@ class Merged:
             return math.prod(self.shape), 1
         return math.prod(self.shape[:-1]), self.shape[-1]
 
-    def read(self, start: int, stop: int, /) -> Tensor:
+    def read(self, start: int, stop: int, /) -> Float64[Tensor, "rows columns"]:
         """Rows start to stop."""
         return self.layers.update(self.module)[self.attribute].reshape(self.matrix)[start:stop]
 
@@ -83,7 +84,7 @@ class Taken:
         everything = self.update.read(0, self.update.matrix[0])
         return MemoryView(everything.reshape(self.whole), "float64", self.take)
 
-    def read(self, start: int, stop: int, /) -> Tensor:
+    def read(self, start: int, stop: int, /) -> Float64[Tensor, "rows columns"]:
         """Rows start to stop."""
         return self._view.read(start, stop).contiguous()
 

@@ -13,9 +13,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float64, Shaped
 from torch import Tensor
 
 from lazarus.models.checkpoint import TORCH_TYPES, StoredTensor
@@ -34,14 +35,16 @@ _WASTE = 8
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+@runtime_checkable
 class Rows(Protocol):
     """What reads rows of a matrix."""
 
-    def read(self, start: int, stop: int, /) -> Tensor:
+    def read(self, start: int, stop: int, /) -> Shaped[Tensor, "rows columns"]:
         """Rows start to stop, [stop − start, columns], in their own type."""
         ...
 
 
+@runtime_checkable
 class View(Rows, Protocol):
     """A tensor that is read in parts. A complex one has a last axis more: real part, imaginary part."""
 
@@ -61,6 +64,7 @@ class View(Rows, Protocol):
         ...
 
 
+@runtime_checkable
 class Update(Protocol):
     """What is added to a tensor, such as an adapter's B·A."""
 
@@ -69,7 +73,7 @@ class Update(Protocol):
         """Rows and columns, those of the view that it is added to."""
         ...
 
-    def read(self, start: int, stop: int, /) -> Tensor:
+    def read(self, start: int, stop: int, /) -> Float64[Tensor, "rows columns"]:
         """Rows start to stop in float64: exactly what is added."""
         ...
 
@@ -197,7 +201,7 @@ class StoredView:
         """Rows and columns under which it is read."""
         return self.layout.matrix
 
-    def read(self, start: int, stop: int, /) -> Tensor:
+    def read(self, start: int, stop: int, /) -> Shaped[Tensor, "rows columns"]:
         """Rows start to stop, from the file.
 
         Raises:
@@ -227,7 +231,7 @@ class _FileRows:
     def __exit__(self, *_: object) -> None:
         self.file.close()
 
-    def read(self, start: int, stop: int, /) -> Tensor:
+    def read(self, start: int, stop: int, /) -> Shaped[Tensor, "rows columns"]:
         """Rows start to stop: what is together in the file at once, other rows with the gaps between."""
         columns, layout = self.layout.matrix[1], self.layout
         n_numbers = (stop - start) * columns
@@ -298,7 +302,7 @@ class MemoryView:
     def _as_rows(self) -> Tensor:
         return self.part.reshape(self.matrix)
 
-    def read(self, start: int, stop: int, /) -> Tensor:
+    def read(self, start: int, stop: int, /) -> Shaped[Tensor, "rows columns"]:
         """Rows start to stop; they share the tensor's memory where its layout allows."""
         return self._as_rows[start:stop]
 
@@ -333,7 +337,7 @@ class AddedView:
         """That of the view."""
         return self.view.matrix
 
-    def read(self, start: int, stop: int, /) -> Tensor:
+    def read(self, start: int, stop: int, /) -> Float64[Tensor, "rows columns"]:
         """Rows start to stop of the sum, in float64."""
         return self.view.read(start, stop).to(torch.float64) + self.update.read(start, stop)
 
