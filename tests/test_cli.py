@@ -174,6 +174,19 @@ def test_neither_help_nor_import_loads_torch(code: str, loads: bool) -> None:
     assert ("torch" in done.stderr and "transformers" in done.stderr) if loads else done.stderr == "set()"
 
 
+def test_what_is_imported_is_not_looked_through_for_garbage_and_the_rest_is() -> None:
+    """The collector is off while torch is imported, and on again afterwards; a second time it stays on."""
+    code = (
+        "import gc, sys\nfrom lazarus.cli.imports import heavy_imports\n"
+        "with heavy_imports():\n    during = gc.isenabled()\n    import torch\n"
+        "frozen = gc.get_freeze_count()\n"
+        "with heavy_imports():\n    again = gc.isenabled()\n"
+        "print(during, gc.isenabled(), again, frozen > 100_000, gc.get_freeze_count() == frozen)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True", "True", "True", "True"]
+
+
 def test_python_m_lazarus_is_the_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "lazarus", "--version"], capture_output=True, text=True, check=True

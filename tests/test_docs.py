@@ -15,8 +15,15 @@ import typer.main
 
 import lazarus
 from lazarus.cli import app
-from lazarus.options import OptionArguments, Options
-from lazarus.results import METRICS, Output, Readout
+from lazarus.options import (
+    CompareArguments,
+    CompareOptions,
+    OptionArguments,
+    Options,
+    WeightArguments,
+    WeightOptions,
+)
+from lazarus.results import LENS_METRICS, METRICS, WEIGHT_METRICS, Output, Readout
 from lazarus.statistics import FACTOR
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +48,9 @@ def reference() -> str:
         lines += [_row(parameter) for parameter in command.params]
     lines += ["", "## Metrics", "", "| Name | Formula | Range | What it is |", "|---|---|---|---|"]
     lines += [f"| `{m.name}` | {m.formula} | {m.range} | {m.source} |" for m in METRICS.values()]
+    for title, metrics in (("weight-diff", WEIGHT_METRICS), ("compare", LENS_METRICS)):
+        lines += ["", f"### Of {title}", "", "| Name | Formula | Range | What it is |", "|---|---|---|---|"]
+        lines += [f"| `{m.name}` | {m.formula} | {m.range} | {m.source} |" for m in metrics.values()]
     return "\n".join(lines) + "\n"
 
 
@@ -62,8 +72,21 @@ def _row(parameter: Any) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def test_the_arguments_and_the_options_record_are_the_same() -> None:
-    assert get_type_hints(OptionArguments) == get_type_hints(Options)
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [(OptionArguments, Options), (WeightArguments, WeightOptions), (CompareArguments, CompareOptions)],
+)
+def test_the_arguments_and_the_options_record_are_the_same(arguments: Any, options: Any) -> None:
+    assert get_type_hints(arguments) == get_type_hints(options)
+
+
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [("weights.md", [*WEIGHT_METRICS]), ("lens.md", ["emerges", "rank", "KL", "JS"])],
+)
+def test_every_number_of_the_siblings_is_explained(page: str, names: list[str]) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert [name for name in names if name not in text] == []
 
 
 def test_all_is_the_namespace() -> None:

@@ -61,8 +61,7 @@ def test_the_demo_pair_prints_what_it_saves(run: Run) -> None:
     jsonschema.Draft202012Validator(json_schema("compare")).validate(document)
     for line, model in zip(predictions(result), (document["model1"], document["model2"]), strict=True):
         top = model["layers"][-1]["top"][0]
-        token = top["token"].replace(" ", "␣") if not top["token"].strip() else top["token"]
-        assert line == f"{model['info']['id']:<40} {token:<16} {top['probability']:.4f}"
+        assert line == f"{model['info']['id']:<40} {top['token']:<16} {top['probability']:.4f}"
     with open("x.csv", encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [float(row["probability"]) for row in rows] == [

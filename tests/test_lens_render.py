@@ -100,8 +100,8 @@ def test_what_was_not_measured_is_said_and_not_invented() -> None:
     assert f"{'org/model2':<40} {'-':<16} nan" in lines
     assert f"  {'org/model2':<37}: never emerges, final prob nan" in lines
     assert f"  {'org/model2':<37}: has no such token" in lines
-    assert "First choice: not known, since not every final probability is finite." in lines
-    assert "Largest difference: not measured." in lines
+    assert "First choice: not known, since not every final probability is finite" in lines
+    assert "Largest difference: not measured" in lines
     assert lines[-1] == "Note: org/model2, layer 3: its logits are not finite"
     assert not any(line.startswith("First choices by layer") for line in lines)
 
@@ -130,11 +130,11 @@ def test_the_summary_tells_where_the_two_part() -> None:
     there = record.layers[most]
     differ = [pair for pair in record.layers if not pair.same_first_choice]
     assert summary_lines(record) == [
-        "First choice: org/model1 ends with ' Paris', org/model2 with ' London'.",
+        "First choice: org/model1 ends with ' Paris', org/model2 with ' London'",
         f"Largest difference: layer {most} of model 1, layer {there.model2_layer} of model 2, JS "
-        f"{js[most]:.4f} nats (at most 0.6931), KL(1‖2) {there.kl_1_2:.4f}, KL(2‖1) {there.kl_2_1:.4f}.",
+        f"{js[most]:.4f} nats (at most 0.6931), KL(1‖2) {there.kl_1_2:.4f}, KL(2‖1) {there.kl_2_1:.4f}",
         f"First choices by layer: differ at {len(differ)} of 6, first at layer {differ[0].layer} of model 1, "
-        f"layer {differ[0].model2_layer} of model 2.",
+        f"layer {differ[0].model2_layer} of model 2",
     ]
 
 
@@ -142,9 +142,9 @@ def test_two_of_the_same_part_nowhere() -> None:
     record = lens_record(targets=(2, 2))
     assert [pair.js for pair in record.layers] == [0.0] * 4
     assert summary_lines(record) == [
-        "First choice: both end with ':'.",
-        "Largest difference: none; both lenses read the same at every layer.",
-        "First choices by layer: differ at 0 of 4.",
+        "First choice: both end with ':'",
+        "Largest difference: none; both lenses read the same at every layer",
+        "First choices by layer: differ at 0 of 4",
     ]
 
 

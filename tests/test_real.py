@@ -150,3 +150,63 @@ def test_a_sentence_encoder_is_compared_by_its_mean(texts: list[str]) -> None:
             diff.results.column("cosine_similarity")[index], expected, atol=1e-6, rtol=0
         )
     assert diff.layers[1].divergence == 0.0
+
+
+# --- The weights
+
+
+@pytest.mark.parametrize("finetuned", ["arithmetic", "lora-15-29-merged", "gguf"])
+def test_every_tensor_s_change_is_within_1e_9_of_numpy(pair: tuple[Path, Path], finetuned: str) -> None:
+    base, other = pair[0], _model(pair, finetuned)
+    diff = lazarus.weight_diff(base, other, spectrum=finetuned != "gguf")
+    before, after = _numbers(base), _numbers(other)
+    assert {row.name for row in diff.results} == set(before)
+    for row in diff.results:
+        b, f = before[row.name], after[row.name]
+        change, norm = np.linalg.norm(f - b), np.linalg.norm(b)
+        assert row.change_norm == pytest.approx(float(change), rel=1e-9, abs=0), row.name
+        assert row.relative_change == pytest.approx(float(change / norm), rel=1e-9, abs=0), row.name
+        cosine_of_all = float((b * f).sum() / norm / np.linalg.norm(f))
+        assert row.cosine_similarity == pytest.approx(cosine_of_all, abs=1e-9), row.name
+        assert row.max_abs_change == np.abs(f - b).max(), row.name
+        assert row.share_changed == np.mean(f != b), row.name
+
+
+def _model(pair: tuple[Path, Path], name: str) -> Path:
+    from benchmarks import pairs, places, weights
+
+    if name == "arithmetic":
+        return pair[1]
+    if name == "gguf":
+        return weights.gguf_file()
+    pairs.main([name])
+    return places.pair_folder(name)
+
+
+def _numbers(model: Path) -> dict[str, Any]:
+    """Every stored tensor in float64, as transformers loads it."""
+    where = {"gguf_file": model.name} if model.suffix == ".gguf" else {}
+    folder = model.parent if where else model
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **where)
+    return {name: tensor.detach().double().numpy() for name, tensor in loaded.named_parameters()}
+
+
+def test_a_merged_adapter_shows_its_rank_and_a_full_fine_tune_none(pair: tuple[Path, Path]) -> None:
+    merged = lazarus.weight_diff(pair[0], _model(pair, "lora-15-29-merged"), spectrum=True)
+    assert (merged.summary.n_matrices, merged.summary.n_low_rank, merged.summary.adapter_rank) == (60, 60, 8)
+    full = lazarus.weight_diff(*pair, spectrum=True)
+    assert (full.summary.n_matrices, full.summary.n_low_rank) == (211, 0)
+
+
+def test_the_last_lens_is_the_model_s_own_prediction(pair: tuple[Path, Path]) -> None:
+    prompt = "The capital of France is"
+    result = lazarus.compare(*pair, prompt, dtype="float32", device="cpu")
+    ids = AutoTokenizer.from_pretrained(pair[0])(prompt, return_tensors="pt").input_ids
+    for folder, model in zip(pair, result.models, strict=True):
+        own = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            expected = own(ids).logits[0, -1].double().softmax(-1)
+        top = model.layers[-1].top
+        assert [token.token_id for token in top] == expected.topk(5).indices.tolist()
+        for token in top:
+            assert token.probability == pytest.approx(float(expected[token.token_id]), rel=1e-5)

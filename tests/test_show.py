@@ -15,7 +15,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import lazarus
+from lazarus import Comparison, WeightDiff, compare, weight_diff
 from lazarus.cli import app
+from lazarus.demo import BASE, FINETUNED
 from lazarus.errors import GateNotMetError, ResultFileError, SaveError, UsageError
 from made_records import divergences, record_of
 
@@ -126,8 +128,8 @@ def test_a_result_of_an_earlier_version_is_shown(name: str, golden: Callable[[st
     ("changes", "says"),
     [
         ({"schema_version": "2.0"}, "activation-diff, schema version 2.0, saved by lazarus 0.1.0"),
-        ({"schema_version": "0.9"}, "reads activation-diff of schema version 1.0"),
-        ({"command": "weight-diff"}, "a result of weight-diff, schema version 1.0"),
+        ({"schema_version": "0.9"}, "reads activation-diff, weight-diff, compare of schema version 1.0"),
+        ({"command": "token-diff"}, "a result of token-diff, schema version 1.0"),
     ],
 )
 def test_one_that_it_cannot_read_says_why(folder: Path, changes: Any, says: str, tmp_path: Path) -> None:
@@ -138,6 +140,27 @@ def test_one_that_it_cannot_read_says_why(folder: Path, changes: Any, says: str,
     assert says in shown.stderr
     with pytest.raises(ResultFileError, match=r"other\.json: .*compare again"):
         lazarus.ActivationDiff.load(tmp_path / "other.json")
+
+
+def test_a_result_of_another_command_is_shown_and_is_no_activation_diff(tmp_path: Path) -> None:
+    weight_diff(BASE, FINETUNED).save(tmp_path / "weights.json")
+    compare(BASE, FINETUNED, "Hello").save(tmp_path / "lens.json")
+    for name, kind in (("weights", WeightDiff), ("lens", Comparison)):
+        found = lazarus.load_result(tmp_path / f"{name}.json")
+        assert isinstance(found, kind)
+        shown = run("show", str(tmp_path / f"{name}.json"), "-o", str(tmp_path / f"{name}.csv"))
+        assert shown.exit_code == 0, shown.stderr
+        assert shown.stdout.startswith(f"{found}\n")
+        assert (tmp_path / f"{name}.csv").read_text(encoding="utf-8").count("\n") > 10
+        with pytest.raises(ResultFileError, match="no ActivationDiff"):
+            lazarus.ActivationDiff.load(tmp_path / f"{name}.json")
+    again = run("show", str(tmp_path / "weights.json"), "--threshold", "0.05", "--fail-above", "0.1")
+    assert again.exit_code == 3
+    assert "embed has a relative change of" in again.stderr
+    assert again.stdout.count(" ***") > str(weight_diff(BASE, FINETUNED)).count(" ***")
+    refused = run("show", str(tmp_path / "lens.json"), "--fail-above", "0.1")
+    assert refused.exit_code == 2
+    assert "no threshold and no gates" in refused.stderr
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,7 @@ COMPARE = "lazarus introspect activation-diff"
 NOT_RUN = {
     ("README.md", "src/lazarus/"): "a map; tests/test_docs.py holds it against the source",
     ("docs/architecture.md", "prompts ─ tokens ─►"): "a drawing",
+    ("docs/architecture.md", "two checkpoints ─"): "a drawing",
     ("docs/architecture.md", "cli > "): "the order of the rooms, which import-linter holds",
     ("docs/benchmarks.md", "make bench"): "written by benchmarks.speed, which measures for an hour",
     ("docs/demo.md", "python -m lazarus.demo.train"): "trains for minutes",
@@ -111,6 +112,7 @@ def here(models: Path, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (tmp_path / path.name).symlink_to(path)
     (tmp_path / "diff.json").unlink()
     shutil.copy(saved, tmp_path / "diff.json")
+    (tmp_path / "src").symlink_to(ROOT / "src")
     (tmp_path / "prompts.txt").write_text("".join(f"{text}\n" for text, _ in GROUPED), encoding="utf-8")
     rows = [{"prompt": text, "group": group} for text, group in GROUPED]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -280,7 +282,7 @@ def test_every_option_that_a_page_names_is_one() -> None:
         option: page
         for page, text in PAGES.items()
         if page != GENERATED_FROM_TESTS
-        for option in re.findall(r"(?<![\w#-])--[a-z][a-z-]+", re.sub("(?m)^#SBATCH.*", "", text))
+        for option in re.findall(r"(?<![\w#-])--[a-z][a-z0-9-]+", re.sub("(?m)^#SBATCH.*", "", text))
     }
     unknown = {
         option: page for option, page in named.items() if option not in known | OPTIONS_OF_OTHERS.keys()

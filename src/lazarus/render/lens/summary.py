@@ -37,13 +37,13 @@ def first_choices(record: CompareRecord) -> str:
     """Whether both end with the same token, and which."""
     one, other = last_choice(record.model1), last_choice(record.model2)
     if record.summary.same_first_choice is None or one is None or other is None:
-        return "First choice: not known, since not every final probability is finite."
+        return "First choice: not known, since not every final probability is finite"
     if record.summary.same_first_choice:
-        return f"First choice: both end with {quoted_token(one.token)}."
+        return f"First choice: both end with {quoted_token(one.token)}"
     first, second = names(record)
     return (
         f"First choice: {first} ends with {quoted_token(one.token)}, {second} with "
-        f"{quoted_token(other.token)}."
+        f"{quoted_token(other.token)}"
     )
 
 
@@ -51,13 +51,13 @@ def parting(record: CompareRecord) -> str:
     """The layer where the two lenses differ most."""
     layer, most = record.summary.most_divergent_layer, record.summary.max_js
     if layer is None or most is None:
-        return "Largest difference: not measured."
+        return "Largest difference: not measured"
     if most <= LEAST_JS:
-        return "Largest difference: none; both lenses read the same at every layer."
+        return "Largest difference: none; both lenses read the same at every layer"
     pair = next(pair for pair in record.layers if pair.layer == layer)
     return (
         f"Largest difference: {place(record, pair)}, JS {most:.4f} nats (at most {math.log(2):.4f}), "
-        f"KL(1‖2) {_number(pair.kl_1_2)}, KL(2‖1) {_number(pair.kl_2_1)}."
+        f"KL(1‖2) {_number(pair.kl_1_2)}, KL(2‖1) {_number(pair.kl_2_1)}"
     )
 
 
@@ -75,7 +75,7 @@ def by_layers(record: CompareRecord) -> str:
     if not known:
         return ""
     told = f"First choices by layer: differ at {len(differ)} of {len(known)}"
-    return f"{told}, first at {place(record, differ[0])}." if differ else f"{told}."
+    return f"{told}, first at {place(record, differ[0])}" if differ else told
 
 
 def title(record: CompareRecord, index: int) -> str:

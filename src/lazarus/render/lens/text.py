@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from lazarus.render.escape import escaped
 from lazarus.render.lens.summary import last_choice, summary_lines, title
-from lazarus.render.lens.tokens import quoted, quoted_token, shortened, shown
+from lazarus.render.lens.tokens import quoted, quoted_token, shortened
 from lazarus.results import CompareRecord, LensModel, TokenEvolution
 
 BAR = "=" * 70
@@ -62,7 +62,7 @@ def emergence(found: TokenEvolution) -> str:
 
 def _prediction(model: LensModel) -> str:
     choice = last_choice(model)
-    token = "-" if choice is None else shown(choice.token)
+    token = "-" if choice is None else escaped(choice.token)
     probability = None if choice is None else choice.probability
     return f"{escaped(model.info.id):<40} {token:<16} {_nan(probability):.4f}"
 

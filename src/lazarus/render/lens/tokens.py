@@ -36,8 +36,12 @@ def quoted(text: str) -> str:
 
 
 def quoted_token(token: str) -> str:
-    """The token as `shown` writes it, between quotation marks."""
-    return quoted(shown(token))
+    r"""The token between quotation marks, in which its spaces are seen.
+
+    >>> quoted_token(" Paris"), quoted_token(" "), quoted_token("\u200b")
+    ("' Paris'", "' '", "'\\u200b'")
+    """
+    return quoted("".join(c if c == " " else _written_out(c) if _is_unseen(c) else c for c in token))
 
 
 def shortened(prompt: str) -> str:
