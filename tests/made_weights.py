@@ -10,12 +10,12 @@ import msgspec
 
 from lazarus.results import (
     CheckpointInfo,
+    Environment,
     Spectrum,
     TensorRecord,
     Tool,
     UnmatchedTensor,
     WeightDiffRecord,
-    WeightEnvironment,
     WeightLayerRecord,
     WeightSettings,
     WeightSummary,
@@ -126,8 +126,13 @@ def record_of(rows: Sequence[TensorRecord], **changes: Any) -> WeightDiffRecord:
         "base": checkpoint("org/base", len(layers), len(rows)),
         "finetuned": checkpoint("org/finetuned", len(layers), len(rows)),
         "settings": settings(spectrum=any(row.spectrum for row in rows)),
-        "environment": WeightEnvironment(
-            python="3.12.0", platform="a platform", torch="2.8.0", transformers="5.24.0", n_threads=1
+        "environment": Environment(
+            python="3.12.0",
+            platform="a platform",
+            torch="2.8.0",
+            transformers="5.24.0",
+            device_name="a processor",
+            n_threads=1,
         ),
         "layers": layers,
         "results": list(rows),

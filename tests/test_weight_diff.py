@@ -17,7 +17,16 @@ from torch import Tensor
 
 from architectures import build
 from factories import save_model, tiny_llama
-from layouts import METADATA, WEIGHTS, edit_json, edit_weights, publish, save_fp8, scattered
+from layouts import (
+    METADATA,
+    WEIGHTS,
+    edit_json,
+    edit_weights,
+    publish,
+    save_fp8,
+    save_sentence_transformer,
+    scattered,
+)
 from lazarus import WeightDiff, weight_diff
 from lazarus.errors import (
     BlocksNotFoundError,
@@ -466,3 +475,68 @@ def test_a_missing_config_is_an_error(base: Path, tmp_path: Path) -> None:
     edit_json(bare / "config.json", model_type="no-such-model")
     with pytest.raises(UnsupportedModelError, match="does not know its architecture"):
         weight_diff(base, bare)
+
+
+OWN_CODE = """
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+
+class OwnConfig(PretrainedConfig):
+    model_type = "own"
+
+
+class OwnModel(PreTrainedModel):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
+        self.post_init()
+"""
+
+
+def test_a_model_with_python_code_of_its_own_is_named_by_its_keys(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "model.embed_tokens.weight": torch.randn(9, 4, generator=generator),
+        "model.layers.0.self_attn.q_proj.weight": torch.randn(4, 4, generator=generator),
+        "model.layers.1.mlp.down_proj.weight": torch.randn(4, 4, generator=generator),
+        "model.layers.1.strange": torch.randn(3, generator=generator),
+    }
+    folders = []
+    for name, factor in (("base", 1.0), ("finetuned", 2.0)):
+        folder = tmp_path / name
+        folder.mkdir()
+        code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+        config = {"model_type": "own", "auto_map": code, "architectures": ["OwnModel"]}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "own.py").write_text(OWN_CODE)
+        stored = {key: tensor * factor for key, tensor in tensors.items()}
+        save_file(stored, folder / WEIGHTS, metadata=METADATA)
+        folders.append(folder)
+    with pytest.raises(UnsupportedModelError, match="--trust-remote-code"):
+        weight_diff(*folders)
+    diff = weight_diff(*folders, trust_remote_code=True)
+    assert {(row.layer, row.component) for row in diff.results} == {
+        (None, "embed"),
+        (0, "attn_q"),
+        (1, "mlp_down"),
+        (1, "strange"),
+    }
+    assert [row.relative_change for row in diff.results] == pytest.approx([1.0] * 4, rel=1e-12)
+    assert any("named by their keys alone" in note for note in diff.notes)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    with pytest.raises(UnsupportedModelError, match="Merge the adapter"):
+        weight_diff(folders[0], adapter, trust_remote_code=True)
+
+
+def test_a_sentence_transformer_is_its_transformer(tmp_path: Path) -> None:
+    model = build("bert:masked").bert
+    one = save_sentence_transformer(tmp_path / "one", "", model, None)
+    other = save_sentence_transformer(tmp_path / "other", "0_Transformer", scattered(model), None)
+    diff = weight_diff(one, other)
+    assert diff.summary.n_unmatched == 0
+    assert diff.summary.n_changed_tensors == len(diff.results) > 10

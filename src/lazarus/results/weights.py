@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from lazarus.results.records import Tool
+from lazarus.results.records import Environment, Tool
 from lazarus.results.rows import Layer, Record
 
 WeightVerdict = Literal["identical", "changed"]
@@ -44,16 +44,6 @@ class WeightSettings(Record, frozen=True, kw_only=True):
     seed: int
     allow_pickle: bool
     trust_remote_code: bool
-
-
-class WeightEnvironment(Record, frozen=True, kw_only=True):
-    """The software and hardware of the run."""
-
-    python: str
-    platform: str
-    torch: str
-    transformers: str
-    n_threads: int
 
 
 class Spectrum(Record, frozen=True, kw_only=True):
@@ -165,7 +155,7 @@ class WeightDiffRecord(Record, frozen=True, kw_only=True):
     base: CheckpointInfo
     finetuned: CheckpointInfo
     settings: WeightSettings
-    environment: WeightEnvironment
+    environment: Environment
     layers: list[WeightLayerRecord]
     results: list[TensorRecord]
     unmatched: list[UnmatchedTensor]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import datetime
 import math
-import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
-import transformers
 
+from lazarus import provenance
 from lazarus.errors import NoDataError
 from lazarus.models import ModelReference
 from lazarus.options import WeightOptions
@@ -20,16 +18,13 @@ from lazarus.results import (
     CheckpointInfo,
     Spectrum,
     TensorRecord,
-    Tool,
     WeightDiffRecord,
-    WeightEnvironment,
     WeightLayerRecord,
     WeightSettings,
     WeightSummary,
     finite_or_none,
 )
 from lazarus.tokens import listed
-from lazarus.version import __version__
 from lazarus.weights.checkpoints import Checkpoint
 from lazarus.weights.numbers import Numbers
 from lazarus.weights.pairs import Matched, Row
@@ -79,12 +74,12 @@ def assemble(
     return WeightDiffRecord(
         schema_version=SCHEMA_VERSION,
         command="weight-diff",
-        tool=Tool(name="lazarus", version=__version__),
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        tool=provenance.tool(),
+        created=provenance.now(),
         base=_info(base),
         finetuned=_info(finetuned),
-        settings=_settings(options),
-        environment=_environment(),
+        settings=WeightSettings(**asdict(options)),
+        environment=provenance.environment(torch.device("cpu")),
         layers=_layers(rows, measured),
         results=rows,
         unmatched=list(matched.unmatched),
@@ -226,27 +221,4 @@ def _info(side: Side) -> CheckpointInfo:
         n_parameters=checkpoint.n_parameters,
         stored_dtype=checkpoint.stored_dtype,
         adapter=side.adapter,
-    )
-
-
-def _settings(options: WeightOptions) -> WeightSettings:
-    return WeightSettings(
-        threshold=options.threshold,
-        spectrum=options.spectrum,
-        fail_above=options.fail_above,
-        expect=options.expect,
-        layers_path=options.layers_path,
-        seed=options.seed,
-        allow_pickle=options.allow_pickle,
-        trust_remote_code=options.trust_remote_code,
-    )
-
-
-def _environment() -> WeightEnvironment:
-    return WeightEnvironment(
-        python=platform.python_version(),
-        platform=platform.platform(),
-        torch=str(torch.__version__),
-        transformers=transformers.__version__,
-        n_threads=torch.get_num_threads(),
     )

@@ -10,7 +10,7 @@ import msgspec
 from lazarus.render.lens.summary import last_choice, names, title
 from lazarus.render.lens.text import emergence
 from lazarus.render.lens.tokens import quoted_token, shown
-from lazarus.render.report.cells import Cell, Heading, Row, Table, cell, pairs, plain
+from lazarus.render.report.cells import Cell, Heading, Row, Table, cell, plain, run_tables
 from lazarus.render.report.cells import shown as number
 from lazarus.results import CompareRecord, LensModel, LensToken, TokenEvolution
 from lazarus.results.lens_glossary import LENS_METRICS
@@ -155,24 +155,11 @@ def distances(record: CompareRecord) -> Table:
 
 def provenance(record: CompareRecord) -> list[Table]:
     """Both models, every setting and the environment: all that repeats the run."""
-    one, other = (
-        {**msgspec.structs.asdict(model.info), "n_vocabulary": model.n_vocabulary}
-        for _, model in _models(record)
-    )
-    models = Table(
-        "The two models",
-        [Heading("Name"), Heading("Model 1"), Heading("Model 2")],
-        [Row(name.replace("_", " "), [plain(one[name]), plain(other[name])]) for name in one],
-    )
-    run = {
-        "created": record.created,
-        "tool": f"{record.tool.name} {record.tool.version}",
-        "schema_version": record.schema_version,
-        "command": record.command,
-        **msgspec.structs.asdict(record.environment),
+    models = {
+        f"Model {i}": {**msgspec.structs.asdict(model.info), "n_vocabulary": model.n_vocabulary}
+        for i, (_, model) in enumerate(_models(record), 1)
     }
-    settings = msgspec.structs.asdict(record.settings)
-    return [models, pairs("Settings", settings), pairs("Run and environment", run)]
+    return run_tables(record, models, {})
 
 
 def _models(record: CompareRecord) -> list[tuple[str, LensModel]]:

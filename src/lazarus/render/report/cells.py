@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from lazarus.render.escape import escaped
-from lazarus.results import ActivationDiffRecord, WeightDiffRecord
+from lazarus.results import ActivationDiffRecord, AnyRecord, WeightDiffRecord
 
 MISSING = "–"
 
@@ -74,13 +74,15 @@ def cell(value: Value, form: str = "", name: str = "") -> Cell:
     return Cell(shown(value, form), _exact(value), name)
 
 
-def run_tables(record: ActivationDiffRecord | WeightDiffRecord, more: Mapping[str, Any]) -> list[Table]:
-    """Both models, every setting and the environment, with `more` of the run: all that repeats it."""
-    base, finetuned = msgspec.structs.asdict(record.base), msgspec.structs.asdict(record.finetuned)
-    models = Table(
+def run_tables(
+    record: AnyRecord, models: Mapping[str, Mapping[str, Any]], more: Mapping[str, Any]
+) -> list[Table]:
+    """The models, every setting and the environment, with `more` of the run: all that repeats it."""
+    first, *_ = models.values()
+    compared = Table(
         caption="The two models",
-        headings=[Heading("Model"), Heading("Base"), Heading("Fine-tuned")],
-        rows=[Row(_words(name), [plain(base[name]), plain(finetuned[name])]) for name in base],
+        headings=[Heading("Model"), *map(Heading, models)],
+        rows=[Row(_words(name), [plain(model[name]) for model in models.values()]) for name in first],
     )
     run = {
         "created": record.created,
@@ -91,7 +93,15 @@ def run_tables(record: ActivationDiffRecord | WeightDiffRecord, more: Mapping[st
     }
     settings = msgspec.structs.asdict(record.settings)
     environment = {**run, **msgspec.structs.asdict(record.environment)}
-    return [models, pairs("Settings", settings), pairs("Run and environment", environment)]
+    return [compared, pairs("Settings", settings), pairs("Run and environment", environment)]
+
+
+def base_and_finetuned(record: ActivationDiffRecord | WeightDiffRecord) -> dict[str, dict[str, Any]]:
+    """The two models of a record, by what a page calls them."""
+    return {
+        "Base": msgspec.structs.asdict(record.base),
+        "Fine-tuned": msgspec.structs.asdict(record.finetuned),
+    }
 
 
 def pairs(caption: str, fields: Mapping[str, Any]) -> Table:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from lazarus.render.escape import escaped
-from lazarus.render.report.cells import Cell, Heading, Row, Table, Value, cell, run_tables
+from lazarus.render.report.cells import Cell, Heading, Row, Table, Value, base_and_finetuned, cell, run_tables
 from lazarus.results import (
     METRICS,
     ActivationDiffRecord,
@@ -127,7 +127,7 @@ def readout(record: ActivationDiffRecord) -> list[ReadoutLayer]:
 
 def provenance(record: ActivationDiffRecord) -> list[Table]:
     """Both models, every setting and the environment: all that repeats the run."""
-    return run_tables(record, {"prompts": len(record.prompts)})
+    return run_tables(record, base_and_finetuned(record), {"prompts": len(record.prompts)})
 
 
 def _columns(record: ActivationDiffRecord) -> list[_Column]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import IO, Any
 
 from lazarus.render.escape import escaped
-from lazarus.render.report.cells import run_tables
+from lazarus.render.report.cells import base_and_finetuned, run_tables
 from lazarus.render.report.frame import Kit, unsaid, write_page
 from lazarus.render.weights import tables
 from lazarus.render.weights.answers import answers, headline
@@ -59,7 +59,7 @@ def _context(record: WeightDiffRecord, grid: Grid, kept: Kept) -> dict[str, Any]
         "outside": tables.others(record),
         "unmatched": tables.unmatched(record),
         "updates": tables.updates(record),
-        "provenance": run_tables(record, {}),
+        "provenance": run_tables(record, base_and_finetuned(record), {}),
         "metrics": [
             metric
             for metric in WEIGHT_METRICS.values()
