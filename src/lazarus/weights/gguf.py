@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -25,13 +26,13 @@ from transformers.modeling_gguf_pytorch_utils import (
     read_field,
 )
 
-from lazarus.weights.views import MemoryView, Take, View
+from lazarus.weights.views import MemoryView, Rows, Take, View
 
 _EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps\.weight")
 _PLAIN = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """GGUF's names of the types that others have too"""
-_KEPT = 4
-"""Whole tensors in memory at once: two for each of two threads."""
+_KEPT = 2
+"""Whole tensors that are kept beside those that are being read."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,10 @@ class _WholeView:
     def read(self, start: int, stop: int, /) -> Float32[Tensor, "rows columns"]:
         """Rows start to stop in float32."""
         return self._view().read(start, stop)
+
+    def rows(self) -> AbstractContextManager[Rows]:
+        """The rows of the tensor, which is in memory as long as they are read."""
+        return nullcontext(self._view())
 
     def _view(self) -> MemoryView:
         return MemoryView(self.file.whole(self.key, self.expert), self.dtype, self.take)

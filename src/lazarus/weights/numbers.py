@@ -173,9 +173,9 @@ class UpdatePair:
         """
         step = _rows_at_once(self.matrix, n_numbers)
         wide = torch.empty(step, self.matrix[1], dtype=torch.float64)
-        with open_rows(self.base) as rows:
+        with open_rows(self.base) as rows, open_rows(self.update) as updates:
             for start, stop in _starts_and_stops(self.matrix[0], step):
-                change = self.update.read(start, stop)
+                change = updates.read(start, stop)
                 n_changed = int(np.count_nonzero(change.numpy()))
                 yield Chunk(wide[: stop - start].copy_(rows.read(start, stop)), change, n_changed)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from jaxtyping import Shaped
@@ -13,7 +14,7 @@ from lazarus.tokens import listed
 from lazarus.weights.checkpoints import Checkpoint, Entry
 from lazarus.weights.components import Place
 from lazarus.weights.numbers import Pair, UpdatePair, ViewPair
-from lazarus.weights.views import AddedView, View
+from lazarus.weights.views import AddedView, Rows, View, open_rows
 
 MOST_NAMED = 5
 """how many tensors a note names"""
@@ -63,6 +64,10 @@ class FirstRows:
     def read(self, start: int, stop: int, /) -> Shaped[Tensor, "rows columns"]:
         """Rows start to stop."""
         return self.view.read(start, stop)
+
+    def rows(self) -> AbstractContextManager[Rows]:
+        """The rows of the view, opened."""
+        return open_rows(self.view)
 
 
 def match(base: Checkpoint, finetuned: Checkpoint) -> Matched:

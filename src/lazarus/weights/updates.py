@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,11 +22,11 @@ from lazarus.models.faults import translated
 from lazarus.models.layout import hollow
 from lazarus.models.reference import adapter_settings
 from lazarus.weights.checkpoints import Checkpoint, Entry, Stored
-from lazarus.weights.views import AddedView, MemoryView, Take, Update, View
+from lazarus.weights.views import AddedView, MemoryView, Rows, Take, Update, View
 
 ADAPTER = "default"
-_KEPT = 4
-"""Whole updates in memory at once: two for each of two threads."""
+_KEPT = 2
+"""Layers whose update is kept beside those that are being read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +64,14 @@ class Merged:
 
     def read(self, start: int, stop: int, /) -> Float64[Tensor, "rows columns"]:
         """Rows start to stop."""
-        return self.layers.update(self.module)[self.attribute].reshape(self.matrix)[start:stop]
+        return self._whole()[start:stop]
+
+    def rows(self) -> AbstractContextManager[Rows]:
+        """The rows of the update, which is in memory as long as they are read."""
+        return nullcontext(MemoryView(self._whole(), "float64"))
+
+    def _whole(self) -> Tensor:
+        return self.layers.update(self.module)[self.attribute].reshape(self.matrix)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,14 +87,18 @@ class Taken:
         """Rows and columns."""
         return MemoryView(torch.empty(self.whole, device="meta"), "float64", self.take).matrix
 
-    @cached_property
-    def _view(self) -> MemoryView:
-        everything = self.update.read(0, self.update.matrix[0])
-        return MemoryView(everything.reshape(self.whole), "float64", self.take)
-
     def read(self, start: int, stop: int, /) -> Float64[Tensor, "rows columns"]:
         """Rows start to stop."""
-        return self._view.read(start, stop).contiguous()
+        return self._view().read(start, stop)
+
+    def rows(self) -> AbstractContextManager[Rows]:
+        """The rows of the part, which is in memory as long as they are read."""
+        return nullcontext(self._view())
+
+    def _view(self) -> MemoryView:
+        everything = self.update.read(0, self.update.matrix[0]).reshape(self.whole)
+        part = MemoryView(everything, "float64", self.take).part
+        return MemoryView(part.contiguous(), "float64")
 
 
 def put_adapter(checkpoint: Checkpoint, adapter: Source) -> tuple[Checkpoint, str]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -341,10 +341,31 @@ class AddedView:
         """Rows start to stop of the sum, in float64."""
         return self.view.read(start, stop).to(torch.float64) + self.update.read(start, stop)
 
+    @contextmanager
+    def rows(self) -> Iterator[Rows]:
+        """The rows of both, opened."""
+        with open_rows(self.view) as view, open_rows(self.update) as update:
+            yield _Sum(view, update)
 
-def open_rows(view: View) -> AbstractContextManager[Rows]:
-    """The rows of a view, to be read by one thread; what is read is overwritten by the next `read`."""
-    return view.rows() if isinstance(view, StoredView) else nullcontext(view)
+
+@dataclass(frozen=True, eq=False)
+class _Sum:
+    """The sum of two readers of rows."""
+
+    one: Rows
+    other: Rows
+
+    def read(self, start: int, stop: int, /) -> Float64[Tensor, "rows columns"]:
+        return self.one.read(start, stop).to(torch.float64) + self.other.read(start, stop)
+
+
+def open_rows(view: Rows) -> AbstractContextManager[Rows]:
+    """The rows of a view or of an update, to be read by one thread; what is read is overwritten by the next.
+
+    What has to be opened, or computed whole, for its rows is so once, by its method `rows`.
+    """
+    opened: Callable[[], AbstractContextManager[Rows]] | None = getattr(view, "rows", None)
+    return nullcontext(view) if opened is None else opened()
 
 
 def bits(tensor: Tensor) -> Tensor:
