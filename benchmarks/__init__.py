@@ -9,6 +9,13 @@ commands.py     whole commands in processes of their own: seconds and peak memor
 results.py      what was measured, as records
 report.py       the figures with their targets: a table, and docs/benchmarks.md
 
+Big models and many prompts, and the weights:
+
+size.py          the command: streams, what is shared, shards, many prompts
+weight_diff.py   the command: weight-diff against reading and NumPy, and against modeldelta
+numpy_pass.py    reading both files and one pass of NumPy float32
+figures.py       figures in parts: saved, and put into a page
+
 And what the numbers are held against:
 
 trust.py         the command: known truth, the null, the power, coverage, readout, cost

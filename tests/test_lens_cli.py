@@ -134,6 +134,19 @@ def test_one_prompt_in_every_form_keeps_its_commas(
     assert "Prompt: 'Hello, world, again'\n" in result.stdout
 
 
+def test_a_chat_is_read_in_a_template(run: Run) -> None:
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+    row = {"messages": [*chat, {"role": "user", "content": "The answer is"}]}
+    Path("chat.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    Path("chat.jinja").write_text(template, encoding="utf-8")
+    result = run("-p", "@chat.jsonl", "--chat-template", "chat.jinja", "-o", "x.json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(Path("x.json").read_bytes())
+    assert document["prompt"] == "The answer is"
+    assert all("Yes?" in document[name]["rendered"] for name in ("model1", "model2"))
+
+
 def test_a_prompt_may_begin_with_an_at_sign(run: Run) -> None:
     result = run("-p", "@@property", "--top-k", "1")
     assert "Prompt: '@property'\n" in result.stdout
@@ -144,7 +157,7 @@ BAD = {
     "a file of two": (("-p", "@two.txt"), "-p: 2 prompts are given"),
     "a file that is not there": (("-p", "@none.txt"), "-p @none.txt: cannot be read"),
     "an empty prompt": (("-p", "  "), "Prompt 0 is empty."),
-    "a chat": (("-p", "@chat.jsonl", "--chat-template", "model1"), "-p: this prompt is a chat"),
+    "a chat without a template": (("-p", "@chat.jsonl"), "Prompt 0 is a chat (`messages`)"),
     "no tokens": (("-p", "a", "--top-k", "0"), "--top-k 0: give a number of at least 1."),
     "a token of nothing": (("-p", "a", "--track", " , "), "--track"),
     "a type that is none": (("-p", "a", "--dtype", "int8"), "--dtype int8: not a choice."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,24 @@ def test_a_gguf_file_in_float32_is_the_checkpoint(tmp_path: Path) -> None:
         diff = weight_diff(one, other)
         assert diff.summary.verdict == "identical"
         assert len(diff.results) == len(model.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_the_same_codes_are_the_same_and_one_other_code_is_found(kind: str, tmp_path: Path) -> None:
+    path = save_gguf(tmp_path / "model.gguf", tiny_llama(), tiny_tokenizer(), KINDS[kind])
+    copy = Path(shutil.copy(path, tmp_path / "copy.gguf"))
+    diff = weight_diff(path, copy)
+    assert diff.summary.verdict == "identical"
+    assert diff.summary.causes == [
+        "both checkpoints hold the same weights, bit for bit: one is a copy of the other"
+    ]
+    for name, component in (("blk.1.ffn_down.weight", "mlp_down"), ("blk.2.attn_k.weight", "attn_k")):
+        raw = bytearray(path.read_bytes())
+        tensor = next(t for t in gguf.GGUFReader(path).tensors if t.name == name)
+        raw[int(tensor.data_offset) + int(tensor.n_bytes) - 1] ^= 0x11  # the last code, or two
+        copy.write_bytes(raw)
+        changed = [row for row in weight_diff(path, copy).results if row.n_changed]
+        assert [(row.component, row.n_changed in (1, 2)) for row in changed] == [(component, True)]
 
 
 def test_stacked_experts_of_a_gguf_file_match_the_checkpoint_s(tmp_path: Path) -> None:

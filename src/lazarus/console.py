@@ -90,8 +90,8 @@ class ConsoleObserver(_Console):
 class WeightObserver(_Console):
     """What weight-diff shows on the way."""
 
-    def __init__(self, *, show: bool) -> None:
-        super().__init__(TaskProgressColumn(), show=show)
+    def __init__(self, *, show: bool, prints: bool = True) -> None:
+        super().__init__(TaskProgressColumn(), show=show, prints=prints)
 
     def loading(self, role: Literal["base", "finetuned"], name: str) -> None:
         """Print which checkpoint is opened."""
@@ -109,8 +109,8 @@ class WeightObserver(_Console):
 class LensObserver(_Console):
     """What compare shows on the way."""
 
-    def __init__(self, *, show: bool) -> None:
-        super().__init__(MofNCompleteColumn(), TextColumn("layers"), show=show)
+    def __init__(self, *, show: bool, prints: bool = True) -> None:
+        super().__init__(MofNCompleteColumn(), TextColumn("layers"), show=show, prints=prints)
 
     def loading(self, _role: Literal["base", "finetuned"], name: str) -> None:
         """Print which model is loaded; transformers draws the bar of its weights."""

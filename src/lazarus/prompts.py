@@ -106,7 +106,7 @@ def check_chats(prompts: Sequence[Prompt], chat_template: str) -> None:
         if prompt.messages and chat_template == "none":
             raise PromptsError(
                 f"Prompt {index} is a chat (`messages`), which needs a template to become text. Give "
-                "--chat-template base, finetuned, or a file."
+                "--chat-template: one of the models' own, or a file."
             )
 
 

@@ -253,7 +253,7 @@ FITTING = (
         "a chat without a template",
         "a chat in `messages`, without `--chat-template`",
         _jsonl(CHAT),
-        ("Prompt 0", "`messages`", "--chat-template base"),
+        ("Prompt 0", "`messages`", "--chat-template"),
         exit_code=2,
     ),
     BadInput(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import typer
 
 from lazarus.cli import arguments as a
 from lazarus.cli.app import introspect
 from lazarus.cli.imports import heavy_imports
-from lazarus.cli.output import check_outputs, save_all, shows_progress
+from lazarus.cli.output import check_outputs, leads, save_all, shows_progress
 from lazarus.cli.reporting import reported
 
 
@@ -47,41 +45,22 @@ def compare(
     options = {name: context.params[name] for name in CompareArguments.__annotations__}
     with reported(debug):
         from lazarus.options import make_compare_options
+        from lazarus.prompts import check_chats, parse_prompts
         from lazarus.render.lens import text
 
         make_compare_options(**options)
         files = [value[1:] for value in prompt if value[:1] == "@" and value[:2] != "@@"]
-        check_outputs(output or [], "compare", [*files, chat_template, model1, model2])
-        text_of_prompt = _one(prompt)
+        output = (output or []) if leads() else []
+        check_outputs(output, "compare", [*files, chat_template, model1, model2])
+        found = parse_prompts(prompt, no_split=True)
+        check_chats(found.prompts, chat_template)
         with heavy_imports():
             show = shows_progress(quiet, debug)
             from lazarus.console import LensObserver
             from lazarus.lens import compare as run
 
-        with LensObserver(show=show) as observer:
-            comparison = run(model1, model2, text_of_prompt, observer=observer, **options)
-        typer.echo(f"\n{text.body(comparison.record)}")
-        save_all(comparison, output or [])
-
-
-def _one(values: Sequence[str]) -> str:
-    """The text of the one prompt that was given.
-
-    Raises:
-        PromptsError: there is none, or more than one, or it is a chat.
-    """
-    from lazarus.errors import PromptsError
-    from lazarus.prompts import parse_prompts
-
-    prompts = parse_prompts(values, no_split=True).prompts
-    if len(prompts) > 1:
-        raise PromptsError(
-            f"-p: {len(prompts)} prompts are given, and compare takes one. Give one -p, or a file with one "
-            "prompt in it."
-        )
-    if prompts[0].messages:
-        raise PromptsError(
-            "-p: this prompt is a chat (`messages`), and compare takes a text. Give the text of its last "
-            "turn, and --chat-template to make it a user's."
-        )
-    return prompts[0].text
+        with LensObserver(show=show, prints=leads()) as observer:
+            comparison = run(model1, model2, found, observer=observer, **options)
+        if leads():
+            typer.echo(f"\n{text.body(comparison.record)}")
+        save_all(comparison, output)

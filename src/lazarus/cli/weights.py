@@ -7,7 +7,7 @@ import typer
 from lazarus.cli import arguments as a
 from lazarus.cli.app import introspect
 from lazarus.cli.imports import heavy_imports
-from lazarus.cli.output import check_outputs, save_all, shows_progress
+from lazarus.cli.output import check_outputs, leads, save_all, shows_progress
 from lazarus.cli.reporting import reported
 
 
@@ -45,14 +45,16 @@ def weight_diff(
         from lazarus.render.weights import text
 
         WeightOptions(**options)
-        check_outputs(output or [], "weight-diff", [base, finetuned])
+        output = (output or []) if leads() else []
+        check_outputs(output, "weight-diff", [base, finetuned])
         with heavy_imports():
             show = shows_progress(quiet, debug)
             from lazarus.console import WeightObserver
             from lazarus.weights import weight_diff as run
 
-        with WeightObserver(show=show) as observer:
+        with WeightObserver(show=show, prints=leads()) as observer:
             diff = run(base, finetuned, observer=observer, **options)
-        typer.echo(f"\n{text.table(diff.record)}\n\n{text.summary(diff.record)}")
-        save_all(diff, output or [])
+        if leads():
+            typer.echo(f"\n{text.table(diff.record)}\n\n{text.summary(diff.record)}")
+        save_all(diff, output)
         diff.check_gates(fail_above=fail_above, expect=expect)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol, Unpack, runtime_checkable
 
 from lazarus.engine import Conventions, learn
@@ -13,8 +14,8 @@ from lazarus.lens.record import LensFacts, make_record
 from lazarus.lens.vocabulary import Vocabulary
 from lazarus.loading import Model, Role, load_models, pick_device
 from lazarus.models import LoadedModel, same_design
-from lazarus.options import CompareArguments, make_compare_options, read_template
-from lazarus.prompts import Prompt, make_prompts
+from lazarus.options import CompareArguments, CompareOptions, make_compare_options, read_template
+from lazarus.prompts import Prompt, PromptList, check_chats, make_prompts
 from lazarus.ranks import Rank
 from lazarus.reading import Reading, read_prompts
 from lazarus.tokens import TokenizedPrompt
@@ -43,7 +44,7 @@ class _Silence:
 def compare(
     model1: Model,
     model2: Model,
-    prompt: str,
+    prompt: str | Mapping[str, Any] | Prompt | PromptList,
     *,
     tokenizer: Any | None = None,
     observer: Observer | None = None,
@@ -54,7 +55,8 @@ def compare(
     Args:
         model1: a Hub id, a folder, a `.gguf` file, MODEL+ADAPTER, or a transformers model in memory.
         model2: the same; an adapter alone runs on top of `model1`.
-        prompt: a text, taken whole; what comes after its last token is read.
+        prompt: a text, taken whole, or a mapping with the fields of a `.jsonl` row, such as a chat in
+            `messages`; what comes after its last token is read.
         tokenizer: the tokenizer of models in memory; it stands in for both models' own.
         observer: is told how far the run has come.
         options: the command line's options, with underscores: `top_k=10`, `track=["Paris", "Rome"]`.
@@ -73,26 +75,33 @@ def compare(
         NoDataError: the logits of a model are finite at no layer.
     """
     chosen = make_compare_options(**options)
-    prompts, of_pair = _prompt(prompt), chosen.of_pair()
+    found, of_pair = _one_prompt(prompt, chosen), chosen.of_pair()
     template = read_template(of_pair)
     watcher = observer or _Silence()
     device = pick_device(chosen.device, Rank())
     loaded = load_models(model1, model2, of_pair, device, watcher.loading)
-    reading = read_prompts(loaded.models, tokenizer, prompts, template, of_pair)
+    reading = read_prompts(loaded.models, tokenizer, found.prompts, template, of_pair)
     lenses = _look(loaded.models, reading, watcher)
-    notes = [*loaded.notes, *loaded.models[0].notes, *loaded.models[1].notes, *reading.notes]
-    return Comparison(make_record(lenses, LensFacts(prompt, chosen, device, notes)))
+    notes = [*found.notes, *loaded.notes, *loaded.models[0].notes, *loaded.models[1].notes, *reading.notes]
+    return Comparison(make_record(lenses, LensFacts(found.prompts[0].text, chosen, device, notes)))
 
 
-def _prompt(text: Any) -> list[Prompt]:
-    """The one prompt.
+def _one_prompt(prompt: str | Mapping[str, Any] | Prompt | PromptList, options: CompareOptions) -> PromptList:
+    """The one prompt, in whatever form it was given.
 
     Raises:
-        PromptsError: it is no text, is empty, or is not Unicode.
+        PromptsError: there is none or more than one, it is empty or no Unicode, or a chat without a template.
     """
-    if not isinstance(text, str) or not text.strip():
-        raise PromptsError(f"--prompt {text!r:.40}: give a text that is not empty, as in -p 'The answer is'.")
-    return make_prompts([text]).prompts
+    if not isinstance(prompt, str | Mapping | Prompt | PromptList):
+        raise PromptsError(f"{prompt!r:.40} is no prompt: give a text, or a mapping as in a .jsonl row.")
+    found = prompt if isinstance(prompt, PromptList) else make_prompts([prompt])
+    if len(found.prompts) != 1:
+        raise PromptsError(
+            f"-p: {len(found.prompts)} prompts are given, and compare takes one. Give one -p, or a file with "
+            "one prompt in it."
+        )
+    check_chats(found.prompts, options.chat_template)
+    return found
 
 
 def _look(models: tuple[LoadedModel, LoadedModel], reading: Reading, watcher: Observer) -> tuple[Lens, Lens]:

@@ -31,6 +31,8 @@ from lazarus.weights.views import MemoryView, Rows, Take, View
 _EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps\.weight")
 _PLAIN = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """GGUF's names of the types that others have too"""
+_N_BYTES = 2**22
+"""how much of two tensors is compared at once"""
 _KEPT = 2
 """Whole tensors that are kept beside those that are being read."""
 
@@ -101,12 +103,19 @@ class GgufFile:
                 path = f"{module}.{expert}.{stack[1]}_proj.weight"
                 yield GgufTensor(key, path, target, expert, self.view(key, expert, None))
 
+    @property
+    def processor(self) -> tuple[type, Any]:
+        """What transformers makes of the tensors: its rule, and the configuration that the rule reads."""
+        return type(self._processor), self._processor.config
+
+    def data(self, key: str, expert: int | None) -> NDArray[Any]:
+        """What is stored of a tensor, or of one expert of a stack."""
+        data: NDArray[Any] = self._tensors[key].data
+        return data if expert is None else data[expert]
+
     def view(self, key: str, expert: int | None, take: Take | None) -> View:
         """A tensor, one expert of a stack, or a part of either."""
-        data, kind = self._tensors[key].data, self._tensors[key].tensor_type
-        if expert is not None:
-            data = data[expert]
-        rows = _GgufRows(self._gguf, data, kind)
+        rows = _GgufRows(self._gguf, self.data(key, expert), self._tensors[key].tensor_type)
         if expert is None and not self._is_untouched(key, rows.shape):
             return _WholeView(self, key, rows.dtype, take)
         return rows if take is None else _WholeView(self, key, rows.dtype, take, expert)
@@ -130,7 +139,7 @@ class GgufFile:
     def _whole(self, key: str, expert: int | None) -> Tensor:
         tensor = self._tensors[key]
         if expert is not None:
-            return _GgufRows(self._gguf, tensor.data[expert], tensor.tensor_type).everything()
+            return _GgufRows(self._gguf, self.data(key, expert), tensor.tensor_type).everything()
         weights = self._gguf.dequantize(tensor.data, tensor.tensor_type)
         return torch.from_numpy(np.array(self._processed(key, weights)))
 
@@ -169,6 +178,10 @@ class _GgufRows:
         rows = self.data.reshape(-1, self.data.shape[-1])[start:stop]
         return self._numbers(rows).reshape(stop - start, -1)
 
+    def same_codes(self, other: object) -> bool:
+        """Whether the same is stored; if not, the numbers may still be equal."""
+        return isinstance(other, _GgufRows) and self.kind == other.kind and _same(self.data, other.data)
+
     def everything(self) -> Tensor:
         """The whole tensor in float32."""
         return self._numbers(self.data).reshape(self.shape)
@@ -202,9 +215,27 @@ class _WholeView:
         """Rows start to stop in float32."""
         return self._view().read(start, stop)
 
+    def same_codes(self, other: object) -> bool:
+        """Whether the same is stored, and the same is made of it; if not, the numbers may still be equal."""
+        return (
+            isinstance(other, _WholeView)
+            and (self.key, self.dtype, self.take) == (other.key, other.dtype, other.take)
+            and self.file.processor == other.file.processor
+            and _same(self.file.data(self.key, self.expert), other.file.data(other.key, other.expert))
+        )
+
     def rows(self) -> AbstractContextManager[Rows]:
         """The rows of the tensor, which is in memory as long as they are read."""
         return nullcontext(self._view())
 
     def _view(self) -> MemoryView:
         return MemoryView(self.file.whole(self.key, self.expert), self.dtype, self.take)
+
+
+def _same(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    """Whether two arrays hold the same, a few rows at a time."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    step = max(1, _N_BYTES * len(one) // max(one.nbytes, 1))
+    parts = (slice(start, start + step) for start in range(0, len(one), step))
+    return all(one[part].tobytes() == other[part].tobytes() for part in parts)

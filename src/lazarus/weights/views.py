@@ -377,12 +377,16 @@ def same_bits(one: View, other: View) -> bool:
     """Whether two views hold the same numbers, bit for bit; of two that do not, few are read as a rule.
 
     Numbers of two types are compared in float64, which holds all that are stored but large int64 exactly.
+    Quantised ones need not be dequantised where their codes are the same (`same_codes`).
 
     Raises:
         OSError: a file is missing or too short.
     """
     if one.shape != other.shape:
         return False
+    same_codes: Callable[[View], bool] | None = getattr(one, "same_codes", None)
+    if one is other or (same_codes is not None and same_codes(other)):
+        return True
     if isinstance(one, StoredView) and isinstance(other, StoredView) and _place(one) == _place(other):
         return True
     (n_rows, columns), size = one.matrix, _FIRST
