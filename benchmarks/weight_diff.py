@@ -1,6 +1,6 @@
 """weight-diff against what it must not be much slower than: `python -m benchmarks.weight_diff`.
 
-Whole commands, imports and all, in turn. `modeldelta` (PyPI) must be on the path, or named by MODELDELTA.
+Whole commands, imports and all, in turn, the files in the system's cache. `modeldelta` (PyPI) must be on the path, or named by MODELDELTA.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def measure_size(n_runs: int) -> Iterator[Figure]:
         size = sum(file.stat().st_size for file in Path(base).glob("*.safetensors")) / GIGABYTE
         what = f"two checkpoints of {size:.1f} GB in {dtype}"
         ratios, peaks = [], []
+        measure(python_module("benchmarks.numpy_pass", base, finetuned))  # from now on both read from memory
         for _ in range(n_runs):
             theirs = timed("NumPy", python_module("benchmarks.numpy_pass", base, finetuned))
             ours = timed("weight-diff", weight_diff(base, finetuned))
