@@ -1,6 +1,7 @@
 """weight-diff against what it must not be much slower than: `python -m benchmarks.weight_diff`.
 
-Whole commands, imports and all, in turn, the files in the system's cache. `modeldelta` (PyPI) must be on the path, or named by MODELDELTA.
+Whole commands, imports and all, in turn, the files in the system's cache. `modeldelta` (PyPI) must be on the
+path, or named by MODELDELTA.
 """
 
 from __future__ import annotations
