@@ -21,7 +21,8 @@ from torch import Tensor
 from lazarus.models.checkpoint import read_headers
 from lazarus.weights.numbers import Chunk, Numbers, Pair, UpdatePair, ViewPair, measure
 from lazarus.weights.parallel import measure_all
-from lazarus.weights.views import AddedView, MemoryView, StoredView, Take
+from lazarus.weights.parts import Take
+from lazarus.weights.views import AddedView, MemoryView, StoredView
 
 Floats = NDArray[np.float64]
 

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lazarus.models.checkpoint import StoredTensor, read_headers
-from lazarus.weights.views import AddedView, MemoryView, StoredView, Take, View, bits, open_rows, same_bits
+from lazarus.weights.parts import Take
+from lazarus.weights.views import AddedView, MemoryView, StoredView, View, bits, open_rows, same_bits
 
 TYPES = [
     torch.float64,

@@ -30,7 +30,7 @@ def weight_diff(
 ) -> None:
     """Compare the weights of two models, tensor by tensor.
 
-    Reads both checkpoints from disk, without building the models, and prints for each layer and component the
+    Reads both checkpoints from disk, without loading the models, and prints for each layer and component the
     relative change of its weights: the Frobenius norm of the difference over that of the base.
 
     Example:

@@ -19,9 +19,10 @@ from lazarus.models.faults import translated
 from lazarus.options import WeightOptions
 from lazarus.weights.components import Place
 from lazarus.weights.gguf import GgufFile
+from lazarus.weights.parts import Take
 from lazarus.weights.stores import open_store
 from lazarus.weights.structure import Structure, learn_structure
-from lazarus.weights.views import Take, View
+from lazarus.weights.views import View
 
 _LAST = sys.maxsize
 """after all of the model's own: what has no place in it"""

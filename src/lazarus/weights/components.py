@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from lazarus.models import Anatomy
 from lazarus.weights.fused import Holder, pieces
+from lazarus.weights.parts import Take
 from lazarus.weights.roles import Block, component_of, head, outside, own_name
-from lazarus.weights.views import Take
 
 _BLOCK_PATH = re.compile(
     r"(?:(?P<before>.*?)\.)?(?:layers|layer|h|blocks|block)\.(?P<layer>\d+)\.(?P<inside>.+)"

@@ -26,7 +26,8 @@ from transformers.modeling_gguf_pytorch_utils import (
     read_field,
 )
 
-from lazarus.weights.views import MemoryView, Rows, Take, View
+from lazarus.weights.parts import Take, as_matrix
+from lazarus.weights.views import MemoryView, Rows, View
 
 _EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps\.weight")
 _PLAIN = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -167,9 +168,7 @@ class _GgufRows:
     @property
     def matrix(self) -> tuple[int, int]:
         """Rows and columns under which it is read."""
-        if len(self.shape) < 2:
-            return int(np.prod(self.shape)), 1
-        return int(np.prod(self.shape[:-1])), self.shape[-1]
+        return as_matrix(self.shape)
 
     def read(self, start: int, stop: int, /) -> Float32[Tensor, "rows columns"]:
         """Rows start to stop in float32."""

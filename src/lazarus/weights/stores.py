@@ -15,7 +15,8 @@ from lazarus.errors import UnsupportedModelError, WeightsError
 from lazarus.models.checkpoint import find_files, read_headers
 from lazarus.models.faults import translated
 from lazarus.models.opening import Opened
-from lazarus.weights.views import MemoryView, StoredView, Take, View
+from lazarus.weights.parts import Take
+from lazarus.weights.views import MemoryView, StoredView, View
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -22,7 +21,8 @@ from lazarus.models.faults import translated
 from lazarus.models.layout import hollow
 from lazarus.models.reference import adapter_settings
 from lazarus.weights.checkpoints import Checkpoint, Entry, Stored
-from lazarus.weights.views import AddedView, MemoryView, Rows, Take, Update, View
+from lazarus.weights.parts import Take, as_matrix, lay_out
+from lazarus.weights.views import AddedView, MemoryView, Rows, Update, View
 
 ADAPTER = "default"
 _KEPT = 2
@@ -58,9 +58,7 @@ class Merged:
     @property
     def matrix(self) -> tuple[int, int]:
         """Rows and columns."""
-        if len(self.shape) < 2:
-            return math.prod(self.shape), 1
-        return math.prod(self.shape[:-1]), self.shape[-1]
+        return as_matrix(self.shape)
 
     def read(self, start: int, stop: int, /) -> Float64[Tensor, "rows columns"]:
         """Rows start to stop."""
@@ -85,7 +83,7 @@ class Taken:
     @property
     def matrix(self) -> tuple[int, int]:
         """Rows and columns."""
-        return MemoryView(torch.empty(self.whole, device="meta"), "float64", self.take).matrix
+        return lay_out(self.whole, self.take, torch.float64).matrix
 
     def read(self, start: int, stop: int, /) -> Float64[Tensor, "rows columns"]:
         """Rows start to stop."""

@@ -1,12 +1,7 @@
-"""A tensor that is read in parts: where its numbers are, and rows of it at a time.
-
-A checkpoint may fuse what is two components here, or stack all experts. So a view is a stored tensor or a
-part of one, and every view is read as a matrix: all leading axes are its rows, the last axis its columns.
-"""
+"""A tensor, or a part of one, that is read a few rows at a time, wherever it is stored."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,6 +15,7 @@ from jaxtyping import Float64, Shaped
 from torch import Tensor
 
 from lazarus.models.checkpoint import TORCH_TYPES, StoredTensor
+from lazarus.weights.parts import Layout, Take, as_matrix, lay_out, part_of
 
 MORE_TYPES = {
     "U16": torch.uint16,
@@ -78,84 +74,6 @@ class Update(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Take:
-    """A part of a tensor: its numbers in the shape `dims`, row-major, then `index`, with ints and slices.
-
-    The steps of slices are positive.
-    """
-
-    dims: tuple[int, ...]
-    index: tuple[int | slice, ...]
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Where the rows of a matrix are in a row-major file, counted in numbers.
-
-    `outer` and `inner` are (length, stride) of the axes that the rows run along, the last one apart;
-    neighbours that are one axis in the file have been merged.
-    """
-
-    shape: tuple[int, ...]
-    matrix: tuple[int, int]
-    offset: int
-    outer: tuple[tuple[int, int], ...]
-    inner: tuple[int, int]
-    column_stride: int
-
-    def place(self, row: int) -> int:
-        """Where a row begins."""
-        left, index = divmod(row, self.inner[0])
-        place = self.offset + index * self.inner[1]
-        for length, stride in reversed(self.outer):
-            left, index = divmod(left, length)
-            place += index * stride
-        return place
-
-    def regular(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """The rows start to stop in runs whose rows are all equally far apart, as (start, stop)."""
-        length = self.inner[0]
-        while start < stop:
-            end = min(stop, (start // length + 1) * length)
-            yield start, end
-            start = end
-
-    def span(self, n_rows: int) -> int:
-        """From the first number of such a run to its last, gaps included."""
-        return (n_rows - 1) * self.inner[1] + (self.matrix[1] - 1) * self.column_stride + 1
-
-
-def _lay_out(shape: tuple[int, ...], take: Take | None, dtype: torch.dtype) -> _Layout:
-    part = _part(torch.empty(shape, dtype=dtype, device="meta"), take)
-    rows, columns = _as_matrix(tuple(part.shape))
-    axes: list[tuple[int, int]] = []
-    n_leading = max(part.ndim - 1, 1)
-    for length, stride in zip(part.shape[:n_leading], part.stride()[:n_leading], strict=True):
-        if axes and axes[-1][1] == length * stride:
-            axes[-1] = (axes[-1][0] * length, stride)
-        elif length != 1:
-            axes.append((length, stride))
-    last = part.stride()[-1] if part.ndim > 1 else 1
-    inner = axes.pop() if axes else (1, columns)
-    return _Layout(tuple(part.shape), (rows, columns), int(part.storage_offset()), tuple(axes), inner, last)
-
-
-def _part(tensor: Tensor, take: Take | None) -> Tensor:
-    """The part that is taken of a tensor; of complex numbers, their two parts."""
-    if take is not None:
-        if math.prod(take.dims) != tensor.numel():
-            raise ValueError(f"a tensor of shape {tuple(tensor.shape)} cannot be read as {take.dims}")
-        tensor = tensor.reshape(take.dims)[take.index]
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def _as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    if len(shape) < 2:
-        return math.prod(shape), 1
-    return math.prod(shape[:-1]), shape[-1]
-
-
 def _type_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -177,9 +95,9 @@ class StoredView:
         _ = self.layout
 
     @cached_property
-    def layout(self) -> _Layout:
+    def layout(self) -> Layout:
         """Where its rows are."""
-        return _lay_out(self.stored.shape, self.take, self.torch_type)
+        return lay_out(self.stored.shape, self.take, self.torch_type)
 
     @property
     def torch_type(self) -> torch.dtype:
@@ -286,7 +204,7 @@ class MemoryView:
     @cached_property
     def part(self) -> Tensor:
         """What is taken."""
-        return _part(self.tensor.detach(), self.take)
+        return part_of(self.tensor.detach(), self.take)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -296,7 +214,7 @@ class MemoryView:
     @property
     def matrix(self) -> tuple[int, int]:
         """Rows and columns under which it is read."""
-        return _as_matrix(self.shape)
+        return as_matrix(self.shape)
 
     @cached_property
     def _as_rows(self) -> Tensor:
@@ -400,7 +318,7 @@ def same_bits(one: View, other: View) -> bool:
     return True
 
 
-def _place(view: StoredView) -> tuple[str, int, str, _Layout]:
+def _place(view: StoredView) -> tuple[str, int, str, Layout]:
     return os.path.realpath(view.stored.path), view.stored.start, view.stored.dtype, view.layout
 
 
