@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, PeftModel, PromptTuningConfig
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from architectures import build
@@ -134,8 +135,6 @@ def test_two_adapters_of_one_model_can_be_compared(base: Path, tmp_path: Path) -
 
 def test_an_adapter_that_adds_nothing_is_told(base: Path, tmp_path: Path) -> None:
     save_adapter(tmp_path / "adapter", base, LoraConfig(r=4, target_modules=TARGETS))
-    from safetensors.torch import load_file, save_file
-
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
     save_file({k: v * ("lora_B" not in k) for k, v in tensors.items()}, path)
@@ -159,6 +158,30 @@ def test_a_head_of_its_own_takes_the_place_of_a_tied_one(tmp_path: Path) -> None
     change = np.linalg.norm(expected["lm_head.weight"] - before) / np.linalg.norm(before)
     assert row.relative_change == pytest.approx(change, rel=1e-9)
     assert any("tied" in note for note in diff.notes)
+
+
+def test_an_update_far_below_the_weights_is_what_is_added_and_not_what_is_left_of_it(
+    base: Path, tmp_path: Path
+) -> None:
+    save_adapter(tmp_path / "adapter", base, LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"]))
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = {key: t.double() * (1e-14 if "lora_B" in key else 1) for key, t in load_file(path).items()}
+    save_file({key: tensor.float() for key, tensor in tensors.items()}, path)
+    stored = load_file(path)
+    for row in weight_diff(base, tmp_path / "adapter").results:
+        if row.component == "attn_q":
+            name = f"base_model.model.model.layers.{row.layer}.self_attn.q_proj"
+            a, b = (stored[f"{name}.lora_{part}.weight"].double().numpy() for part in "AB")
+            assert row.change_norm == pytest.approx(float(np.linalg.norm(b @ a)), rel=1e-9)
+            assert row.n_changed == b.shape[0] * a.shape[1]
+
+
+def test_an_embedding_that_comes_with_the_adapter_is_what_it_is_on(base: Path, tmp_path: Path) -> None:
+    """PEFT saves an embedding whole when an adapter is on it; on another base, that one counts."""
+    config = LoraConfig(r=4, target_modules=["embed_tokens"], use_dora=True)
+    save_adapter(tmp_path / "adapter", base, config)
+    other = save_model(tmp_path / "other", scattered(tiny_llama(attention_bias=True), seed=9))
+    assert check(weight_diff(other, tmp_path / "adapter"), other, merged(other, tmp_path / "adapter")) == 1
 
 
 def test_an_adapter_that_names_another_base_is_noted(base: Path, tmp_path: Path) -> None:

@@ -274,6 +274,17 @@ def test_what_only_one_has_is_named(base: Path, tmp_path: Path) -> None:
         diff.check_gates(fail_above=1)
 
 
+def test_a_tensor_more_is_a_change_though_all_others_are_the_same(base: Path, tmp_path: Path) -> None:
+    more = edit_weights(base, tmp_path / "more", lambda t: t.update({"model.extra.weight": torch.ones(3)}))
+    for one, other in ((base, more), (more, base)):
+        diff = weight_diff(one, other)
+        assert (diff.summary.verdict, diff.summary.n_changed_tensors, diff.summary.n_unmatched) == (
+            "changed",
+            0,
+            1,
+        )
+
+
 def test_a_deeper_model_has_layers_that_are_named(base: Path, tmp_path: Path) -> None:
     diff = weight_diff(base, save_model(tmp_path / "deeper", tiny_llama(num_hidden_layers=5)))
     assert {t.layer for t in diff.record.unmatched} == {4}
