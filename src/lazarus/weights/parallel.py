@@ -79,10 +79,9 @@ def measure_all(
                 done[i] = future.result()
                 if on_done is not None:
                     on_done(i, done[i])
-        except BaseException:
+        finally:  # after an error there is work left
             stop.set()
             pool.shutdown(cancel_futures=True)
-            raise
     return [done[i] for i in range(len(pairs))]
 
 
