@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
@@ -194,14 +195,15 @@ def test_without_a_tokenizer_it_asks_for_one(tmp_path: Path) -> None:
 
 # It ends by os._exit: with gloo, a process that has waited for another one now and then aborts while Python
 # shuts down ("terminate called without an active exception"), with a callback that only sleeps as well.
+# What each one tells is in a file of its own: lines that two processes print to one pipe may mix.
 _IN_TWO = """
-import os, sys
+import json, os, sys
 from pathlib import Path
 import torch
 from test_integrations import logged, tiny_llama, train
 trainer, callback = train(tiny_llama(), Path(sys.argv[1]), save_dir=sys.argv[1] + "/results", every=4)
-told = trainer.args.process_index, trainer.args.world_size, len(logged(trainer)), callback.last is not None
-print(*told, flush=True)
+told = [trainer.args.world_size, len(logged(trainer)), callback.last is not None]
+Path(sys.argv[1], f"of-process-{trainer.args.process_index}.json").write_text(json.dumps(told))
 torch.distributed.destroy_process_group()
 os._exit(0)
 """
@@ -213,8 +215,8 @@ def test_of_two_processes_the_first_one_measures(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*command, str(script), str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line[:1] in "01" and len(line.split()) == 4]
-    assert sorted(lines) == ["0 2 3 True", "1 2 0 False"]
+    told = [json.loads((tmp_path / f"of-process-{process}.json").read_text()) for process in (0, 1)]
+    assert told == [[2, 3, True], [2, 0, False]]
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
         f"step-{step}.json" for step in (0, 4, 7)
     ]
