@@ -27,6 +27,7 @@ class Lens:
     vocabulary: Vocabulary
     prompt: TokenizedPrompt
     logits: Float[Tensor, "layers vocabulary"]
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def log_totals(self) -> Tensor:

@@ -2,49 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from lazarus.engine import Conventions, Head
 from lazarus.engine.head import MOST_LOGITS, alike
-from lazarus.engine.recorder import Recorder, Take
+from lazarus.engine.recorder import Recorder, Recording, Take
 from lazarus.errors import UnsupportedModelError
 from lazarus.models import LoadedModel
 
 
+@dataclass(frozen=True)
+class LayerLogits:
+    """Next-token logits after each block, on the CPU, in float32 (or float64), and how they came about."""
+
+    logits: Float[Tensor, "layers vocabulary"]
+    notes: tuple[str, ...] = ()
+
+
 def read_layers(
     model: LoadedModel, conventions: Conventions, ids: Sequence[int], advanced: Callable[[int], None]
-) -> Float[Tensor, "layers vocabulary"]:
-    """Next-token logits after each block, on the CPU, in float32 (or float64).
+) -> LayerLogits:
+    """What the model would say if it stopped after each block (logit lens, nostalgebraist 2020).
 
     A block's output at the last token takes the place of the last block's, and all that the model does
-    after that is done to it (logit lens, nostalgebraist 2020). The last row must be the model's own logits.
+    after that is done to it; the last row must then be the model's own logits. Where it is not, because the
+    end mixes in what earlier blocks gave, the model itself is cut after each block and run.
     `advanced` is told of so many layers more.
 
     Raises:
-        UnsupportedModelError: the model predicts no next token, or its last row is not its own logits.
+        UnsupportedModelError: the model predicts no next token, or it can be read in neither way.
         DeviceError: out of memory, or an operator that the device lacks.
     """
     if conventions.head_reads is None:
         raise UnsupportedModelError(_why_no_logits(model, conventions))
     head, time = Head(model, conventions.head_reads), conventions.axes[1]
-    blocks, final = _last_states(model, time, ids)
-    own = _plain(head.logits(final))
-    rows = []
-    for states in torch.split(blocks, _rows_at_once(model, own.shape[-1]), dim=time):
-        rows.append(_plain(head.read_sequence(states, time)))
+    seen = _last_states(model, time, ids)
+    own = _own_logits(head, seen)
+    rows: list[Tensor] = []
+    blocks = torch.cat(seen.blocks, dim=time)
+    for states in reversed(torch.split(blocks, _rows_at_once(model, own.shape[-1]), dim=time)):
+        rows.insert(0, _plain(head.read_sequence(states, time)))
+        if not alike(rows[-1][-1:], own, torch.finfo(model.model.dtype).eps):
+            return _read_cut(model, head, time, ids, advanced)
         advanced(states.shape[time])
-    logits = torch.cat(rows)
-    if not alike(logits[-1:], own, torch.finfo(model.model.dtype).eps):
-        raise UnsupportedModelError(
-            f"{model.name}: {type(model.model).__name__} makes more than a norm of what leaves its last "
-            "block, such as a mixture with what other blocks gave, so a block's output cannot be read by "
-            "itself through its head. The logit lens is not defined for it: compare other models."
-        )
-    return logits
+    return LayerLogits(torch.cat(rows))
+
+
+def _read_cut(
+    model: LoadedModel, head: Head, time: int, ids: Sequence[int], advanced: Callable[[int], None]
+) -> LayerLogits:
+    """The logits of the model without the blocks after each one: as many passes as it has blocks."""
+    rows, blocks = [], model.anatomy.blocks
+    for n_kept in range(1, len(blocks) + 1):
+        with _cut(model, n_kept):
+            seen = _last_states(model, time, ids)
+        if seen.order != list(range(n_kept)):
+            raise UnsupportedModelError(
+                f"{model.name}: {type(model.model).__name__} mixes what leaves its last block with what "
+                "other blocks gave, and cannot be cut after a block: they do not run once each, in order. "
+                "The logit lens is not defined for it: compare other models."
+            )
+        rows.append(_own_logits(head, seen))
+        advanced(1)
+    note = f"{model.name}: its end reads earlier blocks too, so each layer is the model cut after that block"
+    return LayerLogits(torch.cat(rows), (note,))
+
+
+@contextmanager
+def _cut(model: LoadedModel, n_kept: int) -> Iterator[None]:
+    """The model has its first blocks alone while the context lasts."""
+    blocks = model.anatomy.blocks
+    places = [
+        (parent, name, child)
+        for parent in model.model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.ModuleList) and tuple(child) == blocks
+    ]
+    for parent, name, _ in places:
+        setattr(parent, name, nn.ModuleList(blocks[:n_kept]))
+    try:
+        yield
+    finally:
+        for parent, name, child in places:
+            setattr(parent, name, child)
 
 
 def _why_no_logits(model: LoadedModel, conventions: Conventions) -> str:
@@ -60,11 +106,8 @@ def _why_no_logits(model: LoadedModel, conventions: Conventions) -> str:
     )
 
 
-def _last_states(model: LoadedModel, time: int, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """What each block returns for the last token, and the state that the head reads there.
-
-    The first are one behind the other on the axis of time; the second is [1, hidden].
-    """
+def _last_states(model: LoadedModel, time: int, ids: Sequence[int]) -> Recording:
+    """What each block returns for the last token, and the state [1, hidden] that the head reads there."""
 
     def last(states: Tensor) -> Tensor:
         if states.shape[time] != len(ids):
@@ -77,9 +120,12 @@ def _last_states(model: LoadedModel, time: int, ids: Sequence[int]) -> tuple[Ten
 
     input_ids = torch.tensor([ids])
     take = Take(last, lambda states: states[:, len(ids) - 1])
-    seen = Recorder(model).run(input_ids, torch.ones_like(input_ids), take)
+    return Recorder(model).run(input_ids, torch.ones_like(input_ids), take)
+
+
+def _own_logits(head: Head, seen: Recording) -> Tensor:
     assert seen.final is not None
-    return torch.cat(seen.blocks, dim=time), seen.final
+    return _plain(head.logits(seen.final))
 
 
 def _rows_at_once(model: LoadedModel, n_tokens: int) -> int:

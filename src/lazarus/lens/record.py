@@ -142,7 +142,7 @@ def _lens_notes(lenses: Lenses) -> list[str]:
     """What a reader must know of how the two ran, and of the layers where nothing is read."""
     one, other = (lens.model for lens in lenses)
     depths = [len(lens.logits) for lens in lenses]
-    notes = [note for lens in lenses for note in lens.conventions.notes]
+    notes = [note for lens in lenses for note in (*lens.conventions.notes, *lens.notes)]
     if one.run_dtype != other.run_dtype:
         notes.append(
             f"{one.name} ran in {one.run_dtype}, {other.name} in {other.run_dtype}: part of what differs is "

@@ -123,5 +123,6 @@ def _look(models: tuple[LoadedModel, LoadedModel], reading: Reading, watcher: Ob
 def _look_at(
     model: LoadedModel, conventions: Conventions, prompt: TokenizedPrompt, tokenizer: Any, watcher: Observer
 ) -> Lens:
-    logits = read_layers(model, conventions, prompt.ids, watcher.advanced)
-    return Lens(model, conventions, Vocabulary(tokenizer, logits.shape[-1]), prompt, logits)
+    read = read_layers(model, conventions, prompt.ids, watcher.advanced)
+    vocabulary = Vocabulary(tokenizer, read.logits.shape[-1])
+    return Lens(model, conventions, vocabulary, prompt, read.logits, read.notes)
