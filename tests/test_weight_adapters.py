@@ -47,12 +47,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def merged(base: Path, adapter: Path) -> dict[str, Any]:
-    """Every parameter of the model that PEFT merges in float64."""
+    """Every tensor of the model that PEFT merges in float64."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         whole: Any = PeftModel.from_pretrained(model, adapter).double().merge_and_unload()
-    return {name: tensor.detach().numpy() for name, tensor in whole.named_parameters()}
+    return {name: tensor.detach().numpy() for name, tensor in whole.state_dict().items()}
 
 
 def check(diff: WeightDiff, base: Path, expected: dict[str, Any]) -> int:
@@ -145,19 +145,45 @@ def test_an_adapter_that_adds_nothing_is_told(base: Path, tmp_path: Path) -> Non
     assert same.summary.verdict == "identical"
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
-def test_a_head_of_its_own_takes_the_place_of_a_tied_one(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings=True:UserWarning")
+@pytest.mark.parametrize(
+    ("saved", "options", "stay_tied"),
+    [
+        (["lm_head"], {}, False),
+        (["embed_tokens"], {}, False),
+        (["embed_tokens", "lm_head"], {}, False),
+        (["embed_tokens"], {"ensure_weight_tying": True}, True),
+    ],
+)
+def test_a_table_of_its_own_parts_what_was_tied(
+    saved: list[str], options: dict[str, Any], stay_tied: bool, tmp_path: Path
+) -> None:
     base = save_model(tmp_path / "base", tiny_llama(tie_word_embeddings=True))
-    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    save_adapter(tmp_path / "adapter", base, config)
+    save_adapter(
+        tmp_path / "adapter",
+        base,
+        LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=saved, **options),
+    )
     diff = weight_diff(base, tmp_path / "adapter")
-    expected = merged(base, tmp_path / "adapter")
-    (row,) = [row for row in diff.results if row.component == "lm_head"]
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
-    before = model.lm_head.weight.detach().numpy()
-    change = np.linalg.norm(expected["lm_head.weight"] - before) / np.linalg.norm(before)
-    assert row.relative_change == pytest.approx(change, rel=1e-9)
-    assert any("tied" in note for note in diff.notes)
+    before = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    after = merged(base, tmp_path / "adapter")
+    tables = {"embed": "model.embed_tokens.weight"} | ({} if stay_tied else {"lm_head": "lm_head.weight"})
+    rows = {row.component: row for row in diff.results if row.component in ("embed", "lm_head")}
+    assert rows.keys() == tables.keys()
+    for component, name in tables.items():
+        b = before.get_parameter(name).detach().numpy()
+        change = float(np.linalg.norm(after[name] - b) / np.linalg.norm(b))
+        assert rows[component].relative_change == pytest.approx(change, rel=1e-9)
+    (note,) = [note for note in diff.notes if "tied" in note]
+    assert note.startswith("lm_head is tied to embed in " + ("both" if stay_tied else str(base)))
+
+
+def test_parameters_of_one_number_are_the_models_own(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", build("apertus"))
+    save_adapter(tmp_path / "adapter", base, LoraConfig(r=4, target_modules=["q_proj"]))
+    diff = weight_diff(base, tmp_path / "adapter")
+    assert min(row.shape for row in diff.results if "alpha" in row.name) == [1]
+    assert check(diff, base, merged(base, tmp_path / "adapter")) == 2
 
 
 def test_an_update_far_below_the_weights_is_what_is_added_and_not_what_is_left_of_it(

@@ -164,7 +164,7 @@ def test_unmatched_tensors_are_named_with_what_they_lack() -> None:
     ]
     record = record_of([tensor(0, "attn_q", 0.5)], unmatched=[ONLY_BASE, *others])
     assert (
-        "Not compared: 4 tensors have no counterpart of the same shape: a.w (only in base), "
+        "Not compared in full: 4 tensors have no counterpart of the same shape: a.w (only in base), "
         "b.w (only in fine-tuned), c.w (2x3 in base, 2x4 in fine-tuned) and 1 more"
     ) in lines_of(record)
 

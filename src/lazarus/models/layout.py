@@ -190,6 +190,16 @@ def _owners(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> dict[int, se
 
 
 def hollow(tensor: Tensor, device: torch.device) -> Tensor:
-    """A parameter of the same type and shape on a real device that takes no memory: one zero, all over."""
-    one = torch.zeros((), dtype=tensor.dtype, device=device)
+    """A parameter of the same type and shape on a real device that takes no memory: one zero, all over.
+
+    It is the second of two in its memory, so that `is_hollow` tells even one number from a real one.
+    """
+    one = torch.zeros(2, dtype=tensor.dtype, device=device)[1]
     return nn.Parameter(one.expand(tensor.shape), requires_grad=False)
+
+
+def is_hollow(tensor: Tensor) -> bool:
+    """Whether a tensor was made by `hollow`."""
+    two = 2 * tensor.element_size()
+    lone = tensor.storage_offset() == 1 and tensor.untyped_storage().nbytes() == two
+    return lone and not any(tensor.stride())

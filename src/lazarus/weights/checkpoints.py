@@ -17,10 +17,11 @@ from lazarus.models import Source
 from lazarus.models.checkpoint import KeyMap, natural_key
 from lazarus.models.faults import translated
 from lazarus.options import WeightOptions
+from lazarus.tokens import listed
 from lazarus.weights.components import Place
 from lazarus.weights.gguf import GgufFile
 from lazarus.weights.parts import Take
-from lazarus.weights.stores import open_store
+from lazarus.weights.stores import Store, open_store
 from lazarus.weights.structure import Structure, learn_structure
 from lazarus.weights.views import View
 
@@ -89,7 +90,11 @@ def read_checkpoint(source: Source, options: WeightOptions) -> Checkpoint:
         ModelError: its configuration or its files cannot be read, or its weights are refused.
     """
     structure = learn_structure(source, options.layers_path, trust_remote_code=options.trust_remote_code)
-    stored = list(_read_gguf(structure) if source.gguf_file else _read_files(structure, options))
+    if source.gguf_file:
+        store, stored = None, list(_read_gguf(structure))
+    else:
+        store = open_store(structure.opened, allow_pickle=options.allow_pickle)
+        stored = list(_read_files(structure, store))
     if not stored:
         raise WeightsError(f"{source.name}: there is no tensor in its files. Fetch the model again.")
     entries = _entries(structure, stored)
@@ -102,13 +107,12 @@ def read_checkpoint(source: Source, options: WeightOptions) -> Checkpoint:
         n_tensors=len(stored),
         n_parameters=sum(math.prod(each.shape) for each in stored),
         stored_dtype=_usual_type(stored),
-        notes=structure.notes,
+        notes=(*structure.notes, *(store.notes if store else ()), *_lacking(structure, stored)),
     )
 
 
-def _read_files(structure: Structure, options: WeightOptions) -> Iterator[Stored]:
+def _read_files(structure: Structure, store: Store) -> Iterator[Stored]:
     """The tensors of safetensors or .bin files."""
-    store = open_store(structure.opened, allow_pickle=options.allow_pickle)
     known = {} if structure.model is None else _paths(structure.model, store.shapes)
     for key, shape in store.shapes.items():
         path, order = known.get(key, (key, _LAST))
@@ -161,6 +165,23 @@ def _tied(structure: Structure, entries: Mapping[Place, Entry]) -> dict[Place, P
         for name, source in tied.items()
         if name not in by_path and source in by_path and name in shapes
     }
+
+
+def _lacking(structure: Structure, stored: Iterable[Stored]) -> list[str]:
+    """A note on the parameters that the model has and no file holds."""
+    if structure.model is None:
+        return []
+    parameters, places = structure.model.named_parameters(), {each.order for each in stored}
+    order = {name: place for place, name in enumerate(structure.model.state_dict())}
+    held = {name for name, place in order.items() if place in places}
+    ties: dict[str, str] = structure.model.all_tied_weights_keys
+    held |= {tied for tied, owner in ties.items() if owner in held}
+    held |= {owner for tied, owner in ties.items() if tied in held}
+    names = [name for name, _ in parameters if name not in held]
+    if not names:
+        return []
+    source = structure.opened.source
+    return [f"{source.name}: its files lack {len(names)} of the model's parameters: {listed(names, 5)}"]
 
 
 def _usual_type(stored: Iterable[Stored]) -> str:

@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float64, Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -29,11 +29,18 @@ _MOST_SCALING = 1000
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows of a pair: base and f − b, both [rows, columns] float64."""
+    """Some rows of a pair: base and f − b in float64."""
 
     base: Float64[Tensor, "rows columns"]
     change: Float64[Tensor, "rows columns"]
     n_changed: int
+    stored: Shaped[Tensor, "rows columns"] | None = None
+    """f as it was read; None where it is nothing but b + d"""
+
+    @property
+    def finetuned(self) -> Float64[Tensor, "rows columns"]:
+        """f in float64."""
+        return self.base + self.change if self.stored is None else self.stored.double()
 
 
 @runtime_checkable
@@ -132,7 +139,7 @@ class ViewPair:
                 one, other = (b, f) if b.dtype == f.dtype else (base, change)
                 np.not_equal(bits(one).numpy(), bits(other).numpy(), out=differs[: stop - start])
                 n_changed = int(np.count_nonzero(differs[: stop - start]))
-                yield Chunk(base, change.sub_(base), n_changed)
+                yield Chunk(base, change.sub_(base), n_changed, f)
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,7 +227,7 @@ def measure(pair: Pair, n_numbers: int = N_NUMBERS) -> Numbers:
     if sums.n_changed == 0:
         return Numbers(0.0, 1.0, 0.0, 0, 0.0, base, 0.0)
     return Numbers(
-        relative_change=_finite(norms.change / norms.base) if norms.base else math.nan,
+        relative_change=_finite(norms.change / base) if base else math.nan,
         cosine_similarity=norms.cosine(),
         max_abs_change=_finite(sums.largest),
         n_changed=sums.n_changed,
@@ -236,6 +243,8 @@ def base_norm(pair: Pair, n_numbers: int = N_NUMBERS) -> float:
     Raises:
         OSError: the file is missing or too short.
     """
+    if math.prod(pair.matrix) == 0:
+        return 0.0
     step = _rows_at_once(pair.matrix, n_numbers)
     wide, norms = torch.empty(step, pair.matrix[1], dtype=torch.float64), []
     with open_rows(pair.base) as rows:
@@ -344,7 +353,7 @@ def _scaled_norms(pair: Pair, n_numbers: int) -> _Norms:
 
 
 def _three(chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
-    return chunk.base, chunk.base + chunk.change, chunk.change
+    return chunk.base, chunk.finetuned, chunk.change
 
 
 def _scale(largest: float) -> float:

@@ -32,7 +32,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Matched:
-    """All rows in base's order, what is left over, and notes on it."""
+    """All rows in base's order, what has no counterpart of its shape, and notes on it.
+
+    A resized vocabulary is in both: its first rows were compared.
+    """
 
     rows: Sequence[Row]
     unmatched: Sequence[UnmatchedTensor]
@@ -83,17 +86,21 @@ def match(base: Checkpoint, finetuned: Checkpoint) -> Matched:
             n_rows = min(ours.view.shape[0], theirs.view.shape[0])
             views = (FirstRows(ours.view, n_rows), FirstRows(theirs.view, n_rows))
             rows.append(Row(place, ours, theirs, ViewPair(*views)))
-            resized.append((place, ours, theirs))
+            resized.append(_unmatched(place, ours, theirs))
         else:
             unmatched.append(_unmatched(place, ours, theirs))
     notes = [*_tied_notes(base, finetuned), *_resized_notes(resized), *_unmatched_notes(unmatched)]
-    return Matched(rows, unmatched, notes)
+    return Matched(rows, [*resized, *unmatched], notes)
 
 
 def _places(base: Checkpoint, finetuned: Checkpoint) -> Iterator[Place]:
-    """Every place at which one of the two has a tensor of its own: base's in order, then the others."""
-    yield from base.entries
-    yield from (place for place in finetuned.entries if place not in base.entries)
+    """Every place at which one of the two has a tensor of its own: base's in order, then the others.
+
+    After them those that one has by a tie, and the other not at all.
+    """
+    yield from dict.fromkeys([*base.entries, *finetuned.entries])
+    for one, other in ((base, finetuned), (finetuned, base)):
+        yield from (place for place in one.tied if other.find(place) is None)
 
 
 def _pair(base: View, finetuned: View) -> Pair:
@@ -140,12 +147,17 @@ def _tied_notes(base: Checkpoint, finetuned: Checkpoint) -> list[str]:
     return notes
 
 
-def _resized_notes(resized: Sequence[tuple[Place, Entry, Entry]]) -> list[str]:
-    return [
-        f"{place.component} has {ours.view.shape[0]} rows in base and {theirs.view.shape[0]} in fine-tuned: "
-        f"the first {min(ours.view.shape[0], theirs.view.shape[0])}, which both have, were compared"
-        for place, ours, theirs in resized
-    ]
+def _resized_notes(resized: Sequence[UnmatchedTensor]) -> list[str]:
+    notes = []
+    for tensor in resized:
+        assert tensor.base_shape is not None
+        assert tensor.finetuned_shape is not None
+        ours, theirs = tensor.base_shape[0], tensor.finetuned_shape[0]
+        notes.append(
+            f"{tensor.component} has {ours} rows in base and {theirs} in fine-tuned: the first "
+            f"{min(ours, theirs)}, which both have, were compared"
+        )
+    return notes
 
 
 def _unmatched_notes(unmatched: Sequence[UnmatchedTensor]) -> list[str]:

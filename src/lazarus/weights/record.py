@@ -71,6 +71,7 @@ def assemble(
             "in every one of them there is NaN or infinity. Fetch or train that model again."
         )
     rows = [_row(row, each, options.threshold) for row, each in zip(matched.rows, measured, strict=True)]
+    limits = _limits(matched, rows, with_spectrum=options.spectrum)
     return WeightDiffRecord(
         schema_version=SCHEMA_VERSION,
         command="weight-diff",
@@ -84,7 +85,7 @@ def assemble(
         results=rows,
         unmatched=list(matched.unmatched),
         summary=_summary(sides, rows, matched, measured),
-        notes=list(dict.fromkeys([*base.notes, *finetuned.notes, *matched.notes, *_limits(rows, sides)])),
+        notes=list(dict.fromkeys([*base.notes, *finetuned.notes, *matched.notes, *limits])),
     )
 
 
@@ -170,26 +171,41 @@ def _causes(sides: tuple[Side, Side]) -> list[str]:
     if base.checkpoint.source.place == finetuned.checkpoint.source.place:
         if base.adapter == finetuned.adapter:
             return ["both names are the same files"]
-        return [f"the adapter {adapter} adds nothing: its products are exactly 0" for adapter in adapters]
+        if len(adapters) == 1:
+            return [f"the adapter {adapters[0]} adds nothing: its products are exactly 0"]
+        return ["both adapters make the same of the same model"]
     return ["both checkpoints hold the same weights, bit for bit: one is a copy of the other"]
 
 
-def _limits(rows: Sequence[TensorRecord], sides: tuple[Side, Side]) -> list[str]:
+def _limits(matched: Matched, rows: Sequence[TensorRecord], *, with_spectrum: bool) -> list[str]:
     """What a reader must know of the numbers."""
-    notes = []
-    broken = [row.name for row in rows if row.change_norm is None]
-    if broken:
-        notes.append(
-            f"tensors that hold NaN or infinity, so that their change is no number: {len(broken)}, "
-            f"{listed(broken, 5)}"
-        )
-    empty = [row.name for row in rows if row.relative_change is None and row.change_norm is not None]
-    if empty:
-        notes.append(
-            f"tensors that are all zero in base, so that no change is relative: {len(empty)}, "
-            f"{listed(empty, 5)}"
-        )
-    types = {(row.base_dtype, row.finetuned_dtype) for row in rows if row.n_changed}
+    changed = [row for row in rows if row.n_changed]
+    undefined = [row for row in rows if row.relative_change is None]
+    matrices = [row for row, pair in zip(rows, matched.rows, strict=True) if min(pair.pair.matrix) > 1]
+    kinds = {
+        "tensors that hold NaN or infinity, so that their change is no number": [
+            row for row in undefined if row.change_norm is None
+        ],
+        "tensors that are all zero in base, so that no change is relative": [
+            row for row in undefined if row.base_norm == 0
+        ],
+        "tensors whose change or norm in base is too large for float64, so that none is relative": [
+            row for row in undefined if row.change_norm is not None and row.base_norm != 0
+        ],
+        "tensors with the same bits whose norm is not finite, so that no change of all, or of their layer, "
+        "is relative": [row for row in rows if changed and not row.n_changed and row.base_norm is None],
+        "changed matrices without a spectrum, because squares of their change leave float64's range": [
+            row
+            for row in matrices
+            if with_spectrum and row.n_changed and row.change_norm is not None and row.spectrum is None
+        ],
+    }
+    notes = [
+        f"{said}: {len(found)}, {listed([row.name for row in found], 5)}"
+        for said, found in kinds.items()
+        if found
+    ]
+    types = {(row.base_dtype, row.finetuned_dtype) for row in changed}
     narrowed = [f"{ours} to {theirs}" for ours, theirs in sorted(types) if not _holds(theirs, ours)]
     if narrowed:
         notes.append(
@@ -204,7 +220,10 @@ def _holds(wide: str, narrow: str) -> bool:
     one, other = getattr(torch, wide, None), getattr(torch, narrow, None)
     if one is None or other is None:
         return wide == narrow
-    return bool(torch.promote_types(one, other) == one)
+    try:
+        return bool(torch.promote_types(one, other) == one)
+    except RuntimeError:  # two types of 8 bits, of which neither holds the other
+        return False
 
 
 def _info(side: Side) -> CheckpointInfo:

@@ -15,6 +15,7 @@ from lazarus.errors import UnsupportedModelError, WeightsError
 from lazarus.models.checkpoint import find_files, read_headers
 from lazarus.models.faults import translated
 from lazarus.models.opening import Opened
+from lazarus.tokens import listed
 from lazarus.weights.parts import Take
 from lazarus.weights.views import MemoryView, StoredView, View
 
@@ -26,6 +27,7 @@ class Store:
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, str]
     tensors: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
     def view(self, key: str, take: Take | None) -> View:
         """A tensor, or a part of it."""
@@ -72,16 +74,38 @@ def open_store(opened: Opened, *, allow_pickle: bool) -> Store:
 def _read_pickles(files: Sequence[str]) -> Store:
     """The tensors of .bin files, mapped into memory where the file allows; nothing else is unpickled."""
     tensors: dict[str, Tensor] = {}
+    notes = []
     for file in files:
         found = _read_pickle(file)
         if not isinstance(found, dict):
             raise WeightsError(f"{file}: holds no tensors by their names. Write the model again.")
-        tensors |= {key: value for key, value in found.items() if isinstance(value, Tensor)}
+        own = {k: value for k, value in found.items() if isinstance(k, str) and isinstance(value, Tensor)}
+        tensors |= {key: _plain(file, key, tensor) for key, tensor in own.items()}
+        others = [str(key) for key in found if key not in own]
+        if others:
+            notes.append(f"{file}: not compared, because they are no tensors: {listed(others, 5)}")
     return Store(
         {key: tuple(tensor.shape) for key, tensor in tensors.items()},
         {key: str(tensor.dtype).removeprefix("torch.") for key, tensor in tensors.items()},
         tensors,
+        tuple(notes),
     )
+
+
+def _plain(file: str, key: str, tensor: Tensor) -> Tensor:
+    """The tensor as plain numbers in memory.
+
+    Raises:
+        WeightsError: it is sparse or quantised, or has no numbers.
+    """
+    is_dense = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
+    if not is_dense:
+        kind = "quantised" if tensor.is_quantized else "without numbers" if tensor.is_meta else "sparse"
+        raise WeightsError(
+            f"{file}: {key} is {kind}, and plain numbers are compared. Load the model and write it again "
+            "with save_pretrained."
+        )
+    return tensor.detach().resolve_conj().resolve_neg()
 
 
 def _read_pickle(file: str) -> Any:
@@ -91,13 +115,14 @@ def _read_pickle(file: str) -> Any:
         WeightsError: it holds more than plain tensors.
     """
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+        return torch.load(file, map_location="cpu", weights_only=True)  # torch's format before 1.6
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{file}: holds more than plain tensors, and reading the rest could run code. Load the model "
             "where you trust it and write it again with save_pretrained."
         ) from error
-    except RuntimeError as error:
-        if "mmap" not in str(error):
-            raise
-    return torch.load(file, map_location="cpu", weights_only=True)  # torch's format before 1.6

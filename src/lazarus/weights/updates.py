@@ -18,7 +18,7 @@ from lazarus.errors import UnsupportedModelError
 from lazarus.models import Source
 from lazarus.models.adapters import put_on, rewriting_start
 from lazarus.models.faults import translated
-from lazarus.models.layout import hollow
+from lazarus.models.layout import hollow, is_hollow
 from lazarus.models.reference import adapter_settings
 from lazarus.weights.checkpoints import Checkpoint, Entry, Stored
 from lazarus.weights.parts import Take, as_matrix, lay_out
@@ -125,12 +125,17 @@ def put_adapter(checkpoint: Checkpoint, adapter: Source) -> tuple[Checkpoint, st
         place: replace(entry, view=_changed(entry, checkpoint.stored[entry.path], updates, brought))
         for place, entry in checkpoint.entries.items()
     }
-    known = {entry.path for entry in entries.values()}
-    for path in brought.keys() - known:  # a head of its own, where the model's was tied
+    known, doubles = {entry.path for entry in entries.values()}, _doubles(brought)
+    for path in brought.keys() - known - doubles.keys():  # a head of its own, where the model's was tied
         for part in checkpoint.structure.parts(path, tuple(brought[path].shape)):
             view = MemoryView(brought[path], _type_name(brought[path]), part.take)
             entries[part.place] = Entry(part.place, path, path, part.take, view)
-    return replace(checkpoint, entries=entries), kind
+    for place, owner in checkpoint.tied.items():
+        path = entries[owner].path
+        if place not in entries and path in brought and path not in doubles.values():
+            entries[place] = replace(checkpoint.entries[owner], place=place)  # PEFT leaves it what it was
+    tied = {place: owner for place, owner in checkpoint.tied.items() if place not in entries}
+    return replace(checkpoint, entries=entries, tied=tied), kind
 
 
 def _changed(
@@ -158,19 +163,22 @@ def _hollow_copy(empty: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(empty, memo)
 
 
-def _is_hollow(tensor: Tensor) -> bool:
-    return tensor.numel() > 1 and not any(tensor.stride())
-
-
 def _brought(model: PreTrainedModel, empty: PreTrainedModel) -> dict[str, Tensor]:
     """The tensors of the model that the adapter brings whole, by their paths: a head, biases."""
     own = set(empty.state_dict())
     found = {}
-    for name, tensor in model.named_parameters():
+    for name, tensor in model.named_parameters(remove_duplicate=False):
         path = _path(name)
-        if path in own and ".original_module." not in name and not _is_hollow(tensor) and not tensor.is_meta:
+        if path in own and ".original_module." not in name and not tensor.is_meta and not is_hollow(tensor):
             found[path] = tensor.detach()
     return found
+
+
+def _doubles(brought: Mapping[str, Tensor]) -> dict[str, str]:
+    """Paths at which a tensor is that of another path: what PEFT has tied to what the adapter brings."""
+    first: dict[int, str] = {}
+    owners = {path: first.setdefault(tensor.data_ptr(), path) for path, tensor in brought.items()}
+    return {path: owner for path, owner in owners.items() if path != owner}
 
 
 def _path(name: str) -> str:

@@ -155,7 +155,7 @@ def _unmatched(record: WeightDiffRecord) -> list[str]:
         return []
     told = without_counterpart(len(record.unmatched))
     named = [f"{cut(found.name)} ({_why(found)})" for found in record.unmatched]
-    return [f"Not compared: {told}: {_listed(named)}"]
+    return [f"Not compared in full: {told}: {_listed(named)}"]
 
 
 def _why(found: UnmatchedTensor) -> str:

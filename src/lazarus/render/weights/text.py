@@ -36,9 +36,10 @@ def summary(record: WeightDiffRecord) -> str:
 def page(record: WeightDiffRecord) -> str:
     """All of it, as the command line prints it."""
     families = (record.base.family, record.finetuned.family)
+    n_layers = max(record.base.n_layers, record.finetuned.n_layers)
     head = [loading("base", record.base.id), loading("finetuned", record.finetuned.id)]
     blocks = [
-        "\n".join([*head, detected(families, len(record.layers))]),
+        "\n".join([*head, detected(families, n_layers)]),
         table(record),
         summary(record),
     ]
