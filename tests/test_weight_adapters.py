@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, PeftModel, PromptTuningConfig
+from peft import (
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PromptTuningConfig,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -38,6 +48,8 @@ CONFIGS: dict[str, Callable[[], PeftConfig]] = {
     "ia3": lambda: IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
     "loha": lambda: LoHaConfig(r=4, target_modules=TARGETS),
     "lokr": lambda: LoKrConfig(r=4, target_modules=TARGETS),
+    "norms": lambda: LNTuningConfig(target_modules=["input_layernorm"]),
+    "lora with a bias": lambda: LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_bias=True),
 }
 
 
@@ -70,6 +82,7 @@ def check(diff: WeightDiff, base: Path, expected: dict[str, Any]) -> int:
     return sum(row.n_changed > 0 for row in diff.results)
 
 
+@pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_what_an_adapter_adds_is_what_peft_merges(kind: str, base: Path, tmp_path: Path) -> None:
     save_adapter(tmp_path / "adapter", base, CONFIGS[kind]())
@@ -91,25 +104,42 @@ def test_an_adapter_s_rank_is_seen(base: Path, tmp_path: Path) -> None:
     assert diff.summary.n_matrices == 12
 
 
-def test_an_adapter_on_fused_and_transposed_tensors(tmp_path: Path) -> None:
-    for name, target in (("gpt2", "c_attn"), ("phi3", "qkv_proj")):
-        model = build(name)
-        base = save_model(tmp_path / name, model)
-        save_adapter(
-            tmp_path / f"{name}-adapter",
-            base,
-            LoraConfig(r=2, target_modules=[target], fan_in_fan_out=name == "gpt2"),
-        )
-        diff = weight_diff(base, tmp_path / f"{name}-adapter")
-        expected, before = merged(base, tmp_path / f"{name}-adapter"), model.state_dict()
-        changed = [row for row in diff.results if row.n_changed]
-        assert {row.component for row in changed} == {"attn_q", "attn_k", "attn_v"}
-        for path in {path for path in before if path.endswith(f"{target}.weight")}:
-            change = np.linalg.norm(expected[path] - before[path].double().numpy())
-            rows = [row for row in changed if path.endswith(row.name)]
-            assert len(rows) == 3, path
-            total = np.sqrt(sum((row.change_norm or 0) ** 2 for row in rows))
-            assert total == pytest.approx(change, rel=1e-9)
+def cut_phi3(weight: Any, config: Any) -> list[Any]:
+    n_rows = config.hidden_size // config.num_attention_heads
+    ends = np.cumsum([config.num_attention_heads, config.num_key_value_heads]) * n_rows
+    return np.split(weight, ends)
+
+
+FUSED: dict[str, tuple[str, Callable[[Any, Any], list[Any]]]] = {
+    "bloom": ("query_key_value", lambda w, c: list(w.reshape(c.n_head, 3, -1, w.shape[1]).swapaxes(0, 1))),
+    "gpt2": ("c_attn", lambda w, _: np.split(w, 3, axis=1)),
+    "phi3": ("qkv_proj", cut_phi3),
+}
+"""Where an architecture fuses queries, keys and values, and how they lie in it."""
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("bloom", "lora"), ("bloom", "loha"), ("gpt2", "lora"), ("phi3", "lora"), ("phi3", "loha")],
+)
+def test_an_adapter_on_fused_tensors_is_cut_as_they_are(name: str, kind: str, tmp_path: Path) -> None:
+    target, cut = FUSED[name]
+    model = build(name)
+    base = save_model(tmp_path / "base", model)
+    options = {"fan_in_fan_out": True} if name == "gpt2" else {}
+    make: Any = LoraConfig if kind == "lora" else LoHaConfig
+    save_adapter(tmp_path / "adapter", base, make(r=2, target_modules=[target], **options))
+    diff = weight_diff(base, tmp_path / "adapter")
+    expected, before = merged(base, tmp_path / "adapter"), model.state_dict()
+    changed = {(row.name, row.component): row for row in diff.results if row.n_changed}
+    paths = [path for path in before if path.endswith(f"{target}.weight")]
+    assert changed.keys() == {(path, f"attn_{part}") for path in paths for part in "qkv"}
+    for path in paths:
+        update = cut(expected[path] - before[path].double().numpy(), model.config)
+        for part, change in zip("qkv", update, strict=True):
+            row = changed[path, f"attn_{part}"]
+            assert row.change_norm == pytest.approx(float(np.linalg.norm(change)), rel=1e-9)
+            assert row.max_abs_change == pytest.approx(np.abs(change).max(), rel=1e-9)
 
 
 def test_a_merge_is_the_model_with_its_adapter(base: Path, tmp_path: Path) -> None:
@@ -145,6 +175,15 @@ def test_an_adapter_that_adds_nothing_is_told(base: Path, tmp_path: Path) -> Non
     assert same.summary.verdict == "identical"
 
 
+def test_one_adapter_under_two_names_is_not_said_to_add_nothing(base: Path, tmp_path: Path) -> None:
+    save_adapter(tmp_path / "adapter", base, LoraConfig(r=4, target_modules=TARGETS))
+    copy = shutil.copytree(tmp_path / "adapter", tmp_path / "copy")
+    for named in (tmp_path / "adapter", f"{base}+{tmp_path / 'adapter'}"):
+        summary = weight_diff(named, f"{base}+{copy}").summary
+        assert (summary.verdict, summary.n_changed_tensors) == ("identical", 0)
+        assert summary.causes == ["both adapters make the same of the same model"]
+
+
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings=True:UserWarning")
 @pytest.mark.parametrize(
     ("saved", "options", "stay_tied"),
@@ -175,7 +214,25 @@ def test_a_table_of_its_own_parts_what_was_tied(
         change = float(np.linalg.norm(after[name] - b) / np.linalg.norm(b))
         assert rows[component].relative_change == pytest.approx(change, rel=1e-9)
     (note,) = [note for note in diff.notes if "tied" in note]
-    assert note.startswith("lm_head is tied to embed in " + ("both" if stay_tied else str(base)))
+    where = "both: one tensor" if stay_tied else "base and a tensor of its own in fine-tuned"
+    assert note.startswith(f"lm_head is tied to embed in {where}")
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings=True:UserWarning")
+@pytest.mark.parametrize("saves_table", [False, True])
+def test_an_update_of_a_tied_table_is_merged_into_both(saves_table: bool, tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", tiny_llama(tie_word_embeddings=True))
+    wrapped = save_adapter(tmp_path / "adapter", base, LoraConfig(r=4, target_modules=["embed_tokens"]))
+    wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=saves_table)
+    after = merged(base, tmp_path / "adapter")
+    assert np.array_equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
+    diff = weight_diff(base, tmp_path / "adapter")
+    before = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64).lm_head.weight.detach().numpy()
+    (row,) = [row for row in diff.results if row.n_changed]
+    change = float(np.linalg.norm(after["lm_head.weight"] - before) / np.linalg.norm(before))
+    assert row.component == "embed"
+    assert row.relative_change == pytest.approx(change, rel=1e-9)
+    assert "lm_head is tied to embed in both: one tensor, compared once" in diff.notes
 
 
 def test_parameters_of_one_number_are_the_models_own(tmp_path: Path) -> None:

@@ -100,6 +100,21 @@ def test_a_gguf_file_holds_what_transformers_loads(kind: str, tmp_path: Path) ->
     assert any("different types" in note for note in diff.notes) == (kind != "F32")
 
 
+@pytest.mark.parametrize("kind", ["F16", "Q8_0"])
+def test_what_rounding_adds_is_known_of_numbers_and_not_of_codes(kind: str, tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", tiny_llama())
+    diff = weight_diff(
+        base, save_gguf(tmp_path / "m.gguf", tiny_llama(), tiny_tokenizer(), KINDS[kind]), spectrum=True
+    )
+    spectra = [row.spectrum for row in diff.results if row.spectrum is not None]
+    assert len(spectra) == diff.summary.n_matrices > 0
+    assert {spectrum.rounding_norm is None for spectrum in spectra} == {kind == "Q8_0"}
+    assert {spectrum.adapter_rank for spectrum in spectra} == {None}
+    said = "Update: not known whether it looks like an adapter's: the changed matrices are quantised"
+    assert (said in str(diff)) == (kind == "Q8_0")
+    assert ("none of the 30 changed matrices looks like" in str(diff)) == (kind == "F16")
+
+
 def test_a_gguf_file_in_float32_is_the_checkpoint(tmp_path: Path) -> None:
     model = tiny_llama()
     base = save_model(tmp_path / "base", model)

@@ -18,7 +18,10 @@ import msgspec
 import numpy as np
 import pytest
 from pyarrow import parquet
+from typer.testing import CliRunner
 
+from factories import save_model, tiny_llama
+from lazarus.cli import app
 from lazarus.faces import WeightDiff
 from lazarus.render.weights import table, text
 from lazarus.render.weights.figure import Map, write_figure
@@ -80,6 +83,17 @@ def test_the_lines_are_those_of_the_contract() -> None:
     assert text.detected(("gemma3", "llama"), 26) == (
         "Detected model family: gemma3 (base), llama (fine-tuned)\n\nComparing 26 layers..."
     )
+
+
+def test_a_run_and_its_saved_result_count_the_layers_of_the_deeper_model(tmp_path: Path) -> None:
+    names = [str(save_model(tmp_path / f"{n}-layers", tiny_llama(num_hidden_layers=n))) for n in (4, 6)]
+    for base, finetuned in (names, names[::-1]):
+        to = str(tmp_path / "diff.json")
+        run = ["introspect", "weight-diff", "-b", base, "-f", finetuned, "-o", to]
+        done, shown = (CliRunner().invoke(app, arguments) for arguments in (run, ["show", to]))
+        assert (done.exit_code, shown.exit_code) == (0, 0)
+        assert "\n\nComparing 6 layers...\n\n" in done.stdout
+        assert done.stdout == f"{shown.stdout}Results saved to: {to}\n"
 
 
 def test_the_mark_follows_the_unrounded_value() -> None:

@@ -65,8 +65,11 @@ class Spectrum(Record, frozen=True, kw_only=True):
     ]
     share_computed: Annotated[float, Meta(description="share of Σσ² that the computed σ hold, 0 to 1")]
     rounding_norm: Annotated[
-        float,
-        Meta(description="expected Frobenius norm of the rounding to the stored type; 0 where there is none"),
+        float | None,
+        Meta(
+            description="expected Frobenius norm of the rounding to the stored type; 0 where there is none, "
+            "null of quantised numbers, where it is not known"
+        ),
     ]
     adapter_rank: Annotated[
         int | None,

@@ -18,7 +18,7 @@ from lazarus.models.checkpoint import KeyMap, natural_key
 from lazarus.models.faults import translated
 from lazarus.options import WeightOptions
 from lazarus.tokens import listed
-from lazarus.weights.components import Place
+from lazarus.weights.components import Part, Place
 from lazarus.weights.gguf import GgufFile
 from lazarus.weights.parts import Take
 from lazarus.weights.stores import Store, open_store
@@ -144,12 +144,14 @@ def _read_gguf(structure: Structure) -> Iterator[Stored]:
 
 
 def _entries(structure: Structure, stored: Iterable[Stored]) -> dict[Place, Entry]:
-    """The components in the model's order; of two in one place, the second is called by its key."""
+    """The components in the model's order; of two in one place, the second is whole and called by its key."""
     found: dict[Place, Entry] = {}
     for each in sorted(stored, key=lambda each: (each.order, natural_key(each.path))):
-        for part in structure.parts(each.path, each.shape):
-            place = part.place if part.place not in found else Place(part.place.layer, each.key)
-            found[place] = Entry(place, each.key, each.path, part.take, each.view(part.take))
+        parts = structure.parts(each.path, each.shape)
+        if any(part.place in found for part in parts):
+            parts = [Part(Place(parts[0].place.layer, each.key), None)]
+        for part in parts:
+            found[part.place] = Entry(part.place, each.key, each.path, part.take, each.view(part.take))
     return found
 
 

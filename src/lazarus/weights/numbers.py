@@ -214,7 +214,7 @@ class Numbers:
 
 
 def measure(pair: Pair, n_numbers: int = N_NUMBERS) -> Numbers:
-    """The numbers of a pair. Tensors with the same bits are recognised from these, and not read again.
+    """The numbers of a pair. Tensors with the same bits are recognised from these, without arithmetic.
 
     Raises:
         OSError: a file is missing or too short.

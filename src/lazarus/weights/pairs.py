@@ -139,10 +139,10 @@ def _tied_notes(base: Checkpoint, finetuned: Checkpoint) -> list[str]:
         if ours == theirs:
             notes.append(f"{place.component} is tied to {owner.component} in both: one tensor, compared once")
         elif place in base.entries or place in finetuned.entries:
-            tying, other = (base, finetuned) if ours is not None else (finetuned, base)
+            tying, other = ("base", "fine-tuned") if ours is not None else ("fine-tuned", "base")
             notes.append(
-                f"{place.component} is tied to {owner.component} in {tying.source.name} and a tensor of its "
-                f"own in {other.source.name}: it was compared with that {owner.component}"
+                f"{place.component} is tied to {owner.component} in {tying} and a tensor of its own in "
+                f"{other}: it was compared with that {owner.component}"
             )
     return notes
 

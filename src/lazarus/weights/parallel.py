@@ -59,7 +59,7 @@ def measure_all(
     pairs: Sequence[Pair],
     measure_one: Callable[[Pair], T],
     n_threads: int,
-    on_done: Callable[[int, T], Any] | None = None,
+    on_done: Callable[[int], Any] | None = None,
 ) -> list[T]:
     """What `measure_one` says of each pair, in their order, from `n_threads` threads; the largest go first.
 
@@ -78,7 +78,7 @@ def measure_all(
                 i = places[future]
                 done[i] = future.result()
                 if on_done is not None:
-                    on_done(i, done[i])
+                    on_done(i)
         finally:  # after an error there is work left
             stop.set()
             pool.shutdown(cancel_futures=True)

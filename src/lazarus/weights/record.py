@@ -220,10 +220,13 @@ def _holds(wide: str, narrow: str) -> bool:
     one, other = getattr(torch, wide, None), getattr(torch, narrow, None)
     if one is None or other is None:
         return wide == narrow
-    try:
-        return bool(torch.promote_types(one, other) == one)
-    except RuntimeError:  # two types of 8 bits, of which neither holds the other
-        return False
+    if wide == narrow:
+        return True
+    if one.is_floating_point and other.is_floating_point:
+        ours, theirs = torch.finfo(one), torch.finfo(other)
+        holds = ours.eps <= theirs.eps, ours.max >= theirs.max, ours.smallest_normal <= theirs.smallest_normal
+        return all(holds)
+    return bool(torch.promote_types(one, other) == one)
 
 
 def _info(side: Side) -> CheckpointInfo:

@@ -95,8 +95,6 @@ def weight_diff(
 
 
 def _reference(model: object) -> ModelReference:
-    if isinstance(model, ModelReference):
-        return model
     if not isinstance(model, str | Path):
         raise UsageError(
             f"weight_diff reads checkpoints from disk, and {type(model).__name__} is none. Name a folder or "
@@ -142,7 +140,7 @@ def _measure(rows: Sequence[Row], options: WeightOptions, watcher: Observer) -> 
     pairs = [row.pair for row in rows]
     sizes, n_threads = [math.prod(pair.matrix) for pair in pairs], torch.get_num_threads()
     watcher.running(sum(sizes))
-    measured = measure_all(pairs, measure_one, n_threads, lambda i, _: watcher.advanced(sizes[i]))
+    measured = measure_all(pairs, measure_one, n_threads, lambda i: watcher.advanced(sizes[i]))
     if any(each.numbers.n_changed for each in measured):
         _add_norms(pairs, measured, n_threads)
     return measured

@@ -71,8 +71,8 @@ def spectrum(pair: Pair, seed: int, finetuned_dtype: str, method: Method | None 
         effective_rank=_effective_rank(sigma) if method == "exact" else None,
         rank_90=int(enough[0]) + 1 if len(enough) else None,
         share_computed=1.0 if method == "exact" else min(float(held[-1]), 1.0),
-        rounding_norm=rounding.norm,
-        adapter_rank=_adapter_rank(sigma, energy, rounding, pair.matrix),
+        rounding_norm=None if rounding is None else rounding.norm,
+        adapter_rank=None if rounding is None else _adapter_rank(sigma, energy, rounding, pair.matrix),
         singular_values=sigma[:_N_SAVED].tolist(),
     )
 
@@ -103,14 +103,17 @@ def _adapter_rank(sigma: Tensor, energy: float, rounding: _Rounding, matrix: tup
     return rank if clear and above >= energy / 2 and energy - above <= most else None
 
 
-def _look(pair: Pair, dtype: str) -> tuple[float, _Rounding]:
+def _look(pair: Pair, dtype: str) -> tuple[float, _Rounding | None]:
     """‖f − b‖² and the rounding: a number in [2ᵉ, 2ᵉ⁺¹) is rounded with an error of variance ulp²/12.
+
+    It is None of a type of which it is not known: quantised numbers.
 
     Independent noise with variances v_ij has its largest σ at about max_i √Σ_j v_ij + max_j √Σ_i v_ij
     (Bandeira & van Handel 2016; of equal variances the edge of Marchenko & Pastur 1967).
     """
     energy, largest_row, columns = 0.0, 0.0, torch.zeros(pair.matrix[1], dtype=torch.float64)
     precision = _PRECISION.get(dtype)
+    is_known = precision is not None or dtype == "float64"
     for chunk in pair.chunks(_N_NUMBERS):
         change = chunk.change.reshape(-1)
         energy += torch.dot(change, change).item()
@@ -122,6 +125,8 @@ def _look(pair: Pair, dtype: str) -> tuple[float, _Rounding]:
     ulp = 2.0 ** (1 - precision) if precision is not None else 0.0
     unit = ulp / math.sqrt(12)
     edge = math.sqrt(largest_row) + math.sqrt(float(columns.max()))
+    if not is_known:
+        return energy, None
     return energy, _Rounding(unit * math.sqrt(float(columns.sum())), unit * edge * _beyond(pair.matrix))
 
 

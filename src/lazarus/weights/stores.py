@@ -17,7 +17,7 @@ from lazarus.models.faults import translated
 from lazarus.models.opening import Opened
 from lazarus.tokens import listed
 from lazarus.weights.parts import Take
-from lazarus.weights.views import MemoryView, StoredView, View
+from lazarus.weights.views import MemoryView, StoredView, View, type_name
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _read_pickles(files: Sequence[str]) -> Store:
             notes.append(f"{file}: not compared, because they are no tensors: {listed(others, 5)}")
     return Store(
         {key: tuple(tensor.shape) for key, tensor in tensors.items()},
-        {key: str(tensor.dtype).removeprefix("torch.") for key, tensor in tensors.items()},
+        {key: type_name(tensor.dtype) for key, tensor in tensors.items()},
         tensors,
         tuple(notes),
     )
@@ -121,6 +121,8 @@ def _read_pickle(file: str) -> Any:
             if "mmap" not in str(error):
                 raise
         return torch.load(file, map_location="cpu", weights_only=True)  # torch's format before 1.6
+    except EOFError as error:
+        raise WeightsError(f"{file}: is empty or cut short. Fetch the model again.") from error
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{file}: holds more than plain tensors, and reading the rest could run code. Load the model "

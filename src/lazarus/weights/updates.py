@@ -22,7 +22,7 @@ from lazarus.models.layout import hollow, is_hollow
 from lazarus.models.reference import adapter_settings
 from lazarus.weights.checkpoints import Checkpoint, Entry, Stored
 from lazarus.weights.parts import Take, as_matrix, lay_out
-from lazarus.weights.views import AddedView, MemoryView, Rows, Update, View
+from lazarus.weights.views import AddedView, MemoryView, Rows, Update, View, type_name
 
 ADAPTER = "default"
 _KEPT = 2
@@ -44,6 +44,17 @@ class Product:
     def read(self, start: int, stop: int, /) -> Float64[Tensor, "rows columns"]:
         """Rows start to stop."""
         return self.left[start:stop] @ self.right
+
+    def part(self, take: Take) -> Product | None:
+        """The part that is whole rows, or whole columns, of the matrix; None of any other."""
+        n_rows, n_columns = self.matrix
+        dims, index = take.dims, take.index
+        if dims[-1] == n_columns and len(index) < len(dims):
+            return Product(self.left[torch.arange(n_rows).view(dims[:-1])[index].reshape(-1)], self.right)
+        if dims[0] == n_rows and index[0] == slice(None):
+            columns = torch.arange(n_columns).view(dims[1:])[index[1:]]
+            return Product(self.left, self.right[:, columns]) if columns.ndim == 1 else None
+        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,11 +139,11 @@ def put_adapter(checkpoint: Checkpoint, adapter: Source) -> tuple[Checkpoint, st
     known, doubles = {entry.path for entry in entries.values()}, _doubles(brought)
     for path in brought.keys() - known - doubles.keys():  # a head of its own, where the model's was tied
         for part in checkpoint.structure.parts(path, tuple(brought[path].shape)):
-            view = MemoryView(brought[path], _type_name(brought[path]), part.take)
+            view = MemoryView(brought[path], type_name(brought[path].dtype), part.take)
             entries[part.place] = Entry(part.place, path, path, part.take, view)
     for place, owner in checkpoint.tied.items():
         path = entries[owner].path
-        if place not in entries and path in brought and path not in doubles.values():
+        if place not in entries and path in _copied(model) and path not in doubles.values():
             entries[place] = replace(checkpoint.entries[owner], place=place)  # PEFT leaves it what it was
     tied = {place: owner for place, owner in checkpoint.tied.items() if place not in entries}
     return replace(checkpoint, entries=entries, tied=tied), kind
@@ -145,15 +156,14 @@ def _changed(
     view = entry.view
     if entry.path in brought:
         tensor = brought[entry.path]
-        view = MemoryView(tensor, _type_name(tensor), entry.take)
+        view = MemoryView(tensor, type_name(tensor.dtype), entry.take)
     update = updates.get(entry.path)
     if update is None:
         return view
-    return AddedView(view, update if entry.take is None else Taken(update, stored.shape, entry.take))
-
-
-def _type_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    if entry.take is None:
+        return AddedView(view, update)
+    product = update.part(entry.take) if isinstance(update, Product) else None
+    return AddedView(view, product or Taken(update, stored.shape, entry.take))
 
 
 def _hollow_copy(empty: PreTrainedModel) -> PreTrainedModel:
@@ -179,6 +189,11 @@ def _doubles(brought: Mapping[str, Tensor]) -> dict[str, str]:
     first: dict[int, str] = {}
     owners = {path: first.setdefault(tensor.data_ptr(), path) for path, tensor in brought.items()}
     return {path: owner for path, owner in owners.items() if path != owner}
+
+
+def _copied(model: PreTrainedModel) -> set[str]:
+    """The paths of parameters that the adapter has in a copy of their module (`modules_to_save`)."""
+    return {_path(name) for name, _ in model.named_parameters() if f".modules_to_save.{ADAPTER}." in name}
 
 
 def _path(name: str) -> str:
@@ -238,7 +253,8 @@ class _Layers:
         merging: Any = layer.double()
         with torch.no_grad(), translated(self._adapter.name):
             merging.merge(adapter_names=[ADAPTER])
-        return {name: getattr(base, name).detach() - tensor for name, tensor in before.items()}
+        merged = merging.base_layer  # LNTuning puts another one there
+        return {name: getattr(merged, name).detach() - tensor for name, tensor in before.items()}
 
     def _tensor(self, path: str) -> Tensor:
         """A tensor of the model as the adapter finds it, in float64."""

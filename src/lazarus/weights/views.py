@@ -74,7 +74,8 @@ class Update(Protocol):
         ...
 
 
-def _type_name(dtype: torch.dtype) -> str:
+def type_name(dtype: torch.dtype) -> str:
+    """A type's name, such as bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -112,7 +113,7 @@ class StoredView:
     @property
     def dtype(self) -> str:
         """The name of the type in the file."""
-        return _type_name(self.torch_type)
+        return type_name(self.torch_type)
 
     @property
     def matrix(self) -> tuple[int, int]:

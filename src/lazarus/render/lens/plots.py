@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lazarus.render.curve import LAYER_STEPS
 
 WIDTH, HEIGHT = 340, 170
-LEFT, RIGHT, TOP, BOTTOM = 44, 12, 10, 34
+LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 34
 MOST_LAYER_TICKS = 7
 MOST_MARKED = 40
 """layers of a curve whose points are marked one by one"""
@@ -63,12 +63,12 @@ class Plot:
     x_label: str
 
 
-def plot(label: str, lines: Sequence[Line], most: float = 0.0) -> Plot:
-    """Lines over layers on one scale from 0 to the largest value, or to `most` where that is larger.
+def plot(label: str, lines: Sequence[Line]) -> Plot:
+    """Lines over layers on one scale from 0 to the largest value.
 
     Lines of other lengths share the axis by relative depth. A value that is None is a gap.
     """
-    top = max([most, *(v for line in lines for v in line.values if v is not None)]) or 1.0
+    top = max((v for line in lines for v in line.values if v is not None), default=0.0) or 1.0
     lengths = {len(line.values) for line in lines}
     return Plot(
         label,

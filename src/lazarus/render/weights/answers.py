@@ -78,6 +78,10 @@ def _adapter(record: WeightDiffRecord) -> Answer:
         )
     if not found:
         return Answer(question, "No", "No matrix changed.")
+    if all(spectrum.rounding_norm is None for spectrum in found):
+        return Answer(
+            question, "Not known", "The changed matrices are quantised: what that adds is not known."
+        )
     ranks = [spectrum.adapter_rank for spectrum in found if spectrum.adapter_rank is not None]
     told = update(record)
     reason = f"{told[0].upper()}{told[1:]}."

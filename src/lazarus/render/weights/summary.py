@@ -92,8 +92,16 @@ def spectra(record: WeightDiffRecord) -> list[Spectrum]:
 
 def update(record: WeightDiffRecord) -> str:
     """Whether the changed matrices look like a low-rank adapter's; there is at least one spectrum."""
-    low = [s.adapter_rank for s in spectra(record) if s.adapter_rank is not None]
-    count = len(spectra(record))
+    known = [s for s in spectra(record) if s.rounding_norm is not None]
+    n_quantised = len(spectra(record)) - len(known)
+    if not known:
+        return f"not known whether it looks like an adapter's: the {_MANY} are quantised"
+    return _looks(known) + (f"; not known of {n_quantised:,} quantised ones" if n_quantised else "")
+
+
+def _looks(found: Sequence[Spectrum]) -> str:
+    low = [s.adapter_rank for s in found if s.adapter_rank is not None]
+    count = len(found)
     if not low:
         who = "the one changed matrix does not look" if count == 1 else f"none of the {count:,} {_MANY} looks"
         return f"{who} like a low-rank adapter's"
