@@ -121,15 +121,26 @@ def test_with_one_tokenizer_text_is_ids(base_folder: Path, finetuned_folder: Pat
 
 
 def test_each_reading_must_fit_its_own_model(tmp_path: Path, base_folder: Path) -> None:
-    """What is short enough for base may be too long for the other, whose tokenizer cuts it finer."""
+    """What is short enough for base may be too long for the other, whose tokenizer cuts it finer.
+
+    Both read the same beginning of the text.
+    """
     short = save_model(tmp_path / "short", tiny_llama(max_position_embeddings=24), tiny_tokenizer(SIZES[1]))
     prompts = ["Hello, how are you? What is AI?"]
+
+    def fits(text: str) -> bool:
+        return len(tiny_tokenizer(SIZES[1])(text)["input_ids"]) <= 24
+
     n_ours, n_theirs = (len(tiny_tokenizer(size)(prompts[0])["input_ids"]) for size in SIZES)
     assert n_ours < 24 < n_theirs
     with pytest.raises(lazarus.LazarusError, match=rf"has {n_theirs} tokens; the models' context is 24"):
         activation_diff(base_folder, short, prompts, align="text")
     diff = activation_diff(base_folder, short, prompts, align="text", truncate=True)
-    assert (diff.prompts[0].n_tokens, diff.prompts[0].finetuned_n_tokens) == (n_ours, 24)
+    kept = max(n for n in range(len(prompts[0])) if fits(prompts[0][:n]))
+    lengths = [len(tiny_tokenizer(size)(prompts[0][:kept])["input_ids"]) for size in SIZES]
+    assert [diff.prompts[0].n_tokens, diff.prompts[0].finetuned_n_tokens] == lengths
+    assert lengths[1] == 24
+    assert "prompts cut to what fits both contexts, of 64 and 24 tokens: 0 (1 of 1)" in diff.notes
 
 
 # Another depth

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from typer.testing import CliRunner, Result
 
 import lazarus
 from lazarus.cli import app
+from lazarus.errors import OutputError
+from lazarus.render.save import check_outputs
 from lazarus.results import json_schema
 
 Run = Callable[..., Result]
@@ -192,6 +195,44 @@ def test_python_m_lazarus_is_the_command() -> None:
         [sys.executable, "-m", "lazarus", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout == "lazarus 0.1.0\n"
+
+
+@pytest.mark.parametrize(
+    "options", [["activation-diff", "-p", "Hello"], ["weight-diff"], ["compare", "-p", "Hello"]]
+)
+def test_a_reader_who_leaves_does_not_cost_the_output(
+    options: list[str], base_folder: Path, finetuned_folder: Path, tmp_path: Path
+) -> None:
+    """`| head -1`: what nobody reads is not printed; what was to be saved is."""
+    pair = ["-b", str(base_folder), "-f", str(finetuned_folder)]
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run(
+        [sys.executable, "-m", "lazarus", "introspect", *options, *pair, "-o", "x.json", "-o", "x.csv"],
+        cwd=tmp_path,
+        stdout=writes,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert lazarus.load_result(tmp_path / "x.json").record.command == options[0]
+    assert (tmp_path / "x.csv").stat().st_size > 0
+
+
+def test_only_a_part_of_a_model_is_kept_from_being_overwritten(tmp_path: Path) -> None:
+    model, adapter = tmp_path / "model", tmp_path / "adapter"
+    for folder in (model, adapter):
+        folder.mkdir()
+        for name in ("config.json", "README.md", "model.safetensors", "page.html"):
+            (folder / name).write_text("{}")
+    (model / "diff.json").write_text('{\n  "schema_version": "1.0"}')
+    pair = [str(model), f"{model}+{adapter}"]
+    for folder in (model, adapter):
+        for name in ("config.json", "README.md", "model.safetensors"):
+            with pytest.raises(OutputError, match="is read by this run"):
+                check_outputs([str(folder / name)], "weight-diff", pair)
+    check_outputs([str(model / name) for name in ("diff.json", "page.html", "new.json")], "weight-diff", pair)
 
 
 def test_an_output_that_fails_does_not_cost_the_others(run: Run) -> None:

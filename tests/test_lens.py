@@ -6,6 +6,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -28,11 +29,13 @@ from lazarus.errors import (
     UsageError,
 )
 from lazarus.lens import compare
+from lazarus.lens.distance import Outcomes, lens_pair, same_token
 from lazarus.lens.lens import Lens
 from lazarus.lens.tracking import find_tracked
 from lazarus.lens.vocabulary import Vocabulary
 from lazarus.options import CompareArguments, CompareOptions, parse_track
 from lazarus.results import CompareRecord, LensModel, read_json, write_json
+from lazarus.tokens import token_text
 from reference import run_whole
 
 Floats = NDArray[np.float64]
@@ -218,10 +221,13 @@ def test_models_of_other_depth_are_matched_by_relative_depth(depths: tuple[int, 
     tokenizer = tiny_tokenizer()
     record = compare(one, other, PROMPT, tokenizer=tokenizer).record
     ids = tokenizer(PROMPT)["input_ids"]
-    matched = [round(i * (depths[1] - 1) / max(depths[0] - 1, 1)) for i in range(depths[0])]
+    last = depths[1] - 1
+    matched = [last] if depths[0] == 1 else [round(i * last / (depths[0] - 1)) for i in range(depths[0])]
     check_distances(record, softmax(logits_of(one, ids)), softmax(logits_of(other, ids)), matched)
     assert any("matched by relative depth" in note for note in record.notes)
     assert len(record.model2.layers) == depths[1]
+    ends = [int(logits_of(model, ids)[-1].argmax()) for model in (one, other)]
+    assert record.summary.same_first_choice == (ends[0] == ends[1])
 
 
 def test_padding_logits_of_one_head_are_left_out_and_the_rest_sums_to_one() -> None:
@@ -299,13 +305,24 @@ def test_a_token_is_read_with_the_space_that_it_adds() -> None:
     assert vocabulary.texts[12:] == [None, None]
 
 
-def test_a_byte_of_a_character_is_spelled() -> None:
+def test_a_byte_of_a_character_is_named_and_no_other_token_reads_so() -> None:
     tokenizer = tiny_tokenizer()
-    vocabulary = Vocabulary(tokenizer, 300)
-    for token_id in range(3, 300):
-        text = tokenizer.decode([token_id])
-        spelled = tokenizer.convert_ids_to_tokens(token_id)
-        assert vocabulary.text(token_id) == (spelled if "\ufffd" in text else text)
+    texts = Vocabulary(tokenizer, 300).texts
+    (a3,) = (i for i, token in enumerate(tokenizer.convert_ids_to_tokens(range(300))) if token == "£")
+    assert tokenizer.decode([a3]) == "\ufffd"
+    assert texts[a3] == "<0xA3>"
+    named = [text for i, text in enumerate(texts) if "\ufffd" in tokenizer.decode([i])]
+    assert len(named) == 128
+    assert {*named} == {f"<0x{byte:02X}>" for byte in range(128, 256)}
+    assert len({*texts}) == 300
+
+
+def test_a_byte_that_sentencepiece_falls_back_to_is_as_it_spells_it() -> None:
+    core = Tokenizer(models.BPE({"<unk>": 0, "<0xC3>": 1, "a": 2}, [], unk_token="<unk>", byte_fallback=True))
+    core.decoder = decoders.ByteFallback()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    assert tokenizer.decode([1]) == "\ufffd"
+    assert [token_text(tokenizer, i) for i in (1, 2)] == ["<0xC3>", "a"]
 
 
 def test_a_word_is_its_first_token_with_and_without_a_space() -> None:
@@ -459,14 +476,43 @@ def test_a_chat_template_is_that_of_the_model_it_names(chosen: str, tmp_path: Pa
     assert record.prompt == PROMPT
 
 
-def test_a_prompt_beyond_the_context_is_refused_or_cut_for_each_model(tmp_path: Path) -> None:
+def test_a_prompt_beyond_a_context_is_refused_or_cut_at_one_place_for_both(tmp_path: Path) -> None:
     one = saved(tmp_path / "one", 0, tiny_tokenizer(), max_position_embeddings=4)
     other = saved(tmp_path / "other", 1, tiny_tokenizer())
     with pytest.raises(PromptTooLongError, match=r"context is 4.*--truncate"):
         compare(one, other, PROMPT)
     record = compare(one, other, PROMPT, truncate=True).record
-    assert len(record.model1.prompt_tokens) == 4 < len(record.model2.prompt_tokens)
-    assert any("cut to the context of 4 tokens" in note for note in record.notes)
+    assert len(record.model1.prompt_tokens) == 4
+    assert record.model1.prompt_tokens == record.model2.prompt_tokens
+    assert "prompts cut to what fits both contexts, of 4 and 64 tokens: 0 (1 of 1)" in record.notes
+
+
+def test_tokens_of_two_ids_are_two_though_they_read_alike() -> None:
+    alike = cast(Any, SimpleNamespace(text=lambda _: "£", n_tokens=3))
+    nothing = cast(Any, None)
+    lenses = [Lens(nothing, nothing, alike, nothing, torch.eye(3)[[i]]) for i in (0, 1)]
+    pair = (lenses[0], lenses[1])
+    assert same_token(pair, (0, 1), same_ids=True) is False
+    assert same_token(pair, (0, 1), same_ids=False) is True
+    assert same_token(pair, (1, 1), same_ids=True) is True
+    assert same_token(pair, (None, 1), same_ids=True) is None
+    assert [each.ids for each in find_tracked(pair, None, same_ids=True)] == [(0, 0), (1, 1)]
+    assert lens_pair(pair, Outcomes(3, None), (0, 0)).same_first_choice is False
+
+
+@pytest.mark.parametrize(("chosen", "bos"), [("model1", "<s>"), ("model2", "<|b|>")])
+def test_a_chat_template_writes_the_special_tokens_of_its_own_model(
+    chosen: str, bos: str, tmp_path: Path
+) -> None:
+    template = "{{ bos_token }}{{ messages[0]['content'] }}"
+    one = saved(tmp_path / "one", 0, tiny_tokenizer(template=template))
+    theirs = tiny_tokenizer(template=template)
+    theirs.add_special_tokens({"bos_token": "<|b|>"})
+    other = saved(tmp_path / "two", 1, theirs, vocab_size=len(theirs))
+    record = compare(one, other, PROMPT, chat_template=chosen).record
+    assert record.model1.rendered == record.model2.rendered == f"{bos}{PROMPT}"
+    assert sides(record)[chosen == "model2"].prompt_tokens[0] == bos
+    assert any("begin and end a text with other tokens" in note for note in record.notes)
 
 
 def test_logits_that_are_not_finite_are_null_with_a_note() -> None:

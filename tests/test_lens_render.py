@@ -98,7 +98,7 @@ def test_the_sample_of_the_contract_is_printed_so() -> None:
 def test_what_was_not_measured_is_said_and_not_invented() -> None:
     lines = text.page(unmeasured_record()).splitlines()
     assert f"{'org/model2':<40} {'-':<16} nan" in lines
-    assert f"  {'org/model2':<37}: never emerges, final prob nan" in lines
+    assert f"  {'org/model2':<37}: not known, since nothing is read at the end, final prob nan" in lines
     assert f"  {'org/model2':<37}: has no such token" in lines
     assert "First choice: not known, since not every final probability is finite" in lines
     assert "Largest difference: not measured" in lines
@@ -488,7 +488,7 @@ def test_more_tracked_tokens_than_there_is_room_for_are_counted() -> None:
 def test_a_curve_stands_where_its_values_are() -> None:
     line = plots.Line("a", "one", [0.0, 0.5, None, 1.0])
     drawn = plots.plot("told", [line])
-    left, right, top, bottom = 44.0, 340 - 12.0, 10.0, 170 - 34.0
+    left, right, top, bottom = 58.0, 340 - 12.0, 10.0, 170 - 34.0
     third = (right - left) / 3
     (curve,) = drawn.curves
     assert curve.stretches == [
@@ -504,7 +504,7 @@ def test_a_curve_stands_where_its_values_are() -> None:
 
 def test_curves_of_other_depths_share_the_relative_depth() -> None:
     drawn = plots.plot("", [plots.Line("a", "one", [0.1, 0.2]), plots.Line("b", "two", [0.1, 0.1, 0.1])])
-    assert [(c.points[0].x, c.points[-1].x) for c in drawn.curves] == [(44.0, 328.0)] * 2
+    assert [(c.points[0].x, c.points[-1].x) for c in drawn.curves] == [(58.0, 328.0)] * 2
     assert drawn.x_label == "Relative depth"
     assert [tick.text for tick in drawn.x_ticks] == ["first layer", "last layer"]
 
@@ -552,8 +552,11 @@ def test_the_cells_of_the_figure_are_the_probabilities_and_tokens(name: str) -> 
                 found = texts.pop(f"token-{layer.layer}-{rank + 1}")
                 assert found.get_position() == (rank, layer.layer)
                 if token.token in (" Paris", ":", "\n"):
-                    assert found.get_text() == token.token.replace("\n", "\\n")
+                    assert found.get_text() == token.token.replace("\n", "\\n").replace(" ", "␣")
         assert texts == {}
+        n_kept = max(len(layer.top) for layer in model.layers)
+        left_out = f" (the first {n_ranks} of {n_kept})" if n_kept > figure.MOST_RANKS else ""
+        assert axes.get_xlabel() == f"Rank{left_out}"
 
 
 def test_the_final_token_is_outlined_in_the_figure() -> None:

@@ -133,5 +133,5 @@ def test_a_part_of_a_character_is_told_from_another() -> None:
     ids = tokenizer("é", add_special_tokens=False)["input_ids"]
     assert len(ids) == 2
     assert [tokenizer.decode([i]) for i in ids] == ["\ufffd", "\ufffd"]
-    assert [token_text(tokenizer, i) for i in ids] == ["Ã", "©"]
+    assert [token_text(tokenizer, i) for i in ids] == ["<0xC3>", "<0xA9>"]
     assert token_text(tokenizer, tokenizer(" is")["input_ids"][-1]) == " is"

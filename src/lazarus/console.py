@@ -28,10 +28,14 @@ from lazarus.render.weights import text as weight_text
 
 
 class _Console:
-    """Prints the header as the run goes on; with `show`, a progress bar on standard error."""
+    """Prints the header as the run goes on; with `show`, a progress bar on standard error.
 
-    def __init__(self, *counts: ProgressColumn, show: bool, prints: bool = True) -> None:
+    A run that `saves` goes on where standard output is closed, as after `| head -1`.
+    """
+
+    def __init__(self, *counts: ProgressColumn, show: bool, prints: bool = True, saves: bool = False) -> None:
         self._prints = prints
+        self._saves = saves
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -63,15 +67,20 @@ class _Console:
         self._progress.advance(self._task, amount)
 
     def _print(self, lines: str) -> None:
-        if self._prints:
+        if not self._prints:
+            return
+        try:
             typer.echo(lines)
+        except OSError:
+            if not self._saves:
+                raise
 
 
 class ConsoleObserver(_Console):
     """What activation-diff shows on the way."""
 
-    def __init__(self, *, show: bool, prints: bool = True) -> None:
-        super().__init__(MofNCompleteColumn(), TextColumn("tokens"), show=show, prints=prints)
+    def __init__(self, *, show: bool, prints: bool = True, saves: bool = False) -> None:
+        super().__init__(MofNCompleteColumn(), TextColumn("tokens"), show=show, prints=prints, saves=saves)
 
     def loading(self, role: Literal["base", "finetuned"], name: str) -> None:
         """Print which model is loaded; transformers draws the bar of its weights."""
@@ -90,8 +99,8 @@ class ConsoleObserver(_Console):
 class WeightObserver(_Console):
     """What weight-diff shows on the way."""
 
-    def __init__(self, *, show: bool, prints: bool = True) -> None:
-        super().__init__(TaskProgressColumn(), show=show, prints=prints)
+    def __init__(self, *, show: bool, prints: bool = True, saves: bool = False) -> None:
+        super().__init__(TaskProgressColumn(), show=show, prints=prints, saves=saves)
 
     def loading(self, role: Literal["base", "finetuned"], name: str) -> None:
         """Print which checkpoint is opened."""
@@ -109,8 +118,8 @@ class WeightObserver(_Console):
 class LensObserver(_Console):
     """What compare shows on the way."""
 
-    def __init__(self, *, show: bool, prints: bool = True) -> None:
-        super().__init__(MofNCompleteColumn(), TextColumn("layers"), show=show, prints=prints)
+    def __init__(self, *, show: bool, prints: bool = True, saves: bool = False) -> None:
+        super().__init__(MofNCompleteColumn(), TextColumn("layers"), show=show, prints=prints, saves=saves)
 
     def loading(self, _role: Literal["base", "finetuned"], name: str) -> None:
         """Print which model is loaded; transformers draws the bar of its weights."""

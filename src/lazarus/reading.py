@@ -68,12 +68,12 @@ def read_prompts(
         PromptDataError: a prompt is empty, too long, or has ids that a model has no embedding for.
     """
     tokenizers, notes = _tokenizers(models, given, options)
+    side: Literal[0, 1] = 1 if options.chat_template == "finetuned" else 0
     if options.chat_template in ("base", "finetuned"):
-        side = ("base", "finetuned").index(options.chat_template)
         template = _own_template(tokenizers[side], models[side].name, options)
     align: Literal["ids", "text"] = "text" if options.align == "text" else "ids"
     contexts = (models[0].anatomy.context, models[1].anatomy.context)
-    token_options = TokenOptions(template, contexts, options.truncate, align)
+    token_options = TokenOptions(template, contexts, options.truncate, align, side)
     base, finetuned, token_notes = tokenize_pair(prompts, *tokenizers, token_options)
     for model, tokenized in zip(models, (base, finetuned), strict=True):
         _check_vocabulary(model, tokenized)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import zip_longest
 from types import TracebackType
 from typing import Any, Literal
@@ -38,6 +41,8 @@ class TokenOptions:
     """how many tokens base and the fine-tuned model have positions for; None for no limit"""
     truncate: bool = False
     align: Literal["ids", "text"] = "ids"
+    template_side: Literal[0, 1] = 0
+    """whose special tokens the template writes: base's, or the fine-tuned model's"""
 
 
 @dataclass(frozen=True)
@@ -131,23 +136,24 @@ def tokenize_pair(
         ChatTemplateError: a prompt cannot be rendered.
         PromptDataError: a prompt has no token.
     """
-    rendered = render_chats(prompts, base, options.chat_template)
+    tokenizers = (base, finetuned)
+    rendered = render_chats(prompts, tokenizers[options.template_side], options.chat_template)
     texts = _Texts(prompts, rendered)
     ours: list[array[int]] = list(_encode(base, texts))
     notes: list[str] = []
     if options.align == "text" and finetuned is not base:
-        theirs, their_notes = _fitted(
-            texts, finetuned, list(_encode(finetuned, texts)), options.contexts[1], options
-        )
-        ours, notes = _fitted(texts, base, ours, options.contexts[0], options)
-        return texts.with_ids(ours), texts.with_ids(theirs), [*notes, *their_notes]
+        theirs: list[array[int]] = list(_encode(finetuned, texts))
+        notes = [
+            *_other_special_tokens(tokenizers, rendered),
+            *_fit(texts, tokenizers, (ours, theirs), options),
+        ]
+        return texts.with_ids(ours), texts.with_ids(theirs), notes
     if finetuned is not base:
         _check_same(prompts, ours, _encode(finetuned, texts), base, finetuned)
         notes = _compare_vocabularies(base, finetuned)
-    context = min((c for c in options.contexts if c is not None), default=None)
-    ours, more_notes = _fitted(texts, base, ours, context, options)
+    notes += _fit(texts, tokenizers, (ours, ours), options)
     tokenized = texts.with_ids(ours)
-    return tokenized, tokenized, notes + more_notes
+    return tokenized, tokenized, notes
 
 
 @dataclass(frozen=True)
@@ -169,6 +175,13 @@ class _Texts:
         """The texts of these prompts."""
         return [self.prompts[i].text if self.rendered is None else self.rendered[i] for i in indices]
 
+    def cut(self, index: int, n_characters: int) -> _Texts:
+        """The first characters of one text."""
+        prompt = self.prompts[index]
+        if self.rendered is None:
+            return _Texts([replace(prompt, text=prompt.text[:n_characters])], None)
+        return _Texts([prompt], [self.rendered[index][:n_characters]])
+
     def with_ids(self, ids: Sequence[Sequence[int]]) -> list[TokenizedPrompt]:
         """The prompts, tokenised."""
         rendered: Sequence[str | None] = self.rendered or [None] * len(self)
@@ -177,28 +190,65 @@ class _Texts:
         ]
 
 
-def _fitted(
-    texts: _Texts, tokenizer: Any, ids: list[array[int]], context: int | None, options: TokenOptions
-) -> tuple[list[array[int]], list[str]]:
-    """The ids, cut to the context where that is allowed; no prompt may be empty."""
+def _fit(
+    texts: _Texts,
+    tokenizers: tuple[Any, Any],
+    readings: tuple[list[array[int]], list[array[int]]],
+    options: TokenOptions,
+) -> list[str]:
+    """Cut what is too long, in place, where that is allowed, and note it; no prompt may be empty.
+
+    Both models read the same: the same first tokens or, where their tokens differ, the same first characters.
+    """
+    context = min((c for c in options.contexts if c is not None), default=None)
+    limits = options.contexts if options.align == "text" else (context, context)
     for index, prompt in enumerate(texts.prompts):
-        if not ids[index]:
+        if not all(ids[index] for ids in readings):
             raise PromptDataError(f"{_named(index, prompt)} has no token at all. Leave it out.")
-    too_long = [i for i, found in enumerate(ids) if context and len(found) > context]
-    if not too_long:
-        return ids, []
-    if not options.truncate:
-        first = too_long[0]
-        raise PromptTooLongError(
-            f"{_named(first, texts.prompts[first])} has {len(ids[first])} tokens; the models' context is "
-            f"{context}. Shorten it, or cut it there with --truncate."
-        )
-    for index, shorter in zip(too_long, _encode(tokenizer, texts, too_long, context), strict=True):
+    cut = []
+    for index, prompt in enumerate(texts.prompts):
+        lengths = [len(ids[index]) for ids in readings]
+        over = [side for side in (0, 1) if lengths[side] > (limits[side] or lengths[side])]
+        if not over:
+            continue
+        if not options.truncate:
+            raise PromptTooLongError(
+                f"{_named(index, prompt)} has {lengths[over[0]]} tokens; the models' context is "
+                f"{limits[over[0]]}. Shorten it, or cut it there with --truncate."
+            )
+        if readings[0][index] == readings[1][index]:
+            readings[0][index] = readings[1][index] = next(_encode(tokenizers[0], texts, [index], context))
+        else:
+            _cut_apart(texts, tokenizers, readings, limits, index)
+        cut.append(index)
+    if not cut:
+        return []
+    which = f"{listed(cut)} ({len(cut)} of {len(texts)})"
+    if limits[0] == limits[1]:
+        return [f"prompts cut to the context of {context} tokens: {which}"]
+    return [f"prompts cut to what fits both contexts, of {limits[0]} and {limits[1]} tokens: {which}"]
+
+
+def _cut_apart(
+    texts: _Texts,
+    tokenizers: tuple[Any, Any],
+    readings: tuple[list[array[int]], list[array[int]]],
+    limits: tuple[int | None, int | None],
+    index: int,
+) -> None:
+    """Cut one prompt to the most characters that fit both contexts; more characters are no fewer tokens."""
+
+    def encoded(n_characters: int) -> list[array[int]]:
+        return [next(_encode(tokenizer, texts.cut(index, n_characters))) for tokenizer in tokenizers]
+
+    def is_over(n_characters: int) -> bool:
+        pairs = zip(encoded(n_characters), limits, strict=True)
+        return any(limit is not None and len(ids) > limit for ids, limit in pairs)
+
+    (text,) = texts.some([index])
+    n_characters = bisect_left(range(1, len(text) + 1), True, key=is_over)
+    for ids, shorter in zip(readings, encoded(n_characters), strict=True):
         ids[index] = shorter
-    return ids, [
-        f"prompts cut to the context of {context} tokens: {listed(too_long)} "
-        f"({len(too_long)} of {len(texts)})"
-    ]
 
 
 def render_chats(prompts: Sequence[Prompt], tokenizer: Any, template: str | None) -> list[str] | None:
@@ -304,6 +354,18 @@ class _Reading:
             ) from error
 
 
+def _other_special_tokens(tokenizers: tuple[Any, Any], rendered: Sequence[str] | None) -> list[str]:
+    """A note where a template wrote special tokens that the other model calls otherwise."""
+    names = [(t.bos_token, t.eos_token) for t in tokenizers]
+    if rendered is None or names[0] == names[1]:
+        return []
+    ours, theirs = (" and ".join(repr(name) for name in side) for side in names)
+    return [
+        f"the two tokenizers begin and end a text with other tokens ({ours}; {theirs}), and both models read "
+        "those of the one whose chat template it is, the first with a template of a file"
+    ]
+
+
 def _check_same(
     prompts: Sequence[Prompt],
     base_ids: Sequence[Sequence[int]],
@@ -358,9 +420,34 @@ def _named(index: int, prompt: Prompt) -> str:
 
 
 def token_text(tokenizer: Any, token_id: int) -> str:
-    """A token as text; one that is only a part of a character, as the vocabulary spells it.
+    """A token as text; the bytes of one that is only a part of a character are named, as in `<0xC3>`.
 
-    Such a token decodes to the replacement character, and so do all the others.
+    Such a token decodes to the replacement character, and so do all the others; the vocabulary may spell it
+    as another token reads.
     """
     text = str(tokenizer.decode([token_id]))
-    return str(tokenizer.convert_ids_to_tokens(token_id)) if "\ufffd" in text else text
+    if "\ufffd" not in text:
+        return text
+    spelled = str(tokenizer.convert_ids_to_tokens(token_id))
+    alphabet = _byte_alphabet()
+    if not alphabet.keys() >= set(spelled):
+        return spelled
+    data = bytes(alphabet[character] for character in spelled)
+    return data.decode("utf-8", _NAMED_BYTES) if data.decode("utf-8", "replace") == text else spelled
+
+
+@cache
+def _byte_alphabet() -> dict[str, int]:
+    """The byte that each character stands for in a byte-level vocabulary."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {character: byte for byte, character in bytes_to_unicode().items()}
+
+
+def _name_bytes(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    return "".join(f"<0x{byte:02X}>" for byte in error.object[error.start : error.end]), error.end
+
+
+_NAMED_BYTES = "lazarus.named_bytes"
+codecs.register_error(_NAMED_BYTES, _name_bytes)

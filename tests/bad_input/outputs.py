@@ -146,6 +146,13 @@ KINDS = (
         exit_code=2,
     ),
     BadInput(
+        "output over a part of a model",
+        "`-o base/config.json`",
+        typed(o="base/config.json"),
+        ("-o base/config.json", "is read by this run", "a path of its own"),
+        exit_code=2,
+    ),
+    BadInput(
         "disk full before",
         "a disk with no room for a result",
         typed(),
@@ -172,5 +179,6 @@ KINDS = (
         typed(),
         ("standard output", "No space left on device", "Make room"),
         around=_stdout_full,
+        saves=("diff.json",),
     ),
 )

@@ -260,7 +260,7 @@ FITTING = (
         "template file missing",
         "`--chat-template chat.jinja`, which is not there",
         typed("--chat-template", "chat.jinja"),
-        ("--chat-template chat.jinja", "No such file", "none, base, finetuned"),
+        ("--chat-template chat.jinja", "No such file", "none, base or finetuned"),
         exit_code=2,
     ),
     BadInput(

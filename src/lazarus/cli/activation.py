@@ -11,7 +11,7 @@ import typer
 from lazarus.cli import arguments as a
 from lazarus.cli.app import app, introspect
 from lazarus.cli.imports import heavy_imports
-from lazarus.cli.output import check_outputs, leads, save_all, shows_progress
+from lazarus.cli.output import check_outputs, leads, print_and_save, shows_progress
 from lazarus.cli.reporting import reported
 
 if TYPE_CHECKING:
@@ -73,7 +73,8 @@ def activation_diff(
         found = parse_prompts(prompts, no_split=no_split)
         check_chats(found.prompts, chat_template)
         check_token_prompts(token_prompts, len(found.prompts))
-        _compare(base, finetuned, found, output, _observer(quiet, debug), **options)
+        observer = _observer(quiet, debug, saves=bool(output))
+        _compare(base, finetuned, found, output, observer, **options)
 
 
 @app.command()
@@ -85,7 +86,7 @@ def demo(output: a.Outputs = None, quiet: a.Quiet = False, debug: a.Debug = Fals
 
         check_outputs(output or [], "activation-diff", [])
         found = parse_prompts([f"@{PROMPTS}"])
-        observer = _observer(quiet, debug)
+        observer = _observer(quiet, debug, saves=bool(output))
         from lazarus.models import parse_model
 
         base, finetuned = (
@@ -110,16 +111,15 @@ def _compare(
         diff = run(base, finetuned, found, observer=observer, **options)
     if not leads():
         return
-    typer.echo(f"\n{text.table(diff.record)}\n\n{text.summary(diff.record)}")
-    save_all(diff, outputs)
+    print_and_save(f"\n{text.table(diff.record)}\n\n{text.summary(diff.record)}", diff, outputs)
     diff.check_gates(fail_above=options.get("fail_above"), expect=options.get("expect"))
 
 
-def _observer(quiet: bool, debug: bool) -> ConsoleObserver:
+def _observer(quiet: bool, debug: bool, *, saves: bool) -> ConsoleObserver:
     """What shows how the run goes; from here on all that the run needs is imported."""
     with heavy_imports():
         show = shows_progress(quiet, debug)
         import lazarus.activation  # noqa: F401
         from lazarus.console import ConsoleObserver
 
-    return ConsoleObserver(show=show, prints=leads())
+    return ConsoleObserver(show=show, prints=leads(), saves=saves)

@@ -7,7 +7,7 @@ import typer
 from lazarus.cli import arguments as a
 from lazarus.cli.app import introspect
 from lazarus.cli.imports import heavy_imports
-from lazarus.cli.output import check_outputs, leads, save_all, shows_progress
+from lazarus.cli.output import check_outputs, leads, print_and_save, shows_progress
 from lazarus.cli.reporting import reported
 
 
@@ -59,8 +59,7 @@ def compare(
             from lazarus.console import LensObserver
             from lazarus.lens import compare as run
 
-        with LensObserver(show=show, prints=leads()) as observer:
+        with LensObserver(show=show, prints=leads(), saves=bool(output)) as observer:
             comparison = run(model1, model2, found, observer=observer, **options)
         if leads():
-            typer.echo(f"\n{text.body(comparison.record)}")
-        save_all(comparison, output)
+            print_and_save(f"\n{text.body(comparison.record)}", comparison, output)

@@ -23,26 +23,40 @@ def check_outputs(outputs: Sequence[str], command: str, inputs: Sequence[str]) -
         check_outputs(outputs, command, inputs)
 
 
-def save_all(result: Any, outputs: Sequence[str]) -> None:
-    """Save what can be saved: an output that cannot be written does not cost the user the others.
+def print_and_save(body: str, result: Any, outputs: Sequence[str]) -> None:
+    """Print, and save what can be saved.
+
+    Neither an output that cannot be written nor a standard output that is closed costs the user the others.
 
     Raises:
-        LazarusError: one of them could not be written; the others' messages are printed.
+        LazarusError: an output could not be written; the messages of all others are printed.
+        OSError: standard output could not be written.
     """
     from lazarus.render import text
 
-    faults = []
+    unread, faults = _print(body), []
     for path in outputs:
         try:
             files = result.save(path)
         except LazarusError as fault:
             faults.append(fault)
         else:
-            typer.echo("\n".join(map(text.saved, files)))
-    for other in faults[:-1]:
+            unread = unread or _print("\n".join(map(text.saved, files)))
+    for other in faults if unread else faults[:-1]:
         typer.echo(f"Error: {other}", err=True)
+    if unread:
+        raise unread
     if faults:
         raise faults[-1]
+
+
+def _print(text: str) -> OSError | None:
+    """Print, and return what kept it from being printed."""
+    try:
+        typer.echo(text)
+    except OSError as error:
+        return error
+    return None
 
 
 def leads() -> bool:

@@ -11,7 +11,7 @@ import typer
 
 from lazarus.cli import arguments as a
 from lazarus.cli.app import app
-from lazarus.cli.output import check_outputs, save_all
+from lazarus.cli.output import check_outputs, print_and_save
 from lazarus.cli.reporting import reported
 
 
@@ -52,14 +52,12 @@ def show(
                     f"{result}: a result of compare, which has no threshold and no gates. Leave --threshold, "
                     "--fail-above and --expect out."
                 )
-            typer.echo(found)
-            save_all(found, output or [])
+            print_and_save(str(found), found, output or [])
             return
         found.check_options(fail_above, expect)
         if threshold is not None:
             found = found.with_threshold(threshold)
-        typer.echo(found)
-        save_all(found, output or [])
+        print_and_save(str(found), found, output or [])
         found.check_gates(fail_above=fail_above, expect=expect)
 
 

@@ -7,7 +7,7 @@ import typer
 from lazarus.cli import arguments as a
 from lazarus.cli.app import introspect
 from lazarus.cli.imports import heavy_imports
-from lazarus.cli.output import check_outputs, leads, save_all, shows_progress
+from lazarus.cli.output import check_outputs, leads, print_and_save, shows_progress
 from lazarus.cli.reporting import reported
 
 
@@ -52,9 +52,8 @@ def weight_diff(
             from lazarus.console import WeightObserver
             from lazarus.weights import weight_diff as run
 
-        with WeightObserver(show=show, prints=leads()) as observer:
+        with WeightObserver(show=show, prints=leads(), saves=bool(output)) as observer:
             diff = run(base, finetuned, observer=observer, **options)
         if leads():
-            typer.echo(f"\n{text.table(diff.record)}\n\n{text.summary(diff.record)}")
-        save_all(diff, output)
+            print_and_save(f"\n{text.table(diff.record)}\n\n{text.summary(diff.record)}", diff, output)
         diff.check_gates(fail_above=fail_above, expect=expect)

@@ -52,7 +52,9 @@ class ModelPair:
     def matched(self) -> list[int]:
         """For each block of base, the fine-tuned model's block at the same relative depth."""
         ours, theirs = self.base_conventions.n_layers, self.finetuned_conventions.n_layers
-        return [round(i * (theirs - 1) / max(ours - 1, 1)) for i in range(ours)]
+        if ours == 1:  # first and last at once; what it ends with is what is compared
+            return [theirs - 1]
+        return [round(i * (theirs - 1) / (ours - 1)) for i in range(ours)]
 
     @property
     def shares_vocabulary(self) -> bool:

@@ -53,7 +53,10 @@ def find_outcomes(one: Vocabulary, other: Vocabulary) -> Outcomes:
     common = sorted({t for t in one.texts if t is not None} & {t for t in other.texts if t is not None})
     numbers = {text: number for number, text in enumerate(common)}
     n_texts = len(common)
-    places = [torch.tensor([numbers.get(t or "", n_texts) for t in v.texts]) for v in (one, other)]
+    places = [
+        torch.tensor([n_texts if t is None else numbers.get(t, n_texts) for t in v.texts])
+        for v in (one, other)
+    ]
     note = (
         f"the two vocabularies differ, so KL and JS are over the {n_texts} texts that are tokens of both and "
         "one outcome for any other; merging outcomes can only lower them, so they are lower bounds (data "
@@ -73,16 +76,27 @@ def lens_pair(lenses: tuple[Lens, Lens], outcomes: Outcomes, layers: tuple[int, 
     )
     compared = compare_logits(ours, theirs)
     values = dict(zip(OUTPUT_METRICS, compared.values[0].tolist(), strict=True))
-    choices = [lens.first_choices[i] for lens, i in zip(lenses, layers, strict=True)]
-    texts = [None if i is None else x.vocabulary.text(i) for x, i in zip(lenses, choices, strict=True)]
+    choices = lenses[0].first_choices[layers[0]], lenses[1].first_choices[layers[1]]
     return LensPair(
         layer=layers[0],
         model2_layer=layers[1],
         kl_1_2=finite_or_none(values["kl_base_finetuned"]),
         kl_2_1=finite_or_none(values["kl_finetuned_base"]),
         js=finite_or_none(values["js"]),
-        same_first_choice=None if None in texts else texts[0] == texts[1],
+        same_first_choice=same_token(lenses, choices, same_ids=outcomes.same_ids),
     )
+
+
+def same_token(
+    lenses: tuple[Lens, Lens], choices: tuple[int | None, int | None], *, same_ids: bool
+) -> bool | None:
+    """Whether two tokens are one: by their ids where these mean the same, else by their texts."""
+    ours, theirs = choices
+    if ours is None or theirs is None:
+        return None
+    if same_ids:
+        return ours == theirs
+    return lenses[0].vocabulary.text(ours) == lenses[1].vocabulary.text(theirs)
 
 
 def distance_notes(pairs: Sequence[LensPair]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lazarus.lens.distance import same_token
 from lazarus.lens.lens import Lens
 from lazarus.results import TokenEvolution
 
@@ -32,10 +33,10 @@ def find_tracked(lenses: Lenses, words: Sequence[str] | None, *, same_ids: bool)
 
 
 def _first_choices(lenses: Lenses, *, same_ids: bool) -> list[Tracked]:
-    finals = [lens.first_choices[-1] for lens in lenses]
+    finals = lenses[0].first_choices[-1], lenses[1].first_choices[-1]
     texts = [None if i is None else lens.vocabulary.text(i) for lens, i in zip(lenses, finals, strict=True)]
-    if texts[0] is not None and texts[0] == texts[1]:
-        return [Tracked(texts[0], (finals[0], finals[1]))]
+    if texts[0] is not None and same_token(lenses, finals, same_ids=same_ids):
+        return [Tracked(texts[0], finals)]
     found = []
     for side, (text, token_id) in enumerate(zip(texts, finals, strict=True)):
         if text is not None and token_id is not None:

@@ -17,7 +17,7 @@ class Vocabulary:
     """The tokens that a model has logits for, by its tokenizer.
 
     A token's text is what it adds to a text: SentencePiece drops the space of the very first token, so a
-    token is decoded after itself. One that is only a part of a character is as the vocabulary spells it.
+    token is decoded after itself. The bytes of one that is only a part of a character are named.
     """
 
     def __init__(self, tokenizer: Any, n_tokens: int) -> None:

@@ -134,8 +134,8 @@ def read_template(options: Options) -> str | None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(
-            f"--chat-template {path}: cannot be read: {reason}. Write none, base, finetuned, or the "
-            "path of a Jinja template."
+            f"--chat-template {path}: cannot be read: {reason}. Write none, base or finetuned (in "
+            "compare: model1 or model2), or the path of a Jinja template."
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 PROMPT_CHARACTERS = 50
@@ -14,6 +15,17 @@ def escaped(text: str) -> str:
     'a\\tb\\x1b[0m'
     """
     return "".join(_escape(character) if _is_control(character) else character for character in text)
+
+
+def code(text: str) -> str:
+    r"""The text as code in Markdown, in a table too: a bar would end the cell, and a backtick the code.
+
+    >>> print(code("org/base"), code("a`b|c"))
+    `org/base` `` a`b\|c ``
+    """
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    space = " " if "`" in text or text != text.strip() else ""
+    return f"{fence}{space}{escaped(text)}{space}{fence}".replace("|", "\\|")
 
 
 def _is_control(character: str) -> bool:

@@ -138,21 +138,32 @@ def format_of(path: str, command: str) -> Format:
 def check_outputs(paths: Sequence[str], command: str, inputs: Sequence[str] = ()) -> None:
     """Check every output before anything is run: its format, its folder, its disk.
 
-    `inputs` are what the run reads; no output may overwrite a file among them.
+    `inputs` are what the run reads; no output may overwrite a file among them, or one of a model's.
 
     Raises:
         OutputError: a path that cannot be written, is given twice, or is an input.
     """
-    read = {os.path.realpath(os.path.expanduser(path)) for path in inputs}
+    parts = [part for path in inputs for part in (path, *path.split("+"))]  # MODEL+ADAPTER
+    read = {os.path.realpath(os.path.expanduser(part)) for part in parts if part}
     seen: set[str] = set()
     for path in paths:
         check_output(path, command)
         real = os.path.realpath(path)
-        overwrites = real in read and os.path.isfile(real)
+        overwrites = real in read or (os.path.dirname(real) in read and not _is_ours(real))
+        overwrites = overwrites and os.path.isfile(real)
         if overwrites or (real in seen and not _is_special(path)):
             fault = "is read by this run" if overwrites else "is given twice"
             raise OutputError(f"-o {path}: this file {fault}. Give each output a path of its own.")
         seen.add(real)
+
+
+def _is_ours(path: str) -> bool:
+    """Whether a file in a model's folder may be an earlier output, and not a part of the model."""
+    file = Path(path)
+    if file.suffix.lower() == ".json" and file.is_file():
+        with file.open("rb") as stream:
+            return b'"schema_version"' in stream.read(200)
+    return file.suffix.lower() in _KNOWN and file.name != "README.md"
 
 
 def check_output(path: str, command: str) -> None:

@@ -68,7 +68,7 @@ class Spectrum(Record, frozen=True, kw_only=True):
         float | None,
         Meta(
             description="expected Frobenius norm of the rounding to the stored type; 0 where there is none, "
-            "null of quantised numbers, where it is not known"
+            "null where it is not known, as of quantised numbers"
         ),
     ]
     adapter_rank: Annotated[

@@ -70,7 +70,8 @@ def _row_inches(record: CompareRecord, model: LensModel) -> float:
 def _draw(model: LensModel, axes: Axes, row_inches: float) -> AxesImage:
     import matplotlib
 
-    n_ranks = max(1, min(MOST_RANKS, max(len(layer.top) for layer in model.layers)))
+    n_kept = max(len(layer.top) for layer in model.layers)
+    n_ranks = max(1, min(MOST_RANKS, n_kept))
     values = np.full((len(model.layers), n_ranks), np.nan)
     for i, layer in enumerate(model.layers):
         for rank, token in enumerate(layer.top[:n_ranks]):
@@ -85,7 +86,7 @@ def _draw(model: LensModel, axes: Axes, row_inches: float) -> AxesImage:
     )
     image.set_gid("probability")
     _write_tokens(model, axes, n_ranks, row_inches)
-    _number(axes, len(model.layers), n_ranks)
+    _number(axes, len(model.layers), n_ranks, n_kept)
     return image
 
 
@@ -98,7 +99,7 @@ def _write_tokens(model: LensModel, axes: Axes, n_ranks: int, row_inches: float)
     for i, layer in enumerate(model.layers):
         for rank, token in enumerate(layer.top[:n_ranks]):
             colour = "white" if (token.probability or 0.0) >= DARK else "black"
-            text = axes.text(rank, i, drawable(shown(token.token), most), color=colour, fontsize=size)
+            text = axes.text(rank, i, drawable(_spaced(token.token), most), color=colour, fontsize=size)
             text.set(ha="center", va="center", parse_math=False, clip_on=True, gid=f"token-{i}-{rank + 1}")
             if final is not None and token.token_id == final.token_id:
                 box = Rectangle((rank - 0.5, i - 0.5), 1, 1, fill=False, edgecolor=VERMILLION, linewidth=0.7)
@@ -106,11 +107,23 @@ def _write_tokens(model: LensModel, axes: Axes, n_ranks: int, row_inches: float)
                 axes.add_patch(box)
 
 
-def _number(axes: Axes, n_layers: int, n_ranks: int) -> None:
+def _spaced(token: str) -> str:
+    """The token with its outer spaces written: in the middle of a cell they would not be seen.
+
+    >>> _spaced(" Paris"), _spaced("of it")
+    ('␣Paris', 'of it')
+    """
+    text = shown(token)
+    inner = text.strip(" ")
+    before = len(text) - len(text.lstrip(" "))
+    return "␣" * before + inner + "␣" * (len(text) - before - len(inner))
+
+
+def _number(axes: Axes, n_layers: int, n_ranks: int, n_kept: int) -> None:
     step = next(step for step in LAYER_STEPS if n_layers <= MOST_LAYERS_LABELLED * step)
     axes.set_yticks(range(0, n_layers, step))
     axes.set_xticks(range(n_ranks), [str(rank + 1) for rank in range(n_ranks)])
     axes.tick_params(length=0, labelsize="small")
     axes.set_ylabel("Layer")
-    axes.set_xlabel("Rank")
+    axes.set_xlabel("Rank" if n_ranks >= n_kept else f"Rank (the first {n_ranks} of {n_kept})")
     axes.spines[:].set_visible(False)

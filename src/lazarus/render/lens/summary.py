@@ -57,7 +57,7 @@ def parting(record: CompareRecord) -> str:
     pair = next(pair for pair in record.layers if pair.layer == layer)
     return (
         f"Largest difference: {place(record, pair)}, JS {most:.4f} nats (at most {math.log(2):.4f}), "
-        f"KL(1‖2) {_number(pair.kl_1_2)}, KL(2‖1) {_number(pair.kl_2_1)}"
+        f"KL(1‖2) {_kl(pair.kl_1_2)}, KL(2‖1) {_kl(pair.kl_2_1)}"
     )
 
 
@@ -90,5 +90,6 @@ def title(record: CompareRecord, index: int) -> str:
     return own if own is not None and own.strip() == given.strip() else given
 
 
-def _number(value: float | None) -> str:
-    return "nan" if value is None else f"{value:.4f}"
+def _kl(value: float | None) -> str:
+    """KL where JS is known: what is null then is infinite."""
+    return "inf" if value is None else f"{value:.4f}"

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import IO, Any
 
-from lazarus.render.escape import escaped
+from lazarus.render.escape import code, escaped
 from lazarus.render.lens.summary import last_choice, names, summary_lines, title
 from lazarus.render.lens.text import emergence
 from lazarus.render.lens.tokens import quoted, quoted_token
@@ -65,9 +65,9 @@ def write_markdown(record: CompareRecord, stream: IO[bytes]) -> None:
     """The final predictions, the tracked tokens, and the summary with its notes."""
     one, other = names(record)
     lines = [
-        f"# {_code(one)} against {_code(other)}",
+        f"# {code(one)} against {code(other)}",
         "",
-        f"The logit lens at the last token of {_code(quoted(record.prompt))}.",
+        f"The logit lens at the last token of {code(quoted(record.prompt))}.",
         "",
         *_table("| Model | Top token | Prob |", "|---|---|---:|", _predictions(record)),
         "",
@@ -92,9 +92,9 @@ def _predictions(record: CompareRecord) -> Iterable[Iterable[str]]:
     for name, model in _models(record):
         choice = last_choice(model)
         if choice is None:
-            yield _code(name), "-", _number(None)
+            yield code(name), "-", _number(None)
         else:
-            yield _code(name), _code(quoted_token(choice.token)), _number(choice.probability)
+            yield code(name), code(quoted_token(choice.token)), _number(choice.probability)
 
 
 def _evolutions(record: CompareRecord) -> Iterable[Iterable[str]]:
@@ -102,18 +102,11 @@ def _evolutions(record: CompareRecord) -> Iterable[Iterable[str]]:
         for name, model in _models(record):
             found = model.tracked[index]
             final = "" if found.token is None else _number(found.final_probability)
-            yield _code(quoted_token(title(record, index))), _code(name), emergence(found), final
+            yield code(quoted_token(title(record, index))), code(name), emergence(found), final
 
 
 def _number(value: float | None) -> str:
     return "nan" if value is None else f"{value:.4f}"
-
-
-def _code(text: str) -> str:
-    """The text as code in a cell: a bar would end the cell, and a backtick the code."""
-    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    space = " " if "`" in text or text != text.strip() else ""
-    return f"{fence}{space}{escaped(text)}{space}{fence}".replace("|", "\\|")
 
 
 def _plain(text: str) -> str:

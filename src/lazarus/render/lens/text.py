@@ -52,9 +52,11 @@ def page(record: CompareRecord) -> str:
 
 
 def emergence(found: TokenEvolution) -> str:
-    """`emerges at layer 12`, `never emerges`, or that the model has no such token."""
+    """`emerges at layer 12`, `never emerges`, or why that is not known."""
     if found.token is None:
         return "has no such token"
+    if found.final_probability is None:
+        return "not known, since nothing is read at the end"
     if found.emergence_layer is None:
         return "never emerges"
     return f"emerges at layer {found.emergence_layer}"

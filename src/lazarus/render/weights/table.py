@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from typing import IO, Any
 
-from lazarus.render.escape import escaped
+from lazarus.render.escape import code, escaped
 from lazarus.render.report.cells import shown
 from lazarus.render.weights.summary import counted, shape_text, summary_lines
 from lazarus.results import Spectrum, TensorRecord, WeightDiffRecord
@@ -111,17 +111,6 @@ def most_changed_first(rows: Sequence[TensorRecord]) -> list[int]:
     A tensor that is not finite, or was all zero, must not be what is left out.
     """
     return sorted(range(len(rows)), key=lambda i: (-_rank(rows[i]), i))
-
-
-def code(text: str) -> str:
-    """A text as code in Markdown, whatever is in it.
-
-    >>> code("org/base"), code("a`b|c")
-    ('`org/base`', '``a`b\\\\|c``')
-    """
-    text = escaped(text).replace("|", "\\|")
-    fence = "``" if "`" in text else "`"
-    return f"{fence}{text}{fence}"
 
 
 def _rank(row: TensorRecord) -> float:
