@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -16,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from architectures import build
-from factories import save_model, tiny_llama
+from factories import save_model, tiny_llama, tiny_tokenizer
 from layouts import (
     METADATA,
     WEIGHTS,
@@ -24,6 +27,7 @@ from layouts import (
     edit_weights,
     publish,
     save_fp8,
+    save_gguf,
     save_sentence_transformer,
     scattered,
 )
@@ -31,6 +35,7 @@ from lazarus import WeightDiff, weight_diff
 from lazarus.errors import (
     BlocksNotFoundError,
     GateNotMetError,
+    ModelError,
     ModelNotFoundError,
     NoDataError,
     UnsupportedModelError,
@@ -74,11 +79,40 @@ ARCHITECTURES = (
 )
 
 
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
 def rows_of(diff: WeightDiff) -> dict[tuple[int | None, str], TensorRecord]:
     """The rows by their places."""
     rows = {(row.layer, row.component): row for row in diff.results}
     assert len(rows) == len(diff.results)
     return rows
+
+
+def with_up(base: Path, folder: Path, up: Tensor) -> Path:
+    """A copy of a checkpoint with another up projection in layer 1."""
+    return edit_weights(base, folder, lambda tensors: tensors.update({UP: up}))
+
+
+def normal(seed: int) -> Tensor:
+    """An up projection in float64."""
+    return torch.randn(64, 32, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def pickled(base: Path, folder: Path, changes: Mapping[Any, Any] = MappingProxyType({})) -> Path:
+    """A copy of a checkpoint whose tensors are pickled, with some of them changed or added."""
+    shutil.copytree(base, folder)
+    torch.save({**load_file(base / WEIGHTS), **changes}, folder / "pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+    return folder
+
+
+def saved_as_before(folder: Path) -> Path:
+    """The same pickle in torch's format before 1.6."""
+    path = folder / "pytorch_model.bin"
+    stored = torch.load(path, weights_only=True)
+    torch.save(stored, path, _use_new_zipfile_serialization=False)
+    return folder
 
 
 # --- The numbers
@@ -96,6 +130,7 @@ def test_every_tensor_of_every_architecture_is_what_numpy_says(name: str, tmp_pa
         parts.setdefault(row.name, []).append(row)
     assert parts.keys() == ours.keys()
     assert diff.record.unmatched == []
+    assert not any("its files lack" in note for note in diff.notes)
     for key, rows in parts.items():
         b, f = ours[key], theirs[key]
         assert sum(int(np.prod(row.shape)) for row in rows) == b.size, key
@@ -247,14 +282,38 @@ def test_a_model_of_the_hub_is_read_at_its_revision(
     assert (diff.record.base.revision, diff.record.finetuned.revision) == ("a" * 40, "b" * 40)
 
 
-def test_a_resized_vocabulary_is_compared_as_far_as_both_go(base: Path, tmp_path: Path) -> None:
-    larger = tiny_llama()
-    larger.resize_token_embeddings(310)
-    diff = weight_diff(base, save_model(tmp_path / "larger", larger))
+@pytest.mark.parametrize("n_rows", [310, 290])
+def test_a_resized_vocabulary_is_compared_as_far_as_both_go_and_is_a_change(
+    n_rows: int, base: Path, tmp_path: Path
+) -> None:
+    resized = tiny_llama()
+    resized.resize_token_embeddings(n_rows)
+    diff = weight_diff(base, save_model(tmp_path / "resized", resized))
     rows = rows_of(diff)
-    assert rows[None, "embed"].shape == [300, 32]
-    assert (rows[None, "embed"].n_changed, rows[None, "lm_head"].n_changed) == (0, 0)
-    assert sum("310 in fine-tuned" in note for note in diff.notes) == 2
+    for component in ("embed", "lm_head"):
+        row = rows[None, component]
+        assert (row.shape, row.n_changed) == ([min(n_rows, 300), 32], 0)
+        (note,) = [note for note in diff.notes if component in note]
+        assert note.startswith(f"{component} has 300 rows in base and {n_rows} in fine-tuned")
+    assert [(t.component, t.base_shape, t.finetuned_shape) for t in diff.record.unmatched] == [
+        (component, [300, 32], [n_rows, 32]) for component in ("embed", "lm_head")
+    ]
+    assert (diff.summary.verdict, diff.summary.n_changed_tensors) == ("changed", 0)
+    with pytest.raises(GateNotMetError, match="--expect identical"):
+        diff.check_gates(expect="identical")
+    with pytest.raises(GateNotMetError, match="2 tensors have no counterpart"):
+        diff.check_gates(fail_above=0)
+
+
+def test_the_rows_of_a_resized_vocabulary_that_both_have_are_what_numpy_says(
+    base: Path, tmp_path: Path
+) -> None:
+    smaller = tiny_llama()
+    smaller.resize_token_embeddings(290)
+    finetuned = save_model(tmp_path / "smaller", scattered(smaller))
+    row = rows_of(weight_diff(base, finetuned))[None, "embed"]
+    b, f = (numbers_of(folder)["model.embed_tokens.weight"][:290] for folder in (base, finetuned))
+    check([row], b, f, row.name)
 
 
 def test_what_only_one_has_is_named(base: Path, tmp_path: Path) -> None:
@@ -311,6 +370,82 @@ def test_a_tied_head_is_compared_once_and_with_the_other_s_own(base: Path, tmp_p
     assert any("a tensor of its own" in note for note in diff.notes)
 
 
+@pytest.fixture(scope="module")
+def headless(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model with a tied head, and the same files of one that says it has a head of its own."""
+    folder = tmp_path_factory.mktemp("headless")
+    tied = save_model(folder / "tied", tiny_llama(tie_word_embeddings=True))
+    untied = shutil.copytree(tied, folder / "untied")
+    edit_json(untied / "config.json", tie_word_embeddings=False)
+    return tied, untied
+
+
+def test_a_head_that_is_tied_in_one_and_lacking_in_the_other_is_a_change(headless: tuple[Path, Path]) -> None:
+    tied, untied = headless
+    shape = [300, 32]
+    for one, other, shapes in ((tied, untied, (shape, None)), (untied, tied, (None, shape))):
+        diff = weight_diff(one, other)
+        assert (diff.summary.verdict, diff.summary.n_changed_tensors) == ("changed", 0)
+        assert [(t.component, t.base_shape, t.finetuned_shape) for t in diff.record.unmatched] == [
+            ("lm_head", *shapes)
+        ]
+        assert f"{untied}: its files lack 1 of the model's parameters: lm_head.weight" in diff.notes
+        with pytest.raises(GateNotMetError, match="no counterpart"):
+            diff.check_gates(fail_above=1)
+
+
+def test_the_embedding_that_a_tied_head_uses_is_not_said_to_lack_a_counterpart(
+    headless: tuple[Path, Path],
+) -> None:
+    diff = weight_diff(*headless)
+    assert rows_of(diff)[None, "embed"].n_changed == 0
+    assert not [note for note in diff.notes if "not compared" in note and "embed_tokens" in note]
+
+
+def test_parameters_that_no_file_holds_are_named(base: Path, tmp_path: Path) -> None:
+    folders = [edit_weights(base, tmp_path / name, lambda t: t.pop(UP)) for name in ("one", "other")]
+    diff = weight_diff(*folders)
+    assert diff.summary.verdict == "identical"
+    assert diff.notes == [f"{folder}: its files lack 1 of the model's parameters: {UP}" for folder in folders]
+
+
+def test_a_tied_table_is_held_where_its_head_is(headless: tuple[Path, Path], tmp_path: Path) -> None:
+    def rename(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+    renamed = edit_weights(headless[0], tmp_path / "renamed", rename)
+    assert not any("its files lack" in note for note in weight_diff(renamed, renamed).notes)
+
+
+def test_an_expert_that_no_file_holds_is_named(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", build("mixtral"))
+    expert = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
+    lacking = edit_weights(base, tmp_path / "lacking", lambda t: t.pop(expert))
+    assert any("its files lack" in note for note in weight_diff(lacking, lacking).notes)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_gguf_file_lacks_nothing(tied: bool, tmp_path: Path) -> None:
+    model = tiny_llama(tie_word_embeddings=tied)
+    base = save_model(tmp_path / "base", model)
+    path = save_gguf(tmp_path / "model.gguf", model, tiny_tokenizer(), gguf.GGMLQuantizationType.F32)
+    assert not any("its files lack" in note for note in weight_diff(base, path).notes)
+
+
+def test_a_second_fused_tensor_in_a_place_keeps_all_of_its_numbers(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", build("phi3"))
+    fused = "model.layers.1.self_attn.{}.weight"
+
+    def double(tensors: dict[str, Tensor]) -> None:
+        tensors[fused.format("Wqkv")] = tensors[fused.format("qkv_proj")].clone()
+
+    doubled = edit_weights(base, tmp_path / "doubled", double)
+    changed = edit_weights(doubled, tmp_path / "changed", lambda t: t[fused.format("Wqkv")][:1].add_(1))
+    diff = weight_diff(doubled, changed)
+    (row,) = [row for row in diff.results if row.n_changed]
+    assert (row.component, row.layer, row.n_changed) == (fused.format("Wqkv"), 1, 32)
+
+
 def test_experts_that_are_stacked_match_those_that_are_not(tmp_path: Path) -> None:
     model = build("mixtral")
     apart = save_model(tmp_path / "apart", model)
@@ -323,6 +458,7 @@ def test_experts_that_are_stacked_match_those_that_are_not(tmp_path: Path) -> No
     )
     diff = weight_diff(apart, stacked)
     assert diff.record.unmatched == []
+    assert diff.notes == []
     assert diff.summary.verdict == "identical"
     assert {(0, "expert_0.mlp_gate"), (0, "expert_3.mlp_down"), (1, "expert_2.mlp_up")} <= rows_of(
         diff
@@ -374,6 +510,126 @@ def test_a_base_of_zeros_has_no_relative_change(base: Path, tmp_path: Path) -> N
     assert any("all zero in base" in note for note in diff.notes)
 
 
+def test_what_is_not_finite_and_the_same_leaves_no_change_of_all(base: Path, tmp_path: Path) -> None:
+    norm = "model.layers.1.input_layernorm.weight"
+    broken = edit_weights(base, tmp_path / "broken", lambda t: t[norm][:1].fill_(float("nan")))
+    diff = weight_diff(broken, edit_weights(broken, tmp_path / "scaled", lambda t: t[UP].mul_(1.5)))
+    rows = rows_of(diff)
+    b, f = (numbers_of(tmp_path / name)[UP] for name in ("broken", "scaled"))
+    expected = np.linalg.norm(f - b) / np.linalg.norm(b)
+    assert rows[1, "mlp_up"].relative_change == pytest.approx(expected, rel=1e-9)
+    same = rows[1, "attn_norm"]
+    assert (same.relative_change, same.n_changed, same.base_norm) == (0.0, 0, None)
+    assert [layer.relative_change for layer in diff.layers] == [0.0, None, 0.0, 0.0]
+    assert diff.summary.relative_change is None
+    (note,) = diff.notes
+    assert note.startswith("tensors with the same bits whose norm is not finite")
+    assert note.endswith(f": 1, {norm}")
+    diff.check_gates(fail_above=0.51)
+
+
+def test_nothing_changed_needs_no_note_on_norms(base: Path, tmp_path: Path) -> None:
+    broken = with_up(base, tmp_path / "broken", normal(1) * math.nan)
+    assert weight_diff(broken, broken).notes == []
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(1e307, 1.01e307), (1e-200, 1e200)])
+def test_what_overflows_is_null_and_meets_no_gate(
+    ours: float, theirs: float, base: Path, tmp_path: Path
+) -> None:
+    """A norm of base in the one, a relative change in the other."""
+    b, f = normal(1) * ours, normal(1) * theirs
+    diff = weight_diff(with_up(base, tmp_path / "b", b), with_up(base, tmp_path / "f", f))
+    row = rows_of(diff)[1, "mlp_up"]
+    scaled = [((f - b) / theirs).numpy(), (b / ours).numpy()]
+    change, norm = (float(np.linalg.norm(x)) for x in scaled)
+    assert row.relative_change is None
+    assert row.change_norm == pytest.approx(change * theirs, rel=1e-9)
+    assert row.base_norm == (None if math.isinf(norm * ours) else pytest.approx(norm * ours, rel=1e-9))
+    (note,) = [note for note in diff.notes if UP in note]
+    assert "too large for float64" in note
+    with pytest.raises(GateNotMetError, match="layer 1 mlp_up has no relative change"):
+        diff.check_gates(fail_above=1e9)
+
+
+def test_a_change_that_overflows_is_not_said_to_hold_infinity(base: Path, tmp_path: Path) -> None:
+    ones = torch.ones(64, 32, dtype=torch.float64)
+    diff = weight_diff(
+        with_up(base, tmp_path / "b", ones * 1e308), with_up(base, tmp_path / "f", ones * 1.5e308)
+    )
+    row = rows_of(diff)[1, "mlp_up"]
+    assert (row.relative_change, row.max_abs_change) == (None, 1.5e308 - 1e308)
+    (note,) = [note for note in diff.notes if UP in note]
+    assert "NaN or infinity" not in note
+
+
+@pytest.mark.parametrize("scale", [1e200, 1e-200])
+def test_a_change_whose_squares_are_no_numbers_has_no_spectrum(
+    scale: float, base: Path, tmp_path: Path
+) -> None:
+    b, f = normal(1) * scale, normal(2) * scale
+    changes: dict[str, Tensor] = {UP: f, "model.norm.weight": torch.zeros(32)}
+    folders = (
+        with_up(base, tmp_path / "b", b),
+        edit_weights(base, tmp_path / "f", lambda tensors: tensors.update(changes)),
+    )
+    diff = weight_diff(*folders, spectrum=True)
+    row = rows_of(diff)[1, "mlp_up"]
+    b, f = b / scale, f / scale
+    expected = np.linalg.norm((f - b).numpy()) / np.linalg.norm(b.numpy())
+    assert row.spectrum is None
+    assert row.relative_change == pytest.approx(expected, rel=1e-9)
+    (note,) = diff.notes
+    assert note.startswith("changed matrices without a spectrum")
+    assert note.endswith(f": 1, {UP}")
+    assert weight_diff(*folders).notes == []
+
+
+def test_a_matrix_that_changed_in_the_sign_of_zeros_has_no_squares_out_of_range(
+    base: Path, tmp_path: Path
+) -> None:
+    zero = edit_weights(base, tmp_path / "zero", lambda t: t[UP][:1].zero_())
+    signed = edit_weights(zero, tmp_path / "signed", lambda t: t[UP][:1].neg_())
+    diff = weight_diff(zero, signed, spectrum=True)
+    row = rows_of(diff)[1, "mlp_up"]
+    assert (row.n_changed, row.change_norm, row.spectrum) == (32, 0.0, None)
+    assert not any("range" in note for note in diff.notes)
+
+
+def test_an_empty_tensor_has_not_changed_and_weighs_nothing(base: Path, tmp_path: Path) -> None:
+    empty = edit_weights(base, tmp_path / "empty", lambda t: t.update(empty=torch.zeros(3, 0)))
+    finetuned = edit_weights(empty, tmp_path / "finetuned", lambda t: t[UP].mul_(1.5))
+    diff = weight_diff(empty, finetuned, spectrum=True)
+    row = rows_of(diff)[None, "empty"]
+    assert (row.shape, row.relative_change, row.cosine_similarity) == ([3, 0], 0.0, 1.0)
+    assert (row.n_changed, row.share_changed, row.base_norm, row.change_norm) == (0, 0.0, 0.0, 0.0)
+    ours, theirs = numbers_of(empty), numbers_of(finetuned)
+    norm = np.sqrt(sum(np.sum(tensor**2) for tensor in ours.values()))
+    expected = np.linalg.norm(theirs[UP] - ours[UP]) / norm
+    assert diff.summary.relative_change == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "narrowed"),
+    [
+        (torch.float8_e5m2, torch.float8_e4m3fn, True),
+        (torch.float8_e4m3fn, torch.float8_e5m2, True),
+        (torch.bfloat16, torch.float8_e5m2, True),
+        (torch.float8_e5m2, torch.float32, False),
+        (torch.float8_e4m3fn, torch.bfloat16, False),
+    ],
+    ids=str,
+)
+def test_types_of_8_bits_are_compared_as_numbers(
+    ours: torch.dtype, theirs: torch.dtype, narrowed: bool, base: Path, tmp_path: Path
+) -> None:
+    b, f = normal(1).to(ours), normal(2).to(theirs)
+    diff = weight_diff(with_up(base, tmp_path / "b", b), with_up(base, tmp_path / "f", f))
+    check([rows_of(diff)[1, "mlp_up"]], b.double().numpy(), f.double().numpy(), UP)
+    names = " to ".join(str(dtype).removeprefix("torch.") for dtype in (ours, theirs))
+    assert any(f"different types ({names})" in note for note in diff.notes) == narrowed
+
+
 @pytest.mark.parametrize(("dtype", "narrowed"), [(torch.bfloat16, True), (torch.float64, False)])
 def test_two_types_are_compared_as_numbers(
     base: Path, tmp_path: Path, dtype: torch.dtype, narrowed: bool
@@ -389,28 +645,88 @@ def test_two_types_are_compared_as_numbers(
 
 
 def test_what_is_pickled_is_read_only_where_it_is_allowed(base: Path, tmp_path: Path) -> None:
-    pickled = shutil.copytree(base, tmp_path / "pickled")
-    torch.save(load_file(base / WEIGHTS), pickled / "pytorch_model.bin")
-    (pickled / WEIGHTS).unlink()
+    folder = pickled(base, tmp_path / "pickled")
     with pytest.raises(WeightsError, match="--allow-pickle"):
-        weight_diff(base, pickled)
-    assert weight_diff(base, pickled, allow_pickle=True).summary.verdict == "identical"
-    old = torch.load(pickled / "pytorch_model.bin", weights_only=True)
-    torch.save(old, pickled / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    assert weight_diff(base, pickled, allow_pickle=True).summary.verdict == "identical"
+        weight_diff(base, folder)
+    for _ in range(2):
+        assert weight_diff(base, folder, allow_pickle=True).summary.verdict == "identical"
+        saved_as_before(folder)
 
 
-def test_a_pickle_that_would_run_code_is_refused_even_then(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_pickle_that_would_run_code_is_refused_even_then(is_old: bool, base: Path, tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[Any, tuple[str]]:
             return (Path.touch, (tmp_path / "ran",))  # type: ignore[return-value]
 
-    pickled = shutil.copytree(base, tmp_path / "pickled")
-    torch.save({"model.norm.weight": Evil()}, pickled / "pytorch_model.bin")
-    (pickled / WEIGHTS).unlink()
-    with pytest.raises(WeightsError):
-        weight_diff(base, pickled, allow_pickle=True)
+    folder = pickled(base, tmp_path / "pickled")
+    stored = {"model.norm.weight": Evil()}
+    torch.save(stored, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not is_old)
+    with pytest.raises(WeightsError, match=r"holds more than plain tensors.*save_pretrained") as refused:
+        weight_diff(base, folder, allow_pickle=True)
+    assert "weights_only" not in str(refused.value)
     assert not (tmp_path / "ran").exists()
+
+
+NO_PLAIN_NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sparse": Tensor.to_sparse,
+    "quantised": lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
+    "without numbers": lambda tensor: tensor.to("meta"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*quantized tensor:UserWarning", "ignore:TypedStorage:UserWarning")
+@pytest.mark.parametrize("kind", NO_PLAIN_NUMBERS)
+def test_a_pickled_tensor_of_no_plain_numbers_is_refused_by_name(
+    kind: str, base: Path, tmp_path: Path
+) -> None:
+    tensor = NO_PLAIN_NUMBERS[kind](load_file(base / WEIGHTS)[UP])
+    folder = pickled(base, tmp_path / "pickled", {UP: tensor})
+    with pytest.raises(WeightsError, match=rf"{UP} is {kind}.*save_pretrained"):
+        weight_diff(base, folder, allow_pickle=True)
+
+
+def test_pickled_tensors_that_torch_holds_conjugated_or_negated_are_read_as_they_are(
+    base: Path, tmp_path: Path
+) -> None:
+    x = torch.complex(normal(1)[0], normal(2)[0]).to(torch.complex64)
+    y, part = x.conj(), x.clone().conj().imag
+    assert (y.is_conj(), part.is_neg()) == (True, True)
+    plain = edit_weights(base, tmp_path / "plain", lambda t: t.update(x=x, part=x.imag.clone()))
+    diff = weight_diff(plain, pickled(base, tmp_path / "pickled", {"x": y, "part": part}), allow_pickle=True)
+    rows, b = rows_of(diff), x.numpy().astype(np.complex128)
+    for key, expected in (("x", np.linalg.norm(b.conj() - b) / np.linalg.norm(b)), ("part", 2.0)):
+        assert rows[None, key].relative_change == pytest.approx(float(expected), rel=1e-9)
+    assert diff.summary.n_changed_tensors == 2
+
+
+def test_a_pickled_parameter_is_its_numbers(base: Path, tmp_path: Path) -> None:
+    up = torch.nn.Parameter(2 * load_file(base / WEIGHTS)[UP])
+    diff = weight_diff(base, pickled(base, tmp_path / "pickled", {UP: up}), allow_pickle=True)
+    assert [(row.name, row.relative_change) for row in diff.results if row.n_changed] == [(UP, 1.0)]
+
+
+def test_what_a_pickle_holds_besides_tensors_is_named(base: Path, tmp_path: Path) -> None:
+    others = {"optimizer": {"step": torch.ones(1)}, "seeds": [torch.ones(1)], 7: torch.ones(1)}
+    folder = pickled(base, tmp_path / "pickled", others)
+    diff = weight_diff(base, folder, allow_pickle=True)
+    assert diff.summary.verdict == "identical"
+    (note,) = diff.notes
+    assert note == (
+        f"{folder / 'pytorch_model.bin'}: not compared, because they are no tensors: optimizer, seeds, 7"
+    )
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+@pytest.mark.parametrize("size", [0, 3, 1000, 100_000])
+def test_a_pickle_that_is_cut_short_is_an_error_of_the_model(
+    size: int, is_old: bool, base: Path, tmp_path: Path
+) -> None:
+    folder = pickled(base, tmp_path / "pickled")
+    path = (saved_as_before(folder) if is_old else folder) / "pytorch_model.bin"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ModelError, match="pickled"):
+        weight_diff(base, folder, allow_pickle=True)
 
 
 def test_what_is_quantised_is_refused_by_name(base: Path, tmp_path: Path) -> None:

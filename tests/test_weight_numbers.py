@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lazarus.models.checkpoint import read_headers
-from lazarus.weights.numbers import Chunk, Numbers, Pair, UpdatePair, ViewPair, measure
+from lazarus.weights.numbers import Chunk, Numbers, Pair, UpdatePair, ViewPair, base_norm, measure
 from lazarus.weights.parallel import measure_all
 from lazarus.weights.parts import Take
 from lazarus.weights.views import AddedView, MemoryView, StoredView
@@ -125,11 +125,14 @@ def test_the_same_bits_are_exactly_the_same(dtype: torch.dtype) -> None:
     assert measured(b, b.clone()) == Numbers(0.0, 1.0, 0.0, 0, 0.0, None, 0.0)
 
 
-def test_no_numbers_are_the_same() -> None:
-    empty = torch.empty(0, 5)
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (3, 0), (3, 0, 4)], ids=str)
+def test_no_numbers_are_the_same(shape: tuple[int, ...]) -> None:
+    empty = torch.empty(shape)
     same = Numbers(0.0, 1.0, 0.0, 0, 0.0, None, 0.0)
     assert measured(empty, empty.clone()) == same
-    assert measure(UpdatePair(view(empty), view(empty.double()))) == same
+    pair = UpdatePair(view(empty), MemoryView(torch.empty(view(empty).matrix, dtype=torch.float64), ""))
+    assert measure(pair) == same
+    assert base_norm(pair) == 0
 
 
 @pytest.mark.parametrize("place", [0, 50_000, 199_999])
@@ -173,6 +176,25 @@ def test_a_multiple_has_cosine_one(factor: float) -> None:
     assert found.relative_change == pytest.approx(abs(factor - 1), rel=1e-12)
     found = measured(b, -factor * b)
     assert -1 <= found.cosine_similarity <= -1 + 1e-14
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.float64, 1e-16), (torch.float32, 1e-20)], ids=str)
+def test_what_is_far_smaller_than_its_base_keeps_its_direction(dtype: torch.dtype, factor: float) -> None:
+    """f − b has lost f: the cosine is taken from f itself."""
+    b = random_tensor(1, dtype, 50, 40)
+    assert measured(b, factor * b).cosine_similarity == pytest.approx(1, abs=1e-9)
+    assert measured(b, -factor * b).cosine_similarity == pytest.approx(-1, abs=1e-9)
+    f = (factor / 100 * random_tensor(2, torch.float64, 50, 40)).to(dtype)
+    check(measured(b, f), b.double().numpy(), f.double().numpy())
+
+
+def test_a_norm_that_overflows_is_nan_and_a_relative_change_is_not_0() -> None:
+    b = 1e307 * random_tensor(1, torch.float64, 50, 40)
+    found = measured(b, 1.01 * b)
+    assert found.base_norm is not None
+    assert math.isnan(found.base_norm)
+    assert math.isnan(found.relative_change)
+    assert found.change_norm == pytest.approx(norm((1.01 * b - b).numpy()), rel=1e-9)
 
 
 def test_a_cosine_near_one_is_as_precise_as_a_float_can_be() -> None:
@@ -254,14 +276,22 @@ def pairs(n: int) -> list[ViewPair]:
 
 def test_the_number_of_threads_does_not_matter() -> None:
     done: list[int] = []
+    begun: list[int] = []
+    threads: set[int] = set()
+
+    def measure_one(pair: Pair) -> Numbers:
+        begun.append(math.prod(pair.matrix))
+        threads.add(torch.get_num_threads())
+        return measure(pair, 500)
+
     made = pairs(40)
     alone = [measure(pair, 500) for pair in made]
     torch.set_num_threads(2)
     for n_threads in (1, 2, 5):
-        found = measure_all(made, lambda pair: measure(pair, 500), n_threads, lambda i, _: done.append(i))
-        assert found == alone
+        assert measure_all(made, measure_one, n_threads, done.append) == alone
     assert sorted(done) == sorted([*range(40)] * 3)
-    assert done[:40] == [*reversed(range(40))]
+    assert begun[:40] == sorted((math.prod(pair.matrix) for pair in made), reverse=True)
+    assert threads == {1}
     assert torch.get_num_threads() == 2
     assert measure_all([], measure, 2) == []
 
@@ -307,7 +337,7 @@ def test_an_error_stops_all_at_once(error: BaseException) -> None:
 
 
 def test_an_error_of_the_caller_stops_all_at_once() -> None:
-    def interrupt(_index: int, _numbers: Numbers) -> None:
+    def interrupt(_index: int) -> None:
         raise KeyboardInterrupt
 
     made: list[Pair] = [Endless(threading.Event()), *pairs(3)]

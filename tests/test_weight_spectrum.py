@@ -112,6 +112,17 @@ def test_the_scale_does_not_matter(scale: float) -> None:
     check(of_update(change), change.numpy())
 
 
+@pytest.mark.parametrize("scale", [1e-164, 1e-162, 1e-160, 1e-155, 1e150, 1e152, 1e155])
+def test_at_the_ends_of_float64_s_range_the_spectrum_is_right_or_none(scale: float) -> None:
+    change = normal(1, 60, 40)
+    pair = UpdatePair(MemoryView(torch.zeros_like(change), ""), MemoryView(scale * change, "float64"))
+    found = spectrum(pair, 0, "float64")
+    if found is not None:
+        sigma = np.linalg.svd(change.numpy(), compute_uv=False)
+        assert found.spectral_norm == pytest.approx(scale * sigma[0], rel=1e-9)
+        assert found.stable_rank == pytest.approx(np.sum(sigma**2) / sigma[0] ** 2, rel=1e-9)
+
+
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("shape", [(400, 300), (300, 400)], ids=str)
 def test_both_routes_agree_where_the_spectrum_falls(shape: tuple[int, int]) -> None:
@@ -141,6 +152,22 @@ def test_the_sketch_grows_until_it_holds_enough() -> None:
     whole = of_update(with_values(torch.ones(39, dtype=torch.float64), 50, 39), "randomised")
     assert (whole.n_singular_values, whole.rank_90) == (39, 36)
     assert whole.share_computed == pytest.approx(1, rel=1e-12)
+
+
+@pytest.mark.parametrize("planted", [0, 8])
+def test_the_randomised_values_of_noise_are_never_too_large_and_little_too_small(planted: int) -> None:
+    """Rank 8 stands far above the noise that is left below it, on which the sketch is at its worst."""
+    noise = normal(1, 1300, 1300)
+    change = 1e-3 * noise + adapter(planted, 1300, 1300, 1.0) if planted else noise
+    found = of_update(change)
+    exact = np.linalg.svd(change.numpy(), compute_uv=False)
+    ratios = np.array(found.singular_values) / exact[:32]
+    assert found.method == "randomised"
+    assert ratios.max() <= 1 + 1e-9
+    assert ratios[0] >= 0.99
+    assert ratios.min() >= 0.94
+    held = np.sum(exact[: found.n_singular_values] ** 2) / np.sum(exact**2)
+    assert found.share_computed <= held + 1e-9
 
 
 def test_the_route_is_chosen_by_the_smaller_side(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,6 +237,7 @@ def test_rounding_alone_never_looks_like_an_adapter(dtype: torch.dtype, shape: t
         rounded = exact.to(dtype)
         pair = ViewPair(MemoryView(exact, ""), MemoryView(rounded, ""))
         _, rounding = module._look(pair, name(rounded))
+        assert rounding is not None
         assert of(exact, rounded).spectral_norm < rounding.edge
         assert of(exact, rounded).adapter_rank is None
 
@@ -273,7 +301,7 @@ def test_too_many_or_too_weak_are_no_adapter() -> None:
 def test_what_is_left_decides(largest: float, others: float, rank: int | None) -> None:
     """Four σ and sixty equal ones that are below the edge of rounding, in units of R/√n; the edge is 2."""
     finetuned = (normal(1, 64, 64) * 0.05).float()
-    unit = of(0 * finetuned, finetuned).rounding_norm / 8
+    unit = (of(0 * finetuned, finetuned).rounding_norm or 0) / 8
     sigma = torch.tensor([largest] * 4 + [others] * 60, dtype=torch.float64) * unit
     found = of(finetuned.double() - with_values(sigma, 64, 64), finetuned)
     assert found.adapter_rank == rank

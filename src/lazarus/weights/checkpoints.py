@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -170,16 +170,24 @@ def _tied(structure: Structure, entries: Mapping[Place, Entry]) -> dict[Place, P
 
 
 def _lacking(structure: Structure, stored: Iterable[Stored]) -> list[str]:
-    """A note on the parameters that the model has and no file holds."""
+    """A note on the parameters that the model has and no file holds, or not all of their pieces."""
     if structure.model is None:
         return []
-    parameters, places = structure.model.named_parameters(), {each.order for each in stored}
+    pieces: dict[int, list[int]] = defaultdict(list)
+    for each in stored:
+        pieces[each.order].append(math.prod(each.shape))
     order = {name: place for place, name in enumerate(structure.model.state_dict())}
-    held = {name for name, place in order.items() if place in places}
+    held = {name for name, place in order.items() if place in pieces}
     ties: dict[str, str] = structure.model.all_tied_weights_keys
     held |= {tied for tied, owner in ties.items() if owner in held}
     held |= {owner for tied, owner in ties.items() if tied in held}
-    names = [name for name, _ in parameters if name not in held]
+    names = []
+    for name, parameter in structure.model.named_parameters():
+        sizes = pieces.get(order[name], [])
+        if name not in held:
+            names.append(name)
+        elif len(sizes) > 1 and sum(sizes) < parameter.numel():
+            names.append(f"{name} (in part)")
     if not names:
         return []
     source = structure.opened.source

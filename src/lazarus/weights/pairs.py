@@ -123,7 +123,7 @@ def _unmatched(place: Place, base: Entry | None, finetuned: Entry | None) -> Unm
     return UnmatchedTensor(
         layer=place.layer,
         component=place.component,
-        name=one.key,
+        name=one.key if one.place == place else place.component,
         base_shape=None if base is None else list(base.view.shape),
         finetuned_shape=None if finetuned is None else list(finetuned.view.shape),
     )

@@ -184,20 +184,18 @@ def _limits(matched: Matched, rows: Sequence[TensorRecord], *, with_spectrum: bo
     matrices = [row for row, pair in zip(rows, matched.rows, strict=True) if min(pair.pair.matrix) > 1]
     kinds = {
         "tensors that hold NaN or infinity, so that their change is no number": [
-            row for row in undefined if row.change_norm is None
+            row for row in undefined if row.max_abs_change is None
         ],
         "tensors that are all zero in base, so that no change is relative": [
             row for row in undefined if row.base_norm == 0
         ],
         "tensors whose change or norm in base is too large for float64, so that none is relative": [
-            row for row in undefined if row.change_norm is not None and row.base_norm != 0
+            row for row in undefined if row.max_abs_change is not None and row.base_norm != 0
         ],
         "tensors with the same bits whose norm is not finite, so that no change of all, or of their layer, "
         "is relative": [row for row in rows if changed and not row.n_changed and row.base_norm is None],
         "changed matrices without a spectrum, because squares of their change leave float64's range": [
-            row
-            for row in matrices
-            if with_spectrum and row.n_changed and row.change_norm is not None and row.spectrum is None
+            row for row in matrices if with_spectrum and row.max_abs_change and row.spectrum is None
         ],
     }
     notes = [

@@ -31,6 +31,8 @@ _N_SAVED = 32
 _GRAM_SAFE = 1e-10
 """Where λ_min of AᵀA is above this share of λ_max, its rounding moves no σ by more than 1e-10 σ₁."""
 _TINY = 1e-250
+_LEAST_ENERGY = 1e-290
+"""Squares that sum to less are rounded to denormals, or to 0."""
 _TAIL, _TAIL_SPREAD = 1.1, 6.0
 """How much more than expected the energy of n rounded numbers may be: a tenth and 6/√n, three deviations."""
 _GAP = 1.5
@@ -43,7 +45,7 @@ _EXPONENT_BITS = 0x7FF0000000000000
 
 
 def spectrum(pair: Pair, seed: int, finetuned_dtype: str, method: Method | None = None) -> Spectrum | None:
-    """The singular values of f − b, a matrix with sides above 1; None where it is all 0 or not finite.
+    """The singular values of f − b, a matrix with sides above 1; None where its squares are no numbers, or 0.
 
     `finetuned_dtype` is the type to which f was rounded; `method` forces one, else the size decides.
 
@@ -53,7 +55,7 @@ def spectrum(pair: Pair, seed: int, finetuned_dtype: str, method: Method | None 
         OSError: a file is missing or too short.
     """
     energy, rounding = _look(pair, finetuned_dtype)
-    if not math.isfinite(energy) or energy == 0:
+    if not _LEAST_ENERGY < energy < math.inf:
         return None
     if method is None:
         method = "exact" if min(pair.matrix) <= MOST_EXACT else "randomised"

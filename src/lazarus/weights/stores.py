@@ -105,7 +105,7 @@ def _plain(file: str, key: str, tensor: Tensor) -> Tensor:
             f"{file}: {key} is {kind}, and plain numbers are compared. Load the model and write it again "
             "with save_pretrained."
         )
-    return tensor.detach().resolve_conj().resolve_neg()
+    return tensor.resolve_conj().resolve_neg()
 
 
 def _read_pickle(file: str) -> Any:
@@ -121,10 +121,10 @@ def _read_pickle(file: str) -> Any:
             if "mmap" not in str(error):
                 raise
         return torch.load(file, map_location="cpu", weights_only=True)  # torch's format before 1.6
-    except EOFError as error:
-        raise WeightsError(f"{file}: is empty or cut short. Fetch the model again.") from error
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"{file}: holds more than plain tensors, and reading the rest could run code. Load the model "
-            "where you trust it and write it again with save_pretrained."
+            f"{file}: holds more than plain tensors, and reading the rest could run code, or it is damaged. "
+            "Load the model where you trust it and write it again with save_pretrained."
         ) from error
+    except (EOFError, IndexError, RuntimeError) as error:
+        raise WeightsError(f"{file}: is damaged or cut short. Fetch the model again.") from error
