@@ -21,10 +21,11 @@ from benchmarks.naive import load_model, mean_cosines
 from benchmarks.results import InProcess, Round
 from lazarus import ActivationDiff, activation_diff
 from lazarus.activation import Observer
+from lazarus.batches import TokenBatch, make_batches
 from lazarus.loading import Role
 from lazarus.models import dissect
 from lazarus.prompts import Prompt
-from lazarus.tokens import TokenBatch, TokenOptions, make_batches, tokenize_pair
+from lazarus.tokens import TokenOptions, tokenize_pair
 
 GEMM_PASSES = 3
 

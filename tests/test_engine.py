@@ -13,11 +13,12 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 
 import lazarus
 from factories import perturbed, tiny_llama, word_tokenizer
+from lazarus.batches import TokenBatch, make_batches
 from lazarus.engine import check_positions, learn
 from lazarus.engine.positions import RowPicker, compared_tokens
 from lazarus.errors import BlocksNotFoundError, PositionError, ShapeMismatchError
 from lazarus.models import dissect, wrap_model
-from lazarus.tokens import TokenBatch, TokenizedPrompt, make_batches
+from lazarus.tokens import TokenizedPrompt
 from reference import block_outputs, cosine
 
 IDS = [[5, 17, 80, 3, 41], [9], [12, 77, 31], [64, 2, 50, 23, 8, 91, 36, 70, 19], [44, 6]]

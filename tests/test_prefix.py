@@ -28,6 +28,7 @@ import lazarus
 from architectures import CAUSAL, REFUSED, UNBUILDABLE, build
 from factories import TEMPLATE, perturbed, tiny_llama, word_tokenizer
 from layouts import save_adapter
+from lazarus.batches import BatchPair, make_batches
 from lazarus.cli import app
 from lazarus.engine import (
     ModelPair,
@@ -41,7 +42,7 @@ from lazarus.engine import (
 )
 from lazarus.metrics import relative_l2
 from lazarus.models import wrap_model
-from lazarus.tokens import BatchPair, TokenizedPrompt, make_batches
+from lazarus.tokens import TokenizedPrompt
 
 PREFIX = [5, 17, 80, 3, 41, 9, 33, 12, 77, 31, 64, 27, 50, 23, 8, 91, 36, 70]
 LENGTHS = (2, 5, 3, 9, 2, 4, 7, 6, 3, 8, 2, 5, 4, 3, 6, 2)

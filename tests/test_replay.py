@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 import lazarus
 from architectures import CAUSAL, ENCODER_DECODERS, ENCODERS, MULTIMODAL, REFUSED, UNBUILDABLE, build
 from factories import perturbed, tiny_llama, word_tokenizer
+from lazarus.batches import BatchPair, make_batches
 from lazarus.engine import ModelPair, StatePair, learn_pair, run_pairs
 from lazarus.engine.probe import passes_go_on
 from lazarus.engine.recorder import Recorder, Take
@@ -32,7 +33,7 @@ from lazarus.engine.replay import (
 from lazarus.errors import UnsupportedModelError
 from lazarus.models import dissect, wrap_model
 from lazarus.models.adapters import share_storage
-from lazarus.tokens import BatchPair, TokenizedPrompt, make_batches
+from lazarus.tokens import TokenizedPrompt
 
 IDS = [[5, 17, 80, 3, 41], [9], [12, 77, 31], [64, 27, 50, 23, 8, 91, 36, 70, 19]]
 TEXTS = [" ".join(f"t{i}" for i in ids) for ids in IDS]

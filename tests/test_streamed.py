@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from architectures import CAUSAL, ENCODER_DECODERS, ENCODERS, MULTIMODAL, REFUSED, UNBUILDABLE, build
 from factories import perturbed, tiny_llama
+from lazarus.batches import BatchPair, TokenBatch, make_batches
 from lazarus.engine import (
     ModelPair,
     NoisePlan,
@@ -36,7 +37,7 @@ from lazarus.engine.streamed import KEPT_SHARE, run_streamed
 from lazarus.errors import SaveError
 from lazarus.models import dissect, wrap_model
 from lazarus.models.adapters import share_storage
-from lazarus.tokens import BatchPair, TokenBatch, TokenizedPrompt, make_batches
+from lazarus.tokens import TokenizedPrompt
 
 NOT_STREAMED = ("albert:masked", "dory", "hrm_text", "inkling2_loop_text", "inkling2_text")
 """Architectures whose pass does not go on after a block (tests/test_replay.py says why)."""

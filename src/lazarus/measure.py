@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from lazarus.batches import BatchPair, TokenBatch, make_batches
 from lazarus.engine import ModelPair, NoisePlan, Position, Site, StatePair, Tagged, Work, pick_sample, run
 from lazarus.metrics import (
     MOST_KEPT,
@@ -30,7 +31,7 @@ from lazarus.metrics import (
     within,
 )
 from lazarus.shards import Shard, WorkFolder, run_shards, states
-from lazarus.tokens import BatchPair, TokenBatch, TokenizedPrompt, make_batches
+from lazarus.tokens import TokenizedPrompt
 
 Noise = Mapping[Site, PromptMeans]
 FEWER_IF_STREAMED = 8

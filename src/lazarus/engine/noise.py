@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lazarus.batches import Padding, TokenBatch
 from lazarus.engine.pair import ModelPair
 from lazarus.engine.positions import Position
 from lazarus.engine.recorder import StatePair
 from lazarus.engine.side import Side, joined, logit_pairs
-from lazarus.tokens import Padding, TokenBatch
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Literal
 
+from lazarus.batches import Padding
 from lazarus.engine.probe import Conventions, learn, passes_go_on
 from lazarus.engine.recorder import Site
 from lazarus.errors import ShapeMismatchError
 from lazarus.models import LoadedModel, shared_blocks
 from lazarus.models import same_design as have_same_design
-from lazarus.tokens import Padding
 
 
 @dataclass(frozen=True)

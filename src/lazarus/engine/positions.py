@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lazarus.batches import TokenBatch
 from lazarus.errors import PositionError, UnsupportedModelError
 from lazarus.metrics import to_float64
-from lazarus.tokens import TokenBatch
 
 Position = Literal["auto", "last", "mean", "all"] | int
 

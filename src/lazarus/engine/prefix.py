@@ -18,12 +18,13 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
+from lazarus.batches import BatchPair, make_batches
 from lazarus.engine.pair import ModelPair
 from lazarus.engine.positions import Position
 from lazarus.engine.resident import run_pairs
 from lazarus.errors import DeviceError, UnsupportedModelError
 from lazarus.metrics import relative_l2
-from lazarus.tokens import BatchPair, TokenizedPrompt, make_batches
+from lazarus.tokens import TokenizedPrompt
 
 FEWEST_TOKENS = 16
 """A shorter prefix hardly costs more than what goes on around a batch."""

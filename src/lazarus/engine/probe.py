@@ -16,13 +16,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from lazarus.batches import Padding
 from lazarus.engine.head import head_alone, reads_blocks, run_with_head
 from lazarus.engine.recorder import Recorder, Recording, Take, first_tensor
 from lazarus.engine.replay import Call, can_replay, recording, stopping_after
 from lazarus.errors import BlocksNotFoundError
 from lazarus.metrics import to_float64
 from lazarus.models import LoadedModel
-from lazarus.tokens import Padding
 
 LENGTH = 7
 SHORT = 4

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lazarus.batches import TokenBatch
 from lazarus.engine.head import MOST_LOGITS, Head
 from lazarus.engine.past import Past, holds_keys_and_values
 from lazarus.engine.positions import Position, RowPicker
@@ -17,7 +18,6 @@ from lazarus.engine.recorder import Recorder, StatePair, Take
 from lazarus.engine.replay import Passed, UnlikeError, replaying
 from lazarus.errors import UnsupportedModelError
 from lazarus.models import LoadedModel
-from lazarus.tokens import TokenBatch
 
 
 @dataclass(frozen=True)

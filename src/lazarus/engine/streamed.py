@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lazarus.batches import TokenBatch
 from lazarus.engine.kept import KeptStates, check_room
 from lazarus.engine.local import beside
 from lazarus.engine.noise import NoisePlan, nudged
@@ -30,7 +31,6 @@ from lazarus.engine.replay import (
 from lazarus.engine.side import Side, States, joined, logit_pairs
 from lazarus.engine.work import Tagged, Work
 from lazarus.models import LoadedModel, free_bytes, give_back
-from lazarus.tokens import TokenBatch
 
 _NOTHING: AbstractContextManager[Any] = nullcontext()
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lazarus.batches import BatchPair, TokenBatch
 from lazarus.engine.noise import NoisePlan
 from lazarus.engine.positions import Position
 from lazarus.engine.recorder import StatePair
-from lazarus.tokens import BatchPair, TokenBatch
 
 Tagged = tuple[int | None, StatePair]
 """the number of a trial of the noise, None for base against fine-tuned; and the pair"""
