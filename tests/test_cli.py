@@ -224,15 +224,17 @@ def test_only_a_part_of_a_model_is_kept_from_being_overwritten(tmp_path: Path) -
     model, adapter = tmp_path / "model", tmp_path / "adapter"
     for folder in (model, adapter):
         folder.mkdir()
-        for name in ("config.json", "README.md", "model.safetensors", "page.html"):
+        for name in ("config.json", "README.md", "model.safetensors", "page.html", "LICENSE"):
             (folder / name).write_text("{}")
-    (model / "diff.json").write_text('{\n  "schema_version": "1.0"}')
+    for name in ("diff.json", "diff", "results.txt"):
+        (model / name).write_text('{\n  "schema_version": "1.0"}')
     pair = [str(model), f"{model}+{adapter}"]
     for folder in (model, adapter):
-        for name in ("config.json", "README.md", "model.safetensors"):
+        for name in ("config.json", "README.md", "model.safetensors", "LICENSE"):
             with pytest.raises(OutputError, match="is read by this run"):
                 check_outputs([str(folder / name)], "weight-diff", pair)
-    check_outputs([str(model / name) for name in ("diff.json", "page.html", "new.json")], "weight-diff", pair)
+    ours = ("diff.json", "diff", "results.txt", "page.html", "new.json", "new")
+    check_outputs([str(model / name) for name in ours], "weight-diff", pair)
 
 
 def test_an_output_that_fails_does_not_cost_the_others(run: Run) -> None:

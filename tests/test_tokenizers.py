@@ -163,6 +163,48 @@ def test_a_prompt_may_be_as_long_as_the_context(make: Any, context: int, tmp_pat
     assert notes_on_models(cut) == [f"prompts cut to the context of {context} tokens: 1 (1 of 3)"]
 
 
+def test_the_end_is_cut_whatever_side_the_tokenizer_would_cut() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.truncation_side = "left"
+    options = TokenOptions(contexts=(6, 6), truncate=True)
+    [cut], _, _ = tokenize_pair(make_prompts(["Hello, how are you"]).prompts, tokenizer, tokenizer, options)
+    assert list(cut.ids) == tokenizer("Hello, how are you")["input_ids"][:6]
+    assert tokenizer.truncation_side == "left"
+
+
+@pytest.mark.parametrize("contexts", [(6, None), (None, 6)])
+def test_a_context_without_a_limit_is_not_told_of(contexts: tuple[int | None, int | None]) -> None:
+    prompts = make_prompts(["Hello, how are you?"]).prompts
+    pair = (tiny_tokenizer(), tiny_tokenizer(280))
+    options = TokenOptions(contexts=contexts, truncate=True, align="text")
+    ours, theirs, notes = tokenize_pair(prompts, *pair, options)
+    assert len((ours, theirs)[contexts[0] is None][0].ids) == 6
+    assert notes == ["prompts cut to the context of 6 tokens: 0 (1 of 1)"]
+
+
+def test_a_beginning_of_no_token_is_no_prompt() -> None:
+    prompts = make_prompts(["日本"]).prompts
+    pair = (tiny_tokenizer(), tiny_tokenizer())
+    pair[1].add_tokens(["本"])  # else the two would read the same
+    for tokenizer in pair:
+        tokenizer.backend_tokenizer.post_processor = None  # no BOS
+    options = TokenOptions(contexts=(2, 1), truncate=True, align="text")
+    with pytest.raises(
+        PromptTooLongError, match="no beginning that fits the models' contexts of 2 and 1 tokens"
+    ):
+        tokenize_pair(prompts, *pair, options)
+
+
+def test_special_tokens_that_a_template_does_not_write_are_not_told_of() -> None:
+    theirs = tiny_tokenizer()
+    theirs.add_special_tokens({"bos_token": "<|b|>"})
+    prompts = make_prompts(["Hello"]).prompts
+    for template, n_notes in (("{{ messages[0]['content'] }}", 0), ("{{ bos_token }}a", 1)):
+        options = TokenOptions(template, align="text")
+        _, _, notes = tokenize_pair(prompts, tiny_tokenizer(), theirs, options)
+        assert sum("begin and end a text with other tokens ('<s>'" in note for note in notes) == n_notes
+
+
 def test_the_shorter_context_of_the_two_counts(tmp_path: Path, base_folder: Path) -> None:
     longer = save_model(tmp_path / "longer", tiny_llama(max_position_embeddings=128), tiny_tokenizer())
     assert activation_diff(longer, longer, [marks(128)]).prompts[0].n_tokens == 128

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from architectures import build
+from architectures import CAUSAL, ENCODER_DECODERS, ENCODERS, MULTIMODAL, UNBUILDABLE, build
 from factories import save_model, tiny_llama, tiny_tokenizer
 from layouts import (
     METADATA,
@@ -415,6 +415,18 @@ def test_a_tied_table_is_held_where_its_head_is(headless: tuple[Path, Path], tmp
 
     renamed = edit_weights(headless[0], tmp_path / "renamed", rename)
     assert not any("its files lack" in note for note in weight_diff(renamed, renamed).notes)
+
+
+EVERY = [n for n in (*CAUSAL, *ENCODERS, *ENCODER_DECODERS, *MULTIMODAL) if n not in UNBUILDABLE]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_whole_checkpoint_lacks_nothing(name: str, tmp_path: Path) -> None:
+    """One stored tensor may be several parameters: Sarvam's queries, keys and values."""
+    folder = save_model(tmp_path / "model", build(name))
+    diff = weight_diff(folder, folder)
+    assert diff.record.unmatched == []
+    assert not any("its files lack" in note for note in diff.notes)
 
 
 def test_an_expert_that_no_file_holds_is_named(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import codecs
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import zip_longest
@@ -148,7 +149,7 @@ def _fit(
     if not cut:
         return []
     which = f"{listed(cut)} ({len(cut)} of {len(texts)})"
-    if limits[0] == limits[1]:
+    if limits[0] == limits[1] or None in limits:
         return [f"prompts cut to the context of {context} tokens: {which}"]
     return [f"prompts cut to what fits both contexts, of {limits[0]} and {limits[1]} tokens: {which}"]
 
@@ -173,6 +174,11 @@ def _cut_apart(
     n_characters = bisect_left(range(1, len(text) + 1), True, key=is_over)
     for ids, shorter in zip(readings, encoded(n_characters), strict=True):
         ids[index] = shorter
+    if not all(ids[index] for ids in readings):
+        raise PromptTooLongError(
+            f"{_named(index, texts.prompts[index])} has no beginning that fits the models' contexts of "
+            f"{limits[0]} and {limits[1]} tokens. Leave it out."
+        )
 
 
 def render_chats(prompts: Sequence[Prompt], tokenizer: Any, template: str | None) -> list[str] | None:
@@ -206,7 +212,7 @@ def _encode(
     for start in range(0, len(indices), PORTION):
         # A tokenizer.json may carry a fixed padding or truncation: both are said here, always.
         portion = indices[start : start + PORTION]
-        with _Reading(portion[0], portion[-1]):
+        with _Reading(portion[0], portion[-1]), _cut_at_the_end(tokenizer):
             encoded = tokenizer(
                 texts.some(portion),
                 add_special_tokens=texts.special,
@@ -215,6 +221,17 @@ def _encode(
                 max_length=most,
             )
         yield from (array("i", ids) for ids in encoded["input_ids"])
+
+
+@contextmanager
+def _cut_at_the_end(tokenizer: Any) -> Iterator[None]:
+    """Some chat models' tokenizers would cut the beginning."""
+    before = tokenizer.truncation_side
+    tokenizer.truncation_side = "right"
+    try:
+        yield
+    finally:
+        tokenizer.truncation_side = before
 
 
 @dataclass(frozen=True)
@@ -242,12 +259,13 @@ class _Reading:
 def _other_special_tokens(tokenizers: tuple[Any, Any], rendered: Sequence[str] | None) -> list[str]:
     """A note where a template wrote special tokens that the other model calls otherwise."""
     names = [(t.bos_token, t.eos_token) for t in tokenizers]
-    if rendered is None or names[0] == names[1]:
+    own = {name for pair in zip(*names, strict=True) if pair[0] != pair[1] for name in pair if name}
+    if not any(name in text for text in rendered or () for name in own):
         return []
     ours, theirs = (" and ".join(repr(name) for name in side) for side in names)
     return [
         f"the two tokenizers begin and end a text with other tokens ({ours}; {theirs}), and both models read "
-        "those of the one whose chat template it is, the first with a template of a file"
+        "those that the chat template wrote"
     ]
 
 

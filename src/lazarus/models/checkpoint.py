@@ -226,7 +226,8 @@ def natural_key(key: str) -> Any:
 class KeyMap:
     """Which stored tensors make which parameters of a model, by their keys.
 
-    `sources` has, for each target, the keys that are collected for it; `mapping` is transformers' own.
+    `sources` has, for each target, the keys that are collected for it, and `made` all that comes of these:
+    more than the targets, where one stored tensor is split. `mapping` is transformers' own.
     """
 
     def __init__(self, model: PreTrainedModel, keys: Iterable[str]) -> None:
@@ -236,6 +237,7 @@ class KeyMap:
         self._names = model.state_dict()
         self._prefix = model.base_model_prefix
         self._converted: set[str] = set()
+        self.made: set[str] = set()
         self.sources = self._find_sources(keys)
 
     def is_plain(self, target: str) -> bool:
@@ -257,8 +259,13 @@ class KeyMap:
                 target, pattern = rename_source_key(key, [], [], prefix, names)
             if target in names:
                 sources.setdefault(target, []).append(key)
+                self.made.add(target)
                 if pattern is not None:
                     self._converted.add(target)
+                    first, *others = next(
+                        c for c in converters if pattern in c.source_patterns
+                    ).target_patterns
+                    self.made |= {target.replace(first, other) for other in others}
         return {target: tuple(found) for target, found in sources.items()}
 
 

@@ -34,7 +34,7 @@ class CompareOptions:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 1:
+        if isinstance(self.top_k, bool) or self.top_k < 1:
             raise UsageError(f"--top-k {self.top_k}: give a number of at least 1.")
         parse_track(self.track)
         check_choice("dtype", self.dtype, DTYPES)

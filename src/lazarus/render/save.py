@@ -158,12 +158,15 @@ def check_outputs(paths: Sequence[str], command: str, inputs: Sequence[str] = ()
 
 
 def _is_ours(path: str) -> bool:
-    """Whether a file in a model's folder may be an earlier output, and not a part of the model."""
-    file = Path(path)
-    if file.suffix.lower() == ".json" and file.is_file():
-        with file.open("rb") as stream:
-            return b'"schema_version"' in stream.read(200)
-    return file.suffix.lower() in _KNOWN and file.name != "README.md"
+    """Whether a file in a model's folder may be an earlier output, and not a part of the model.
+
+    What has no suffix of another format is JSON.
+    """
+    file, suffix = Path(path), Path(path).suffix.lower()
+    if suffix in _KNOWN - {".json"} or not file.is_file():
+        return file.name != "README.md"
+    with file.open("rb") as stream:
+        return b'"schema_version"' in stream.read(200)
 
 
 def check_output(path: str, command: str) -> None:

@@ -59,7 +59,7 @@ LENS_METRICS: dict[str, Metric] = {
             "1",
             "yes or no",
             "",
-            "argmax p₁ and argmax p₂ have the same text",
+            "argmax p₁ and argmax p₂ are one token: one id, or one text where the vocabularies differ",
             "at a layer of model 1 and its counterpart in model 2",
         ),
     )

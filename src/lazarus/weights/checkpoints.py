@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, runtime_checkable
@@ -90,11 +90,13 @@ def read_checkpoint(source: Source, options: WeightOptions) -> Checkpoint:
         ModelError: its configuration or its files cannot be read, or its weights are refused.
     """
     structure = learn_structure(source, options.layers_path, trust_remote_code=options.trust_remote_code)
+    notes = [*structure.notes]
     if source.gguf_file:
-        store, stored = None, list(_read_gguf(structure))
+        stored, made = _read_gguf(structure)
     else:
         store = open_store(structure.opened, allow_pickle=options.allow_pickle)
-        stored = list(_read_files(structure, store))
+        stored, made = _read_files(structure, store)
+        notes += store.notes
     if not stored:
         raise WeightsError(f"{source.name}: there is no tensor in its files. Fetch the model again.")
     entries = _entries(structure, stored)
@@ -107,21 +109,27 @@ def read_checkpoint(source: Source, options: WeightOptions) -> Checkpoint:
         n_tensors=len(stored),
         n_parameters=sum(math.prod(each.shape) for each in stored),
         stored_dtype=_usual_type(stored),
-        notes=(*structure.notes, *(store.notes if store else ()), *_lacking(structure, stored)),
+        notes=(*notes, *_lacking(structure, stored, made)),
     )
 
 
-def _read_files(structure: Structure, store: Store) -> Iterator[Stored]:
-    """The tensors of safetensors or .bin files."""
-    known = {} if structure.model is None else _paths(structure.model, store.shapes)
+def _read_files(structure: Structure, store: Store) -> tuple[list[Stored], set[str]]:
+    """The tensors of safetensors or .bin files, and the parameters that come of them."""
+    known: dict[str, tuple[str, int]] = {}
+    made: set[str] = set()
+    if structure.model is not None:
+        keys = KeyMap(structure.model, store.shapes)
+        known, made = _paths(structure.model, keys), keys.made
+    stored = []
     for key, shape in store.shapes.items():
         path, order = known.get(key, (key, _LAST))
-        yield Stored(key, path, order, shape, store.dtypes[key], partial(store.view, key))
+        stored.append(Stored(key, path, order, shape, store.dtypes[key], partial(store.view, key)))
+    return stored, made
 
 
-def _paths(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, tuple[str, int]]:
+def _paths(model: PreTrainedModel, keys: KeyMap) -> dict[str, tuple[str, int]]:
     """For each key, its path and its order: a piece of a parameter has a path as if it were one itself."""
-    keys, order = KeyMap(model, stored), {name: place for place, name in enumerate(model.state_dict())}
+    order = {name: place for place, name in enumerate(model.state_dict())}
     return {
         key: (target if keys.is_plain(target) else keys.renamed(key), order[target])
         for target, sources in keys.sources.items()
@@ -129,18 +137,21 @@ def _paths(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, tuple[str
     }
 
 
-def _read_gguf(structure: Structure) -> Iterator[Stored]:
-    """The tensors of a GGUF file, with every expert of a stack by itself."""
+def _read_gguf(structure: Structure) -> tuple[list[Stored], set[str]]:
+    """The tensors of a GGUF file, every expert of a stack by itself, and the parameters that come of them."""
     source, model = structure.opened.source, structure.model
     assert source.gguf_file is not None
     assert model is not None
     order = {name: place for place, name in enumerate(model.state_dict())}
+    stored, made = [], set()
     with translated(source.name):
         file = GgufFile(source.gguf_file, model)
         for tensor in file.tensors():
             view = partial(file.view, tensor.key, tensor.expert)
             place = order.get(tensor.target, _LAST)
-            yield Stored(tensor.key, tensor.path, place, tensor.view.shape, tensor.view.dtype, view)
+            stored.append(Stored(tensor.key, tensor.path, place, tensor.view.shape, tensor.view.dtype, view))
+            made.add(tensor.target)
+    return stored, made
 
 
 def _entries(structure: Structure, stored: Iterable[Stored]) -> dict[Place, Entry]:
@@ -169,15 +180,15 @@ def _tied(structure: Structure, entries: Mapping[Place, Entry]) -> dict[Place, P
     }
 
 
-def _lacking(structure: Structure, stored: Iterable[Stored]) -> list[str]:
-    """A note on the parameters that the model has and no file holds, or not all of their pieces."""
+def _lacking(structure: Structure, stored: Iterable[Stored], made: set[str]) -> list[str]:
+    """A note on the parameters that no file holds, or of which not all pieces are there."""
     if structure.model is None:
         return []
     pieces: dict[int, list[int]] = defaultdict(list)
     for each in stored:
         pieces[each.order].append(math.prod(each.shape))
     order = {name: place for place, name in enumerate(structure.model.state_dict())}
-    held = {name for name, place in order.items() if place in pieces}
+    held = set(made)
     ties: dict[str, str] = structure.model.all_tied_weights_keys
     held |= {tied for tied, owner in ties.items() if owner in held}
     held |= {owner for tied, owner in ties.items() if tied in held}

@@ -49,7 +49,8 @@ class Product:
         """The part that is whole rows, or whole columns, of the matrix; None of any other."""
         n_rows, n_columns = self.matrix
         dims, index = take.dims, take.index
-        if dims[-1] == n_columns and len(index) < len(dims):
+        has_rows = any(isinstance(each, slice) for each in index) or len(index) < len(dims) - 1
+        if dims[-1] == n_columns and len(index) < len(dims) and has_rows:
             return Product(self.left[torch.arange(n_rows).view(dims[:-1])[index].reshape(-1)], self.right)
         if dims[0] == n_rows and index[0] == slice(None):
             columns = torch.arange(n_columns).view(dims[1:])[index[1:]]

@@ -71,7 +71,7 @@ def cut(name: str) -> str:
 
 
 def without_counterpart(count: int) -> str:
-    """How many tensors could not be compared."""
+    """How many tensors could not be compared, or not in full."""
     return f"{counted(count, 'tensor')} {'has' if count == 1 else 'have'} no counterpart of the same shape"
 
 

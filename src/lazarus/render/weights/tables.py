@@ -1,4 +1,4 @@
-"""The tables that need no script: layers, what is outside them, what could not be compared, the updates."""
+"""The tables that need no script: layers, what is outside them, what has no counterpart, the updates."""
 
 from __future__ import annotations
 
