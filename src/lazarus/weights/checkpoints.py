@@ -181,9 +181,13 @@ def _tied(structure: Structure, entries: Mapping[Place, Entry]) -> dict[Place, P
 
 
 def _lacking(structure: Structure, stored: Iterable[Stored], made: set[str]) -> list[str]:
-    """A note on the parameters that no file holds, or of which not all pieces are there."""
+    """A note on the parameters that no file holds, or of which not all pieces are there.
+
+    A GGUF file has whole stacks, and not every size that the configuration has.
+    """
     if structure.model is None:
         return []
+    source = structure.opened.source
     pieces: dict[int, list[int]] = defaultdict(list)
     for each in stored:
         pieces[each.order].append(math.prod(each.shape))
@@ -197,11 +201,10 @@ def _lacking(structure: Structure, stored: Iterable[Stored], made: set[str]) -> 
         sizes = pieces.get(order[name], [])
         if name not in held:
             names.append(name)
-        elif len(sizes) > 1 and sum(sizes) < parameter.numel():
+        elif source.gguf_file is None and len(sizes) > 1 and sum(sizes) < parameter.numel():
             names.append(f"{name} (in part)")
     if not names:
         return []
-    source = structure.opened.source
     return [f"{source.name}: its files lack {len(names)} of the model's parameters: {listed(names, 5)}"]
 
 
