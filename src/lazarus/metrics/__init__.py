@@ -4,6 +4,7 @@ states.py      a pair of rows → its metrics; each prompt's means over its rows
 directions.py  what all prompts have in common: the unrelated-prompt baseline, the one static shift
 cka.py         similarity of two models of any widths, on one row a prompt
 output.py      a pair of next-token distributions → how far apart they are
+rounding.py    a stored tensor held against base + update, rounded to its dtype
 traces.py      every token of a few prompts
 site.py        all of them at one site
 

@@ -1,0 +1,104 @@
+"""A stored tensor that may be base + update, rounded to the dtype in which it is stored.
+
+A merge adds an adapter's update D to the weights W of its base and rounds the sum. W lies on the stored grid
+already, so the rounding is no random error: an update below half a unit in the last place leaves W as it is.
+What a right merge gives can be computed, and so can what a wrong scaling would give: the tensor is held
+against both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+Rounding = Literal["exact", "rounded", "beyond", "unknown"]
+"""
+`exact`: every element is base + update, rounded to nearest; `rounded`: it is that but for elements that the order
+of operations may have moved by one unit; `beyond`: it is something else; `unknown`: right and wrong scalings would
+store the same, so the tensor cannot tell.
+"""
+
+WRONG_SCALINGS = (0.95, 1.05)
+"""The nearest wrong merges that must be told from the right one."""
+
+
+def unit_in_the_last_place(values: Float64[Tensor, "*shape"], dtype: torch.dtype) -> Float64[Tensor, "*shape"]:
+    """Return the distance between neighbouring numbers of `dtype` at each value.
+
+    >>> unit_in_the_last_place(torch.tensor([1.0, 3.0, 0.0], dtype=torch.float64), torch.bfloat16).tolist()[:2]
+    [0.0078125, 0.015625]
+    """
+    finfo = torch.finfo(dtype)
+    # frexp gives m in [0.5, 1) with value = m · 2ᵉ; below the smallest normal number the distance stays.
+    exponents = torch.frexp(values.abs().clamp(min=finfo.smallest_normal)).exponent - 1
+    return torch.ldexp(torch.full_like(values, finfo.eps), exponents)
+
+
+@dataclass
+class RoundingTest:
+    """Accumulates, over parts of one tensor, how its stored elements X compare with W + D rounded.
+
+    With R(s) = round(W + s·D) − W, the coefficient c = ⟨X − W, R(1)⟩ / ⟨R(1), R(1)⟩ is 1 for a right merge, near s
+    for one with the scaling s, 0 for a skipped one and 2 for one applied twice. Every merge may differ from
+    round(W + D) in a few elements, by the order and the dtype of the operations: by one unit in the last place of the
+    largest term, no more.
+    """
+
+    dtype: torch.dtype
+    """the dtype in which X is stored"""
+    n_elements: int = 0
+    n_inexact: int = 0
+    """elements that are not W + D rounded to nearest"""
+    n_beyond: int = 0
+    """elements that are further from W + D than one unit in the last place"""
+    _squares: float = 0.0
+    _observed: float = 0.0
+    _wrong: tuple[float, ...] = (0.0,) * len(WRONG_SCALINGS)
+
+    def add(
+        self,
+        stored: Float64[Tensor, "*shape"],
+        base: Float64[Tensor, "*shape"],
+        change: Float64[Tensor, "*shape"],
+    ) -> None:
+        """Take in one part: X as stored, W, and the exact update D, all in float64."""
+        exact = base + change
+        rounded = self._rounded(exact)
+        largest = torch.maximum(torch.maximum(stored.abs(), base.abs()), change.abs())
+        near = (stored - exact).abs() <= unit_in_the_last_place(largest, self.dtype)
+        self.n_elements += stored.numel()
+        self.n_inexact += int((stored != rounded).sum())
+        self.n_beyond += int((~near).sum())  # counts what is not finite as well
+        right = (rounded - base).flatten()
+        self._squares += torch.dot(right, right).item()
+        self._observed += torch.dot((stored - base).flatten(), right).item()
+        self._wrong = tuple(
+            so_far + torch.dot((self._rounded(base + scaling * change) - base).flatten(), right).item()
+            for so_far, scaling in zip(self._wrong, WRONG_SCALINGS, strict=True)
+        )
+
+    def _rounded(self, values: Tensor) -> Tensor:
+        return values.to(self.dtype).double()
+
+    @property
+    def coefficient(self) -> float | None:
+        """c, the share of the update that is stored; None where a right merge stores none of it."""
+        return self._observed / self._squares if self._squares else None
+
+    @property
+    def result(self) -> Rounding:
+        """Return whether the tensor is base + update, rounded."""
+        if self.n_beyond:
+            return "beyond"
+        if not self.n_inexact:
+            return "exact"
+        if not self._squares or self.coefficient is None:
+            return "beyond"  # a right merge stores base as it is, and this is something else
+        nearest_wrong = min(abs(wrong / self._squares - 1) for wrong in self._wrong)
+        if nearest_wrong == 0:
+            return "unknown"
+        return "rounded" if abs(self.coefficient - 1) < nearest_wrong / 2 else "beyond"
