@@ -17,19 +17,21 @@ from torch import Tensor
 
 Rounding = Literal["exact", "rounded", "beyond", "unknown"]
 """
-`exact`: every element is base + update, rounded to nearest; `rounded`: it is that but for elements that the order
-of operations may have moved by one unit; `beyond`: it is something else; `unknown`: right and wrong scalings would
-store the same, so the tensor cannot tell.
+`exact`: every element is base + update, rounded to nearest; `rounded`: it is that but for elements that the
+order of operations may have moved by one unit; `beyond`: it is something else; `unknown`: right and wrong
+scalings would store the same, so the tensor cannot tell.
 """
 
 WRONG_SCALINGS = (0.95, 1.05)
 """The nearest wrong merges that must be told from the right one."""
 
 
-def unit_in_the_last_place(values: Float64[Tensor, "*shape"], dtype: torch.dtype) -> Float64[Tensor, "*shape"]:
+def unit_in_the_last_place(
+    values: Float64[Tensor, "*shape"], dtype: torch.dtype
+) -> Float64[Tensor, "*shape"]:
     """Return the distance between neighbouring numbers of `dtype` at each value.
 
-    >>> unit_in_the_last_place(torch.tensor([1.0, 3.0, 0.0], dtype=torch.float64), torch.bfloat16).tolist()[:2]
+    >>> unit_in_the_last_place(torch.tensor([1.0, 3.0]).double(), torch.bfloat16).tolist()
     [0.0078125, 0.015625]
     """
     finfo = torch.finfo(dtype)
@@ -42,10 +44,10 @@ def unit_in_the_last_place(values: Float64[Tensor, "*shape"], dtype: torch.dtype
 class RoundingTest:
     """Accumulates, over parts of one tensor, how its stored elements X compare with W + D rounded.
 
-    With R(s) = round(W + s·D) − W, the coefficient c = ⟨X − W, R(1)⟩ / ⟨R(1), R(1)⟩ is 1 for a right merge, near s
-    for one with the scaling s, 0 for a skipped one and 2 for one applied twice. Every merge may differ from
-    round(W + D) in a few elements, by the order and the dtype of the operations: by one unit in the last place of the
-    largest term, no more.
+    With R(s) = round(W + s·D) − W, the coefficient c = ⟨X − W, R(1)⟩ / ⟨R(1), R(1)⟩ is 1 for a right merge, near
+    s for one with the scaling s, 0 for a skipped one and 2 for one applied twice. A right merge may differ from
+    round(W + D) in a few elements, by the order and the dtype of the operations: by one unit in the last place
+    of the largest term, no more.
     """
 
     dtype: torch.dtype
