@@ -61,7 +61,9 @@ def test_a_sentence_transformer_is_its_transformer(subfolder: str, tmp_path: Pat
     diff = compare(base, folder)
     assert diff.results == compare(base, plain).results
     assert diff.record.finetuned.stored_dtype == "float32"
-    assert notes_on_models(diff) == []
+    assert notes_on_models(diff) == [
+        "not compared: pooler (pooler): differs; Pooling module (1_Pooling): only fine-tuned has it"
+    ]
 
 
 def test_an_encoder_is_compared_over_the_mean_and_needs_no_pooler(tmp_path: Path, bert: BertModel) -> None:
@@ -72,12 +74,16 @@ def test_an_encoder_is_compared_over_the_mean_and_needs_no_pooler(tmp_path: Path
         tmp_path / "without", BertModel(bert.config, add_pooling_layer=False), tiny_tokenizer()
     )
     other = compare(base, save_model(tmp_path / "masked", masked, tiny_tokenizer()))
-    assert (most(other), other.record.settings.position, notes_on_models(other)) == (0, "mean", [])
+    assert (most(other), other.record.settings.position) == (0, "mean")
+    assert notes_on_models(other) == [
+        "not compared: pooler (pooler): only base has it; LM head (cls): only fine-tuned has it"
+    ]
     diff = compare(base, without)
     assert diff.record.settings.position == "mean"
-    [note] = notes_on_models(diff)
-    assert "2 tensors that play no part in the comparison are missing" in note
-    assert "pooler.dense" in note
+    missing, outside = notes_on_models(diff)
+    assert "2 tensors that play no part in the comparison are missing" in missing
+    assert "pooler.dense" in missing
+    assert outside == "not compared: pooler (pooler): only base has it"
 
 
 def test_an_encoder_decoder_is_its_encoder(tmp_path: Path) -> None:
@@ -91,8 +97,10 @@ def test_an_encoder_decoder_is_its_encoder(tmp_path: Path) -> None:
     assert named.results == in_memory.results
     assert (named.record.base.n_layers, named.record.settings.position) == (3, "mean")
     for diff in (named, in_memory):
-        assert all("an encoder-decoder: its encoder is compared" in note for note in notes_on_models(diff))
-        assert len(notes_on_models(diff)) in (1, 2)
+        *notes, outside = notes_on_models(diff)
+        assert all("an encoder-decoder: its encoder is compared" in note for note in notes)
+        assert len(notes) in (1, 2)
+        assert outside == "not compared: decoder (decoder): differs"
 
 
 def test_a_multimodal_model_is_its_text_stack(tmp_path: Path) -> None:
@@ -115,13 +123,22 @@ def test_a_multimodal_model_is_its_text_stack(tmp_path: Path) -> None:
     text.model.load_state_dict(whole.model.language_model.state_dict())
     multimodal = save_model(tmp_path / "multimodal", whole, tiny_tokenizer())
     diff = compare(multimodal, save_model(tmp_path / "text", text, tiny_tokenizer()))
-    assert (most(diff), diff.record.base.n_layers, notes_on_models(diff)) == (0, 3, [])
+    assert (most(diff), diff.record.base.n_layers) == (0, 3)
+    parts, settings = notes_on_models(diff)
+    assert parts == (
+        "not compared: projector (model.multi_modal_projector): only base has it; "
+        "vision tower (model.vision_tower): only base has it"
+    )
+    assert settings.startswith(
+        "settings that differ: vision_config (only base has it); mm_tokens_per_image (4 "
+    )
 
     blind = edit_weights(multimodal, tmp_path / "blind", _without("vision"))
     diff = compare(multimodal, blind)
     assert most(diff) == 0
-    [note] = notes_on_models(diff)
-    assert "play no part in the comparison are missing, first model.vision_tower" in note
+    missing, outside = notes_on_models(diff)
+    assert "play no part in the comparison are missing, first model.vision_tower" in missing
+    assert "vision tower (model.vision_tower): only base has it" in outside
 
 
 def _without(part: str) -> Any:
@@ -234,7 +251,8 @@ def test_tensors_without_a_place_are_noted(
     assert diff.results == expected.results
     assert notes_on_models(diff) == [
         f"{folder}: 2 tensors of the checkpoint have no place in LlamaForCausalLM, first model.extra; "
-        "they were left out"
+        "they were left out",
+        "not compared: model.extra: only fine-tuned has it; score head (value_head): only fine-tuned has it",
     ]
 
 

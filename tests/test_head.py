@@ -94,7 +94,8 @@ def test_an_encoder_has_no_output_and_no_note_of_one() -> None:
     model = BertForMaskedLM(BertConfig(vocab_size=100, num_attention_heads=4, **sizes)).eval()
     diff = compare(model, perturbed(model))
     assert diff.record.output is None
-    assert not any("head" in note or "output" in note for note in diff.notes)
+    assert not any("next-token" in note or "output" in note for note in diff.notes)
+    assert "not compared: LM head (cls): differs" in diff.notes
 
 
 def test_a_head_that_cannot_be_run_by_itself_is_noted() -> None:
@@ -180,25 +181,31 @@ def test_a_changed_head_alone_is_a_change() -> None:
     assert diff.summary.verdict == "changed"
 
 
-def test_heads_of_two_sizes_are_compared_over_the_tokens_of_both() -> None:
+def test_tokens_that_one_head_alone_has_are_one_more_outcome() -> None:
     base = tiny_llama()
     finetuned = perturbed(base)
     finetuned.resize_token_embeddings(308, mean_resizing=False)
-    with torch.no_grad():
-        finetuned.lm_head.weight[300:] = 50.0
-    for one, other in ((base, finetuned), (finetuned, base)):
+
+    def outcomes(model: Any, ids: list[int]) -> Floats:
+        logits = whole_logits(model, ids)[-1:].astype(np.float64)
+        with np.errstate(divide="ignore"):
+            other = np.log(np.exp(logits[:, 300:]).sum(-1, keepdims=True))
+        return np.concatenate([logits[:, :300], other], axis=-1)
+
+    for one, other, infinite in (
+        (base, finetuned, "kl_finetuned_base"),
+        (finetuned, base, "kl_base_finetuned"),
+    ):
         diff = compare(one, other)
-        rows = [
-            output_metrics(whole_logits(one, ids)[-1:, :300], whole_logits(other, ids)[-1:, :300])
-            for ids in IDS
-        ]
-        assert diff.record.output is not None
-        for metric in KLS:
+        found = diff.record.output
+        assert found is not None
+        rows = [output_metrics(outcomes(one, ids), outcomes(other, ids)) for ids in IDS]
+        for metric in {*KLS} - {infinite}:
             expected = np.mean([row[metric] for row in rows])
-            assert getattr(diff.record.output, metric) == pytest.approx(expected, rel=1e-4)
-        ours, theirs = one.config.vocab_size, other.config.vocab_size
-        assert any(f"heads of {ours} and {theirs} tokens" in note for note in diff.notes)
-        assert any("over the first 300" in note for note in diff.notes)
+            assert getattr(found, metric) == pytest.approx(expected, rel=1e-4)
+        assert getattr(found, infinite) is None
+        assert any("300 are in both" in note for note in diff.notes)
+        assert any("is infinite, and null in JSON" in note for note in diff.notes)
 
 
 @pytest.mark.parametrize(("position", "n_rows"), [("last", len(IDS)), ("all", sum(map(len, IDS)) - len(IDS))])

@@ -160,6 +160,30 @@ def test_weights_that_are_lost_do_not_stop_training(tmp_path: Path, caplog: pyte
     assert "step 3 was not measured" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("gate", "met"), [({"fail_above": 1.9}, 1.0), ({"expect": "identical"}, 0.0), ({}, None)]
+)
+def test_gates_are_held_and_logged(gate: dict[str, Any], met: float | None, tmp_path: Path) -> None:
+    trainer, _ = train(tiny_llama(), tmp_path, **gate)
+    found = [entry.get("activation_diff/gate_met") for entry in logged(trainer).values()]
+    assert found == [None, *[met] * (len(found) - 1)]
+
+
+def test_a_step_that_could_not_be_measured_has_not_met_its_gate(tmp_path: Path) -> None:
+    model = tiny_llama()
+    trainer = trainer_of(model, tmp_path)
+    trainer.optimizer = _Breaks(model.parameters(), lr=1.0)
+    trainer.add_callback(ActivationDiffCallback(trainer, PROMPTS, every=3, fail_above=2.0))
+    trainer.train()
+    found = [
+        entry["activation_diff/gate_met"]
+        for entry in trainer.state.log_history
+        if "activation_diff/gate_met" in entry
+    ]
+    assert found
+    assert set(found) == {0.0}
+
+
 def test_prompts_that_do_not_fit_stop_it_before_the_first_step(tmp_path: Path) -> None:
     model = tiny_llama()
     trainer = trainer_of(model, tmp_path)

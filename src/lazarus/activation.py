@@ -41,6 +41,7 @@ from lazarus.options import (
 from lazarus.prompts import Prompt, PromptList, check_chats, make_prompts
 from lazarus.ranks import Rank, find_rank
 from lazarus.reading import Reading, read_prompts
+from lazarus.scope import find_scope
 from lazarus.shards import WorkFolder, fingerprint
 
 Prompts = str | Iterable[str | Mapping[str, Any] | Prompt] | PromptList
@@ -125,8 +126,10 @@ def activation_diff(
     notes = [*found.notes, *loaded.notes, *models[0].notes, *models[1].notes, *reading.notes]
     facts = _facts(chosen, device, pair, reading, notes)
     prefix = _share_prefix(facts, reading, pair)
-    facts = replace(facts, notes=[*facts.notes, *prefix.notes])
-    plan = replace(_plan(facts, reading, pair, folder), n_prefix=prefix.n_tokens)
+    scope = find_scope(pair, reading)
+    facts = replace(facts, notes=[*facts.notes, *prefix.notes, *scope.notes], outside=scope.outside)
+    plan = _plan(facts, reading, pair, folder)
+    plan = replace(plan, n_prefix=prefix.n_tokens, outcomes=scope.outcomes)
     product = _begin(plan, facts, reading, pair)
     facts = replace(facts, matmul=product.path, notes=[*facts.notes, *product.notes])
     with product.used():

@@ -22,6 +22,7 @@ from lazarus.results import (
     SCHEMA_VERSION,
     ActivationDiffRecord,
     LayerRecord,
+    NotCompared,
     PromptRecord,
     Readout,
     Settings,
@@ -40,6 +41,8 @@ class RunFacts:
     batch_tokens: int
     notes: Sequence[str]
     matmul: Literal["default", "onednn"] | None = None
+    outside: tuple[Sequence[NotCompared], Sequence[NotCompared]] = ((), ())
+    """what base and the fine-tuned model hold besides what was compared"""
 
 
 def assemble(
@@ -55,7 +58,8 @@ def assemble(
         NoDataError: no layer has one finite pair of states.
     """
     options, prompts = facts.options, reading.prompts
-    found = Findings(pair, measured, options.threshold, [p.group for p in prompts], options.seed)
+    groups = [p.group for p in prompts]
+    found = Findings(pair, measured, options.threshold, groups, options.seed, facts.outside)
     if pair.same_width and not any(measured.sites[layer].means.n_rows.any() for layer in found.layers):
         raise NoDataError(_why_no_data(pair))
     layers = [_layer(found, layer) for layer in found.layers]
@@ -64,8 +68,8 @@ def assemble(
         command="activation-diff",
         tool=provenance.tool(),
         created=provenance.now(),
-        base=provenance.model_info(pair.base, pair.base_conventions),
-        finetuned=provenance.model_info(pair.finetuned, pair.finetuned_conventions),
+        base=provenance.model_info(pair.base, pair.base_conventions, facts.outside[0]),
+        finetuned=provenance.model_info(pair.finetuned, pair.finetuned_conventions, facts.outside[1]),
         settings=_settings(pair, facts, measured),
         environment=provenance.environment(facts.device, facts.matmul),
         prompts=_prompts(reading),
@@ -176,6 +180,7 @@ def _settings(pair: ModelPair, facts: RunFacts, measured: Measured) -> Settings:
         noise_floor=bool(measured.noise),
         fail_above=options.fail_above,
         expect=options.expect,
+        only_compared=options.only_compared,
         no_split=options.no_split,
         truncate=options.truncate,
         layers_path=options.layers_path,

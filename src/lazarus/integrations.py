@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lazarus.activation import Prompts, activation_diff
-from lazarus.errors import LazarusError, UsageError
+from lazarus.errors import GateNotMetError, LazarusError, UsageError
 from lazarus.faces import ActivationDiff
 from lazarus.options import OptionArguments, make_options
 from lazarus.prompts import make_prompts
@@ -34,6 +34,10 @@ class ActivationDiffCallback(TrainerCallback):  # type: ignore[misc]  # transfor
     & Biases, Trackio): `activation_diff/max_divergence`, `/most_divergent_layer`, `/divergence_layer_N` (1 −
     cosine similarity, 0 to 2, mean over prompts), and, of causal models, `/kl_base_finetuned` (nats) and
     `/top1_agreement` (0 to 1). `last` is the latest result, whole.
+
+    Gates (`fail_above`, `expect`) are held at every measurement after the first: `activation_diff/gate_met`
+    is 1 or 0, with a warning that says why. A step that could not be measured has not met its gate. Training
+    goes on in any case.
 
     The start is a copy of the weights that are trained; frozen ones are shared, so with an adapter it costs
     next to nothing. Where training resumes from a checkpoint, it is that checkpoint: give `base` for another
@@ -115,6 +119,7 @@ class ActivationDiffCallback(TrainerCallback):  # type: ignore[misc]  # transfor
             self._measure(kwargs["model"], state, control)
         except LazarusError as error:
             _log.warning("step %d was not measured: %s", step, error)
+            self._log(dict.fromkeys(self._gate_names(), 0.0), control)
 
     def _measure(self, model: Any, state: TrainerState, control: TrainerControl) -> None:
         assert self.base is not None
@@ -124,10 +129,33 @@ class ActivationDiffCallback(TrainerCallback):  # type: ignore[misc]  # transfor
         )
         if self.save_dir is not None:
             self.last.save(self.save_dir / f"step-{state.global_step}.json")
+        self._log(scalars(self.last) | (self._hold_gates(state) if state.global_step else {}), control)
+
+    def _gate_names(self) -> list[str]:
+        """The name under which the gates are logged; none where there is no gate."""
+        given = self.options.get("fail_above") is not None or self.options.get("expect") is not None
+        return [f"{PREFIX}/gate_met"] if given else []
+
+    def _hold_gates(self, state: TrainerState) -> dict[str, float]:
+        """Hold the latest result against the gates."""
+        assert self.last is not None
+        try:
+            self.last.check_gates(
+                fail_above=self.options.get("fail_above"),
+                expect=self.options.get("expect"),
+                only_compared=self.options.get("only_compared", False),
+            )
+        except GateNotMetError as error:
+            _log.warning("step %d: %s", state.global_step, error)
+            return dict.fromkeys(self._gate_names(), 0.0)
+        return dict.fromkeys(self._gate_names(), 1.0)
+
+    def _log(self, values: dict[str, float], control: TrainerControl) -> None:
         # Logging tells the Trainer that this step has been logged. It has not: the loss is still to come, and
         # all processes gather it together.
         should_log = control.should_log
-        self.trainer.log(scalars(self.last))
+        if values:
+            self.trainer.log(values)
         control.should_log = should_log
 
 

@@ -19,6 +19,7 @@ from lazarus.metrics import (
     MOST_KEPT,
     OUTPUT_METRICS,
     ROW_METRICS,
+    Outcomes,
     PromptMeans,
     Rows,
     RowValues,
@@ -57,6 +58,8 @@ class Plan:
     """how many first tokens, the same in all prompts, run once"""
     token_prompts: Literal["auto"] | Sequence[int] = ()
     """the prompts of which every token is kept; auto leaves the choice to what they turn out to be"""
+    outcomes: Outcomes | None = None
+    """which next tokens both models have; None where every id is the same token in both"""
     folder: WorkFolder | None = None
     """where the work is kept, and shared with other processes"""
 
@@ -200,7 +203,7 @@ class _Totals:
                 self._trial(int(trial), named[site]).add(means)
 
     def _take_logits(self, found: StatePair) -> None:
-        values = compare_logits(found.base, found.finetuned)
+        values = compare_logits(found.base, found.finetuned, self.plan.outcomes)
         self.output.update(found.prompts, values)
         for rows, prompts in self.repeats.copies(found.prompts):
             at = rows.to(values.values.device)

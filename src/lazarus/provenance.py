@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -11,7 +12,7 @@ import transformers
 
 from lazarus.engine import Conventions
 from lazarus.models import LoadedModel
-from lazarus.results import Environment, ModelInfo, Tool
+from lazarus.results import Environment, ModelInfo, NotCompared, Tool
 from lazarus.version import __version__
 
 
@@ -25,8 +26,10 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def model_info(model: LoadedModel, conventions: Conventions) -> ModelInfo:
-    """One of the two models, as it was run."""
+def model_info(
+    model: LoadedModel, conventions: Conventions, outside: Sequence[NotCompared] = ()
+) -> ModelInfo:
+    """Describe one of the two models as it was run, and what it holds `outside` of what was compared."""
     return ModelInfo(
         id=model.name,
         revision=model.revision,
@@ -38,6 +41,7 @@ def model_info(model: LoadedModel, conventions: Conventions) -> ModelInfo:
         run_dtype=model.run_dtype,
         attention=getattr(model.model.config, "_attn_implementation", None),
         adapter=model.adapter,
+        not_compared=list(outside),
     )
 
 

@@ -36,6 +36,7 @@ def activation_diff(
     no_noise_floor: a.NoNoiseFloor = False,
     fail_above: a.FailAbove = None,
     expect: a.Expect = None,
+    only_compared: a.OnlyCompared = False,
     chat_template: a.ChatTemplate = "none",
     no_split: a.NoSplit = False,
     truncate: a.Truncate = False,
@@ -112,7 +113,8 @@ def _compare(
     if not leads():
         return
     print_and_save(f"\n{text.table(diff.record)}\n\n{text.summary(diff.record)}", diff, outputs)
-    diff.check_gates(fail_above=options.get("fail_above"), expect=options.get("expect"))
+    gates = {name: options[name] for name in ("fail_above", "expect", "only_compared") if name in options}
+    diff.check_gates(**gates)
 
 
 def _observer(quiet: bool, debug: bool, *, saves: bool) -> ConsoleObserver:

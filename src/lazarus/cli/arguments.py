@@ -117,6 +117,14 @@ Expect = Annotated[
         show_default="off",
     ),
 ]
+OnlyCompared = Annotated[
+    bool,
+    _option(
+        "--only-compared",
+        panel=COMPARE,
+        help="Gates look at what was compared, and not at what else the two checkpoints hold.",
+    ),
+]
 FailAbove = Annotated[
     float | None,
     _option(

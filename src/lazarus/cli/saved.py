@@ -30,6 +30,7 @@ def show(
     threshold: a.AnotherThreshold = None,
     fail_above: a.FailAbove = None,
     expect: a.Expect = None,
+    only_compared: a.OnlyCompared = False,
     debug: a.Debug = False,
 ) -> None:
     """Show a saved result again: print it, save it in other formats, hold it against gates.
@@ -47,10 +48,10 @@ def show(
         found = load_result(Path(result).expanduser())
         check_outputs(output or [], found.record.command, [result])
         if isinstance(found, Comparison):
-            if (threshold, fail_above, expect) != (None, None, None):
+            if (threshold, fail_above, expect, only_compared) != (None, None, None, False):
                 raise UsageError(
                     f"{result}: a result of compare, which has no threshold and no gates. Leave --threshold, "
-                    "--fail-above and --expect out."
+                    "--fail-above, --expect and --only-compared out."
                 )
             print_and_save(str(found), found, output or [])
             return
@@ -58,7 +59,7 @@ def show(
         if threshold is not None:
             found = found.with_threshold(threshold)
         print_and_save(str(found), found, output or [])
-        found.check_gates(fail_above=fail_above, expect=expect)
+        found.check_gates(fail_above=fail_above, expect=expect, only_compared=only_compared)
 
 
 @app.command()

@@ -21,6 +21,7 @@ def weight_diff(
     spectrum: a.SpectrumOption = False,
     fail_above: a.WeightFailAbove = None,
     expect: a.WeightExpect = None,
+    only_compared: a.OnlyCompared = False,
     layers_path: a.LayersPath = None,
     seed: a.Seed = 0,
     allow_pickle: a.AllowPickle = False,
@@ -56,4 +57,4 @@ def weight_diff(
             diff = run(base, finetuned, observer=observer, **options)
         if leads():
             print_and_save(f"\n{text.table(diff.record)}\n\n{text.summary(diff.record)}", diff, output)
-        diff.check_gates(fail_above=fail_above, expect=expect)
+        diff.check_gates(fail_above=fail_above, expect=expect, only_compared=only_compared)

@@ -5,6 +5,7 @@ recorder.py    the states at every site of one model's forward pass
 head.py        a model's own head on a few rows
 local.py       the fine-tuned model's blocks on base's states: what each block itself changes
 probe.py       one short pass that learns how a model's blocks behave, and checks it
+coverage.py    the tensors that a comparison can see
 pair.py        two models, what they have in common, and what cannot be asked of them
 past.py        what a model has read already, and its cache of it
 side.py        one of the two models, ready to run batches
@@ -18,6 +19,7 @@ product.py     how float32 matrices are multiplied on a CPU
 noise.py       base against base, with what ought not to matter changed
 """
 
+from lazarus.engine.coverage import Coverage, find_coverage
 from lazarus.engine.head import Head
 from lazarus.engine.noise import NoisePlan, one_ulp_away, pick_sample, run_noise
 from lazarus.engine.pair import ModelPair, check_shapes, learn_pair
@@ -32,6 +34,7 @@ from lazarus.engine.work import Tagged, Work
 
 __all__ = [
     "Conventions",
+    "Coverage",
     "Head",
     "ModelPair",
     "NoisePlan",
@@ -49,6 +52,7 @@ __all__ = [
     "common_prefix",
     "compared_tokens",
     "confirm_product",
+    "find_coverage",
     "head_reads_blocks",
     "learn",
     "learn_pair",

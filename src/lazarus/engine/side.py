@@ -145,12 +145,11 @@ def joined(parts: Sequence[States]) -> States:
 def logit_pairs(
     base: Head | None, finetuned: Head | None, ours: States, theirs: States
 ) -> Iterator[StatePair]:
-    """Both models' logits at the rows that the heads read, a few rows at a time, over the common tokens."""
+    """Both models' logits at the rows that the heads read, a few rows at a time, each over its own tokens."""
     if base is None or finetuned is None:
         return
     n_rows = max(1, MOST_LOGITS // base.n_tokens)
     for start in range(0, len(ours.head_rows), n_rows):
         part = slice(start, start + n_rows)
         b, f = base.logits(ours.head_rows[part]), finetuned.logits(theirs.head_rows[part])
-        common = min(b.shape[1], f.shape[1])
-        yield StatePair("logits", ours.head_prompts[part], b[:, :common], f[:, :common])
+        yield StatePair("logits", ours.head_prompts[part], b, f)

@@ -15,6 +15,7 @@ from lazarus.results import (
     ResultRows,
     SiteRecord,
     Summary,
+    differing,
     flag_above,
 )
 
@@ -109,14 +110,20 @@ class ActivationDiff(Face[ActivationDiffRecord]):
         """
         check_gates(fail_above, expect)
 
-    def check_gates(self, *, fail_above: float | None = None, expect: str | None = None) -> None:
+    def check_gates(
+        self, *, fail_above: float | None = None, expect: str | None = None, only_compared: bool = False
+    ) -> None:
         """Hold the result against gates: no layer's divergence above `fail_above`, 0 to 2; a verdict of
-        `identical` (or within the noise) or of `changed`.
+        `identical` (or within the noise or the rounding of the stored weights) or of `changed`.
+
+        A gate is met by what was measured: a prompt that was left out fails `fail_above` and `identical`.
+        What was not compared fails `identical` where it differs or is not known, unless `only_compared`.
 
         Raises:
             UsageError: a value that is no gate.
-            GateNotMetError: a layer's divergence is above the limit, or could not be measured; or the
-                models are not what was expected of them, beyond the noise, or no verdict could be given.
+            GateNotMetError: a layer's divergence is above the limit, or could not be measured on every
+                prompt; or the models are not what was expected of them, beyond the noise, or no verdict
+                could be given.
         """
         check_gates(fail_above, expect)
         if fail_above is not None:
@@ -124,8 +131,29 @@ class ActivationDiff(Face[ActivationDiffRecord]):
         verdict = self.summary.verdict
         if expect is not None and (verdict is None or (verdict == "changed") != (expect == "changed")):
             raise GateNotMetError(f"--expect {expect}: {text.verdict(self.record)}")
+        if expect == "identical":
+            self._check_whole("--expect identical")
+            others = differing(self.record.base.not_compared, self.record.finetuned.not_compared)
+            if others and not only_compared:
+                raise GateNotMetError(
+                    f"--expect identical: {text.verdict(self.record)}. --only-compared leaves that out."
+                )
+
+    def _check_whole(self, gate: str) -> None:
+        """Refuse a result in which prompts are missing: a gate is met only by what was measured."""
+        summary, n_prompts = self.summary, len(self.prompts)
+        left_out = summary.n_prompts_left_out
+        if left_out is None:  # saved by an earlier version
+            left_out = max(n_prompts - layer.n_prompts for layer in self.layers)
+        for n_left_out, what in ((left_out, "states"), (summary.n_outputs_left_out, "logits")):
+            if n_left_out:
+                raise GateNotMetError(
+                    f"{gate}: {n_left_out} of {n_prompts} prompts have {what} that could not be compared; "
+                    "see the notes."
+                )
 
     def _check_limit(self, limit: float) -> None:
+        self._check_whole(f"--fail-above {limit:g}")
         for layer in self.layers:
             if layer.divergence is None:
                 raise GateNotMetError(

@@ -11,7 +11,7 @@ from lazarus.faces.face import Face, data_frame
 from lazarus.options import check_weight_gates
 from lazarus.options.checks import check_change
 from lazarus.render.weights import figure, notebook, table, text
-from lazarus.results import TensorRecord, WeightDiffRecord, WeightLayerRecord, WeightSummary
+from lazarus.results import TensorRecord, WeightDiffRecord, WeightLayerRecord, WeightSummary, differing
 
 if TYPE_CHECKING:
     import pandas
@@ -91,9 +91,13 @@ class WeightDiff(Face[WeightDiffRecord]):
         """
         check_weight_gates(fail_above, expect)
 
-    def check_gates(self, *, fail_above: float | None = None, expect: str | None = None) -> None:
+    def check_gates(
+        self, *, fail_above: float | None = None, expect: str | None = None, only_compared: bool = False
+    ) -> None:
         """Hold the result against gates: no tensor's relative change above `fail_above`; a verdict of
         `identical` or of `changed`.
+
+        What was not compared fails `identical` where it differs or is not known, unless `only_compared`.
 
         Raises:
             UsageError: a value that is no gate.
@@ -105,6 +109,11 @@ class WeightDiff(Face[WeightDiffRecord]):
             self._check_limit(fail_above)
         if expect is not None and self.summary.verdict != expect:
             raise GateNotMetError(f"--expect {expect}: {text.verdict(self.record)}")
+        others = differing(self.record.base.not_compared, self.record.finetuned.not_compared)
+        if expect == "identical" and others and not only_compared:
+            raise GateNotMetError(
+                f"--expect identical: {text.verdict(self.record)}. --only-compared leaves that out."
+            )
 
     def _check_limit(self, limit: float) -> None:
         said = f"--fail-above {limit:g}:"

@@ -68,13 +68,17 @@ def _noise(found: Findings) -> list[str]:
 def _output(found: Findings) -> list[str]:
     pair = found.pair
     if found.output is not None:
-        sizes = [int(m.model.config.get_text_config().vocab_size) for m in (pair.base, pair.finetuned)]
-        if sizes[0] != sizes[1]:
-            return [
-                f"heads of {sizes[0]} and {sizes[1]} tokens: next-token distributions are compared over the "
-                f"first {min(sizes)}"
-            ]
-        return []
+        kinds = {
+            "KL(base‖fine-tuned)": (found.output.kl_base_finetuned, "fine-tuned"),
+            "KL(fine-tuned‖base)": (found.output.kl_finetuned_base, "base"),
+        }
+        infinite = [(name, model) for name, (value, model) in kinds.items() if value is None]
+        return [
+            f"{name} is infinite, and null in JSON: {model} gives the probability 0 to tokens that the "
+            "other can give"
+            for name, model in infinite
+            if found.output.js is not None
+        ]
     if pair.align == "text" or not (pair.base_conventions.causal and pair.finetuned_conventions.causal):
         return []
     return ["no next-token head that can be run by itself: the effect on the output was not measured"]

@@ -19,10 +19,12 @@ from lazarus.results import (
     GroupCurve,
     Groups,
     LocalChange,
+    NotCompared,
     Output,
     ResultRows,
     Summary,
     Verdict,
+    differing,
     finite_or_none,
 )
 from lazarus.statistics import (
@@ -48,6 +50,8 @@ class Findings:
     threshold: float
     groups_of_prompts: Sequence[str | None]
     seed: int
+    outside: tuple[Sequence[NotCompared], Sequence[NotCompared]] = ((), ())
+    """what base and the fine-tuned model hold besides what was compared"""
 
     @cached_property
     def layers(self) -> list[int]:
@@ -125,7 +129,7 @@ class Findings:
 
     @cached_property
     def verdict(self) -> Verdict | None:
-        """Whether anything changed beyond the noise; None where the noise, or the logits, are not known.
+        """The verdict on what was compared; None where the noise, or some states or logits, are not known.
 
         A state that is zero or not finite in one of the models alone has changed, though it has no cosine.
         """
@@ -137,7 +141,19 @@ class Findings:
         if not self.floors and any(value != 0 for value in seen.values()):
             return None
         found = find_verdict(seen, self.floors)
-        return None if self.measured.output.n_excluded.any() and found != "changed" else found
+        is_whole = not (self.n_prompts_left_out or self.n_outputs_left_out)
+        return found if is_whole or found == "changed" else None
+
+    @cached_property
+    def n_prompts_left_out(self) -> int:
+        """The number of prompts of which a state, at any site, could not be compared."""
+        left_out = [site.n_unmeasured > 0 for site in self.measured.sites.values()]
+        return int(np.logical_or.reduce(left_out).sum())
+
+    @cached_property
+    def n_outputs_left_out(self) -> int:
+        """The number of prompts of which logits were not finite in one of the models."""
+        return int((self.measured.output.n_excluded > 0).sum())
 
     @cached_property
     def output(self) -> Output | None:
@@ -180,15 +196,20 @@ class Findings:
         largest = max(measured, key=lambda layer: measured[layer], default=None)
         flagged = [layer for layer, value in measured.items() if value > self.threshold]
         same = self.pair.same_shape and weights_identical(self.pair.base, self.pair.finetuned)
-        unchanged = self.verdict in ("identical", "within_noise")
+        unchanged = self.verdict in ("identical", "within_noise", "within_rounding")
+        others = [part.differs for part in differing(*self.outside)]
         return Summary(
             most_divergent_layer=largest,
             max_divergence=None if largest is None else measured[largest],
             first_flagged_layer=flagged[0] if flagged else None,
             n_flagged_layers=len(flagged),
             verdict=self.verdict,
-            causes=why_the_same(self.pair.base, self.pair.finetuned, same) if unchanged else [],
-            weights_identical=same,
+            causes=why_the_same(self.pair.base, self.pair.finetuned, same)
+            if unchanged and not others
+            else [],
+            weights_identical=None if same and others and True not in others else same and not others,
+            n_prompts_left_out=self.n_prompts_left_out,
+            n_outputs_left_out=self.n_outputs_left_out,
             onset_layer=self._onset(),
             most_changed_block=self._most_changed_block(),
         )

@@ -3,6 +3,7 @@
 states.py      a pair of rows → its metrics; each prompt's means over its rows
 directions.py  what all prompts have in common: the unrelated-prompt baseline, the one static shift
 cka.py         similarity of two models of any widths, on one row a prompt
+outcomes.py    the next tokens that two models both have, and those that one alone has
 output.py      a pair of next-token distributions → how far apart they are
 rounding.py    a stored tensor held against base + update, rounded to its dtype
 traces.py      every token of a few prompts
@@ -13,6 +14,7 @@ Everything here is float64: on the few rows that are compared, never on whole ac
 
 from lazarus.metrics.cka import FEWEST_FOR_CKA, MOST_KEPT, KeptRows, debiased_cka
 from lazarus.metrics.directions import Directions, normalized_divergence
+from lazarus.metrics.outcomes import Outcomes, match_outcomes
 from lazarus.metrics.output import OUTPUT_METRICS, compare_logits
 from lazarus.metrics.site import SiteMeasures, SitePlan
 from lazarus.metrics.states import (
@@ -43,6 +45,7 @@ __all__ = [
     "ROW_METRICS",
     "Directions",
     "KeptRows",
+    "Outcomes",
     "PromptMeans",
     "RowValues",
     "Rows",
@@ -56,6 +59,7 @@ __all__ = [
     "compare_rows",
     "debiased_cka",
     "divergence",
+    "match_outcomes",
     "mean_over_prompts",
     "norm_ratio",
     "normalized_divergence",

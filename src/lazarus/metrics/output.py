@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from lazarus.metrics.outcomes import Outcomes
 from lazarus.metrics.states import RowValues, to_float64
 
 OUTPUT_METRICS = (
@@ -25,38 +26,62 @@ LOGITS_AT_ONCE = 2**17
 
 
 def compare_logits(
-    base: Float[Tensor, "rows vocabulary"], finetuned: Float[Tensor, "rows vocabulary"]
+    base: Float[Tensor, "rows base_tokens"],
+    finetuned: Float[Tensor, "rows finetuned_tokens"],
+    outcomes: Outcomes | None = None,
 ) -> RowValues:
-    """The metrics of each pair of next-token distributions, from their logits, in float64.
+    """Compare each pair of next-token distributions, from their logits, in float64.
 
     KL(base‖finetuned) and KL(finetuned‖base) in nats, 0 to ∞; Jensen-Shannon divergence in nats, 0 to
     ln 2 (Lin 1991); whether the first choices are the same, 0 or 1; the rank that base gives to the
     fine-tuned model's first choice, from 1; and ‖f − b‖/‖b‖ of the logits themselves. A row with a NaN
     or +∞ is not valid; −∞ is a token that cannot come.
+
+    Where the vocabularies differ, `outcomes` says which ids are the same token. All tokens that one model
+    alone has are one more outcome. First choices are each model's own; one that base lacks ranks after all of
+    base's.
     """
     n_rows = max(1, LOGITS_AT_ONCE // base.shape[1])
     parts = [
-        _compare(b, f) for b, f in zip(*(torch.split(x, n_rows) for x in (base, finetuned)), strict=True)
+        _compare(b, f, outcomes)
+        for b, f in zip(*(torch.split(x, n_rows) for x in (base, finetuned)), strict=True)
     ]
     return RowValues(torch.cat([p.values for p in parts]), torch.cat([p.valid for p in parts]))
 
 
 def _compare(
-    base: Float[Tensor, "rows vocabulary"], finetuned: Float[Tensor, "rows vocabulary"]
+    base: Float[Tensor, "rows base_tokens"],
+    finetuned: Float[Tensor, "rows finetuned_tokens"],
+    outcomes: Outcomes | None,
 ) -> RowValues:
     b, f = to_float64(base), to_float64(finetuned)
+    agrees, rank = _first_choices(b, f, outcomes)
+    if outcomes is not None:
+        b, f = outcomes.merged(b, f)
     log_p, log_q = b.log_softmax(-1), f.log_softmax(-1)
     p, q, gap, opposite = log_p.exp(), log_q.exp(), log_p - log_q, log_q - log_p
-    first = f.argmax(-1, keepdim=True)
     columns = [
         _mean_gap(p, gap),
         _mean_gap(q, opposite),
         (_mean_gap(p, _gap_to_middle(opposite)) + _mean_gap(q, _gap_to_middle(gap))) / 2,
-        (b.argmax(-1, keepdim=True) == first).squeeze(-1).double(),
-        1 + (b > b.gather(-1, first)).sum(-1).double(),
+        agrees.double(),
+        rank.double(),
         _relative_l2(b, f),
     ]
     return RowValues(torch.stack(columns, dim=-1), ~(log_p.isnan() | log_q.isnan()).any(-1))
+
+
+def _first_choices(base: Tensor, finetuned: Tensor, outcomes: Outcomes | None) -> tuple[Tensor, Tensor]:
+    """Whether both models' first choices are one token, and the rank in base of the fine-tuned model's."""
+    ours, theirs = base.argmax(-1), finetuned.argmax(-1)
+    known = torch.ones_like(theirs, dtype=torch.bool)
+    if outcomes is not None:
+        outcome = outcomes.of_ids(theirs, 1)
+        known = outcome < outcomes.n_common
+        # One more place, for a token that base lacks; it may be the only one.
+        theirs = torch.cat([outcomes.base, torch.zeros(1, dtype=torch.long)]).to(base.device)[outcome]
+    chosen = base.gather(-1, theirs[:, None]).masked_fill(~known[:, None], -torch.inf)
+    return (ours == theirs) & known, 1 + (base > chosen).sum(-1)
 
 
 def _mean_gap(p: Tensor, gap: Tensor) -> Float[Tensor, " rows"]:

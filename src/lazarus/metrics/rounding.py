@@ -44,10 +44,10 @@ def unit_in_the_last_place(
 class RoundingTest:
     """Accumulates, over parts of one tensor, how its stored elements X compare with W + D rounded.
 
-    With R(s) = round(W + s·D) − W, the coefficient c = ⟨X − W, R(1)⟩ / ⟨R(1), R(1)⟩ is 1 for a right merge, near
-    s for one with the scaling s, 0 for a skipped one and 2 for one applied twice. A right merge may differ from
-    round(W + D) in a few elements, by the order and the dtype of the operations: by one unit in the last place
-    of the largest term, no more.
+    With R(s) = round(W + s·D) − W, the coefficient c = ⟨X − W, R(1)⟩ / ⟨R(1), R(1)⟩ is 1 for a right merge,
+    near s for one with the scaling s, 0 for a skipped one and 2 for one applied twice. A right merge may
+    differ from round(W + D) in a few elements, by the order and the dtype of the operations: by one unit in
+    the last place of the largest term, no more.
     """
 
     dtype: torch.dtype

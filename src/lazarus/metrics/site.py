@@ -52,6 +52,8 @@ class SiteMeasures:
         self.traces = TokenTraces(plan.traced)
         self.n_unlike = 0
         """pairs that are left out of every mean, zero or not finite, and not the same in both models"""
+        self.n_unmeasured = np.zeros(plan.n_prompts, dtype=np.int64)
+        """of each prompt, the pairs of which one is not finite, or one alone is zero"""
 
     def update(
         self,
@@ -66,6 +68,7 @@ class SiteMeasures:
             return
         rows = Rows.of(base, finetuned)
         self.n_unlike += rows.count_unlike()
+        np.add.at(self.n_unmeasured, prompts.cpu().numpy()[rows.unmeasured().cpu().numpy()], 1)
         values = compare_rows(rows, self.plan.centered)
         self.means.update(prompts, values)
         self.traces.update(prompts, values)
@@ -79,11 +82,14 @@ class SiteMeasures:
         for name in _PARTS:
             setattr(merged, name, getattr(self, name).merge(getattr(other, name)))
         merged.n_unlike = self.n_unlike + other.n_unlike
+        merged.n_unmeasured = self.n_unmeasured + other.n_unmeasured
         return merged
 
     def state(self) -> State:
         """What all of them have seen."""
         found = {"n_unlike": np.asarray(self.n_unlike)}
+        if self.n_unmeasured.any():
+            found["n_unmeasured"] = self.n_unmeasured
         for name in _PARTS:
             found |= within(name, getattr(self, name).state())
         return found
@@ -91,6 +97,7 @@ class SiteMeasures:
     def add(self, state: State) -> None:
         """Take in what others have seen, from their `state`."""
         self.n_unlike += state["n_unlike"].item()
+        self.n_unmeasured += state.get("n_unmeasured", 0)
         parts = parts_of(state)
         for name in _PARTS:
             getattr(self, name).add(parts.get(name, {}))

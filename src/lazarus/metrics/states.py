@@ -138,9 +138,14 @@ class Rows:
         return (self.base_length > 0) & (self.finetuned_length > 0) & total.isfinite()
 
     def count_unlike(self) -> int:
-        """How many of the pairs that are not valid are not the same in both, NaN for NaN."""
+        """Count the pairs that are not valid and not the same in both models, NaN for NaN."""
         b, f = self.base[~self.valid], self.finetuned[~self.valid]
         return int((~((b == f) | (b.isnan() & f.isnan())).all(-1)).sum())
+
+    def unmeasured(self) -> Bool[Tensor, " rows"]:
+        """Return where the two cannot be compared: one is not finite, or one alone is zero."""
+        both_zero = (self.base_length == 0) & (self.finetuned_length == 0)
+        return ~self.valid & ~both_zero
 
     def only_valid(self) -> Rows:
         """The rows that are valid; these very ones where all are."""

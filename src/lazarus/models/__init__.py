@@ -12,6 +12,9 @@ design.py      whether two models differ in their weights alone
 tokenizer.py   the tokenizer that belongs to it
 adapters.py    PEFT adapters, and two module trees over one storage
 faults.py      the faults of the libraries below, told as what to do about them
+settings.py    the settings in which two configurations differ
+outside.py     what two checkpoints hold besides what is compared
+embedders.py   the modules of a sentence-transformers model after its transformer
 sameness.py    what two models have in common in their weights, and why a fine-tune may change nothing
 anatomy.py     where a transformers model keeps its blocks, and how long its context is
 """
@@ -20,6 +23,7 @@ from lazarus.models.anatomy import Anatomy, dissect
 from lazarus.models.design import same_design
 from lazarus.models.load import LoadedModel, load_one, load_pair, wrap_model
 from lazarus.models.opening import LoadOptions
+from lazarus.models.outside import Compared, find_beside, find_outside
 from lazarus.models.pager import Pager
 from lazarus.models.paging import Footprint, estimate, fits_surely, load_paged
 from lazarus.models.reference import ModelReference, Source, parse_model
@@ -29,6 +33,7 @@ from lazarus.models.tokenizer import load_tokenizer
 
 __all__ = [
     "Anatomy",
+    "Compared",
     "Footprint",
     "LoadOptions",
     "LoadedModel",
@@ -37,6 +42,8 @@ __all__ = [
     "Source",
     "dissect",
     "estimate",
+    "find_beside",
+    "find_outside",
     "fits_surely",
     "free_bytes",
     "give_back",

@@ -187,6 +187,11 @@ def _fill(memory: memoryview, file: io.FileIO) -> None:
         done += n_read
 
 
+def read_whole(stored: StoredTensor) -> Tensor:
+    """Return a stored tensor in its stored dtype."""
+    return _Lazy(stored)[...]
+
+
 def read_rows(stored: StoredTensor, rows: Sequence[int]) -> Tensor:
     """Some rows of a stored matrix, [rows, columns], in its stored type."""
     n_bytes = stored.n_bytes // stored.shape[0]
@@ -227,14 +232,17 @@ class KeyMap:
     """Which stored tensors make which parameters of a model, by their keys.
 
     `sources` has, for each target, the keys that are collected for it, and `made` all that comes of these:
-    more than the targets, where one stored tensor is split. `mapping` is transformers' own.
+    more than the targets, where one stored tensor is split. `mapping` is transformers' own. `names` stands in
+    for the model's state dict where an adapter has put modules around the model's own.
     """
 
-    def __init__(self, model: PreTrainedModel, keys: Iterable[str]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, keys: Iterable[str], names: Mapping[str, Any] | None = None
+    ) -> None:
         # One list for all calls: some renamings hold only once an earlier key has been seen.
         self.mapping = get_model_conversion_mapping(model)
         self._renamings = [entry for entry in self.mapping if isinstance(entry, WeightRenaming)]
-        self._names = model.state_dict()
+        self._names = dict(names or model.state_dict())
         self._prefix = model.base_model_prefix
         self._converted: set[str] = set()
         self.made: set[str] = set()

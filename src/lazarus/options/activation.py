@@ -36,6 +36,7 @@ class Options:
     no_noise_floor: bool = False
     fail_above: float | None = None
     expect: Literal["identical", "changed"] | None = None
+    only_compared: bool = False
     no_split: bool = False
     truncate: bool = False
     layers_path: str | None = None
@@ -97,6 +98,7 @@ class OptionArguments(TypedDict, total=False):
     no_noise_floor: bool
     fail_above: float | None
     expect: Literal["identical", "changed"] | None
+    only_compared: bool
     no_split: bool
     truncate: bool
     layers_path: str | None

@@ -21,6 +21,7 @@ class WeightOptions:
     spectrum: bool = False
     fail_above: float | None = None
     expect: Literal["identical", "changed"] | None = None
+    only_compared: bool = False
     layers_path: str | None = None
     seed: int = 0
     allow_pickle: bool = False
@@ -40,6 +41,7 @@ class WeightArguments(TypedDict, total=False):
     spectrum: bool
     fail_above: float | None
     expect: Literal["identical", "changed"] | None
+    only_compared: bool
     layers_path: str | None
     seed: int
     allow_pickle: bool

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from lazarus.render.escape import PROMPT_CHARACTERS, escaped
-from lazarus.results import ActivationDiffRecord
+from lazarus.results import ActivationDiffRecord, differing, told
 
 MOST_LINES = 8
 BLOCKS_NAMED = 3
@@ -27,15 +27,23 @@ def summary_lines(record: ActivationDiffRecord) -> list[str]:
 
 def verdict(record: ActivationDiffRecord) -> str:
     """The verdict in a sentence or two, and for what reason nothing may have changed."""
+    others = told(differing(record.base.not_compared, record.finetuned.not_compared))
     match record.summary.verdict:
+        case "identical" if others:
+            return f"identical in what was compared, bit for bit at every site; {others}"
         case "identical":
             return f"IDENTICAL, nothing changed: bit for bit the same at every site{_weights(record)}"
+        case "within_noise" if others:
+            return f"within noise in what was compared: {_largest(record)}; {others}{_coarse(record)}"
         case "within_noise":
             return f"WITHIN NOISE, no change above it: {_largest(record)}{_weights(record)}{_coarse(record)}"
+        case "within_rounding":
+            where = f" in what was compared; {others}" if others else ""
+            return f"WITHIN ROUNDING, within rounding of the stored weights{where}: {_largest(record)}"
         case "changed":
             return f"changed: {_largest(record)}"
         case None:
-            return "none: the noise was not measured, or logits are not finite"
+            return "none: the noise was not measured, or states or logits are not finite"
 
 
 def _weights(record: ActivationDiffRecord) -> str:
@@ -63,6 +71,11 @@ def _largest(record: ActivationDiffRecord) -> str:
     measured = [(name, value, floor) for name, value, floor in places if value is not None and floor]
     above = [place for place in measured if place[1] > place[2]]
     if record.summary.verdict == "changed" and not above:
+        if record.output is not None and None in (
+            record.output.kl_base_finetuned,
+            record.output.kl_finetuned_base,
+        ):
+            return "one model can give next tokens that the other cannot; see the notes"
         return "the two have states that cannot be compared; see the notes"
     name, value, floor = max(above or measured, key=lambda place: place[1] if above else place[1] / place[2])
     return f"relative L2 {short(value)} at {name}, {_times(value / floor)} the noise floor"
@@ -128,8 +141,13 @@ def _output(record: ActivationDiffRecord) -> list[str]:
         return []
     return [
         f"Next token: first choices agree on {found.top1_agreement:.0%} of prompts; KL(base‖fine-tuned) "
-        f"{short(found.kl_base_finetuned)} nats, KL(fine-tuned‖base) {short(found.kl_finetuned_base)}"
+        f"{_nats(found.kl_base_finetuned)} nats, KL(fine-tuned‖base) {_nats(found.kl_finetuned_base)}"
     ]
+
+
+def _nats(kl: float | None) -> str:
+    """A KL divergence: null is infinite where the output was measured."""
+    return "infinite" if kl is None else short(kl)
 
 
 def _groups(record: ActivationDiffRecord) -> list[str]:

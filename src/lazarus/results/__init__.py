@@ -2,6 +2,7 @@
 
 glossary.py   what each number is called and means; lens_glossary.py those of compare
 rows.py       one row a prompt and layer, held as columns
+outside.py    what a checkpoint holds besides what was compared
 records.py    the record of activation-diff and its parts
 weights.py    the record of weight-diff
 lens.py       the record of compare
@@ -23,6 +24,7 @@ from lazarus.results.lens import (
     TokenEvolution,
 )
 from lazarus.results.lens_glossary import LENS_METRICS
+from lazarus.results.outside import SETTING, NotCompared, differing, outside_notes, told
 from lazarus.results.records import (
     SCHEMA_VERSION,
     ActivationDiffRecord,
@@ -63,6 +65,7 @@ __all__ = [
     "METRICS",
     "RECORDS",
     "SCHEMA_VERSION",
+    "SETTING",
     "WEIGHT_METRICS",
     "ActivationDiffRecord",
     "AnyRecord",
@@ -83,6 +86,7 @@ __all__ = [
     "Measures",
     "Metric",
     "ModelInfo",
+    "NotCompared",
     "Output",
     "PromptRecord",
     "Readout",
@@ -104,9 +108,12 @@ __all__ = [
     "WeightSettings",
     "WeightSummary",
     "WeightVerdict",
+    "differing",
     "finite_or_none",
     "flag_above",
     "json_schema",
+    "outside_notes",
     "read_json",
+    "told",
     "write_json",
 ]

@@ -6,11 +6,12 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, field
 
+from lazarus.results.outside import NotCompared
 from lazarus.results.rows import Layer, Record, ResultRows
 
 SCHEMA_VERSION: Literal["1.0"] = "1.0"
 
-Verdict = Literal["identical", "within_noise", "changed"]
+Verdict = Literal["identical", "within_noise", "within_rounding", "changed"]
 Cosine = Annotated[float, Meta(description="cosine similarity, -1 to 1, mean over prompts")]
 Divergence = Annotated[float, Meta(description="1 - cosine similarity, 0 to 2, mean over prompts")]
 
@@ -35,6 +36,9 @@ class ModelInfo(Record, frozen=True, kw_only=True):
     run_dtype: Annotated[str, Meta(description="type in which the model ran")]
     attention: Annotated[str | None, Meta(description="attention implementation")]
     adapter: Annotated[str | None, Meta(description="adapter, and its type, if there is one")]
+    not_compared: Annotated[
+        list[NotCompared], Meta(description="what it holds besides what was compared")
+    ] = field(default_factory=list)
 
 
 class Settings(Record, frozen=True, kw_only=True):
@@ -53,6 +57,7 @@ class Settings(Record, frozen=True, kw_only=True):
     noise_floor: bool
     fail_above: float | None
     expect: Literal["identical", "changed"] | None
+    only_compared: bool = False
     no_split: bool
     truncate: bool
     layers_path: str | None
@@ -237,12 +242,27 @@ class Summary(Record, frozen=True, kw_only=True):
     n_flagged_layers: int
     verdict: Annotated[
         Verdict | None,
-        Meta(description="bit for bit the same; different by no more than the noise; or changed"),
+        Meta(
+            description="of what was compared: bit for bit the same; different by no more than the noise, or "
+            "than the rounding of the stored weights; or changed"
+        ),
     ] = None
     causes: Annotated[
         list[str], Meta(description="where nothing changed: what was found that may explain it")
     ] = field(default_factory=list)
-    weights_identical: Annotated[bool | None, Meta(description="both run on the same weights")] = None
+    weights_identical: Annotated[
+        bool | None,
+        Meta(
+            description="both run on the same weights, and what was not compared is the same; null where the "
+            "latter is not known"
+        ),
+    ] = None
+    n_prompts_left_out: Annotated[
+        int | None, Meta(description="prompts of which a state could not be compared, and was left out")
+    ] = None
+    n_outputs_left_out: Annotated[
+        int | None, Meta(description="prompts of which the logits of one of the models were not finite")
+    ] = None
     onset_layer: Annotated[
         Layer | None, Meta(description="from here on every layer's divergence is above the noise")
     ] = None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from msgspec import Meta
+from msgspec import Meta, field
 
+from lazarus.results.outside import NotCompared
 from lazarus.results.records import Environment, Tool
 from lazarus.results.rows import Layer, Record
 
@@ -31,6 +32,9 @@ class CheckpointInfo(Record, frozen=True, kw_only=True):
     n_parameters: Annotated[int, Meta(ge=0, description="numbers in them")]
     stored_dtype: Annotated[str | None, Meta(description="type of most of the stored numbers")]
     adapter: Annotated[str | None, Meta(description="adapter, and its type, if there is one")]
+    not_compared: Annotated[
+        list[NotCompared], Meta(description="what it holds besides what was compared")
+    ] = field(default_factory=list)
 
 
 class WeightSettings(Record, frozen=True, kw_only=True):
@@ -40,6 +44,7 @@ class WeightSettings(Record, frozen=True, kw_only=True):
     spectrum: bool
     fail_above: float | None
     expect: Literal["identical", "changed"] | None
+    only_compared: bool = False
     layers_path: str | None
     seed: int
     allow_pickle: bool

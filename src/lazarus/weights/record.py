@@ -11,18 +11,21 @@ import torch
 
 from lazarus import provenance
 from lazarus.errors import NoDataError
-from lazarus.models import ModelReference
+from lazarus.models import ModelReference, find_beside
 from lazarus.options import WeightOptions
 from lazarus.results import (
     SCHEMA_VERSION,
     CheckpointInfo,
+    NotCompared,
     Spectrum,
     TensorRecord,
     WeightDiffRecord,
     WeightLayerRecord,
     WeightSettings,
     WeightSummary,
+    differing,
     finite_or_none,
+    outside_notes,
 )
 from lazarus.tokens import listed
 from lazarus.weights.checkpoints import Checkpoint
@@ -72,20 +75,28 @@ def assemble(
         )
     rows = [_row(row, each, options.threshold) for row, each in zip(matched.rows, measured, strict=True)]
     limits = _limits(matched, rows, with_spectrum=options.spectrum)
+    ours, theirs = find_beside(
+        (base.checkpoint.source, finetuned.checkpoint.source),
+        (base.checkpoint.structure.opened.config, finetuned.checkpoint.structure.opened.config),
+    )
     return WeightDiffRecord(
         schema_version=SCHEMA_VERSION,
         command="weight-diff",
         tool=provenance.tool(),
         created=provenance.now(),
-        base=_info(base),
-        finetuned=_info(finetuned),
+        base=_info(base, ours),
+        finetuned=_info(finetuned, theirs),
         settings=WeightSettings(**asdict(options)),
         environment=provenance.environment(torch.device("cpu")),
         layers=_layers(rows, measured),
         results=rows,
         unmatched=list(matched.unmatched),
-        summary=_summary(sides, rows, matched, measured),
-        notes=list(dict.fromkeys([*base.notes, *finetuned.notes, *matched.notes, *limits])),
+        summary=_summary(sides, rows, matched, measured, differing(ours, theirs)),
+        notes=list(
+            dict.fromkeys(
+                [*base.notes, *finetuned.notes, *matched.notes, *outside_notes(ours, theirs), *limits]
+            )
+        ),
     )
 
 
@@ -137,7 +148,11 @@ def _together(numbers: Sequence[Numbers]) -> float | None:
 
 
 def _summary(
-    sides: tuple[Side, Side], rows: Sequence[TensorRecord], matched: Matched, measured: Sequence[Measured]
+    sides: tuple[Side, Side],
+    rows: Sequence[TensorRecord],
+    matched: Matched,
+    measured: Sequence[Measured],
+    others: Sequence[NotCompared],
 ) -> WeightSummary:
     ranked = sorted(
         (i for i, row in enumerate(rows) if row.relative_change),
@@ -150,7 +165,7 @@ def _summary(
     has_spectrum = bool(spectra)
     return WeightSummary(
         verdict="identical" if is_same else "changed",
-        causes=_causes(sides) if is_same else [],
+        causes=_causes(sides) if is_same and not others else [],
         relative_change=_together([each.numbers for each in measured]),
         n_tensors=len(rows),
         n_changed_tensors=len(changed),
@@ -227,7 +242,7 @@ def _holds(wide: str, narrow: str) -> bool:
     return bool(torch.promote_types(one, other) == one)
 
 
-def _info(side: Side) -> CheckpointInfo:
+def _info(side: Side, outside: Sequence[NotCompared]) -> CheckpointInfo:
     checkpoint, source = side.checkpoint, side.checkpoint.source
     kind: Literal["hub", "folder", "gguf", "adapter"] = "adapter" if side.adapter else source.kind
     return CheckpointInfo(
@@ -241,4 +256,5 @@ def _info(side: Side) -> CheckpointInfo:
         n_parameters=checkpoint.n_parameters,
         stored_dtype=checkpoint.stored_dtype,
         adapter=side.adapter,
+        not_compared=list(outside),
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from lazarus.render.report.frame import Answer
 from lazarus.render.series import LayerSeries, measured
 from lazarus.render.summary import short, verdict
-from lazarus.results import ActivationDiffRecord
+from lazarus.results import ActivationDiffRecord, differing
+from lazarus.results import told as outside
 
 
 def headline(record: ActivationDiffRecord) -> str:
@@ -25,13 +26,18 @@ def _whether(record: ActivationDiffRecord) -> Answer:
     question, found = "Did anything change?", record.summary
     weights = {True: "The weights are the same.", False: "The weights differ.", None: ""}
     told = weights[found.weights_identical]
+    others = outside(differing(record.base.not_compared, record.finetuned.not_compared))
     match found.verdict:
         case "changed":
             return Answer(
                 question, "Yes", f"Above the numerical noise, which this run measured. {told}".strip()
             )
+        case "within_noise" | "identical" | "within_rounding" if others:
+            return Answer(question, "Not in what was compared", f"But {others}.")
         case "within_noise":
             return Answer(question, "No", f"Nowhere more than numerical noise. {told}".strip())
+        case "within_rounding":
+            return Answer(question, "No", "No more than the rounding of the stored weights explains.")
         case "identical":
             return Answer(question, "No", f"Bit for bit the same at every site. {told}".strip())
         case None:
@@ -90,7 +96,7 @@ def _does_it_matter(record: ActivationDiffRecord) -> Answer:
         return Answer(
             question, f"On {differ:.0%} of prompts", f"There the first choice differs. {divergence}."
         )
-    is_changed = record.summary.verdict not in ("identical", "within_noise")
+    is_changed = record.summary.verdict not in ("identical", "within_noise", "within_rounding")
     reason = f"First choices agree on every prompt; {divergence}."
     return Answer(question, "Hardly" if is_changed and found.js else "No", reason)
 

@@ -7,7 +7,8 @@ from lazarus.render.report.frame import Answer
 from lazarus.render.summary import short
 from lazarus.render.weights.grid import kind_of, pooled_change
 from lazarus.render.weights.summary import counted, cut, differ, spectra, update, verdict, without_counterpart
-from lazarus.results import TensorRecord, WeightDiffRecord
+from lazarus.results import TensorRecord, WeightDiffRecord, differing
+from lazarus.results import told as outside
 
 
 def headline(record: WeightDiffRecord) -> str:
@@ -23,6 +24,9 @@ def answers(record: WeightDiffRecord) -> list[Answer]:
 
 def _whether(record: WeightDiffRecord) -> Answer:
     question, found = "Did anything change?", record.summary
+    others = outside(differing(record.base.not_compared, record.finetuned.not_compared))
+    if found.verdict == "identical" and others:
+        return Answer(question, "Not in what was compared", f"But {escaped(others)}.")
     if found.verdict == "identical":
         causes = "; ".join(found.causes)
         told = f" Likely cause: {escaped(causes)}." if causes else ""

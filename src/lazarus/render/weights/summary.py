@@ -8,7 +8,7 @@ from statistics import median
 
 from lazarus.render.escape import escaped
 from lazarus.render.summary import short
-from lazarus.results import Spectrum, TensorRecord, UnmatchedTensor, WeightDiffRecord
+from lazarus.results import Spectrum, TensorRecord, UnmatchedTensor, WeightDiffRecord, differing, told
 
 MOST_LINES = 8
 NAMED = 3
@@ -34,18 +34,21 @@ def summary_lines(record: WeightDiffRecord) -> list[str]:
 def verdict(record: WeightDiffRecord) -> str:
     """The verdict in a sentence or two, and for what reason nothing may have changed."""
     found = record.summary
+    others = told(differing(record.base.not_compared, record.finetuned.not_compared))
+    if found.verdict == "identical" and others:
+        return f"identical in what was compared: {_the_same(found.n_tensors)}; {others}"
     if found.verdict == "identical":
         causes = "; ".join(found.causes)
         return f"IDENTICAL, nothing changed: {_the_same(found.n_tensors)}" + (
             f". Likely cause: {escaped(causes)}" if causes else ""
         )
     if not found.n_changed_tensors:
-        told = _the_same(found.n_tensors) if found.n_tensors else "no tensor is in both"
-        return f"changed: {told}, but {without_counterpart(found.n_unmatched)}"
-    told = f"changed: {differ(record)}"
+        same = _the_same(found.n_tensors) if found.n_tensors else "no tensor is in both"
+        return f"changed: {same}, but {without_counterpart(found.n_unmatched)}"
+    changed = f"changed: {differ(record)}"
     if found.relative_change is None:
-        return told
-    return f"{told}, relative change {short(found.relative_change)} overall"
+        return changed
+    return f"{changed}, relative change {short(found.relative_change)} overall"
 
 
 def differ(record: WeightDiffRecord) -> str:

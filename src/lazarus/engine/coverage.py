@@ -1,0 +1,63 @@
+"""The tensors of a model that a comparison of its hidden states and next tokens can see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lazarus.engine.head import Head
+from lazarus.engine.probe import Conventions
+from lazarus.models import Compared, LoadedModel
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What of one model is compared."""
+
+    compared: Compared
+    n_logits: int | None
+    """for how many tokens its LM head has logits; None where the head was not run"""
+
+
+def find_coverage(model: LoadedModel, conventions: Conventions, *, with_head: bool) -> Coverage:
+    """Return what of a model is compared: its text stack and, `with_head`, what makes logits of its states.
+
+    A pooler inside the stack only reads the last hidden states, so nothing that is compared depends on it.
+
+    Raises:
+        DeviceError: out of memory.
+    """
+    stack = model.anatomy.stack
+    pooler = getattr(stack, "pooler", None)
+    unread = set(pooler.modules()) if isinstance(pooler, nn.Module) else set()
+    seen: set[nn.Module] = set(stack.modules()) - unread
+    n_logits = None
+    if with_head and conventions.head_reads is not None:
+        n_logits, ran = _run_head(Head(model, conventions.head_reads), model)
+        seen |= ran
+    tensors = model.model.state_dict(keep_vars=True)
+    modules = {n for n, m in model.model.named_modules(remove_duplicate=False) if m in seen}
+    found = {id(tensor) for name, tensor in tensors.items() if name.rpartition(".")[0] in modules}
+    names = frozenset(name for name, tensor in tensors.items() if id(tensor) in found)
+    return Coverage(Compared(frozenset(modules), names), n_logits)
+
+
+def _run_head(head: Head, model: LoadedModel) -> tuple[int, set[nn.Module]]:
+    """The number of logits of a row, and the modules outside the stack that ran for them."""
+    inside, ran = set(model.anatomy.stack.modules()), set[nn.Module]()
+
+    def note(module: nn.Module, _args: Any) -> None:
+        ran.add(module)
+
+    handles = [m.register_forward_pre_hook(note) for m in model.model.modules() if m not in inside]
+    try:
+        states = torch.zeros(1, model.anatomy.hidden_size, dtype=model.model.dtype, device=model.device)
+        n_logits = head.logits(states).shape[-1]
+    finally:
+        for handle in handles:
+            handle.remove()
+    ran |= set(filter(None, [model.model.get_output_embeddings()]))
+    return n_logits, ran

@@ -1,0 +1,109 @@
+"""The modules of a sentence-transformers model after its transformer: pooling, dense layers and the like."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lazarus.errors import ModelError
+from lazarus.models.checkpoint import read_headers, same_numbers
+from lazarus.models.faults import translated
+from lazarus.models.reference import Source
+from lazarus.results import NotCompared
+
+_SETTINGS = ("config_sentence_transformers.json", "sentence_bert_config.json")
+_INERT = {"__version__"}
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+Part = tuple[NotCompared | None, NotCompared | None]
+"""what base and the fine-tuned model have of it; None where one has nothing"""
+
+
+@dataclass(frozen=True)
+class _Module:
+    """One module, or one file of settings: where it is, its settings, and the file of its weights."""
+
+    what: str
+    settings: Any
+    weights: str | None = None
+
+    @property
+    def n_tensors(self) -> int:
+        """How many tensors its file holds; 1 of a pickled one, which is not opened."""
+        if self.weights is None:
+            return 0
+        return len(read_headers([self.weights])) if self.weights.endswith(".safetensors") else 1
+
+
+def embedder_parts(base: Source | None, finetuned: Source | None) -> list[Part]:
+    """Return the modules of two sentence-transformers models that come after their transformers.
+
+    Raises:
+        ModelError: a `modules.json`, or the configuration of a module, is no JSON.
+        WeightsError: a module's weights cannot be read.
+    """
+    ours, theirs = (_modules(source) if source else {} for source in (base, finetuned))
+    parts: list[Part] = []
+    for path in dict.fromkeys([*ours, *theirs]):
+        one, other = ours.get(path), theirs.get(path)
+        differs = True if one is None or other is None else _differ(one, other)
+        parts.append((_part(one, differs), _part(other, differs)))
+    return parts
+
+
+def _part(module: _Module | None, differs: bool | None) -> NotCompared | None:
+    if module is None:
+        return None
+    return NotCompared(what=module.what, n_tensors=module.n_tensors, differs=differs)
+
+
+def _modules(source: Source) -> dict[str, _Module]:
+    """The modules by their folders; none where the source is no sentence-transformers model."""
+    if source.gguf_file:
+        return {}
+    root = replace(source, subfolder="")
+    listed = root.file("modules.json")
+    if listed is None:
+        return {}
+    found = {}
+    for entry in _json(root, listed):
+        path, kind = str(entry.get("path", "")), str(entry.get("type", "")).rpartition(".")[2]
+        if not path or path == source.subfolder or kind == "Transformer":
+            continue
+        folder = replace(root, subfolder=path)
+        config = folder.file("config.json")
+        weights = next(filter(None, map(folder.file, _WEIGHTS)), None)
+        found[path] = _Module(f"{kind} module ({path})", config and _json(root, config), weights)
+    for name in _SETTINGS:
+        if (config := root.file(name)) is not None:
+            found[name] = _Module(name, _json(root, config))
+    return found
+
+
+def _json(source: Source, path: str) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{source.name}: {path} is no JSON: {error}. Fetch the model again.") from error
+
+
+def _differ(one: _Module, other: _Module) -> bool | None:
+    """Whether two modules compute something else; None where pickled weights are not the same file."""
+    if _active(one.settings) != _active(other.settings):
+        return True
+    if one.weights is None or other.weights is None:
+        return one.weights != other.weights
+    if not one.weights.endswith(".safetensors") or not other.weights.endswith(".safetensors"):
+        return False if Path(one.weights).read_bytes() == Path(other.weights).read_bytes() else None
+    with translated(one.what):
+        ours, theirs = read_headers([one.weights]), read_headers([other.weights])
+    return ours.keys() != theirs.keys() or not all(same_numbers(ours[key], theirs[key]) for key in ours)
+
+
+def _active(settings: Any) -> Any:
+    if not isinstance(settings, Mapping):
+        return settings
+    return {key: value for key, value in settings.items() if key not in _INERT}

@@ -1,0 +1,194 @@
+"""What two checkpoints hold besides what is compared, found from their files: nothing of it is loaded.
+
+transformers drops a tensor that has no place in the class that it builds, and says so at most in a warning.
+So the files are asked, not the loaded model. A model that the caller has in memory has no files: there it is
+what its modules hold outside the text stack.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from lazarus.models.checkpoint import (
+    TORCH_TYPES,
+    KeyMap,
+    StoredTensor,
+    find_files,
+    read_headers,
+    read_whole,
+    same_numbers,
+)
+from lazarus.models.embedders import embedder_parts
+from lazarus.models.faults import translated
+from lazarus.models.load import LoadedModel
+from lazarus.models.reference import Source
+from lazarus.models.settings import settings_that_differ
+from lazarus.results import SETTING, NotCompared
+
+Held = StoredTensor | Tensor
+"""a tensor in a file, or in memory"""
+
+_KINDS = (
+    (r"vision|visual|image|siglip", "vision tower"),
+    (r"audio|speech", "audio tower"),
+    (r"project|connector|merger|aligner", "projector"),
+    (r"pooler", "pooler"),
+    (r"(^|\.)score|reward|v_head|value_head", "score head"),
+    (r"classif|qa_outputs", "classification head"),
+    (r"mtp|nextn|eagle|draft", "draft layers"),
+    (r"decoder", "decoder"),
+    (r"lm_head|embed_out|cls\.predictions", "LM head"),
+)
+"""What a group of tensors is usually called, by the first pattern that its path matches."""
+_COMPUTED = re.compile(r"(.*\.)?(inv_freq|masked_bias|position_ids)")
+"""Buffers that follow from the configuration: older versions of transformers stored them."""
+_ADAPTER = re.compile(r"\.(base_layer|token_adapter|modules_to_save\.[^.]+|original_module)(?=\.)")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What of one model a comparison can see, by names in the model."""
+
+    modules: frozenset[str]
+    """the modules whose own tensors are compared"""
+    tensors: frozenset[str]
+    """these tensors, in the state dict; of tied ones, all names"""
+
+
+def find_outside(
+    base: LoadedModel, finetuned: LoadedModel, compared: tuple[Compared, Compared]
+) -> tuple[list[NotCompared], list[NotCompared]]:
+    """Return what each of two models holds besides what is compared.
+
+    Raises:
+        WeightsError: a file is gone, or was cut short since the model was loaded.
+    """
+    ours, theirs = (
+        _holdings(model, each.tensors) for model, each in zip((base, finetuned), compared, strict=True)
+    )
+    groups = _groups([*ours, *theirs], {_plain(f"{name}.") for each in compared for name in each.modules})
+    sides: tuple[list[NotCompared], list[NotCompared]] = ([], [])
+    for group, paths in groups.items():
+        pairs = [(ours.get(path), theirs.get(path)) for path in paths]
+        pairs = [pair for path, pair in zip(paths, pairs, strict=True) if _counts(path, pair)]
+        differs = _differ(pairs)
+        for side, parts in enumerate(sides):
+            n_tensors = sum(pair[side] is not None for pair in pairs)
+            if n_tensors:
+                parts.append(NotCompared(what=_called(group, paths[0]), n_tensors=n_tensors, differs=differs))
+    beside = find_beside((base.source, finetuned.source), (base.model.config, finetuned.model.config))
+    return [*sides[0], *beside[0]], [*sides[1], *beside[1]]
+
+
+def find_beside(
+    sources: tuple[Source | None, Source | None], configs: tuple[PretrainedConfig, PretrainedConfig]
+) -> tuple[list[NotCompared], list[NotCompared]]:
+    """Return what two checkpoints have beside their model's tensors.
+
+    That is: the modules of a sentence-transformers model, and settings in which the configurations differ.
+
+    Raises:
+        ModelError: the settings or the weights of such a module cannot be read.
+    """
+    parts = embedder_parts(*sources)
+    for setting in settings_that_differ(*configs):
+        part = NotCompared(what=f"{SETTING}{setting}", n_tensors=0, differs=True)
+        parts.append((part, part))
+    return [one for one, _ in parts if one], [other for _, other in parts if other]
+
+
+def _holdings(model: LoadedModel, compared: AbstractSet[str]) -> dict[str, Held]:
+    """A model's tensors that are not compared, by their paths without what an adapter puts around them."""
+    names = model.model.state_dict(keep_vars=True)
+    if model.source is None or model.source.gguf_file:
+        return {_plain(n): t for n, t in names.items() if n not in compared and isinstance(t, Tensor)}
+    with translated(model.source.name):
+        stored = read_headers(find_files(model.source, model.model.config, type(model.model)))
+    keys = KeyMap(model.model, stored, {_plain(name): tensor for name, tensor in names.items()})
+    plain = {_plain(name) for name in compared}
+    seen = {key for target, found in keys.sources.items() if target in plain for key in found}
+    held: dict[str, Held] = {keys.renamed(key): stored[key] for key in stored if key not in seen}
+    return held | {_plain(n): names[n] for n in _brought(model) if n not in compared}
+
+
+def _brought(model: LoadedModel) -> Iterator[str]:
+    """The names of the tensors that an adapter brings."""
+    adapted = [
+        name
+        for name, module in model.model.named_modules()
+        if hasattr(module, "base_layer") or hasattr(module, "modules_to_save")
+    ]
+    for name in model.model.state_dict() if adapted else ():
+        inside = any(name.startswith(f"{path}.") for path in adapted)
+        if inside and ".base_layer." not in name and ".original_module." not in name:
+            yield name
+
+
+def _plain(name: str) -> str:
+    """A tensor's name without the modules that PEFT puts around its own."""
+    return _ADAPTER.sub("", name)
+
+
+def _groups(paths: Iterable[str], modules: AbstractSet[str]) -> dict[str, list[str]]:
+    """The paths by the shortest module that holds them and nothing that is compared.
+
+    Modules that are alike but for one number, as those of many layers, are one group.
+    """
+    shared = {name[: dot.start()] for name in modules for dot in re.finditer(r"\.", name)}
+    found: dict[str, list[str]] = {}
+    for path in dict.fromkeys(paths):
+        ends = [dot.start() for dot in re.finditer(r"\.", path)]
+        group = next((path[:end] for end in ends if path[:end] not in shared), path)
+        found.setdefault(group, []).append(path)
+    alike: dict[str, list[str]] = {}
+    for group in found:
+        alike.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", group), []).append(group)
+    return {
+        (pattern if len(groups) > 1 else groups[0]): [path for group in groups for path in found[group]]
+        for pattern, groups in alike.items()
+    }
+
+
+def _called(group: str, path: str) -> str:
+    """What a group is usually called, by its name or by the path of its first tensor."""
+    kinds = (name for text in (group, path) for pattern, name in _KINDS if re.search(pattern, text))
+    kind = next(kinds, None)
+    return group if kind is None else f"{kind} ({group})"
+
+
+def _counts(path: str, pair: tuple[Held | None, Held | None]) -> bool:
+    """A buffer that one side alone stores, and that both compute, is no difference."""
+    return None not in pair or _COMPUTED.fullmatch(path) is None
+
+
+def _differ(pairs: Sequence[tuple[Held | None, Held | None]]) -> bool | None:
+    """Whether any of these tensors is another one, or on one side alone; None where that is not known."""
+    unknown = False
+    for ours, theirs in pairs:
+        same = False if ours is None or theirs is None else _same(ours, theirs)
+        if same is False:
+            return True
+        unknown = unknown or same is None
+    return None if unknown else False
+
+
+def _same(ours: Held, theirs: Held) -> bool | None:
+    if isinstance(ours, StoredTensor) and isinstance(theirs, StoredTensor):
+        if ours.dtype != theirs.dtype and not {ours.dtype, theirs.dtype} <= _FLOATS:
+            return None  # codes of one quantisation, and elements of the other
+        return same_numbers(ours, theirs)
+    one, other = (read_whole(t) if isinstance(t, StoredTensor) else t for t in (ours, theirs))
+    if type(one) not in _PLAIN_TENSORS or type(other) not in _PLAIN_TENSORS or one.is_meta or other.is_meta:
+        return None
+    return one.shape == other.shape and torch.equal(one.double().cpu(), other.double().cpu())
+
+
+_FLOATS = {name for name in TORCH_TYPES if name in ("F64", "F32", "F16", "BF16")}
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
