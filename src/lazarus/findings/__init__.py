@@ -1,6 +1,7 @@
 """What the measurements say: from accumulators to the numbers and sentences of the result.
 
 numbers.py   means, references beside them, verdict, summary
+rounding.py  whether one of two models is the other one, rounded to its stored dtype
 readout.py   the mean difference, read as tokens
 traces.py    every token of a few prompts
 limits.py    what a reader must know of the numbers
@@ -9,6 +10,7 @@ limits.py    what a reader must know of the numbers
 from lazarus.findings.limits import limits
 from lazarus.findings.numbers import Findings
 from lazarus.findings.readout import read_differences
+from lazarus.findings.rounding import Rounded, find_rounding
 from lazarus.findings.traces import trace_tokens
 
-__all__ = ["Findings", "limits", "read_differences", "trace_tokens"]
+__all__ = ["Findings", "Rounded", "find_rounding", "limits", "read_differences", "trace_tokens"]

@@ -10,6 +10,8 @@ from lazarus.results import LayerRecord
 from lazarus.statistics import MIN_PROMPTS
 
 FEW_PROMPTS = 30
+LITTLE_LOST = 0.05
+"""A share of an adapter's update that may be lost in the rounding of a merge without a note."""
 
 
 def limits(found: Findings, layers: Sequence[LayerRecord]) -> list[str]:
@@ -19,6 +21,7 @@ def limits(found: Findings, layers: Sequence[LayerRecord]) -> list[str]:
         *_baseline(found, layers),
         *_shares(layers),
         *_noise(found),
+        *_rounding(found),
         *_output(found),
         *_cka(found),
     ]
@@ -63,6 +66,18 @@ def _noise(found: Findings) -> list[str]:
     if found.floors or not found.pair.same_width:
         return []
     return ["the noise floor was not measured: no verdict but identical can be given, and no onset"]
+
+
+def _rounding(found: Findings) -> list[str]:
+    """How much of an adapter's update a merge in 16 bits has kept, where it is not nearly all."""
+    if found.verdict != "within_rounding" or found.rounding is None or found.rounding.kept is None:
+        return []
+    if abs(found.rounding.kept - 1) < LITTLE_LOST:
+        return []
+    return [
+        f"rounding to {found.rounding.dtype} has kept {found.rounding.kept:.0%} of the adapter's update: the "
+        "rest is below half a unit in the last place of the weights. A merge in float32 keeps all of it"
+    ]
 
 
 def _output(found: Findings) -> list[str]:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lazarus.engine import ModelPair, Site
+from lazarus.findings.rounding import Rounded, find_rounding
 from lazarus.measure import Measured
 from lazarus.metrics import PromptMeans, SiteMeasures, mean_over_prompts, normalized_divergence
 from lazarus.models import weights_identical, why_the_same
@@ -142,7 +143,14 @@ class Findings:
             return None
         found = find_verdict(seen, self.floors)
         is_whole = not (self.n_prompts_left_out or self.n_outputs_left_out)
-        return found if is_whole or found == "changed" else None
+        if found == "changed":
+            return "within_rounding" if is_whole and self.rounding is not None else found
+        return found if is_whole else None
+
+    @cached_property
+    def rounding(self) -> Rounded | None:
+        """The model that is the other one, rounded to its stored dtype; looked for where states change."""
+        return find_rounding(self.pair.base, self.pair.finetuned) if self.pair.same_shape else None
 
     @cached_property
     def n_prompts_left_out(self) -> int:
@@ -204,15 +212,19 @@ class Findings:
             first_flagged_layer=flagged[0] if flagged else None,
             n_flagged_layers=len(flagged),
             verdict=self.verdict,
-            causes=why_the_same(self.pair.base, self.pair.finetuned, same)
-            if unchanged and not others
-            else [],
+            causes=self._causes(same) if unchanged and not others else [],
             weights_identical=None if same and others and True not in others else same and not others,
             n_prompts_left_out=self.n_prompts_left_out,
             n_outputs_left_out=self.n_outputs_left_out,
             onset_layer=self._onset(),
             most_changed_block=self._most_changed_block(),
         )
+
+    def _causes(self, same: bool) -> list[str]:
+        """Why nothing may have changed."""
+        if self.verdict == "within_rounding":
+            return [str(self.rounding)]
+        return why_the_same(self.pair.base, self.pair.finetuned, same)
 
     def _means(self, site: Site) -> dict[str, float]:
         return {name: mean_over_prompts(values) for name, values in self.by_prompt[site].items()}

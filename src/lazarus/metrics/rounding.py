@@ -57,6 +57,10 @@ class RoundingTest:
     """elements that are not W + D rounded to nearest"""
     n_beyond: int = 0
     """elements that are further from W + D than one unit in the last place"""
+    update_square: float = 0.0
+    """‖D‖²"""
+    update_stored: float = 0.0
+    """⟨X − W, D⟩: what the stored elements hold of the update"""
     _squares: float = 0.0
     _observed: float = 0.0
     _wrong: tuple[float, ...] = (0.0,) * len(WRONG_SCALINGS)
@@ -75,9 +79,11 @@ class RoundingTest:
         self.n_elements += stored.numel()
         self.n_inexact += int((stored != rounded).sum())
         self.n_beyond += int((~near).sum())  # counts what is not finite as well
-        right = (rounded - base).flatten()
+        right, found, update = (rounded - base).flatten(), (stored - base).flatten(), change.flatten()
         self._squares += torch.dot(right, right).item()
-        self._observed += torch.dot((stored - base).flatten(), right).item()
+        self._observed += torch.dot(found, right).item()
+        self.update_square += torch.dot(update, update).item()
+        self.update_stored += torch.dot(found, update).item()
         self._wrong = tuple(
             so_far + torch.dot((self._rounded(base + scaling * change) - base).flatten(), right).item()
             for so_far, scaling in zip(self._wrong, WRONG_SCALINGS, strict=True)

@@ -39,7 +39,7 @@ def verdict(record: ActivationDiffRecord) -> str:
             return f"WITHIN NOISE, no change above it: {_largest(record)}{_weights(record)}{_coarse(record)}"
         case "within_rounding":
             where = f" in what was compared; {others}" if others else ""
-            return f"WITHIN ROUNDING, within rounding of the stored weights{where}: {_largest(record)}"
+            return f"within rounding of the stored weights{where}: {_largest(record)}{_causes(record)}"
         case "changed":
             return f"changed: {_largest(record)}"
         case None:
@@ -49,8 +49,12 @@ def verdict(record: ActivationDiffRecord) -> str:
 def _weights(record: ActivationDiffRecord) -> str:
     same = record.summary.weights_identical
     told = {True: "; the weights are the same too", False: "; the weights differ", None: ""}[same]
+    return told + _causes(record)
+
+
+def _causes(record: ActivationDiffRecord) -> str:
     causes = "; ".join(record.summary.causes)
-    return f"{told}. Likely cause: {escaped(causes)}" if causes else told
+    return f". Likely cause: {escaped(causes)}" if causes else ""
 
 
 def _coarse(record: ActivationDiffRecord) -> str:

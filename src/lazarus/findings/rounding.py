@@ -1,0 +1,122 @@
+"""Two models of which one is the other, rounded to the dtype in which it is stored.
+
+A right merge of an adapter is stored in 16 bits as a rule, and differs from base + adapter by that rounding.
+It shows in the hidden states, far above the noise. The weights tell it from a wrong merge.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lazarus.metrics.rounding import RoundingTest
+from lazarus.models import LoadedModel, same_design
+
+_NARROW = (torch.bfloat16, torch.float16)
+_TYPES = (Tensor, nn.Parameter, nn.Buffer)
+Parts = tuple[Tensor, Tensor | None]
+"""a tensor without its adapter, and what the adapter adds to it, in float64; None where there is none"""
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """One of two models is the other one, rounded."""
+
+    stored: str
+    """the name of the model that is the rounding"""
+    exact: str
+    dtype: str
+    n_tensors: int
+    kept: float | None
+    """how much of the adapter's update the rounding has left, 1 for all of it; None without an adapter"""
+
+    def __str__(self) -> str:
+        told = f"{self.stored} is {self.exact}, rounded to {self.dtype}, in every tensor in which they differ"
+        return f"{told} ({self.n_tensors})"
+
+
+def find_rounding(base: LoadedModel, finetuned: LoadedModel) -> Rounded | None:
+    """Return which model is the other one, rounded; None where neither is, or it cannot be known.
+
+    Every tensor in which they differ must be the other model's, with its adapter, rounded to a 16-bit dtype
+    (`RoundingTest`). Models that are read block by block are not tested.
+    """
+    if base.pager is not None or finetuned.pager is not None or not same_design(base.model, finetuned.model):
+        return None
+    return _test(finetuned, base) or _test(base, finetuned)
+
+
+def _test(stored: LoadedModel, exact: LoadedModel) -> Rounded | None:
+    """Test whether `stored` is `exact`, rounded."""
+    found, source = dict(_effective(stored.model)), dict(_effective(exact.model))
+    if found.keys() != source.keys():
+        return None
+    tests: list[RoundingTest] = []
+    with torch.no_grad():
+        for name, read in found.items():
+            (x, own), (w, update) = read(), source[name]()
+            if own is not None or type(x) not in _TYPES or type(w) not in _TYPES or x.shape != w.shape:
+                return None
+            if update is None and (x.data_ptr() == w.data_ptr() or torch.equal(x, w.to(x.device))):
+                continue
+            test = _tested(x, w, update)
+            if test is None or test.result not in ("exact", "rounded"):
+                return None
+            tests.append(test)
+    dtypes = {str(test.dtype).removeprefix("torch.") for test in tests}
+    if len(dtypes) != 1:
+        return None
+    square = sum(test.update_square for test in tests)
+    kept = sum(test.update_stored for test in tests) / square if square else None
+    return Rounded(stored.name, exact.name, dtypes.pop(), len(tests), kept)
+
+
+def _tested(stored: Tensor, base: Tensor, update: Tensor | None) -> RoundingTest | None:
+    """Hold one tensor against base + update; None where it is not stored in 16 bits."""
+    dtype = next((t for t in _NARROW if torch.equal(stored.to(t).to(stored.dtype), stored)), None)
+    if dtype is None:
+        return None
+    test = RoundingTest(dtype)
+    x, w = stored.double(), base.to(stored.device).double()
+    test.add(x, w, torch.zeros_like(w) if update is None else update.to(stored.device))
+    return test
+
+
+def _effective(model: nn.Module) -> Iterator[tuple[str, Callable[[], Parts]]]:
+    """A model's tensors by their names without an adapter, each as it acts with the adapter."""
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}
+    copied = {name: module for name, module in model.named_modules() if hasattr(module, "modules_to_save")}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        owner = next((path for path in (*copied, *layers) if name.startswith(f"{path}.")), None)
+        if owner is None:
+            yield name, partial(_plain, tensor)
+            continue
+        inside = name.removeprefix(f"{owner}.")
+        if owner in layers and inside.startswith("base_layer."):
+            attribute = inside.removeprefix("base_layer.")
+            yield f"{owner}.{attribute}", partial(_with_update, layers[owner], attribute, tensor)
+        elif owner in copied:
+            for active in copied[owner].active_adapters:
+                if inside.startswith(f"modules_to_save.{active}."):
+                    yield (
+                        f"{owner}.{inside.removeprefix(f'modules_to_save.{active}.')}",
+                        partial(_plain, tensor),
+                    )
+
+
+def _plain(tensor: Tensor) -> Parts:
+    return tensor, None
+
+
+def _with_update(layer: nn.Module, attribute: str, tensor: Tensor) -> Parts:
+    """A tensor under an adapter: what merging would add to it, computed on a copy in float64."""
+    merged: Any = copy.deepcopy(layer).double()
+    merged.merge()
+    whole: Tensor = dict(merged.base_layer.named_parameters())[attribute]
+    return tensor, whole.detach() - tensor.double()
