@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 import lazarus
 from architectures import build
 from factories import perturbed, save_model, tiny_llama, tiny_tokenizer, word_tokenizer
 from lazarus import loading
 from lazarus.errors import ModelNotFoundError, UnsupportedModelError, UsageError
+from lazarus.models import wrap_model
 
 TEXTS = ["Hello, how are you?", "What is AI?", "The answer is 42", "Hello, how are you? What is AI?"]
 
@@ -103,3 +107,21 @@ def test_what_cannot_be_streamed_is_refused_with_the_reason(tmp_path: Path) -> N
     folder = save_model(tmp_path / "rwkv", build("rwkv"), word_tokenizer())
     with pytest.raises(UnsupportedModelError, match=r"rescales all its weights.*Use --memory resident"):
         lazarus.activation_diff(folder, folder, ["t5 t17"], memory="stream")
+
+
+@pytest.mark.parametrize("wrap", ["compile", "data parallel", "both"])
+def test_a_wrapped_model_is_taken_out_of_its_wrapper(wrap: str) -> None:
+    model = tiny_llama()
+    wrapped: nn.Module = nn.DataParallel(model) if wrap != "compile" else model
+    if wrap != "data parallel":
+        wrapped = cast(nn.Module, torch.compile(wrapped))
+    loaded = wrap_model(wrapped, "wrapped")
+    assert loaded.model is model
+    assert len(loaded.notes) == (2 if wrap == "both" else 1)
+    assert "taken out of its" in loaded.notes[0]
+
+
+def test_a_wrapper_around_an_adapter_keeps_the_adapter() -> None:
+    tuned = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    compiled = cast(nn.Module, torch.compile(tuned))
+    assert wrap_model(compiled, "wrapped").adapter == wrap_model(tuned, "plain").adapter

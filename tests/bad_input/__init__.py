@@ -5,7 +5,18 @@ outcome.py   running one, here or in a process of its own
 page.py      the page of the documentation, written from both
 """
 
-from bad_input import adapters, checkpoints, models, options, outputs, pairs, prompts, saved, siblings
+from bad_input import (
+    adapters,
+    checkpoints,
+    formats,
+    models,
+    options,
+    outputs,
+    pairs,
+    prompts,
+    saved,
+    siblings,
+)
 from bad_input.kind import BadInput, compare
 from bad_input.outcome import Outcome, alone, here, observe
 from bad_input.page import page
@@ -19,6 +30,7 @@ SUBJECTS: dict[str, tuple[BadInput, ...]] = {
     "Naming a model": models.NAMES,
     "A model's configuration": models.CONFIGURATIONS,
     "A model's weights": checkpoints.KINDS,
+    "Models in another form": formats.KINDS,
     "Adapters": adapters.KINDS,
     "Tokenizers": pairs.TOKENIZERS,
     "The pair": pairs.KINDS,

@@ -88,7 +88,7 @@ KINDS = (
         "weights missing",
         "a model folder without weights",
         damaged(lambda model: (model / WEIGHTS).unlink()),
-        ("damaged", "no safetensors weights"),
+        ("damaged", "no weights there", "Fetch the model again"),
     ),
     BadInput(
         "weights pickled",

@@ -11,6 +11,7 @@ room.py        how much memory is free
 design.py      whether two models differ in their weights alone
 tokenizer.py   the tokenizer that belongs to it
 adapters.py    PEFT adapters, and two module trees over one storage
+formats.py     folders that hold a model in a form that is not read
 faults.py      the faults of the libraries below, told as what to do about them
 settings.py    the settings in which two configurations differ
 outside.py     what two checkpoints hold besides what is compared

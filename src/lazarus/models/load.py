@@ -17,6 +17,7 @@ from lazarus.models.anatomy import Anatomy, dissect
 from lazarus.models.checkpoint import find_files
 from lazarus.models.design import same_config
 from lazarus.models.faults import translated
+from lazarus.models.formats import refuse_empty
 from lazarus.models.opening import LoadOptions, Opened, open_checkpoint, stored_dtype, where
 from lazarus.models.pager import Pager
 from lazarus.models.reference import ModelReference, Source, adapter_base, adapter_settings
@@ -111,6 +112,7 @@ def wrap_model(model: nn.Module, name: str, layers_path: str | None = None) -> L
 
     One in training mode runs as a second tree over the same weights, so that it stays as it is.
     """
+    model, notes = _unwrapped(model, name)
     unwrap = getattr(model, "get_base_model", None)
     inner = unwrap() if callable(unwrap) else model
     if not isinstance(inner, PreTrainedModel):
@@ -118,7 +120,8 @@ def wrap_model(model: nn.Module, name: str, layers_path: str | None = None) -> L
             f"{name}: {type(model).__name__} is not a transformers model. Give an id, a path, or a "
             "PreTrainedModel."
         )
-    adapter, notes = _adapters_in(model, inner, name)
+    adapter, of_adapters = _adapters_in(model, inner, name)
+    notes += of_adapters
     if any(module.training for module in inner.modules()):
         inner = share_storage(inner).eval()
     anatomy = dissect(inner, layers_path)
@@ -127,6 +130,21 @@ def wrap_model(model: nn.Module, name: str, layers_path: str | None = None) -> L
     return LoadedModel(
         name, "loaded", inner, anatomy, adapter=adapter, stored_dtype=dtype, notes=tuple(notes)
     )
+
+
+def _unwrapped(model: nn.Module, name: str) -> tuple[nn.Module, list[str]]:
+    """The model inside what torch.compile, or training in parallel, has put around it."""
+    notes = []
+    while not isinstance(model, PreTrainedModel):
+        # vars() only: a wrapper hands every attribute on, and PEFT's own have none of these.
+        inside = next(
+            (model._modules[each] for each in ("_orig_mod", "module") if model._modules.get(each)), None
+        )
+        if inside is None:
+            break
+        notes.append(f"{name}: taken out of its {type(model).__name__}, and run as it is inside")
+        model = inside
+    return model, notes
 
 
 def _adapters_in(model: Any, inner: PreTrainedModel, name: str) -> tuple[str | None, list[str]]:
@@ -225,6 +243,7 @@ def check_report(
             f"{source.name}: missing tensors of {type(model).__name__}: {len(needed)}, first "
             f"{needed[0]}. The checkpoint is incomplete or of another class: fetch it again."
         )
+    refuse_empty(source.name, sorted(name for name, stored, _ in report["mismatched_keys"] if 0 in stored))
     if report["mismatched_keys"]:
         name, stored, configured = min(report["mismatched_keys"])
         raise WeightsError(

@@ -16,6 +16,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from lazarus.errors import MissingPackageError, UnsupportedModelError
 from lazarus.models.faults import translated
+from lazarus.models.formats import check_folder
 from lazarus.models.reference import Source
 
 _SAFETENSORS_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -49,6 +50,7 @@ def open_checkpoint(source: Source, options: LoadOptions) -> Opened:
     """
     if source.gguf_file:
         _require_gguf(source)
+    check_folder(source)
     with translated(source.name):
         config = AutoConfig.from_pretrained(source.path, **where(source, options))
         return Opened(source, config, _head_class(config), _is_quantised(source, config))

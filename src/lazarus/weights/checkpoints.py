@@ -16,6 +16,7 @@ from lazarus.errors import WeightsError
 from lazarus.models import Source
 from lazarus.models.checkpoint import KeyMap, natural_key
 from lazarus.models.faults import translated
+from lazarus.models.formats import refuse_empty
 from lazarus.options import WeightOptions
 from lazarus.tokens import listed
 from lazarus.weights.components import Part, Place
@@ -97,6 +98,7 @@ def read_checkpoint(source: Source, options: WeightOptions) -> Checkpoint:
         store = open_store(structure.opened, allow_pickle=options.allow_pickle)
         stored, made = _read_files(structure, store)
         notes += store.notes
+    refuse_empty(source.name, _empty(structure, stored))
     if not stored:
         raise WeightsError(f"{source.name}: there is no tensor in its files. Fetch the model again.")
     entries = _entries(structure, stored)
@@ -111,6 +113,14 @@ def read_checkpoint(source: Source, options: WeightOptions) -> Checkpoint:
         stored_dtype=_usual_type(stored),
         notes=(*notes, *_lacking(structure, stored, made)),
     )
+
+
+def _empty(structure: Structure, stored: Iterable[Stored]) -> list[str]:
+    """The keys of stored tensors without elements that make parameters which have some."""
+    if structure.model is None:
+        return []
+    full = {name for name, tensor in structure.model.state_dict().items() if tensor.numel()}
+    return sorted(each.key for each in stored if 0 in each.shape and each.path in full)
 
 
 def _read_files(structure: Structure, store: Store) -> tuple[list[Stored], set[str]]:
