@@ -50,8 +50,8 @@ _FORMATS = (
     (("weights*.npz", "*.npz"), "weights of MLX in NumPy's format. Convert them to safetensors with mlx_lm"),
     (
         ("*.pth", "*.pt", "*.ckpt", "*.bin"),
-        "a pickled file ({first}) under a name that transformers does not read. Load it where you trust it, and "
-        "write the model again with save_pretrained",
+        "a pickled file ({first}) under a name that transformers does not read. Load it where you trust it, "
+        "and write the model again with save_pretrained",
     ),
 )
 """Files that are known, by the first pattern that fits, and what to do with them."""
@@ -82,7 +82,8 @@ def check_folder(source: Source) -> None:
                 told = advice.format(folder=folder, place=place, first=found[0].name)
                 raise WeightsError(f"{source.name}: no safetensors weights there; it holds {told}.")
         raise WeightsError(
-            f"{source.name}: no weights there: neither model.safetensors nor its parts. Fetch the model again."
+            f"{source.name}: no weights there: neither model.safetensors nor its parts. Fetch the model "
+            "again."
         )
 
 
@@ -94,8 +95,8 @@ def refuse_empty(name: str, tensors: Sequence[str]) -> None:
     """
     if tensors:
         raise WeightsError(
-            f"{name}: {len(tensors)} tensors hold no elements, first {tensors[0]}. DeepSpeed's ZeRO-3 did not "
-            "gather them before the model was saved: join its shards with zero_to_fp32.py, or save with "
+            f"{name}: {len(tensors)} tensors hold no elements, first {tensors[0]}. DeepSpeed's ZeRO-3 did "
+            "not gather them before the model was saved: join its shards with zero_to_fp32.py, or save with "
             "stage3_gather_16bit_weights_on_model_save."
         )
 
