@@ -13,6 +13,7 @@ from factories import TEMPLATE, notes_on_models, perturbed, save_model, tiny_lla
 from layouts import compare
 from lazarus import ActivationDiff, activation_diff
 from lazarus.errors import PairError, PromptTooLongError, TokenizerMismatchError
+from lazarus.models import ChatTemplate, render_chats
 from lazarus.prompts import make_prompts
 from lazarus.tokens import TokenOptions, tokenize_pair
 
@@ -122,7 +123,8 @@ def test_a_rendered_prompt_has_exactly_its_own_ids() -> None:
     tokenizer = tiny_tokenizer()
     [plain], _, _ = tokenize_pair(make_prompts(["Hello"]).prompts, tokenizer, tokenizer, TokenOptions())
     chats = make_prompts(CHATS).prompts
-    rendered, _, _ = tokenize_pair(chats, tokenizer, tiny_tokenizer(), TokenOptions(TEMPLATE))
+    texts, _ = render_chats(chats, ChatTemplate(tokenizer, "base", TEMPLATE))
+    rendered, _, _ = tokenize_pair(chats, tokenizer, tiny_tokenizer(), TokenOptions(), texts)
     assert plain.ids[0] == 0, "without a template the tokenizer puts a BOS in front"
     for prompt in rendered:
         assert prompt.ids.count(0) == 1
@@ -204,8 +206,9 @@ def test_special_tokens_that_a_template_does_not_write_are_not_told_of() -> None
     theirs.add_special_tokens({"bos_token": "<|b|>"})
     prompts = make_prompts(["Hello"]).prompts
     for template, n_notes in (("{{ messages[0]['content'] }}", 0), ("{{ bos_token }}a", 1)):
-        options = TokenOptions(template, align="text")
-        _, _, notes = tokenize_pair(prompts, tiny_tokenizer(), theirs, options)
+        texts, _ = render_chats(prompts, ChatTemplate(tiny_tokenizer(), "base", template))
+        options = TokenOptions(align="text")
+        _, _, notes = tokenize_pair(prompts, tiny_tokenizer(), theirs, options, texts)
         assert sum("begin and end a text with other tokens ('<s>'" in note for note in notes) == n_notes
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, Protocol, Unpack, runtime_checkable
 
 import torch
@@ -44,7 +45,7 @@ from lazarus.reading import Reading, read_prompts
 from lazarus.scope import find_scope
 from lazarus.shards import WorkFolder, fingerprint
 
-Prompts = str | Iterable[str | Mapping[str, Any] | Prompt] | PromptList
+Prompts = str | Path | Mapping[str, Any] | Prompt | Iterable[str | Mapping[str, Any] | Prompt] | PromptList
 
 CPU_BATCH_TOKENS = 512
 GPU_BATCH_TOKENS = 8192
@@ -90,7 +91,7 @@ def activation_diff(
         base: a Hub id, a folder, a `.gguf` file, MODEL+ADAPTER, or a transformers model in memory.
         finetuned: the same; an adapter alone runs on top of `base`.
         prompts: texts, or mappings with the fields of a `.jsonl` row (`prompt`, `text` or `messages`,
-            and `group`). One string is read as the command line's `-p`.
+            and `group`). One string is read as the command line's `-p`, a `Path` as a file of prompts.
         tokenizer: the tokenizer of models in memory; it stands in for both models' own.
         observer: is told how far the run has come.
         rank: which of several processes this one is, instead of what the environment says (torchrun, Slurm).

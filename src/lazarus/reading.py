@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lazarus.errors import ChatTemplateError, PairError, PromptDataError
-from lazarus.models import LoadedModel, load_tokenizer
+from lazarus.errors import PairError, PromptDataError
+from lazarus.models import ChatTemplate, LoadedModel, load_tokenizer, render_chats
 from lazarus.options import Options
 from lazarus.prompts import Prompt
-from lazarus.tokens import TokenizedPrompt, TokenOptions, tokenize_pair
+from lazarus.tokens import TokenizedPrompt, TokenOptions, listed, tokenize_pair
 
 Models = tuple[LoadedModel, LoadedModel]
 
@@ -68,16 +68,19 @@ def read_prompts(
         PromptDataError: a prompt is empty, too long, or has ids that a model has no embedding for.
     """
     tokenizers, notes = _tokenizers(models, given, options)
-    side: Literal[0, 1] = 1 if options.chat_template == "finetuned" else 0
-    if options.chat_template in ("base", "finetuned"):
-        template = _own_template(tokenizers[side], models[side].name, options)
+    # Special tokens that a template from a file writes are those of base.
+    side = 1 if options.chat_template == "finetuned" else 0
+    owner = models[side].name if given is None else "the given tokenizer"
+    has_template = options.chat_template != "none"
+    chat_template = ChatTemplate(tokenizers[side], owner, template) if has_template else None
+    rendered, chat_notes = _rendered(prompts, chat_template)
     align: Literal["ids", "text"] = "text" if options.align == "text" else "ids"
     contexts = (models[0].anatomy.context, models[1].anatomy.context)
-    token_options = TokenOptions(template, contexts, options.truncate, align, side)
-    base, finetuned, token_notes = tokenize_pair(prompts, *tokenizers, token_options)
+    token_options = TokenOptions(contexts, options.truncate, align)
+    base, finetuned, token_notes = tokenize_pair(prompts, *tokenizers, token_options, rendered)
     for model, tokenized in zip(models, (base, finetuned), strict=True):
         _check_vocabulary(model, tokenized)
-    return Reading(prompts, base, finetuned, tokenizers, align, [*notes, *token_notes])
+    return Reading(prompts, base, finetuned, tokenizers, align, [*notes, *chat_notes, *token_notes])
 
 
 def _tokenizers(models: Models, given: Any | None, options: Options) -> tuple[tuple[Any, Any], list[str]]:
@@ -98,13 +101,20 @@ def _tokenizers(models: Models, given: Any | None, options: Options) -> tuple[tu
     return (finetuned if base is None else base, base if finetuned is None else finetuned), notes
 
 
-def _own_template(tokenizer: Any, name: str, options: Options) -> str:
-    try:
-        return str(tokenizer.get_chat_template())
-    except ValueError as error:
-        raise ChatTemplateError(
-            f"--chat-template: {name} has no chat template. Use the other model's, or a file."
-        ) from error
+def _rendered(prompts: Sequence[Prompt], template: ChatTemplate | None) -> tuple[list[str] | None, list[str]]:
+    """Return what a chat template makes of the prompts, None without one, and notes on what is left out."""
+    if template is not None:
+        rendered, remarks = render_chats(prompts, template)
+    else:
+        names = ", ".join(sorted({f"`{name}`" for prompt in prompts for name in prompt.for_template}))
+        without = [index for index, prompt in enumerate(prompts) if prompt.for_template]
+        rendered, remarks = None, {f"without --chat-template the rows' {names} are left out": without}
+    notes = [
+        f"{remark}: prompts {listed(indices)} ({len(indices)} of {len(prompts)})"
+        for remark, indices in remarks.items()
+        if indices
+    ]
+    return rendered, notes
 
 
 def _check_vocabulary(model: LoadedModel, tokenized: Sequence[TokenizedPrompt]) -> None:

@@ -13,10 +13,7 @@ from itertools import zip_longest
 from types import TracebackType
 from typing import Any, Literal
 
-from jinja2 import TemplateError
-
 from lazarus.errors import (
-    ChatTemplateError,
     PromptDataError,
     PromptTooLongError,
     TokenizerMismatchError,
@@ -28,15 +25,12 @@ PORTION = 512
 
 @dataclass(frozen=True)
 class TokenOptions:
-    """How prompts become ids. `chat_template` is a template's text, or None for no template."""
+    """How prompts become ids."""
 
-    chat_template: str | None = None
     contexts: tuple[int | None, int | None] = (None, None)
     """how many tokens base and the fine-tuned model have positions for; None for no limit"""
     truncate: bool = False
     align: Literal["ids", "text"] = "ids"
-    template_side: Literal[0, 1] = 0
-    """whose special tokens the template writes: base's, or the fine-tuned model's"""
 
 
 @dataclass(frozen=True)
@@ -49,20 +43,23 @@ class TokenizedPrompt:
 
 
 def tokenize_pair(
-    prompts: Sequence[Prompt], base: Any, finetuned: Any, options: TokenOptions
+    prompts: Sequence[Prompt],
+    base: Any,
+    finetuned: Any,
+    options: TokenOptions,
+    rendered: list[str] | None = None,
 ) -> tuple[list[TokenizedPrompt], list[TokenizedPrompt], list[str]]:
     """Each prompt's ids for base and for the fine-tuned model, and notes on what was assumed.
 
     They are the same list, unless `align` is `text`: then each tokenizer reads the text its own way.
+    `rendered` is what a chat template made of the prompts, special tokens and all.
 
     Raises:
         TokenizerMismatchError: the tokenizers give different ids for one of these prompts.
         PromptTooLongError: a prompt is longer than the context, and `truncate` is off.
-        ChatTemplateError: a prompt cannot be rendered.
         PromptDataError: a prompt has no token.
     """
     tokenizers = (base, finetuned)
-    rendered = render_chats(prompts, tokenizers[options.template_side], options.chat_template)
     texts = _Texts(prompts, rendered)
     ours: list[array[int]] = list(_encode(base, texts))
     notes: list[str] = []
@@ -179,29 +176,6 @@ def _cut_apart(
             f"{_named(index, texts.prompts[index])} has no beginning that fits the models' contexts of "
             f"{limits[0]} and {limits[1]} tokens. Leave it out."
         )
-
-
-def render_chats(prompts: Sequence[Prompt], tokenizer: Any, template: str | None) -> list[str] | None:
-    """Each prompt in the chat template, up to where the assistant begins; None without a template."""
-    if template is None:
-        return None
-    texts = []
-    for index, prompt in enumerate(prompts):
-        messages = list(prompt.messages or ({"role": "user", "content": prompt.text},))
-        try:
-            text = tokenizer.apply_chat_template(
-                messages,
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=messages[-1]["role"] != "assistant",
-            )
-        except (TemplateError, ValueError, TypeError) as error:
-            raise ChatTemplateError(
-                f"{_named(index, prompt)}: the chat template fails on it: {str(error).rstrip('.')}. Mend "
-                "the template (--chat-template FILE) or the messages."
-            ) from error
-        texts.append(text)
-    return texts
 
 
 def _encode(

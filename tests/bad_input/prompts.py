@@ -38,6 +38,17 @@ def _no_template(folder: Path) -> list[str]:
     return compare("--chat-template", "finetuned", f="plain")
 
 
+def _two_parts(folder: Path) -> list[str]:
+    parts = [{"type": "text", "text": text} for text in ("Hello", "there")]
+    _jsonl(json.dumps({"messages": [{"role": "user", "content": parts}]}))(folder)
+    return compare("--chat-template", "base", p="@prompts.jsonl")
+
+
+def _tokenizing(folder: Path) -> list[str]:
+    _jsonl('{"prompt": "Hello", "chat_template_kwargs": {"tokenize": true}}')(folder)
+    return compare("--chat-template", "base", p="@prompts.jsonl")
+
+
 READING = (
     BadInput("no prompt", "`-p ''`", typed(p=""), ("No prompt: -p ''", "@prompts.txt"), exit_code=2),
     BadInput(
@@ -211,6 +222,69 @@ READING = (
         exit_code=2,
     ),
     BadInput(
+        "messages with a picture",
+        "a chat with a picture in it",
+        _jsonl('{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "a.png"}]}]}'),
+        ("-p @prompts.jsonl, line 1", "message 0", "`image_url`", "model of text", "Leave out"),
+        exit_code=2,
+    ),
+    BadInput(
+        "messages without content",
+        "a message whose `content` is null, without tool calls",
+        _jsonl('{"messages": [{"role": "user", "content": null}]}'),
+        ("-p @prompts.jsonl, line 1", "`messages` is not a chat", "message 0 has no `content`"),
+        exit_code=2,
+    ),
+    BadInput(
+        "tools no list",
+        "`tools` that is not a list of objects",
+        _jsonl('{"prompt": "Hello", "tools": ["add"]}'),
+        ("-p @prompts.jsonl, line 1", "`tools`", "not JSON", "JSON list of objects"),
+        exit_code=2,
+    ),
+    BadInput(
+        "json without a list",
+        "a `.json` file with an object that holds two lists",
+        holding("prompts.json", '{"train": ["Hello"], "test": ["Why?"]}', p="@prompts.json"),
+        ("-p @prompts.json", "['test', 'train']", "not a list of prompts", "object on each line"),
+        exit_code=2,
+    ),
+    BadInput(
+        "prompt file compressed",
+        "`-p @prompts.jsonl.gz`",
+        holding("prompts.jsonl.gz", b"\x1f\x8b\x08", p="@prompts.jsonl.gz"),
+        ("-p @prompts.jsonl.gz", ".gz file is compressed", "no prompts", "Unpack it"),
+        exit_code=2,
+    ),
+    BadInput(
+        "prompt file a spreadsheet",
+        "`-p @prompts.xlsx`",
+        holding("prompts.xlsx", b"PK\x03\x04", p="@prompts.xlsx"),
+        ("-p @prompts.xlsx", ".xlsx file is a spreadsheet", "Save the sheet as .csv"),
+        exit_code=2,
+    ),
+    BadInput(
+        "prompt file UTF-16",
+        "a prompt file in UTF-16 without a byte order mark",
+        holding("prompts.txt", "Hello".encode("utf-16-le"), p="@prompts.txt"),
+        ("-p @prompts.txt, line 1", "NUL", "UTF-16", "Convert"),
+        exit_code=2,
+    ),
+    BadInput(
+        "csv comma not quoted",
+        "a `.csv` row with a comma in its text, without quotation marks",
+        holding("prompts.csv", "prompt\nHello, world\n", p="@prompts.csv"),
+        ("-p @prompts.csv, line 2", "2 cells", "header has 1", "quotation marks around"),
+        exit_code=2,
+    ),
+    BadInput(
+        "csv quotation marks",
+        "a `.csv` row that goes on after its quotation marks",
+        holding("prompts.csv", 'prompt\n"Hello" she said\n', p="@prompts.csv"),
+        ("-p @prompts.csv, line 2", "quotation marks", "around the whole text", "double"),
+        exit_code=2,
+    ),
+    BadInput(
         "csv without a column",
         "a `.csv` file without a header line",
         holding("prompts.csv", "Hello,greeting\nWhy?,question\n", p="@prompts.csv"),
@@ -281,6 +355,30 @@ FITTING = (
         "a template that refuses the messages",
         holding("chat.jinja", "{{ raise_exception('No system turn.') }}", "--chat-template", "chat.jinja"),
         ("Prompt 0 ('Hello')", "template fails", "No system turn.", "the messages"),
+    ),
+    BadInput(
+        "template that divides by zero",
+        "a template that divides by zero",
+        holding("chat.jinja", "{{ 1 // 0 }}", "--chat-template", "chat.jinja"),
+        ("Prompt 0 ('Hello')", "template fails", "ZeroDivisionError", "--chat-template FILE"),
+    ),
+    BadInput(
+        "template that writes nothing",
+        "a template that writes nothing",
+        holding("chat.jinja", "{# #}", "--chat-template", "chat.jinja"),
+        ("Prompt 0 ('Hello')", "template makes an empty text", "Mend it"),
+    ),
+    BadInput(
+        "template without parts",
+        "content in two parts, and a template that takes a text",
+        _two_parts,
+        ("Prompt 0 ('Hello\\nthere')", "prints content in parts", "one text", "takes parts"),
+    ),
+    BadInput(
+        "template and its arguments",
+        "`chat_template_kwargs` that sets `tokenize`",
+        _tokenizing,
+        ("Prompt 0 ('Hello')", "`chat_template_kwargs` sets `tokenize`", "no variable", "Leave it out"),
     ),
     BadInput(
         "model without a template",

@@ -31,8 +31,8 @@ Prompts = Annotated[
         "-p",
         "--prompts",
         metavar="PROMPTS",
-        help='Prompts: "one,two,three", @FILE (.txt, .jsonl, .csv, .parquet) or @- for standard input. '
-        "Repeatable.",
+        help='Prompts: "one,two,three", @FILE (.txt, .jsonl, .json, .csv, .tsv, .parquet) or @- for standard '
+        "input. Repeatable.",
     ),
 ]
 Outputs = Annotated[
@@ -258,8 +258,8 @@ OnePrompt = Annotated[
         "-p",
         "--prompt",
         metavar="PROMPT",
-        help="The prompt, its commas kept; or @FILE (.txt, .jsonl, .csv, .parquet) with one prompt in it, or "
-        "@- for standard input.",
+        help="The prompt, its commas kept; or @FILE (.txt, .jsonl, .json, .csv, .tsv, .parquet) with one "
+        "prompt in it, or @- for standard input.",
     ),
 ]
 TopK = Annotated[

@@ -10,6 +10,7 @@ paging.py      a pair that is read block by block; pager.py does the reading, la
 room.py        how much memory is free
 design.py      whether two models differ in their weights alone
 tokenizer.py   the tokenizer that belongs to it
+chats.py       what its chat template makes of a chat
 adapters.py    PEFT adapters, and two module trees over one storage
 formats.py     folders that hold a model in a form that is not read
 faults.py      the faults of the libraries below, told as what to do about them
@@ -21,6 +22,7 @@ anatomy.py     where a transformers model keeps its blocks, and how long its con
 """
 
 from lazarus.models.anatomy import Anatomy, dissect
+from lazarus.models.chats import ChatTemplate, render_chats
 from lazarus.models.design import same_design
 from lazarus.models.load import LoadedModel, load_one, load_pair, wrap_model
 from lazarus.models.opening import LoadOptions
@@ -34,6 +36,7 @@ from lazarus.models.tokenizer import load_tokenizer
 
 __all__ = [
     "Anatomy",
+    "ChatTemplate",
     "Compared",
     "Footprint",
     "LoadOptions",
@@ -53,6 +56,7 @@ __all__ = [
     "load_pair",
     "load_tokenizer",
     "parse_model",
+    "render_chats",
     "same_design",
     "shared_blocks",
     "weights_identical",

@@ -1,0 +1,365 @@
+"""Chats → the text that a chat template makes of them, and what a reader must know of it."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+from jinja2 import TemplateError
+
+from lazarus.errors import ChatTemplateError
+from lazarus.prompts import Prompt, texts_of
+
+Messages = Sequence[Mapping[str, Any]]
+
+# Remarks on chats: what was given to a template in another form than the row has, and what it did with it.
+AS_OBJECTS = "the chat template takes the arguments of tool calls as objects, so JSON text was read into them"
+AS_JSON = "the chat template takes the arguments of tool calls as text, so objects were given to it as JSON"
+AS_TEXT = "the chat template takes content as text, so content in one part was given to it as that text"
+AS_PARTS = "the chat template takes content in parts, so text was given to it as one part"
+AS_EMPTY = "the chat template takes no message without content, so null was given to it as an empty text"
+QUOTED = "the chat template writes the arguments of tool calls as quoted text, and fails on objects"
+AS_PYTHON = "the chat template writes the arguments of tool calls as Python prints them, which is not JSON"
+
+# What transformers passes on under these names is the messages.
+_OF_TRANSFORMERS = ("messages", "conversations")
+# transformers gives a template each message's reasoning under the last three names alike.
+_LEAVABLE = (("tool_calls",), ("function_call",), ("reasoning_content", "reasoning", "thinking"))
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The text of a chat template, or a tokenizer's own; its special tokens are the tokenizer's."""
+
+    tokenizer: Any
+    owner: str
+    text: str | None = None
+
+    def for_chat(self, for_template: Mapping[str, Any]) -> str:
+        """Return the template's text; some tokenizers have another one for chats with tools.
+
+        Raises:
+            ChatTemplateError: the tokenizer has none, or several without a default.
+        """
+        if self.text is not None:
+            return self.text
+        several = self.tokenizer.chat_template
+        try:
+            return str(self.tokenizer.get_chat_template(tools=for_template.get("tools")))
+        except ValueError as error:
+            has = "no chat template"
+            if isinstance(several, dict) and several:
+                has = f"several chat templates ({', '.join(several)}), and none of them is the default"
+            raise ChatTemplateError(
+                f"--chat-template: {self.owner} has {has}. Use the other model's, or a file."
+            ) from error
+
+
+def render_chats(prompts: Sequence[Prompt], template: ChatTemplate) -> tuple[list[str], dict[str, list[int]]]:
+    """Return each prompt in the chat template, up to where the assistant begins, and remarks on prompts.
+
+    The template is given each message whole. Where it fails on it, or does not write its content, the other
+    forms in which chats have content and the arguments of tool calls are tried. A remark says which form was
+    read, and what the template leaves out.
+
+    Raises:
+        ChatTemplateError: the template fails, writes nothing, or prints what it was to read.
+    """
+    texts: list[str] = []
+    remarks: dict[str, list[int]] = defaultdict(list)
+    for index, prompt in enumerate(prompts):
+        place = f"Prompt {index} ({prompt.text[:40]!r})"
+        template_text = template.for_chat(prompt.for_template)
+        chat = _Chat(place, template.tokenizer, template_text, prompt.for_template)
+        messages, text, found = _write(chat, prompt.messages or ({"role": "user", "content": prompt.text},))
+        for remark in dict.fromkeys([*found, *_unused(chat, messages, text)]):
+            remarks[remark].append(index)
+        texts.append(text)
+    return texts, dict(remarks)
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """What one prompt's text is made with."""
+
+    place: str
+    tokenizer: Any
+    template: str
+    for_template: Mapping[str, Any]
+
+    def text(self, messages: Messages, for_template: Mapping[str, Any] | None = None) -> str:
+        """Return what the template makes of these messages.
+
+        Raises:
+            ChatTemplateError: it fails, or the row sets what is not the template's to set.
+        """
+        given = self.for_template if for_template is None else for_template
+        own = inspect.signature(self.tokenizer.apply_chat_template).parameters if given else ()
+        if taken := given.keys() & {*own, *_OF_TRANSFORMERS} - {"tools", "documents"}:
+            raise ChatTemplateError(
+                f"{self.place}: `chat_template_kwargs` sets `{min(taken)}`, which is no variable of a chat "
+                "template. Leave it out."
+            )
+        with _Rendering(self.place):
+            text: str = self.tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=messages[-1]["role"] != "assistant",
+                **given,
+            )
+        return text
+
+    def ignores(self, text: str, messages: Messages, for_template: Mapping[str, Any] | None = None) -> bool:
+        """Return whether the template makes the same text of these messages."""
+        try:
+            return self.text(messages, for_template) == text
+        except ChatTemplateError:
+            return False
+
+
+@dataclass(frozen=True)
+class _Rendering:
+    """A chat template is rendered: what is raised within it is its own fault, whatever its class.
+
+    A template may divide by zero or miss a key, so no list of classes has them all; but the traceback of such
+    an error has a frame of jinja2, and one of transformers' faults, or of ours, has none.
+    """
+
+    place: str
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # What transformers itself refuses of a chat is a ValueError.
+        if isinstance(error, Exception) and (isinstance(error, ValueError) or _is_in_jinja(trace)):
+            said = " ".join(str(error).split()).rstrip(".")
+            if not isinstance(error, TemplateError):
+                said = f"{type(error).__name__}: {said}"
+            raise ChatTemplateError(
+                f"{self.place}: the chat template fails on it: {said}. Mend the template (--chat-template "
+                "FILE) or the messages."
+            ) from error
+
+
+def _is_in_jinja(trace: TracebackType | None) -> bool:
+    while trace is not None:
+        if str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0] == "jinja2":
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def _write(chat: _Chat, messages: Messages) -> tuple[Messages, str, list[str]]:
+    """Return the messages in the first form that the template writes whole, their text, and remarks on both.
+
+    Where it writes none of them whole, that is the first one that it takes at all.
+    """
+    failure: ChatTemplateError | None = None
+    second_best: tuple[Messages, str, list[str]] | None = None
+    for form, remarks in _forms(messages):
+        try:
+            text = chat.text(form)
+        except ChatTemplateError as error:
+            failure = failure or error
+            continue
+        if misread := _misread(chat, form, text):
+            failure = failure or ChatTemplateError(f"{chat.place}: the chat template {misread}")
+            continue
+        losses = [*([QUOTED] if _are_quoted(form, text) else []), *_unwritten(chat, form, text)]
+        if not losses:
+            return form, text, remarks
+        second_best = second_best or (form, text, [*remarks, *losses])
+    if second_best is None:
+        assert failure is not None
+        raise failure
+    return second_best
+
+
+def _forms(messages: Messages) -> Iterator[tuple[Messages, list[str]]]:
+    """Yield the messages as they are given, then in the other forms in which chats are written.
+
+    Those with the fewest changes are first.
+    """
+    yield messages, []
+    ways = itertools.product(*((None, *kind) for kind in _CHANGES))
+    for way in sorted(ways, key=lambda way: sum(change is not None for change in way))[1:]:
+        form, remarks = list(messages), []
+        for change in filter(None, way):
+            changed = [change.of(message) for message in form]
+            if changed == form:
+                break
+            form = changed
+            remarks.append(change.remark)
+        else:
+            yield form, remarks
+
+
+def _with_arguments(call: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a message, a tool call of it, or the function called, with its arguments changed."""
+    if not isinstance(call, Mapping):
+        return call
+    changed = dict(call)
+    if isinstance(call.get("tool_calls"), list):
+        changed["tool_calls"] = [_with_arguments(each, change) for each in call["tool_calls"]]
+    if "function" in call:
+        changed["function"] = _with_arguments(call["function"], change)
+    if "arguments" in call:
+        changed["arguments"] = change(call["arguments"])
+    return changed
+
+
+def _to_object(arguments: Any) -> Any:
+    """Return the object that a text is JSON of; anything else as it is."""
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        found = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+    return found if isinstance(found, dict) else arguments
+
+
+def _to_json(arguments: Any) -> Any:
+    """Return an object as JSON; anything else as it is."""
+    return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
+
+
+def _with_content(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the message with an empty text where it has no content."""
+    return {**message, "content": message.get("content", "")}
+
+
+def _with_part(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the message with its text as the one part of its content."""
+    content = message.get("content")
+    part = {"type": "text", "text": content}
+    return {**message, "content": [part]} if isinstance(content, str) else dict(message)
+
+
+def _with_text(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the message with its text as content where that is its one part.
+
+    How several parts would be joined is for nobody to say but the template.
+    """
+    content = message.get("content")
+    texts = texts_of(message)
+    is_one_text = isinstance(content, list) and len(content) == len(texts) == 1
+    return {**message, "content": texts[0]} if is_one_text else dict(message)
+
+
+@dataclass(frozen=True)
+class _Change:
+    """Another form of a message, and the remark that it is to be given with."""
+
+    of: Callable[[Mapping[str, Any]], dict[str, Any]]
+    remark: str
+
+
+_CHANGES = (
+    (_Change(_with_content, AS_EMPTY),),
+    (
+        _Change(partial(_with_arguments, change=_to_object), AS_OBJECTS),
+        _Change(partial(_with_arguments, change=_to_json), AS_JSON),
+    ),
+    (_Change(_with_text, AS_TEXT), _Change(_with_part, AS_PARTS)),
+)
+"""the forms of null, of arguments and of content; no two of one kind go together"""
+
+
+def _arguments(messages: Messages) -> Iterator[Any]:
+    """Yield the arguments of every tool call."""
+    for message in messages:
+        calls = message.get("tool_calls")
+        for call in calls if isinstance(calls, list) else ():
+            function = call.get("function", call) if isinstance(call, Mapping) else None
+            if isinstance(function, Mapping) and "arguments" in function:
+                yield function["arguments"]
+
+
+def _are_quoted(form: Messages, text: str) -> bool:
+    """Return whether arguments that are JSON text are in the text as JSON of a text: quoted once more."""
+    quoted = [each for each in _arguments(form) if _to_object(each) is not each]
+    return any(spelling in text for each in quoted for spelling in (json.dumps(each), _as_json(each)))
+
+
+def _misread(chat: _Chat, form: Messages, text: str) -> str | None:
+    """Return what the template does to content instead of writing it, and what to do about it."""
+    if not text:
+        return "makes an empty text of it. Mend it."
+    advice = "Write `content` as one text, or give a template that takes parts."
+    for index, message in enumerate(form):
+        content = message.get("content")
+        if not isinstance(content, list):
+            continue
+        printed = [spell(item) for item in (content, *content) for spell in (repr, _as_json)]
+        if any(spelling in text for spelling in printed):
+            return f"prints content in parts with its brackets. {advice}"
+        for number, part in enumerate(content):
+            if not isinstance(part.get("text"), str) or _is_in(part["text"], text):
+                continue
+            others = [*content[:number], {**part, "text": _unlike(part["text"])}, *content[number + 1 :]]
+            if chat.ignores(text, _replaced(form, index, others)):
+                return f"leaves out a part of the content. {advice}"
+    return None
+
+
+def _unwritten(chat: _Chat, messages: Messages, text: str) -> Iterator[str]:
+    """Yield whose content the template leaves out: with another text there, it writes the same."""
+    for index, message in enumerate(messages):
+        texts = [each for each in texts_of(message) if each.strip()]
+        if not texts or any(_is_in(each, text) for each in texts):
+            continue
+        content = message["content"]
+        other: Any = _unlike(texts[0])
+        if not isinstance(content, str):
+            other = [{"type": "text", "text": other}]
+        if chat.ignores(text, _replaced(messages, index, other)):
+            yield f"the chat template leaves out the content of a {message['role']!r} message"
+
+
+def _unused(chat: _Chat, messages: Messages, text: str) -> Iterator[str]:
+    """Yield what the template leaves out beside content: without it, it writes the same."""
+    for name in ("tools", "documents"):
+        others = {key: value for key, value in chat.for_template.items() if key != name}
+        if chat.for_template.get(name) and chat.ignores(text, messages, others):
+            yield f"the chat template leaves out `{name}`"
+    for names in _LEAVABLE:
+        there = [name for name in names if any(message.get(name) for message in messages)]
+        without = [{k: v for k, v in message.items() if k not in there} for message in messages]
+        if there and chat.ignores(text, without):
+            yield f"the chat template leaves out `{there[0]}`"
+    if any(repr(each) in text for each in _arguments(messages) if each and isinstance(each, dict)):
+        yield AS_PYTHON
+
+
+def _replaced(messages: Messages, index: int, content: Any) -> Messages:
+    """Return the messages with another content in one of them."""
+    return [*messages[:index], {**messages[index], "content": content}, *messages[index + 1 :]]
+
+
+def _unlike(text: str) -> str:
+    """Return another text of the same length: a template may count what it does not write."""
+    other = re.sub(r"\w", lambda found: "y" if found[0] == "x" else "x", text)
+    return other if other != text else f"x{text}x"
+
+
+def _is_in(part: str, text: str) -> bool:
+    """Return whether any line of it, tags aside, is in the text, as it is or as within JSON."""
+    pieces = [piece.strip() for piece in re.split(r"<[^<>]*>|\n", part)]
+    pieces = [piece for piece in pieces if piece] or [part.strip()]
+    return any(piece in text or json.dumps(piece, ensure_ascii=False)[1:-1] in text for piece in pieces)
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

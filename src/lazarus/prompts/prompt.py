@@ -1,0 +1,79 @@
+"""The prompt itself, and what is refused of any prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lazarus.errors import PromptsError
+
+EXAMPLE = "Give one, as in -p 'Hello' or -p @prompts.txt."
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: a text, or a chat of which `text` is the last text; and its group, if any."""
+
+    text: str
+    group: str | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    """each message whole, as the chat template is given it"""
+    for_template: Mapping[str, Any] = field(default_factory=dict)
+    """what the chat template is given beside the messages: `tools`, `documents`, variables of its own"""
+
+
+@dataclass
+class PromptList:
+    """The prompts in their order, and what the reader of the result must know about them."""
+
+    prompts: list[Prompt] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def check_prompts(prompts: Sequence[Prompt]) -> None:
+    """Refuse an empty list, an empty prompt, and text that is not Unicode."""
+    if not prompts:
+        raise PromptsError(f"No prompt: the list is empty. {EXAMPLE}")
+    for index, prompt in enumerate(prompts):
+        if not prompt.text.strip():
+            raise PromptsError(f"Prompt {index} is empty. Give it a text, or leave it out.")
+        for text in _texts([prompt.text, prompt.messages, prompt.for_template]):
+            check_unicode(text, f"Prompt {index}")
+
+
+def check_chats(prompts: Sequence[Prompt], chat_template: str) -> None:
+    """Refuse a chat where there is no template to write it with.
+
+    Raises:
+        PromptsError: a prompt is a chat and `chat_template` is `none`.
+    """
+    for index, prompt in enumerate(prompts):
+        if prompt.messages and chat_template == "none":
+            raise PromptsError(
+                f"Prompt {index} is a chat (`messages`), which needs a template to become text. Give "
+                "--chat-template: one of the models' own, or a file."
+            )
+
+
+def check_unicode(text: str, place: str) -> None:
+    """Refuse half of a surrogate pair, which no tokenizer can read."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PromptsError(
+            f"{place} is not valid Unicode: it has {text[error.start]!a}, which is no character, at "
+            f"index {error.start}. Write it in UTF-8."
+        ) from error
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text within lists and mappings, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.items():
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
