@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -215,6 +216,19 @@ def test_without_a_tokenizer_it_asks_for_one(tmp_path: Path) -> None:
     trainer.processing_class = None
     with pytest.raises(UsageError, match="Give the callback a tokenizer"):
         ActivationDiffCallback(trainer, PROMPTS)
+    with pytest.raises(UsageError, match="tokenizer=42: neither a tokenizer"):
+        ActivationDiffCallback(trainer, PROMPTS, tokenizer=42)
+
+
+def test_a_tokenizer_is_named_or_is_in_the_processor_of_the_trainer(tmp_path: Path) -> None:
+    trainer = trainer_of(tiny_llama(), tmp_path)
+    trainer.processing_class = None
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    named = ActivationDiffCallback(trainer, PROMPTS, tokenizer=str(tmp_path / "tokenizer"))
+    assert named.tokenizer is not None
+    assert named.tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
+    trainer.processing_class = SimpleNamespace(tokenizer=named.tokenizer)
+    assert ActivationDiffCallback(trainer, PROMPTS).tokenizer is named.tokenizer
 
 
 # It ends by os._exit: with gloo, a process that has waited for another one now and then aborts while Python

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, RobertaConfig, RobertaForMaskedLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
 from factories import TEMPLATE, notes_on_models, perturbed, save_model, tiny_llama, tiny_tokenizer
 from layouts import compare
 from lazarus import ActivationDiff, activation_diff
-from lazarus.errors import PairError, PromptTooLongError, TokenizerMismatchError
+from lazarus import compare as lens
+from lazarus.errors import (
+    LazarusError,
+    ModelNotFoundError,
+    PairError,
+    PromptTooLongError,
+    TokenizerMismatchError,
+    UsageError,
+)
 from lazarus.models import ChatTemplate, render_chats
 from lazarus.prompts import make_prompts
 from lazarus.tokens import TokenOptions, tokenize_pair
@@ -84,6 +93,54 @@ def test_a_padding_and_a_truncation_in_the_file_do_nothing(
         assert diff.results == expected.results
         assert [prompt.n_tokens for prompt in diff.prompts] == [15, 7]
         assert notes_on_models(diff) == []
+
+
+# --- A tokenizer that the caller gives
+
+
+def in_memory() -> tuple[PreTrainedModel, PreTrainedModel]:
+    return tiny_llama(), perturbed(tiny_llama())
+
+
+def test_a_tokenizer_is_given_by_itself_by_its_name_or_in_a_processor(
+    tmp_path: Path, base_folder: Path, expected: ActivationDiff
+) -> None:
+    alone = tmp_path / "tokenizer alone"
+    tiny_tokenizer().save_pretrained(alone)
+    processor = SimpleNamespace(tokenizer=tiny_tokenizer())
+    for given in (tiny_tokenizer(), base_folder, str(base_folder), alone, str(alone), processor):
+        diff = compare(*in_memory(), tokenizer=given)
+        assert [prompt.n_tokens for prompt in diff.prompts] == [p.n_tokens for p in expected.prompts]
+    assert lens(*in_memory(), "Hello", tokenizer=str(alone)).record.model1.prompt_tokens[0] == "<s>"
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "says"),
+    [
+        (
+            42,
+            UsageError,
+            "tokenizer=42: neither a tokenizer of transformers nor the name of one, but of the class int",
+        ),
+        (PreTrainedTokenizerFast, UsageError, "of the class type"),
+        ({"vocab": {}}, UsageError, "of the class dict"),
+        (tiny_tokenizer().backend_tokenizer, UsageError, "of the class Tokenizer"),
+        ("", UsageError, "tokenizer='': neither"),
+        ("no/such folder", ModelNotFoundError, "'no/such folder': no such folder or file, and not a Hub id"),
+    ],
+)
+def test_what_is_no_tokenizer_is_refused_before_a_model_is_loaded(
+    given: Any, kind: type[LazarusError], says: str
+) -> None:
+    for run in (activation_diff, lens):
+        with pytest.raises(kind, match=says):
+            run("not loaded", "not loaded", "Hello", tokenizer=given)
+
+
+def test_a_folder_without_a_tokenizer_is_told_of(tmp_path: Path) -> None:
+    bare = save_model(tmp_path / "bare", tiny_llama())
+    with pytest.raises(UsageError, match=r"tokenizer='.*bare': no files of a tokenizer are there"):
+        compare(*in_memory(), tokenizer=bare)
 
 
 # --- Chat templates

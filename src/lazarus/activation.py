@@ -29,6 +29,7 @@ from lazarus.findings import read_differences
 from lazarus.loading import Model, Role, load_models, pick_device
 from lazarus.measure import Plan, measure
 from lazarus.metrics import FEWEST_FOR_CKA
+from lazarus.models import find_tokenizer
 from lazarus.options import (
     OptionArguments,
     Options,
@@ -92,7 +93,8 @@ def activation_diff(
         finetuned: the same; an adapter alone runs on top of `base`.
         prompts: texts, or mappings with the fields of a `.jsonl` row (`prompt`, `text` or `messages`,
             and `group`). One string is read as the command line's `-p`, a `Path` as a file of prompts.
-        tokenizer: the tokenizer of models in memory; it stands in for both models' own.
+        tokenizer: the tokenizer of models in memory, or a folder or Hub id that holds it; it stands in for
+            both models' own.
         observer: is told how far the run has come.
         rank: which of several processes this one is, instead of what the environment says (torchrun, Slurm).
         options: the command line's options, with underscores: `position="last"`, `batch_tokens=512`.
@@ -117,6 +119,7 @@ def activation_diff(
     rank = rank or find_rank()
     folder = _open_folder(chosen, rank)
     device = pick_device(chosen.device, rank)
+    tokenizer = find_tokenizer(tokenizer, trust_remote_code=chosen.trust_remote_code)
     loaded = load_models(base, finetuned, chosen, device, watcher.loading)
     models = loaded.models
     watcher.testing(found.prompts)

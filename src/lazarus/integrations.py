@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from lazarus.activation import Prompts, activation_diff
 from lazarus.errors import GateNotMetError, LazarusError, UsageError
 from lazarus.faces import ActivationDiff
+from lazarus.models import find_tokenizer
 from lazarus.options import OptionArguments, make_options
 from lazarus.prompts import make_prompts
 from lazarus.ranks import Rank
@@ -50,12 +51,13 @@ class ActivationDiffCallback(TrainerCallback):  # type: ignore[misc]  # transfor
         prompts: as those of `activation_diff`.
         every: the number of steps between two measurements; the last step is measured as well.
         base: a model in memory to measure against, instead of the start.
-        tokenizer: instead of the Trainer's `processing_class`.
+        tokenizer: instead of the Trainer's `processing_class`; a folder or Hub id names one.
         save_dir: a folder for every result, as `step-N.json`.
         options: those of `activation_diff`.
 
     Raises:
         UsageError: an option, the prompts or `every` are wrong, or there is no tokenizer.
+        ModelError: the tokenizer that is named cannot be loaded.
     """
 
     def __init__(
@@ -75,7 +77,10 @@ class ActivationDiffCallback(TrainerCallback):  # type: ignore[misc]  # transfor
         self.trainer, self.every, self.base = trainer, every, base
         self.prompts = make_prompts(prompts, no_split=chosen.no_split)
         self.options = options
-        self.tokenizer = tokenizer or getattr(trainer, "processing_class", None)
+        own = getattr(trainer, "processing_class", None)
+        self.tokenizer = find_tokenizer(
+            own if tokenizer is None else tokenizer, trust_remote_code=chosen.trust_remote_code
+        )
         if self.tokenizer is None:
             raise UsageError("the Trainer has no processing_class. Give the callback a tokenizer.")
         self.save_dir = None if save_dir is None else Path(save_dir)

@@ -13,7 +13,7 @@ from lazarus.lens.reading import read_layers
 from lazarus.lens.record import LensFacts, make_record
 from lazarus.lens.vocabulary import Vocabulary
 from lazarus.loading import Model, Role, load_models, pick_device
-from lazarus.models import LoadedModel, same_design
+from lazarus.models import LoadedModel, find_tokenizer, same_design
 from lazarus.options import CompareArguments, CompareOptions, make_compare_options, read_template
 from lazarus.prompts import Prompt, PromptList, check_chats, make_prompts
 from lazarus.ranks import Rank
@@ -57,7 +57,8 @@ def compare(
         model2: the same; an adapter alone runs on top of `model1`.
         prompt: a text, taken whole, or a mapping with the fields of a `.jsonl` row, such as a chat in
             `messages`; what comes after its last token is read.
-        tokenizer: the tokenizer of models in memory; it stands in for both models' own.
+        tokenizer: the tokenizer of models in memory, or a folder or Hub id that holds it; it stands in for
+            both models' own.
         observer: is told how far the run has come.
         options: the command line's options, with underscores: `top_k=10`, `track=["Paris", "Rome"]`.
 
@@ -79,6 +80,7 @@ def compare(
     template = read_template(of_pair)
     watcher = observer or _Silence()
     device = pick_device(chosen.device, Rank())
+    tokenizer = find_tokenizer(tokenizer, trust_remote_code=of_pair.trust_remote_code)
     loaded = load_models(model1, model2, of_pair, device, watcher.loading)
     reading = read_prompts(loaded.models, tokenizer, found.prompts, template, of_pair)
     lenses = _look(loaded.models, reading, watcher)

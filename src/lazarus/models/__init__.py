@@ -9,7 +9,7 @@ paging.py      a pair that is read block by block; pager.py does the reading, la
                tables.py reads the rows of large embeddings
 room.py        how much memory is free
 design.py      whether two models differ in their weights alone
-tokenizer.py   the tokenizer that belongs to it
+tokenizer.py   the tokenizer that belongs to it, or another by its name
 chats.py       what its chat template makes of a chat
 adapters.py    PEFT adapters, and two module trees over one storage
 formats.py     folders that hold a model in a form that is not read
@@ -32,7 +32,7 @@ from lazarus.models.paging import Footprint, estimate, fits_surely, load_paged
 from lazarus.models.reference import ModelReference, Source, parse_model
 from lazarus.models.room import free_bytes, give_back
 from lazarus.models.sameness import shared_blocks, weights_identical, why_the_same
-from lazarus.models.tokenizer import load_tokenizer
+from lazarus.models.tokenizer import find_tokenizer, load_tokenizer
 
 __all__ = [
     "Anatomy",
@@ -48,6 +48,7 @@ __all__ = [
     "estimate",
     "find_beside",
     "find_outside",
+    "find_tokenizer",
     "fits_surely",
     "free_bytes",
     "give_back",

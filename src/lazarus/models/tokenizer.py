@@ -1,14 +1,17 @@
-"""The tokenizer that belongs to a model, if it brings one."""
+"""The tokenizer that belongs to a model, if it brings one; or the one that a caller gives."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lazarus.errors import UsageError
 from lazarus.models.faults import translated
 from lazarus.models.load import LoadedModel
-from lazarus.models.reference import Source
+from lazarus.models.reference import Source, parse_model
 
 _FILES = (
     "tokenizer.json",
@@ -28,7 +31,41 @@ def load_tokenizer(model: LoadedModel, *, trust_remote_code: bool = False) -> An
     Raises:
         ModelError: the files are there and cannot be read.
     """
-    for source in model.tokenizer_sources:
+    return _first(model.tokenizer_sources, trust_remote_code)
+
+
+def find_tokenizer(given: Any | None, *, trust_remote_code: bool = False) -> Any | None:
+    """Return the tokenizer that a caller gives in place of the models' own: itself, or loaded by its name.
+
+    A name is a folder, a Hub id, or whatever else names a model. Of a processor, it is the tokenizer in it.
+
+    Raises:
+        UsageError: it is neither a tokenizer nor a name, or there is no tokenizer under that name.
+        ModelError: there is nothing under that name, or its files cannot be read.
+    """
+    if given is None or isinstance(given, PreTrainedTokenizerBase):
+        return given
+    if isinstance(given, str | Path) and str(given).strip():
+        reference = parse_model(str(given))
+        sources = [source for source in (reference.adapter, reference.model) if source is not None]
+        found = _first(sources, trust_remote_code)
+        if found is None:
+            raise UsageError(
+                f"tokenizer={str(given)!r}: no files of a tokenizer are there. Name the folder or the Hub id "
+                "that holds tokenizer.json."
+            )
+        return found
+    within = getattr(given, "tokenizer", None)
+    if isinstance(within, PreTrainedTokenizerBase):
+        return within
+    raise UsageError(
+        f"tokenizer={given!r:.60}: neither a tokenizer of transformers nor the name of one, but of the class "
+        f"{type(given).__name__}. Give AutoTokenizer.from_pretrained(...), or a folder or a Hub id."
+    )
+
+
+def _first(sources: Iterable[Source], trust_remote_code: bool) -> Any | None:
+    for source in sources:
         if source.gguf_file or any(source.file(name) for name in _FILES):
             return _load(source, trust_remote_code)
     return None
