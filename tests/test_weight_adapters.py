@@ -142,6 +142,40 @@ def test_an_adapter_on_fused_tensors_is_cut_as_they_are(name: str, kind: str, tm
             assert row.max_abs_change == pytest.approx(np.abs(change).max(), rel=1e-9)
 
 
+MIXTURES = {
+    "qwen3_moe": [
+        "experts.gate_up_proj",
+        "experts.down_proj",
+    ],  # stored in pieces
+    "mixtral": ["experts.gate_up_proj"],  # the same, under other names
+    "gpt_oss": ["experts.gate_up_proj", "experts.down_proj"],  # stacked, by inputs, gate and up in turns
+    "jetmoe": ["input_linear.weight", "output_linear.weight"],  # stacked, the weights of a module
+    "dbrx": ["mlp.w1", "mlp.w2"],  # all experts' rows in one matrix
+    "llama4_text": ["experts.gate_up_proj"],
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_an_adapter_on_experts_is_what_peft_merges_into_the_files(name: str, tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", build(name))
+    config = LoraConfig(r=2, target_modules=[], target_parameters=MIXTURES[name])
+    save_adapter(tmp_path / "adapter", base, config)
+    diff = weight_diff(base, tmp_path / "adapter")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    whole: Any = PeftModel.from_pretrained(model, tmp_path / "adapter").double().merge_and_unload()
+    whole.save_pretrained(tmp_path / "merged")
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("base", "merged"))
+    squares = dict.fromkeys(before, 0.0)
+    for row in diff.results:
+        squares[row.name] += (row.change_norm or 0.0) ** 2
+    changed = 0
+    for key, tensor in before.items():
+        expected = float((after[key].double() - tensor.double()).norm())
+        assert squares[key] ** 0.5 == pytest.approx(expected, rel=1e-9, abs=1e-12), key
+        changed += (expected > 0 and "expert" in key) or "mlp" in key
+    assert changed
+
+
 def test_a_merge_is_the_model_with_its_adapter(base: Path, tmp_path: Path) -> None:
     wrapped = save_adapter(tmp_path / "adapter", base, LoraConfig(r=4, target_modules=TARGETS))
     whole = save_model(tmp_path / "merged", wrapped.merge_and_unload())
@@ -182,57 +216,6 @@ def test_one_adapter_under_two_names_is_not_said_to_add_nothing(base: Path, tmp_
         summary = weight_diff(named, f"{base}+{copy}").summary
         assert (summary.verdict, summary.n_changed_tensors) == ("identical", 0)
         assert summary.causes == ["both adapters make the same of the same model"]
-
-
-@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings=True:UserWarning")
-@pytest.mark.parametrize(
-    ("saved", "options", "stay_tied"),
-    [
-        (["lm_head"], {}, False),
-        (["embed_tokens"], {}, False),
-        (["embed_tokens", "lm_head"], {}, False),
-        (["embed_tokens"], {"ensure_weight_tying": True}, True),
-    ],
-)
-def test_a_table_of_its_own_parts_what_was_tied(
-    saved: list[str], options: dict[str, Any], stay_tied: bool, tmp_path: Path
-) -> None:
-    base = save_model(tmp_path / "base", tiny_llama(tie_word_embeddings=True))
-    save_adapter(
-        tmp_path / "adapter",
-        base,
-        LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=saved, **options),
-    )
-    diff = weight_diff(base, tmp_path / "adapter")
-    before = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
-    after = merged(base, tmp_path / "adapter")
-    tables = {"embed": "model.embed_tokens.weight"} | ({} if stay_tied else {"lm_head": "lm_head.weight"})
-    rows = {row.component: row for row in diff.results if row.component in ("embed", "lm_head")}
-    assert rows.keys() == tables.keys()
-    for component, name in tables.items():
-        b = before.get_parameter(name).detach().numpy()
-        change = float(np.linalg.norm(after[name] - b) / np.linalg.norm(b))
-        assert rows[component].relative_change == pytest.approx(change, rel=1e-9)
-    (note,) = [note for note in diff.notes if "tied" in note]
-    where = "both: one tensor" if stay_tied else "base and a tensor of its own in fine-tuned"
-    assert note.startswith(f"lm_head is tied to embed in {where}")
-
-
-@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings=True:UserWarning")
-@pytest.mark.parametrize("saves_table", [False, True])
-def test_an_update_of_a_tied_table_is_merged_into_both(saves_table: bool, tmp_path: Path) -> None:
-    base = save_model(tmp_path / "base", tiny_llama(tie_word_embeddings=True))
-    wrapped = save_adapter(tmp_path / "adapter", base, LoraConfig(r=4, target_modules=["embed_tokens"]))
-    wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=saves_table)
-    after = merged(base, tmp_path / "adapter")
-    assert np.array_equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
-    diff = weight_diff(base, tmp_path / "adapter")
-    before = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64).lm_head.weight.detach().numpy()
-    (row,) = [row for row in diff.results if row.n_changed]
-    change = float(np.linalg.norm(after["lm_head.weight"] - before) / np.linalg.norm(before))
-    assert row.component == "embed"
-    assert row.relative_change == pytest.approx(change, rel=1e-9)
-    assert "lm_head is tied to embed in both: one tensor, compared once" in diff.notes
 
 
 def test_parameters_of_one_number_are_the_models_own(tmp_path: Path) -> None:
@@ -283,6 +266,15 @@ def test_a_start_that_rewrites_the_base_is_refused(start: str, base: Path, tmp_p
     config = LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=start)
     save_adapter(tmp_path / "adapter", base, config)
     with pytest.raises(UnsupportedModelError, match=f"its start \\({start}\\)"):
+        weight_diff(base, tmp_path / "adapter")
+
+
+def test_an_adapter_on_experts_that_loading_puts_in_another_order_is_refused(tmp_path: Path) -> None:
+    """The files have gate and up in turns, the model one after the other."""
+    base = save_model(tmp_path / "base", build("inkling2_text"))
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["experts.gate_up_proj"])
+    save_adapter(tmp_path / "adapter", base, config)
+    with pytest.raises(UnsupportedModelError, match=r"experts\.gate_up_proj cannot .* in another layout"):
         weight_diff(base, tmp_path / "adapter")
 
 

@@ -95,7 +95,7 @@ def _inject(peft: Any, model: PreTrainedModel, adapter: Source, folder: str) -> 
             parameter.data = parameter.data.clone()
     wrapped = peft.PeftModel(model, config, autocast_adapter_dtype=False)
     brought = _keys(Path(folder) / WEIGHTS)
-    for name, parameter in wrapped.named_parameters():
+    for name, parameter in wrapped.named_parameters(remove_duplicate=False):  # tied ones have two names
         if name in brought:  # an embedding or a bias of the model itself, which the base shares
             parameter.data = parameter.data.clone()
     # load_adapter, not from_pretrained: it says which keys were missing instead of warning.

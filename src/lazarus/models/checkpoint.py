@@ -23,6 +23,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     convert_and_load_state_dict_in_model,
@@ -50,6 +52,8 @@ TORCH_TYPES = {
     "F8_E5M2": torch.float8_e5m2,
     "C64": torch.complex64,
 }
+_IN_ORDER = (Concatenate, MergeModulelist)
+"""the steps that keep every stored tensor as it is, as a part of what they make"""
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _PREFIX = 4096
 _CHUNK = 2**22
@@ -244,13 +248,18 @@ class KeyMap:
         self._renamings = [entry for entry in self.mapping if isinstance(entry, WeightRenaming)]
         self._names = dict(names or model.state_dict())
         self._prefix = model.base_model_prefix
-        self._converted: set[str] = set()
+        self._converters: dict[str, WeightConverter] = {}
         self.made: set[str] = set()
         self.sources = self._find_sources(keys)
 
     def is_plain(self, target: str) -> bool:
         """Whether a target is one stored tensor as it is, but for its name and type."""
-        return target not in self._converted and len(self.sources[target]) == 1
+        return target not in self._converters and len(self.sources[target]) == 1
+
+    def is_in_order(self, target: str) -> bool:
+        """Whether a target is what is stored, at most stacked or joined: no axis is turned, no row moved."""
+        converter = self._converters.get(target)
+        return converter is None or all(type(step) in _IN_ORDER for step in converter.operations)
 
     def renamed(self, key: str) -> str:
         """A key as the model would name it, if what is stored under it were a parameter of its own."""
@@ -269,10 +278,9 @@ class KeyMap:
                 sources.setdefault(target, []).append(key)
                 self.made.add(target)
                 if pattern is not None:
-                    self._converted.add(target)
-                    first, *others = next(
-                        c for c in converters if pattern in c.source_patterns
-                    ).target_patterns
+                    converter = next(c for c in converters if pattern in c.source_patterns)
+                    self._converters[target] = converter
+                    first, *others = converter.target_patterns
                     self.made |= {target.replace(first, other) for other in others}
         return {target: tuple(found) for target, found in sources.items()}
 

@@ -5,7 +5,7 @@ structure.py    what a checkpoint's tensors belong to: the model's modules, buil
 stores.py       tensors in safetensors and pickled files; gguf.py those of a GGUF file
 components.py   the standard name of each tensor; roles.py reads names, fused.py cuts fused tensors
 checkpoints.py  one checkpoint as components
-updates.py      what an adapter adds to them
+adapters.py     which of them an adapter changes; updates.py what it adds to one
 views.py        a tensor that is read a few rows at a time; parts.py where a part of it is in the file
 pairs.py        which tensor of one belongs to which of the other
 numbers.py      what is measured of a pair; parallel.py of many at once

@@ -50,6 +50,8 @@ class Stored:
     shape: tuple[int, ...]
     dtype: str
     view: ViewOf
+    in_order: bool = True
+    """whether the parameter that it makes has its elements as they are stored"""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Entry:
     path: str
     take: Take | None
     view: View
+    in_order: bool = True
+    """whether the parameter that it makes has its elements as they are stored"""
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,8 @@ class Checkpoint:
     entries: Mapping[Place, Entry]
     tied: Mapping[Place, Place]
     """components without a tensor of their own, and whose tensor they use"""
-    stored: Mapping[str, Stored]
-    """every tensor by its path"""
+    tied_paths: Mapping[str, Place]
+    """these components by the paths of their parameters"""
     n_tensors: int
     n_parameters: int
     stored_dtype: str
@@ -102,12 +106,13 @@ def read_checkpoint(source: Source, options: WeightOptions) -> Checkpoint:
     if not stored:
         raise WeightsError(f"{source.name}: there is no tensor in its files. Fetch the model again.")
     entries = _entries(structure, stored)
+    tied = _tied(structure, entries)
     return Checkpoint(
         source=source,
         structure=structure,
         entries=entries,
-        tied=_tied(structure, entries),
-        stored={each.path: each for each in stored},
+        tied=dict(tied.values()),
+        tied_paths={path: place for path, (place, _) in tied.items()},
         n_tensors=len(stored),
         n_parameters=sum(math.prod(each.shape) for each in stored),
         stored_dtype=_usual_type(stored),
@@ -125,23 +130,27 @@ def _empty(structure: Structure, stored: Iterable[Stored]) -> list[str]:
 
 def _read_files(structure: Structure, store: Store) -> tuple[list[Stored], set[str]]:
     """The tensors of safetensors or .bin files, and the parameters that come of them."""
-    known: dict[str, tuple[str, int]] = {}
+    known: dict[str, tuple[str, int, bool]] = {}
     made: set[str] = set()
     if structure.model is not None:
         keys = KeyMap(structure.model, store.shapes)
         known, made = _paths(structure.model, keys), keys.made
     stored = []
     for key, shape in store.shapes.items():
-        path, order = known.get(key, (key, _LAST))
-        stored.append(Stored(key, path, order, shape, store.dtypes[key], partial(store.view, key)))
+        path, order, in_order = known.get(key, (key, _LAST, True))
+        view = partial(store.view, key)
+        stored.append(Stored(key, path, order, shape, store.dtypes[key], view, in_order))
     return stored, made
 
 
-def _paths(model: PreTrainedModel, keys: KeyMap) -> dict[str, tuple[str, int]]:
-    """For each key, its path and its order: a piece of a parameter has a path as if it were one itself."""
+def _paths(model: PreTrainedModel, keys: KeyMap) -> dict[str, tuple[str, int, bool]]:
+    """For each key, its path, its place in the model, and whether the model has its elements in their order.
+
+    A piece of a parameter has a path as if it were one itself.
+    """
     order = {name: place for place, name in enumerate(model.state_dict())}
     return {
-        key: (target if keys.is_plain(target) else keys.renamed(key), order[target])
+        key: (target if keys.is_plain(target) else keys.renamed(key), order[target], keys.is_in_order(target))
         for target, sources in keys.sources.items()
         for key in sources
     }
@@ -172,19 +181,20 @@ def _entries(structure: Structure, stored: Iterable[Stored]) -> dict[Place, Entr
         if any(part.place in found for part in parts):
             parts = [Part(Place(parts[0].place.layer, each.key), None)]
         for part in parts:
-            found[part.place] = Entry(part.place, each.key, each.path, part.take, each.view(part.take))
+            view = each.view(part.take)
+            found[part.place] = Entry(part.place, each.key, each.path, part.take, view, each.in_order)
     return found
 
 
-def _tied(structure: Structure, entries: Mapping[Place, Entry]) -> dict[Place, Place]:
-    """The components that the model ties to others and that are not stored."""
+def _tied(structure: Structure, entries: Mapping[Place, Entry]) -> dict[str, tuple[Place, Place]]:
+    """The parameters that are not stored but tied to others: their places, and their owners.."""
     if structure.model is None:
         return {}
     by_path = {entry.path: place for place, entry in entries.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in structure.model.state_dict().items()}
     tied: dict[str, str] = structure.model.all_tied_weights_keys
     return {
-        structure.parts(name, shapes[name])[0].place: by_path[source]
+        name: (structure.parts(name, shapes[name])[0].place, by_path[source])
         for name, source in tied.items()
         if name not in by_path and source in by_path and name in shapes
     }

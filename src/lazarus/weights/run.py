@@ -17,13 +17,13 @@ from lazarus.models.load import adapter_of, other_base, source_under
 from lazarus.models.reference import adapter_base
 from lazarus.options import WeightArguments, WeightOptions
 from lazarus.options.checks import check_known
+from lazarus.weights.adapters import put_adapter
 from lazarus.weights.checkpoints import Checkpoint, read_checkpoint
 from lazarus.weights.numbers import Pair, base_norm, measure
 from lazarus.weights.pairs import Row, match
 from lazarus.weights.parallel import measure_all
 from lazarus.weights.record import Measured, Side, assemble
 from lazarus.weights.spectrum import spectrum
-from lazarus.weights.updates import put_adapter
 
 Role = Literal["base", "finetuned"]
 
@@ -123,7 +123,7 @@ def _side(reference: ModelReference, checkpoint: Checkpoint) -> Side:
         return Side(reference, checkpoint, None, checkpoint.notes)
     changed, kind = put_adapter(checkpoint, adapter)
     commit = f", commit {adapter.revision}" if adapter.revision else ""
-    notes = [*checkpoint.notes, *other_base(adapter, checkpoint.source)]
+    notes = [*changed.notes, *other_base(adapter, checkpoint.source)]
     return Side(reference, changed, f"{adapter.name} ({kind}{commit})", notes)
 
 

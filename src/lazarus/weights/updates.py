@@ -1,32 +1,21 @@
-"""What an adapter adds to the tensors of its model, computed tensor by tensor; no model is merged."""
+"""What an adapter adds to one tensor, as far as it can be computed a few rows at a time."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
-from jaxtyping import Float64
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from jaxtyping import Float64, Int64, Shaped
+from torch import Tensor
 
-from lazarus.errors import UnsupportedModelError
-from lazarus.models import Source
-from lazarus.models.adapters import put_on, rewriting_start
-from lazarus.models.faults import translated
-from lazarus.models.layout import hollow, is_hollow
-from lazarus.models.reference import adapter_settings
-from lazarus.weights.checkpoints import Checkpoint, Entry, Stored
 from lazarus.weights.parts import Take, as_matrix, lay_out
-from lazarus.weights.views import AddedView, MemoryView, Rows, Update, View, type_name
+from lazarus.weights.views import MemoryView, Rows, Update
 
 ADAPTER = "default"
-_KEPT = 2
-"""Layers whose update is kept beside those that are being read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +34,10 @@ class Product:
         """Rows start to stop."""
         return self.left[start:stop] @ self.right
 
+    def magnitude(self, start: int, stop: int, /) -> Float64[Tensor, "rows columns"]:
+        """(rank + 1) Σ|left·right| of rows start to stop: a dot product rounds by no more, in units of ε."""
+        return (self.left[start:stop].abs() @ self.right.abs()).mul_(self.right.shape[0] + 1)
+
     def part(self, take: Take) -> Product | None:
         """The part that is whole rows, or whole columns, of the matrix; None of any other."""
         n_rows, n_columns = self.matrix
@@ -59,13 +52,81 @@ class Product:
 
 
 @dataclass(frozen=True, eq=False)
-class Merged:
-    """The update of one tensor by an adapter's own rule, whatever it is: what merging adds, in float64."""
+class Stack:
+    """The low-rank updates of stacked experts: of each, `left` [rows, rank] times `right` [rank, columns].
 
-    layers: _Layers
-    module: str
-    attribute: str
+    The factors stay in the adapter's dtype: those of all experts are many.
+    """
+
+    left: Shaped[Tensor, "experts rows rank"]
+    right: Shaped[Tensor, "experts rank columns"]
+    scaling: float
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows, those of all experts, and columns."""
+        return prod(self.left.shape[:2]), self.right.shape[2]
+
+    def read(self, start: int, stop: int, /) -> Float64[Tensor, "rows columns"]:
+        """Rows start to stop."""
+        return self._joined(start, stop, Product.read)
+
+    def magnitude(self, start: int, stop: int, /) -> Float64[Tensor, "rows columns"]:
+        """Rows start to stop of every expert's `Product.magnitude`."""
+        return self._joined(start, stop, Product.magnitude)
+
+    def part(self, take: Take) -> Product | None:
+        """One expert's update, or a part of it; None of what is not of one expert."""
+        n_experts, n_rows = self.left.shape[:2]
+        if take.dims[0] != n_experts or not take.index or not isinstance(take.index[0], int):
+            return None
+        expert = self._expert(take.index[0])
+        inner = Take(take.dims[1:], take.index[1:])
+        is_whole = not inner.index and inner.dims == (n_rows, self.right.shape[2])
+        return expert if is_whole else expert.part(inner)
+
+    def _joined(
+        self, start: int, stop: int, read: Callable[[Product, int, int], Tensor]
+    ) -> Float64[Tensor, "rows columns"]:
+        n_rows, found = self.left.shape[1], []
+        while start < stop:
+            expert, row = divmod(start, n_rows)
+            n_read = min(stop - start, n_rows - row)
+            found.append(read(self._expert(expert), row, row + n_read))
+            start += n_read
+        return torch.cat(found)
+
+    def _expert(self, expert: int) -> Product:
+        return Product(self.left[expert].double() * self.scaling, self.right[expert].double())
+
+
+@dataclass(frozen=True, eq=False)
+class Replaced:
+    """Rows that an adapter has put in the place of the model's: `change` is new less old, in float64."""
+
+    matrix: tuple[int, int]
+    index: Int64[Tensor, " rows"]
+    """the rows, rising"""
+    change: Float64[Tensor, "rows columns"]
+
+    def read(self, start: int, stop: int, /) -> Float64[Tensor, "rows columns"]:
+        """Rows start to stop: 0 where a row is the model's own."""
+        found = torch.zeros(stop - start, self.matrix[1], dtype=torch.float64)
+        first, last = torch.searchsorted(self.index, torch.tensor([start, stop])).tolist()
+        found[self.index[first:last] - start] = self.change[first:last]
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """The update of one tensor by an adapter's own rule, whatever it is: what merging adds.
+
+    `merge` gives it in a dtype that the tensor is merged in: float64 for what is added exactly.
+    """
+
+    merge: Callable[[torch.dtype], Tensor]
     shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float64
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -80,8 +141,12 @@ class Merged:
         """The rows of the update, which is in memory as long as they are read."""
         return nullcontext(MemoryView(self._whole(), "float64"))
 
+    def merged_in(self, dtype: torch.dtype) -> Merged:
+        """What a merge in `dtype` adds, which rounds at every step of the adapter's rule."""
+        return Merged(self.merge, self.shape, dtype)
+
     def _whole(self) -> Tensor:
-        return self.layers.update(self.module)[self.attribute].reshape(self.matrix)
+        return self.merge(self.dtype).reshape(self.matrix)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,177 +170,32 @@ class Taken:
         """The rows of the part, which is in memory as long as they are read."""
         return nullcontext(self._view())
 
+    def merged_in(self, dtype: torch.dtype) -> Taken | None:
+        """The part of what a merge in `dtype` adds; None where that is the same in every dtype."""
+        merged_in: Any = getattr(self.update, "merged_in", None)
+        return None if merged_in is None else Taken(merged_in(dtype), self.whole, self.take)
+
     def _view(self) -> MemoryView:
         everything = self.update.read(0, self.update.matrix[0]).reshape(self.whole)
         part = MemoryView(everything, "float64", self.take).part
         return MemoryView(part.contiguous(), "float64")
 
 
-def put_adapter(checkpoint: Checkpoint, adapter: Source) -> tuple[Checkpoint, str]:
-    """The checkpoint as it is with an adapter, and the adapter's type.
-
-    Raises:
-        AdapterError: it does not fit the model, or works by virtual tokens instead of weights.
-        UnsupportedModelError: it is on tensors that cannot be told apart.
-    """
-    empty = checkpoint.structure.model
-    if empty is None:
-        raise UnsupportedModelError(
-            f"{adapter.name}: {checkpoint.source.name} has Python code of its own, so where its adapter "
-            "belongs is not known. Merge the adapter and compare the merged model."
-        )
-    start = rewriting_start(adapter_settings(adapter))
-    if start is not None:
-        raise UnsupportedModelError(
-            f"{adapter.name}: its start ({start}) was taken off its model's weights, which takes the whole "
-            "model to undo. Merge the adapter and compare the merged model."
-        )
-    model, kind = put_on(_hollow_copy(empty), adapter)
-    brought = _brought(model, empty)
-    updates = _Layers(model, checkpoint.stored, brought, adapter).updates()
-    entries = {
-        place: replace(entry, view=_changed(entry, checkpoint.stored[entry.path], updates, brought))
-        for place, entry in checkpoint.entries.items()
-    }
-    known, doubles = {entry.path for entry in entries.values()}, _doubles(brought)
-    for path in brought.keys() - known - doubles.keys():  # a head of its own, where the model's was tied
-        for part in checkpoint.structure.parts(path, tuple(brought[path].shape)):
-            view = MemoryView(brought[path], type_name(brought[path].dtype), part.take)
-            entries[part.place] = Entry(part.place, path, path, part.take, view)
-    for place, owner in checkpoint.tied.items():
-        path = entries[owner].path
-        if place not in entries and path in _copied(model) and path not in doubles.values():
-            entries[place] = replace(checkpoint.entries[owner], place=place)  # PEFT leaves it what it was
-    tied = {place: owner for place, owner in checkpoint.tied.items() if place not in entries}
-    return replace(checkpoint, entries=entries, tied=tied), kind
+def part_of_update(update: Update, shape: tuple[int, ...], take: Take | None) -> Update:
+    """The part of an update of a tensor of that shape that belongs to one of its components."""
+    if take is None:
+        return update
+    part: Callable[[Take], Update | None] | None = getattr(update, "part", None)
+    found = part(take) if part is not None else None
+    return Taken(update, shape, take) if found is None else found
 
 
-def _changed(
-    entry: Entry, stored: Stored, updates: Mapping[str, Update], brought: Mapping[str, Tensor]
-) -> View:
-    """A component's numbers with the adapter: as they were, with an update on top, or the adapter's own."""
-    view = entry.view
-    if entry.path in brought:
-        tensor = brought[entry.path]
-        view = MemoryView(tensor, type_name(tensor.dtype), entry.take)
-    update = updates.get(entry.path)
-    if update is None:
-        return view
-    if entry.take is None:
-        return AddedView(view, update)
-    product = update.part(entry.take) if isinstance(update, Product) else None
-    return AddedView(view, product or Taken(update, stored.shape, entry.take))
-
-
-def _hollow_copy(empty: PreTrainedModel) -> PreTrainedModel:
-    """A second empty model, on the CPU and without memory all the same, for an adapter to be put on."""
-    cpu = torch.device("cpu")
-    memo: dict[int, Any] = {id(p): hollow(p, cpu) for p in empty.parameters()}
-    return copy.deepcopy(empty, memo)
-
-
-def _brought(model: PreTrainedModel, empty: PreTrainedModel) -> dict[str, Tensor]:
-    """The tensors of the model that the adapter brings whole, by their paths: a head, biases."""
-    own = set(empty.state_dict())
-    found = {}
-    for name, tensor in model.named_parameters(remove_duplicate=False):
-        path = _path(name)
-        if path in own and ".original_module." not in name and not tensor.is_meta and not is_hollow(tensor):
-            found[path] = tensor.detach()
-    return found
-
-
-def _doubles(brought: Mapping[str, Tensor]) -> dict[str, str]:
-    """Paths at which a tensor is that of another path: what PEFT has tied to what the adapter brings."""
-    first: dict[int, str] = {}
-    owners = {path: first.setdefault(tensor.data_ptr(), path) for path, tensor in brought.items()}
-    return {path: owner for path, owner in owners.items() if path != owner}
-
-
-def _copied(model: PreTrainedModel) -> set[str]:
-    """The paths of parameters that the adapter has in a copy of their module (`modules_to_save`)."""
-    return {_path(name) for name, _ in model.named_parameters() if f".modules_to_save.{ADAPTER}." in name}
-
-
-def _path(name: str) -> str:
-    """A parameter's name without what PEFT puts around its module."""
-    for wrapper in (".base_layer", ".token_adapter", f".modules_to_save.{ADAPTER}"):
-        name = name.replace(wrapper, "")
-    return name
-
-
-class _Layers:
-    """The layers of a hollow model that carry an adapter."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        stored: Mapping[str, Stored],
-        brought: Mapping[str, Tensor],
-        adapter: Source,
-    ) -> None:
-        self._stored = stored
-        self._brought = brought
-        self._adapter = adapter
-        self._found = {name: layer for name, layer in model.named_modules() if hasattr(layer, "base_layer")}
-        self.update = lru_cache(maxsize=_KEPT)(self._merge)
-
-    def updates(self) -> dict[str, Update]:
-        """The update of every tensor that an adapter changes, by the tensor's path.
-
-        Raises:
-            UnsupportedModelError: the checkpoint stores such a tensor in pieces, or an adapter is on another.
-        """
-        return {path: update for name in self._found for path, update in self._of(name)}
-
-    def _of(self, name: str) -> Iterator[tuple[str, Update]]:
-        layer, module = self._found[name], _path(name)
-        if hasattr(layer, "parameter_name") or hasattr(layer.base_layer, "base_layer"):
-            raise self._refusal(module, "is on single parameters of it, or on top of another")
-        product = _product(layer)
-        for attribute, parameter in layer.base_layer.named_parameters(recurse=False):
-            path = f"{module}.{attribute}"
-            if path not in self._stored:
-                raise self._refusal(path, "is on a tensor that the checkpoint stores in pieces or not at all")
-            if product is not None:
-                if attribute == "weight":
-                    yield path, product
-            else:
-                yield path, Merged(self, name, attribute, tuple(parameter.shape))
-
-    def _merge(self, name: str) -> dict[str, Tensor]:
-        """What merging one layer adds to each of its tensors, in float64."""
-        layer, module = copy.deepcopy(self._found[name]), _path(name)
-        base: Any = layer.base_layer
-        before = {}
-        for attribute, _ in list(base.named_parameters(recurse=False)):
-            tensor = before[attribute] = self._tensor(f"{module}.{attribute}")
-            setattr(base, attribute, nn.Parameter(tensor.clone(), requires_grad=False))
-        merging: Any = layer.double()
-        with torch.no_grad(), translated(self._adapter.name):
-            merging.merge(adapter_names=[ADAPTER])
-        merged = merging.base_layer  # LNTuning puts another one there
-        return {name: getattr(merged, name).detach() - tensor for name, tensor in before.items()}
-
-    def _tensor(self, path: str) -> Tensor:
-        """A tensor of the model as the adapter finds it, in float64."""
-        if path in self._brought:
-            return self._brought[path].to(torch.float64)
-        view = self._stored[path].view(None)
-        return view.read(0, view.matrix[0]).reshape(view.shape).to(torch.float64)
-
-    def _refusal(self, module: str, reason: str) -> UnsupportedModelError:
-        return UnsupportedModelError(
-            f"{self._adapter.name}: what it adds to {module} cannot be computed by itself: it {reason}. "
-            "Merge the adapter and compare the merged model."
-        )
-
-
-def _product(layer: Any) -> Product | None:
+def low_rank(layer: Any) -> Product | Stack | None:
     """A plain LoRA layer's update; None where the adapter has another rule than scaling·B·A."""
     from peft.tuners.lora import Embedding, Linear
+    from peft.tuners.lora.layer import ParamWrapper
 
-    if type(layer) not in (Linear, Embedding) or layer.lora_variant.get(ADAPTER) is not None:
+    if type(layer) not in (Linear, Embedding, ParamWrapper) or layer.lora_variant.get(ADAPTER) is not None:
         return None
     if layer.lora_bias.get(ADAPTER):
         return None
@@ -283,6 +203,9 @@ def _product(layer: Any) -> Product | None:
     if type(layer) is Embedding:
         a, b = layer.lora_embedding_A[ADAPTER], layer.lora_embedding_B[ADAPTER]
         return Product(a.T.double() * scaling, b.T.double())
+    if type(layer) is ParamWrapper and layer.num_experts > 1:
+        left, right, _ = layer.get_delta_factors(ADAPTER)
+        return Stack(left.detach(), right.detach(), scaling)
     a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
     if layer.fan_in_fan_out:
         return Product(a.T.double() * scaling, b.T.double())
