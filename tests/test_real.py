@@ -8,16 +8,19 @@ from __future__ import annotations
 import copy
 import importlib.util
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import lazarus
+from layouts import save_adapter
 from lazarus.findings import find_rounding
 from lazarus.models import dissect, wrap_model
 from reference import block_outputs, cosine, recorded_states
@@ -214,6 +217,75 @@ def test_the_last_lens_is_the_model_s_own_prediction(pair: tuple[Path, Path]) ->
             assert token.probability == pytest.approx(float(expected[token.token_id]), rel=1e-5)
 
 
+ADAPTERS: list[tuple[LoraConfig, float]] = [
+    (LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]), 1.0),
+    (LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]), 0.1),
+    (LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]), 0.01),
+    (LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"), 0.3),
+    (LoraConfig(r=64, lora_alpha=16, use_rslora=True, target_modules=["down_proj", "o_proj"]), 0.1),
+    (LoraConfig(r=1, lora_alpha=1, target_modules=["gate_proj"]), 1.0),
+    (LoraConfig(r=4, lora_alpha=7, target_modules=["k_proj", "up_proj"]), 0.1),
+    (LoraConfig(r=8, lora_alpha=16, use_dora=True, target_modules=["q_proj", "v_proj"]), 0.1),
+    (LoraConfig(r=8, lora_alpha=16, target_modules=["o_proj"], layers_to_transform=[12, 13, 14]), 0.1),
+    (LoraConfig(r=8, target_modules=["v_proj"], modules_to_save=["input_layernorm"]), 0.1),
+]
+"""adapters, and by what their update is multiplied: by 0.01 it is about a hundredth of a unit of bfloat16"""
+
+
+@pytest.fixture(scope="module", params=range(len(ADAPTERS)))
+def adapter(request: pytest.FixtureRequest, pair: tuple[Path, Path], tmp_path_factory: Any) -> Path:
+    config, factor = ADAPTERS[request.param]
+    folder: Path = tmp_path_factory.mktemp("adapter")
+    save_adapter(folder, pair[0], config, seed=request.param)
+    change_adapter(folder, lambda key, tensor: tensor * factor if "lora_B" in key else tensor)
+    return folder
+
+
+def change_adapter(folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+    path = folder / "adapter_model.safetensors"
+    save_file({key: change(key, tensor).contiguous() for key, tensor in load_file(path).items()}, path)
+
+
+def scaled(folder: Path) -> None:
+    change_adapter(folder, lambda key, tensor: tensor * 0.95 if "lora_B" in key else tensor)
+
+
+def skipped(folder: Path) -> None:
+    change_adapter(folder, lambda key, tensor: tensor * ("layers.13." not in key or "lora_B" not in key))
+
+
+def twice(folder: Path) -> None:
+    change_adapter(folder, lambda key, tensor: tensor * 2 if "lora_B" in key else tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_right_merge_is_told_from_wrong_ones(
+    dtype: torch.dtype, adapter: Path, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A scaling that is off by 5 %, one layer left out, the adapter applied twice."""
+    base = AutoModelForCausalLM.from_pretrained(pair[0], dtype=dtype)
+    base.save_pretrained(tmp_path / "base")
+    merges: dict[str, Callable[[Path], None] | None] = {
+        "right": None,
+        "scaled": scaled,
+        "skipped": skipped,
+        "twice": twice,
+    }
+    verdicts = {}
+    for name, change in merges.items():
+        used = shutil.copytree(adapter, tmp_path / f"adapter-{name}")
+        if change is not None:
+            change(used)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+        merged: Any = PeftModel.from_pretrained(model, used)
+        merged.merge_and_unload().save_pretrained(tmp_path / name)
+        diff = lazarus.weight_diff(f"{tmp_path / 'base'}+{adapter}", tmp_path / name)
+        verdicts[name] = diff.summary.verdict
+        shutil.rmtree(tmp_path / name)
+    assert verdicts == {"right": "rounding", "scaled": "changed", "skipped": "changed", "twice": "changed"}
+
+
 # Merges of adapters in 16 bits.
 
 
@@ -232,7 +304,7 @@ TARGETS = [
     ["q_proj", "k_proj", "v_proj", "o_proj"],
     ["gate_proj", "up_proj"],
 ]
-ADAPTERS = [(seed, TARGETS[seed % 4], (2, 8, 16)[seed % 3], 10.0 ** -(2 + seed % 3)) for seed in range(10)]
+MERGES = [(seed, TARGETS[seed % 4], (2, 8, 16)[seed % 3], 10.0 ** -(2 + seed % 3)) for seed in range(10)]
 """a seed, the layers, the rank, and the size of B: from a strong adapter to one that 16 bits hardly hold"""
 
 
@@ -261,8 +333,8 @@ def _merged(tuned: Any, fault: str | None) -> Any:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: f"{adapter[0]}")
-def test_a_right_merge_in_16_bits_is_told_from_wrong_ones(
+@pytest.mark.parametrize("adapter", MERGES, ids=lambda adapter: f"{adapter[0]}")
+def test_a_right_merge_is_told_by_the_states_too(
     smollm2: Path, adapter: tuple[int, list[str], int, float], dtype: torch.dtype
 ) -> None:
     tuned = _adapter(AutoModelForCausalLM.from_pretrained(smollm2, dtype=dtype), adapter)
@@ -281,7 +353,7 @@ def test_the_gate_of_a_merge_is_met_by_the_right_one_alone(
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     base.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    tuned = _adapter(base, ADAPTERS[0])
+    tuned = _adapter(base, MERGES[0])
     tuned.save_pretrained(tmp_path / "adapter")
     for fault in (None, "scaling"):
         folder = tmp_path / str(fault)

@@ -647,8 +647,8 @@ def test_two_types_are_compared_as_numbers(
     base: Path, tmp_path: Path, dtype: torch.dtype, narrowed: bool
 ) -> None:
     diff = weight_diff(base, save_model(tmp_path / "other", tiny_llama().to(dtype)))
-    assert (diff.summary.verdict == "changed") == narrowed
-    assert any("different types (float32 to bfloat16)" in note for note in diff.notes) == narrowed
+    assert diff.summary.verdict == ("rounding" if narrowed else "identical")
+    assert ("fine-tuned is base rounded to bfloat16" in diff.summary.causes) == narrowed
     largest = max(row.relative_change or 0 for row in diff.results)
     assert (0 < largest < 2**-8) if narrowed else largest == 0
 

@@ -95,7 +95,7 @@ class WeightDiff(Face[WeightDiffRecord]):
         self, *, fail_above: float | None = None, expect: str | None = None, only_compared: bool = False
     ) -> None:
         """Hold the result against gates: no tensor's relative change above `fail_above`; a verdict of
-        `identical` or of `changed`.
+        `identical` or of `changed`. A verdict of `rounding` meets `identical`.
 
         What was not compared fails `identical` where it differs or is not known, unless `only_compared`.
 
@@ -107,7 +107,7 @@ class WeightDiff(Face[WeightDiffRecord]):
         check_weight_gates(fail_above, expect)
         if fail_above is not None:
             self._check_limit(fail_above)
-        if expect is not None and self.summary.verdict != expect:
+        if expect is not None and (self.summary.verdict == "changed") != (expect == "changed"):
             raise GateNotMetError(f"--expect {expect}: {text.verdict(self.record)}")
         others = differing(self.record.base.not_compared, self.record.finetuned.not_compared)
         if expect == "identical" and others and not only_compared:
@@ -117,6 +117,8 @@ class WeightDiff(Face[WeightDiffRecord]):
 
     def _check_limit(self, limit: float) -> None:
         said = f"--fail-above {limit:g}:"
+        if not self.results:
+            raise GateNotMetError(f"{said} no tensor was compared; see the notes.")
         if self.record.unmatched:
             first = self.record.unmatched[0]
             raise GateNotMetError(

@@ -47,7 +47,9 @@ class RoundingTest:
     With R(s) = round(W + s·D) − W, the coefficient c = ⟨X − W, R(1)⟩ / ⟨R(1), R(1)⟩ is 1 for a right merge,
     near s for one with the scaling s, 0 for a skipped one and 2 for one applied twice. A right merge may
     differ from round(W + D) in a few elements, by the order and the dtype of the operations: by one unit in
-    the last place of the largest term, no more.
+    the last place of the largest term, and by what computing D has lost. It is the right one where c is
+    nearer to 1 than to that of a wrong scaling, or where less than half as many elements are unlike it as
+    are unlike a wrong one. The first tells where an update moves all elements, the second where it moves few.
     """
 
     dtype: torch.dtype
@@ -62,31 +64,44 @@ class RoundingTest:
     update_stored: float = 0.0
     """⟨X − W, D⟩: what the stored elements hold of the update"""
     _squares: float = 0.0
+    _stored: float = 0.0
     _observed: float = 0.0
     _wrong: tuple[float, ...] = (0.0,) * len(WRONG_SCALINGS)
+    _n_unlike_wrong: tuple[int, ...] = (0,) * len(WRONG_SCALINGS)
 
     def add(
         self,
         stored: Float64[Tensor, "*shape"],
         base: Float64[Tensor, "*shape"],
         change: Float64[Tensor, "*shape"],
+        lost: Float64[Tensor, "*shape"] | None = None,
     ) -> None:
-        """Take in one part: X as stored, W, and the exact update D, all in float64."""
+        """Take in one part: X as stored, W, and the exact update D, all in float64.
+
+        `lost` is how far from D the merge may have computed it, before it rounded to the stored dtype.
+        """
         exact = base + change
         rounded = self._rounded(exact)
         largest = torch.maximum(torch.maximum(stored.abs(), base.abs()), change.abs())
-        near = (stored - exact).abs() <= unit_in_the_last_place(largest, self.dtype)
+        allowed = unit_in_the_last_place(largest, self.dtype)
+        near = (stored - exact).abs() <= (allowed if lost is None else allowed + lost)
         self.n_elements += stored.numel()
         self.n_inexact += int((stored != rounded).sum())
         self.n_beyond += int((~near).sum())  # counts what is not finite as well
         right, found, update = (rounded - base).flatten(), (stored - base).flatten(), change.flatten()
         self._squares += torch.dot(right, right).item()
+        self._stored += torch.dot(found, found).item()
         self._observed += torch.dot(found, right).item()
         self.update_square += torch.dot(update, update).item()
         self.update_stored += torch.dot(found, update).item()
+        wrong = [self._rounded(base + scaling * change) for scaling in WRONG_SCALINGS]
         self._wrong = tuple(
-            so_far + torch.dot((self._rounded(base + scaling * change) - base).flatten(), right).item()
-            for so_far, scaling in zip(self._wrong, WRONG_SCALINGS, strict=True)
+            so_far + torch.dot((each - base).flatten(), right).item()
+            for so_far, each in zip(self._wrong, wrong, strict=True)
+        )
+        self._n_unlike_wrong = tuple(
+            so_far + int((stored != each).sum())
+            for so_far, each in zip(self._n_unlike_wrong, wrong, strict=True)
         )
 
     def _rounded(self, values: Tensor) -> Tensor:
@@ -98,6 +113,16 @@ class RoundingTest:
         return self._observed / self._squares if self._squares else None
 
     @property
+    def tells_scalings(self) -> bool:
+        """Return whether each of the wrong scalings would store something else than the right one."""
+        return all(wrong != self._squares for wrong in self._wrong)
+
+    @property
+    def is_a_merge(self) -> bool:
+        """Return whether c says something: most of what was stored is along the update, or nothing was."""
+        return not self._stored or self._observed**2 > self._squares * self._stored / 2
+
+    @property
     def result(self) -> Rounding:
         """Return whether the tensor is base + update, rounded."""
         if self.n_beyond:
@@ -106,7 +131,8 @@ class RoundingTest:
             return "exact"
         if not self._squares or self.coefficient is None:
             return "beyond"  # a right merge stores base as it is, and this is something else
-        nearest_wrong = min(abs(wrong / self._squares - 1) for wrong in self._wrong)
-        if nearest_wrong == 0:
+        if not self.tells_scalings:
             return "unknown"
-        return "rounded" if abs(self.coefficient - 1) < nearest_wrong / 2 else "beyond"
+        nearest_wrong = min(abs(wrong / self._squares - 1) for wrong in self._wrong)
+        is_nearer = abs(self.coefficient - 1) < nearest_wrong / 2
+        return "rounded" if is_nearer or self.n_inexact < min(self._n_unlike_wrong) / 2 else "beyond"

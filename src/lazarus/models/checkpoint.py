@@ -257,7 +257,7 @@ class KeyMap:
         return target not in self._converters and len(self.sources[target]) == 1
 
     def is_in_order(self, target: str) -> bool:
-        """Whether a target is what is stored, at most stacked or joined: no axis is turned, no row moved."""
+        """Return whether a target has its elements as they are stored: stacked or joined, never turned."""
         converter = self._converters.get(target)
         return converter is None or all(type(step) in _IN_ORDER for step in converter.operations)
 

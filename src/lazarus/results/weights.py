@@ -10,7 +10,7 @@ from lazarus.results.outside import NotCompared
 from lazarus.results.records import Environment, Tool
 from lazarus.results.rows import Layer, Record
 
-WeightVerdict = Literal["identical", "changed"]
+WeightVerdict = Literal["identical", "rounding", "changed"]
 RelativeChange = Annotated[
     float | None,
     Meta(
@@ -104,6 +104,20 @@ class TensorRecord(Record, frozen=True, kw_only=True):
     base_norm: Annotated[float | None, Meta(description="‖b‖")]
     change_norm: Annotated[float | None, Meta(description="‖f − b‖")]
     spectrum: Annotated[Spectrum | None, Meta(description="of a changed matrix, with spectrum")] = None
+    rounding: Annotated[
+        bool | None,
+        Meta(
+            description="whether all of the change is rounding: one is the other, with an adapter's update "
+            "or without, rounded to the type it is stored in"
+        ),
+    ] = None
+    merged_share: Annotated[
+        float | None,
+        Meta(
+            description="share of an adapter's update that the other's tensor holds: 1 of a right merge, "
+            "0 where it was left out, 2 where it was added twice"
+        ),
+    ] = None
 
 
 class WeightLayerRecord(Record, frozen=True, kw_only=True):
@@ -130,10 +144,15 @@ class WeightSummary(Record, frozen=True, kw_only=True):
 
     verdict: Annotated[
         WeightVerdict,
-        Meta(description="identical: the same tensors with the same bits; changed: anything else"),
+        Meta(
+            description="identical: the same tensors with the same bits; rounding: every tensor that differs "
+            "is the other's, with an adapter's update or without, rounded to the type it is stored in; "
+            "changed: anything else"
+        ),
     ]
     causes: Annotated[
-        list[str], Meta(description="where nothing changed: what was found that may explain it")
+        list[str],
+        Meta(description="where nothing but rounding changed: what was found that may explain it"),
     ]
     relative_change: Annotated[
         float | None, Meta(description="of all matched tensors together, ‖f − b‖ / ‖b‖")

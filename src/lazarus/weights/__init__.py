@@ -9,6 +9,7 @@ adapters.py     which of them an adapter changes; updates.py what it adds to one
 views.py        a tensor that is read a few rows at a time; parts.py where a part of it is in the file
 pairs.py        which tensor of one belongs to which of the other
 numbers.py      what is measured of a pair; parallel.py of many at once
+rounding.py     which tensors differ by the rounding of a merge or of a copy alone
 spectrum.py     the singular values of an update
 record.py       from what was measured to the record
 """

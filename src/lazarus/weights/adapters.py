@@ -298,14 +298,14 @@ class _Layers:
 
 
 def _same_tensor(one: Tensor | None, other: Tensor | None) -> bool:
-    """Whether both are the model's own, or PEFT has tied what the adapter brings."""
+    """Return whether both are the model's own, or PEFT has tied what the adapter brings."""
     if one is None or other is None:
         return one is other
     return one.data_ptr() == other.data_ptr()
 
 
 def _same_update(one: _Effect | None, other: _Effect | None) -> bool:
-    """Whether two tied parameters become the same: PEFT gives both the same factors, or the same rows."""
+    """Return whether two tied parameters get the same: PEFT gives both the same factors, or the same rows."""
     if one is None or other is None:
         return one is other
     match one.update, other.update:

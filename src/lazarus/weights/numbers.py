@@ -127,11 +127,11 @@ class ViewPair:
         Raises:
             OSError: a file is missing or too short.
         """
-        step = _rows_at_once(self.matrix, n_numbers)
+        step = rows_at_once(self.matrix, n_numbers)
         wide = torch.empty(2, step, self.matrix[1], dtype=torch.float64)
         differs: NDArray[np.bool_] = np.empty((step, self.matrix[1]), dtype=np.bool_)
         with open_rows(self.base) as ours, open_rows(self.finetuned) as theirs:
-            for start, stop in _starts_and_stops(self.matrix[0], step):
+            for start, stop in starts_and_stops(self.matrix[0], step):
                 base, change = wide[:, : stop - start].unbind()
                 b, f = ours.read(start, stop), theirs.read(start, stop)
                 base.copy_(b)
@@ -178,20 +178,22 @@ class UpdatePair:
         Raises:
             OSError: the file is missing or too short.
         """
-        step = _rows_at_once(self.matrix, n_numbers)
+        step = rows_at_once(self.matrix, n_numbers)
         wide = torch.empty(step, self.matrix[1], dtype=torch.float64)
         with open_rows(self.base) as rows, open_rows(self.update) as updates:
-            for start, stop in _starts_and_stops(self.matrix[0], step):
+            for start, stop in starts_and_stops(self.matrix[0], step):
                 change = updates.read(start, stop)
                 n_changed = int(np.count_nonzero(change.numpy()))
                 yield Chunk(wide[: stop - start].copy_(rows.read(start, stop)), change, n_changed)
 
 
-def _rows_at_once(matrix: tuple[int, int], n_numbers: int) -> int:
+def rows_at_once(matrix: tuple[int, int], n_numbers: int) -> int:
+    """How many rows of a matrix have about so many elements; at least one, where there is one."""
     return min(matrix[0], max(1, n_numbers // max(matrix[1], 1)))
 
 
-def _starts_and_stops(n_rows: int, step: int) -> Iterator[tuple[int, int]]:
+def starts_and_stops(n_rows: int, step: int) -> Iterator[tuple[int, int]]:
+    """Rows in runs of `step`, the last one shorter."""
     for start in range(0, n_rows, step or 1):
         yield start, min(start + step, n_rows)
 
@@ -245,10 +247,10 @@ def base_norm(pair: Pair, n_numbers: int = N_NUMBERS) -> float:
     """
     if math.prod(pair.matrix) == 0:
         return 0.0
-    step = _rows_at_once(pair.matrix, n_numbers)
+    step = rows_at_once(pair.matrix, n_numbers)
     wide, norms = torch.empty(step, pair.matrix[1], dtype=torch.float64), []
     with open_rows(pair.base) as rows:
-        for start, stop in _starts_and_stops(pair.matrix[0], step):
+        for start, stop in starts_and_stops(pair.matrix[0], step):
             numbers = wide[: stop - start].copy_(rows.read(start, stop))
             scale = _scale(_largest(0.0, numbers))
             norms.append(float(numbers.mul_(scale).norm()) / scale)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from threading import Event
 from typing import Any, TypeVar
 
@@ -49,10 +50,15 @@ class _Stoppable:
         return self.pair.identical()
 
     def chunks(self, n_numbers: int) -> Iterator[Chunk]:
-        for chunk in self.pair.chunks(n_numbers):
-            if self.stop.is_set():
-                raise _StoppedError
-            yield chunk
+        return until(self.stop, self.pair.chunks(n_numbers))
+
+
+def until(stop: Event, items: Iterable[T]) -> Iterator[T]:
+    """Yield the items, until `stop` is set: then the task ends with an error."""
+    for item in items:
+        if stop.is_set():
+            raise _StoppedError
+        yield item
 
 
 def measure_all(
@@ -66,14 +72,27 @@ def measure_all(
     `on_done` is called here, with a pair's index, as each is ready. The first error ends all, and is raised
     once the other threads have ended, which they do at their next chunk; so does an interrupt.
     """
-    stop, sizes = Event(), [math.prod(pair.matrix) for pair in pairs]
+    tasks = [partial(_measured, measure_one, pair) for pair in pairs]
+    return run_all(tasks, [math.prod(pair.matrix) for pair in pairs], n_threads, on_done)
+
+
+def _measured(measure_one: Callable[[Pair], T], pair: Pair, stop: Event) -> T:
+    return measure_one(_Stoppable(pair, stop))
+
+
+def run_all(
+    tasks: Sequence[Callable[[Event], T]],
+    sizes: Sequence[int],
+    n_threads: int,
+    on_done: Callable[[int], Any] | None = None,
+) -> list[T]:
+    """Run tasks as `measure_all` does, and return what they return; `until` ends one early by its event."""
+    stop = Event()
     done: dict[int, T] = {}
     with _single_threads(n_threads) as pool:
         try:
-            largest_first = sorted(range(len(pairs)), key=lambda i: -sizes[i])
-            places: dict[Future[T], int] = {
-                pool.submit(measure_one, _Stoppable(pairs[i], stop)): i for i in largest_first
-            }
+            largest_first = sorted(range(len(tasks)), key=lambda i: -sizes[i])
+            places: dict[Future[T], int] = {pool.submit(tasks[i], stop): i for i in largest_first}
             for future in as_completed(places):
                 i = places[future]
                 done[i] = future.result()
@@ -82,7 +101,7 @@ def measure_all(
         finally:  # after an error there is work left
             stop.set()
             pool.shutdown(cancel_futures=True)
-    return [done[i] for i in range(len(pairs))]
+    return [done[i] for i in range(len(tasks))]
 
 
 @contextmanager

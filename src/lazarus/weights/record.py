@@ -23,6 +23,7 @@ from lazarus.results import (
     WeightLayerRecord,
     WeightSettings,
     WeightSummary,
+    WeightVerdict,
     differing,
     finite_or_none,
     outside_notes,
@@ -31,6 +32,7 @@ from lazarus.tokens import listed
 from lazarus.weights.checkpoints import Checkpoint
 from lazarus.weights.numbers import Numbers
 from lazarus.weights.pairs import Matched, Row
+from lazarus.weights.rounding import Rounded, holds, merge_notes
 
 N_MOST_CHANGED = 5
 
@@ -41,6 +43,8 @@ class Measured:
 
     numbers: Numbers
     spectrum: Spectrum | None
+    rounded: Rounded | None = None
+    """None where neither can be the other's rounding"""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ def assemble(
         (base.checkpoint.source, finetuned.checkpoint.source),
         (base.checkpoint.structure.opened.config, finetuned.checkpoint.structure.opened.config),
     )
+    limits += merge_notes([each.rounded for each in measured if each.rounded is not None])
     return WeightDiffRecord(
         schema_version=SCHEMA_VERSION,
         command="weight-diff",
@@ -101,7 +106,7 @@ def assemble(
 
 
 def _row(row: Row, measured: Measured, threshold: float) -> TensorRecord:
-    numbers = measured.numbers
+    numbers, rounded = measured.numbers, measured.rounded
     relative = finite_or_none(numbers.relative_change)
     return TensorRecord(
         layer=row.place.layer,
@@ -119,6 +124,8 @@ def _row(row: Row, measured: Measured, threshold: float) -> TensorRecord:
         base_norm=None if numbers.base_norm is None else finite_or_none(numbers.base_norm),
         change_norm=finite_or_none(numbers.change_norm),
         spectrum=measured.spectrum,
+        rounding=rounded.holds if rounded is not None and rounded.result != "unknown" else None,
+        merged_share=rounded.share if rounded is not None else None,
     )
 
 
@@ -161,11 +168,11 @@ def _summary(
     changed = [row for row in rows if row.n_changed]
     spectra = [row.spectrum for row in rows if row.spectrum is not None]
     ranks = [spectrum.adapter_rank for spectrum in spectra if spectrum.adapter_rank is not None]
-    is_same = not changed and not matched.unmatched
+    verdict, causes = _verdict(sides, matched, measured)
     has_spectrum = bool(spectra)
     return WeightSummary(
-        verdict="identical" if is_same else "changed",
-        causes=_causes(sides) if is_same and not others else [],
+        verdict=verdict,
+        causes=causes if verdict != "identical" or not others else [],
         relative_change=_together([each.numbers for each in measured]),
         n_tensors=len(rows),
         n_changed_tensors=len(changed),
@@ -177,6 +184,26 @@ def _summary(
         n_low_rank=len(ranks) if has_spectrum else None,
         adapter_rank=max(ranks) if ranks and len(ranks) == len(spectra) else None,
     )
+
+
+def _verdict(
+    sides: tuple[Side, Side], matched: Matched, measured: Sequence[Measured]
+) -> tuple[WeightVerdict, list[str]]:
+    """Return the verdict on all tensors, and what may explain it."""
+    changed = [each.rounded for each in measured if each.numbers.n_changed]
+    if matched.unmatched:
+        return "changed", []
+    if not changed:
+        return "identical", _causes(sides)
+    found = [each for each in changed if each is not None and each.holds]
+    if len(found) < len(changed) or len({each.stored for each in found}) > 1:
+        return "changed", []
+    base, finetuned = sides
+    stored, source = ("fine-tuned", base) if found[0].stored == "finetuned" else ("base", finetuned)
+    other = "base" if source is base else "fine-tuned"
+    adapter = f" with the adapter {source.adapter}, merged" if any(each.has_update for each in found) else ""
+    dtypes = " and ".join(sorted({each.dtype for each in found}))
+    return "rounding", [f"{stored} is {other}{adapter} {'and ' if adapter else ''}rounded to {dtypes}"]
 
 
 def _causes(sides: tuple[Side, Side]) -> list[str]:
@@ -218,28 +245,14 @@ def _limits(matched: Matched, rows: Sequence[TensorRecord], *, with_spectrum: bo
         for said, found in kinds.items()
         if found
     ]
-    types = {(row.base_dtype, row.finetuned_dtype) for row in changed}
-    narrowed = [f"{ours} to {theirs}" for ours, theirs in sorted(types) if not _holds(theirs, ours)]
+    types = {(row.base_dtype, row.finetuned_dtype) for row in changed if not row.rounding}
+    narrowed = [f"{ours} to {theirs}" for ours, theirs in sorted(types) if not holds(theirs, ours)]
     if narrowed:
         notes.append(
             f"base and fine-tuned are stored in different types ({', '.join(narrowed)}): a part of the "
             "change may be the rounding from one to the other"
         )
     return notes
-
-
-def _holds(wide: str, narrow: str) -> bool:
-    """Whether a type holds every number of another; of GGUF's types, only of its own."""
-    one, other = getattr(torch, wide, None), getattr(torch, narrow, None)
-    if one is None or other is None:
-        return wide == narrow
-    if wide == narrow:
-        return True
-    if one.is_floating_point and other.is_floating_point:
-        ours, theirs = torch.finfo(one), torch.finfo(other)
-        holds = ours.eps <= theirs.eps, ours.max >= theirs.max, ours.smallest_normal <= theirs.smallest_normal
-        return all(holds)
-    return bool(torch.promote_types(one, other) == one)
 
 
 def _info(side: Side, outside: Sequence[NotCompared]) -> CheckpointInfo:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol, Unpack, runtime_checkable
 
@@ -21,8 +22,9 @@ from lazarus.weights.adapters import put_adapter
 from lazarus.weights.checkpoints import Checkpoint, read_checkpoint
 from lazarus.weights.numbers import Pair, base_norm, measure
 from lazarus.weights.pairs import Row, match
-from lazarus.weights.parallel import measure_all
+from lazarus.weights.parallel import measure_all, run_all
 from lazarus.weights.record import Measured, Side, assemble
+from lazarus.weights.rounding import candidates, check
 from lazarus.weights.spectrum import spectrum
 
 Role = Literal["base", "finetuned"]
@@ -143,6 +145,7 @@ def _measure(rows: Sequence[Row], options: WeightOptions, watcher: Observer) -> 
     measured = measure_all(pairs, measure_one, n_threads, lambda i: watcher.advanced(sizes[i]))
     if any(each.numbers.n_changed for each in measured):
         _add_norms(pairs, measured, n_threads)
+        _add_rounding(pairs, measured, n_threads)
     return measured
 
 
@@ -152,3 +155,15 @@ def _add_norms(pairs: Sequence[Pair], measured: list[Measured], n_threads: int) 
     norms = measure_all([pairs[i] for i in lacking], base_norm, n_threads)
     for i, norm in zip(lacking, norms, strict=True):
         measured[i] = Measured(replace(measured[i].numbers, base_norm=norm), measured[i].spectrum)
+
+
+def _add_rounding(pairs: Sequence[Pair], measured: list[Measured], n_threads: int) -> None:
+    """Find out which of those that changed differ by rounding alone."""
+    changed = [i for i, each in enumerate(measured) if each.numbers.n_changed]
+    ways = [(i, candidate) for i in changed for candidate in candidates(pairs[i])]
+    sizes = [math.prod(pairs[i].matrix) for i, _ in ways]
+    found = run_all([partial(check, candidate) for _, candidate in ways], sizes, n_threads)
+    for (i, _), rounded in zip(ways, found, strict=True):
+        before = measured[i].rounded
+        if before is None or (rounded.holds and not before.holds):
+            measured[i] = replace(measured[i], rounded=rounded)

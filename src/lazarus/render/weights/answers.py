@@ -31,6 +31,9 @@ def _whether(record: WeightDiffRecord) -> Answer:
         causes = "; ".join(found.causes)
         told = f" Likely cause: {escaped(causes)}." if causes else ""
         return Answer(question, "No", f"Bit for bit the same in {counted(found.n_tensors, 'tensor')}.{told}")
+    if found.verdict == "rounding":
+        causes = "; ".join(found.causes)
+        return Answer(question, "Only by rounding", f"{differ(record)}: {escaped(causes)}.")
     told = f"{differ(record)} in at least one bit."
     if found.n_unmatched:
         told += f" {without_counterpart(found.n_unmatched)}."

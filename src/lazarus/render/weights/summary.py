@@ -14,6 +14,7 @@ MOST_LINES = 8
 NAMED = 3
 NAME_CHARACTERS = 80
 ROW_DECIMALS = 6
+ACCEPTED = "accepted by --expect identical"
 _MANY = "changed matrices"
 
 
@@ -42,6 +43,10 @@ def verdict(record: WeightDiffRecord) -> str:
         return f"IDENTICAL, nothing changed: {_the_same(found.n_tensors)}" + (
             f". Likely cause: {escaped(causes)}" if causes else ""
         )
+    if found.verdict == "rounding":
+        told = f"rounding: {differ(record)}, by rounding alone"
+        causes = "; ".join(found.causes)
+        return f"{told}: {escaped(causes)} ({ACCEPTED})"
     if not found.n_changed_tensors:
         same = _the_same(found.n_tensors) if found.n_tensors else "no tensor is in both"
         return f"changed: {same}, but {without_counterpart(found.n_unmatched)}"
