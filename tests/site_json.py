@@ -212,6 +212,7 @@ NULL_WHEN = {
     "TensorRecord.base_norm": "it is not finite, or nothing changed in the whole model",
     "TensorRecord.change_norm": "it is not finite",
     "TensorRecord.spectrum": "without `--spectrum`; no matrix, not changed, or not finite",
+    "UnmatchedTensor.rows_alone": "no vocabulary's tensor, or not compared at all",
     "TensorRecord.rounding": "nothing changed; neither can be the other's rounding; or it cannot be told",
     "TensorRecord.merged_share": "no adapter is on it, or what is stored is something else than its update",
     "Spectrum.effective_rank": "not all σ were computed",

@@ -13,7 +13,7 @@ from lazarus.models.faults import translated
 from lazarus.models.load import LoadedModel
 from lazarus.models.reference import Source, parse_model
 
-_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -31,7 +31,7 @@ def load_tokenizer(model: LoadedModel, *, trust_remote_code: bool = False) -> An
     Raises:
         ModelError: the files are there and cannot be read.
     """
-    return _first(model.tokenizer_sources, trust_remote_code)
+    return first_tokenizer(model.tokenizer_sources, trust_remote_code)
 
 
 def find_tokenizer(given: Any | None, *, trust_remote_code: bool = False) -> Any | None:
@@ -48,7 +48,7 @@ def find_tokenizer(given: Any | None, *, trust_remote_code: bool = False) -> Any
     if isinstance(given, str | Path) and str(given).strip():
         reference = parse_model(str(given))
         sources = [source for source in (reference.adapter, reference.model) if source is not None]
-        found = _first(sources, trust_remote_code)
+        found = first_tokenizer(sources, trust_remote_code)
         if found is None:
             raise UsageError(
                 f"tokenizer={str(given)!r}: no files of a tokenizer are there. Name the folder or the Hub id "
@@ -64,9 +64,14 @@ def find_tokenizer(given: Any | None, *, trust_remote_code: bool = False) -> Any
     )
 
 
-def _first(sources: Iterable[Source], trust_remote_code: bool) -> Any | None:
+def first_tokenizer(sources: Iterable[Source], trust_remote_code: bool) -> Any | None:
+    """Load the tokenizer of the first of these that has one; None where there are no files of one.
+
+    Raises:
+        ModelError: the files are there and cannot be read.
+    """
     for source in sources:
-        if source.gguf_file or any(source.file(name) for name in _FILES):
+        if source.gguf_file or any(source.file(name) for name in TOKENIZER_FILES):
             return _load(source, trust_remote_code)
     return None
 

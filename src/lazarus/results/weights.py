@@ -137,6 +137,13 @@ class UnmatchedTensor(Record, frozen=True, kw_only=True):
     name: str
     base_shape: Annotated[list[int] | None, Meta(description="null where base has none")]
     finetuned_shape: Annotated[list[int] | None, Meta(description="null where the fine-tuned one has none")]
+    rows_alone: Annotated[
+        tuple[int, int] | None,
+        Meta(
+            description="of a vocabulary's tensor that was compared in part: how many rows only base has, "
+            "and how many only fine-tuned"
+        ),
+    ] = None
 
 
 class WeightSummary(Record, frozen=True, kw_only=True):
@@ -165,6 +172,9 @@ class WeightSummary(Record, frozen=True, kw_only=True):
         list[int], Meta(description="indices into results of the largest relative changes, at most 5, not 0")
     ]
     first_changed_layer: Annotated[Layer | None, Meta(description="the first block with another bit")]
+    n_moved_tokens: Annotated[
+        int, Meta(ge=0, description="tokens with another id, whose rows were compared with each other")
+    ] = 0
     n_matrices: Annotated[int | None, Meta(description="changed matrices with a spectrum")] = None
     n_low_rank: Annotated[int | None, Meta(description="of these, how many look like an adapter's")] = None
     adapter_rank: Annotated[

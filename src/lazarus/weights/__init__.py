@@ -7,6 +7,7 @@ components.py   the standard name of each tensor; roles.py reads names, fused.py
 checkpoints.py  one checkpoint as components
 adapters.py     which of them an adapter changes; updates.py what it adds to one
 views.py        a tensor that is read a few rows at a time; parts.py where a part of it is in the file
+vocabulary.py   which row of a table is the same token's in the other
 pairs.py        which tensor of one belongs to which of the other
 numbers.py      what is measured of a pair; parallel.py of many at once
 rounding.py     which tensors differ by the rounding of a merge or of a copy alone

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from jaxtyping import Shaped
-from torch import Tensor
+import numpy as np
+from msgspec.structs import replace
 
 from lazarus.results import UnmatchedTensor
 from lazarus.tokens import listed
 from lazarus.weights.checkpoints import Checkpoint, Entry
 from lazarus.weights.components import Place
 from lazarus.weights.numbers import Pair, UpdatePair, ViewPair
-from lazarus.weights.views import AddedView, Rows, View, open_rows
+from lazarus.weights.views import AddedView, PickedRows, View
+from lazarus.weights.vocabulary import Alignment, Vocabulary
 
 MOST_NAMED = 5
 """how many tensors a note names"""
@@ -34,63 +34,36 @@ class Row:
 class Matched:
     """All rows in base's order, what has no counterpart of its shape, and notes on it.
 
-    A resized vocabulary is in both: its first rows were compared.
+    A table of which only a part of the rows have a counterpart is in both: that part was compared.
     """
 
     rows: Sequence[Row]
     unmatched: Sequence[UnmatchedTensor]
     notes: Sequence[str]
+    n_moved: int = 0
+    """tokens that have another id in fine-tuned"""
+    by_number: str | None = None
+    """why the rows of tables were matched by their numbers and not by token, where that is so"""
 
 
-@dataclass(frozen=True, eq=False)
-class FirstRows:
-    """The first rows of a view: what two vocabularies of different size have in common."""
-
-    view: View
-    n_rows: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of the view, cut."""
-        return self.n_rows, *self.view.shape[1:]
-
-    @property
-    def dtype(self) -> str:
-        """That of the view."""
-        return self.view.dtype
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """That of the view, cut."""
-        return self.view.matrix[0] // self.view.shape[0] * self.n_rows, self.view.matrix[1]
-
-    def read(self, start: int, stop: int, /) -> Shaped[Tensor, "rows columns"]:
-        """Rows start to stop."""
-        return self.view.read(start, stop)
-
-    def rows(self) -> AbstractContextManager[Rows]:
-        """The rows of the view, opened."""
-        return open_rows(self.view)
-
-
-def match(base: Checkpoint, finetuned: Checkpoint) -> Matched:
-    """Pair the two checkpoints' components by their places."""
-    rows, unmatched, resized = [], [], []
+def match(base: Checkpoint, finetuned: Checkpoint, vocabulary: Vocabulary) -> Matched:
+    """Pair the two checkpoints' components by their places, and the rows of their vocabularies by token."""
+    rows, unmatched, tables = [], [], []
     for place in _places(base, finetuned):
         ours, theirs = base.find(place), finetuned.find(place)
         if ours is None or theirs is None:
             unmatched.append(_unmatched(place, ours, theirs))
+        elif _is_table(place, ours, theirs) and (table := _table(place, ours, theirs, vocabulary)):
+            tables.append(table)
+            rows.append(Row(place, ours, theirs, table.pair))
         elif ours.view.shape == theirs.view.shape:
             rows.append(Row(place, ours, theirs, _pair(ours.view, theirs.view)))
-        elif _is_resized(place, ours, theirs):
-            n_rows = min(ours.view.shape[0], theirs.view.shape[0])
-            views = (FirstRows(ours.view, n_rows), FirstRows(theirs.view, n_rows))
-            rows.append(Row(place, ours, theirs, ViewPair(*views)))
-            resized.append(_unmatched(place, ours, theirs))
         else:
             unmatched.append(_unmatched(place, ours, theirs))
-    notes = [*_tied_notes(base, finetuned), *_resized_notes(resized), *_unmatched_notes(unmatched)]
-    return Matched(rows, [*resized, *unmatched], notes)
+    parted = [table.unmatched for table in tables if table.unmatched is not None]
+    notes = [*_tied_notes(base, finetuned), *(table.note for table in tables), *_unmatched_notes(unmatched)]
+    n_moved = max((table.n_moved for table in tables), default=0)
+    return Matched(rows, [*parted, *unmatched], notes, n_moved, vocabulary.unknown)
 
 
 def _places(base: Checkpoint, finetuned: Checkpoint) -> Iterator[Place]:
@@ -110,11 +83,61 @@ def _pair(base: View, finetuned: View) -> Pair:
     return ViewPair(base, finetuned)
 
 
-def _is_resized(place: Place, base: Entry, finetuned: Entry) -> bool:
-    """Whether they are a vocabulary's tensors that have other numbers of rows and are else of one shape."""
-    is_table = place.layer is None and place.component.partition(".")[0] in ("embed", "lm_head")
+@dataclass(frozen=True)
+class _Table:
+    """A vocabulary's tensor, of which not every row is compared with the row of its number."""
+
+    pair: Pair
+    unmatched: UnmatchedTensor | None
+    note: str
+    n_moved: int
+
+
+def is_table(place: Place) -> bool:
+    """Return whether a component has a row for each token."""
+    return place.layer is None and place.component.partition(".")[0] in ("embed", "lm_head")
+
+
+def _is_table(place: Place, base: Entry, finetuned: Entry) -> bool:
+    """Return whether two tensors are a vocabulary's and may be compared in a part of their rows."""
     ours, theirs = base.view.shape, finetuned.view.shape
-    return is_table and len(ours) > 0 and ours[1:] == theirs[1:] and min(ours[0], theirs[0]) > 0
+    return is_table(place) and len(ours) > 0 and ours[1:] == theirs[1:] and min(ours[0], theirs[0]) > 0
+
+
+def _table(place: Place, base: Entry, finetuned: Entry, vocabulary: Vocabulary) -> _Table | None:
+    """Pair the rows of two tables; None where every row belongs to the one of its number."""
+    n_base, n_finetuned = base.view.shape[0], finetuned.view.shape[0]
+    if vocabulary.differs:
+        rows = vocabulary.align(n_base, n_finetuned)
+    else:
+        both = np.arange(min(n_base, n_finetuned))
+        rows = Alignment(both, both, range(len(both), n_base), range(len(both), n_finetuned))
+    is_all = not rows.base_alone and not rows.finetuned_alone
+    if (is_all and not rows.n_moved) or not len(rows.base):
+        return None
+    counts = len(rows.base_alone), len(rows.finetuned_alone)
+    unmatched = None if is_all else replace(_unmatched(place, base, finetuned), rows_alone=counts)
+    pair = ViewPair(PickedRows(base.view, rows.base), PickedRows(finetuned.view, rows.finetuned))
+    return _Table(pair, unmatched, _table_note(place, base, finetuned, vocabulary, rows), rows.n_moved)
+
+
+def _table_note(place: Place, base: Entry, finetuned: Entry, vocabulary: Vocabulary, rows: Alignment) -> str:
+    n_base, n_finetuned, n_both = base.view.shape[0], finetuned.view.shape[0], len(rows.base)
+    if not vocabulary.differs:
+        return (
+            f"{place.component} has {n_base} rows in base and {n_finetuned} in fine-tuned: the first "
+            f"{n_both}, which both have, were compared"
+            + (f" by their number and not by token: {vocabulary.unknown}" if vocabulary.unknown else "")
+        )
+    said = f"{place.component} was compared by token in {n_both} rows"
+    if rows.n_moved:
+        said += f", of which {rows.n_moved} are at another id in fine-tuned"
+    ours, theirs = len(rows.base_alone), len(rows.finetuned_alone)
+    if ours or theirs:
+        names = vocabulary.named(rows)
+        said += f"; {ours} rows are only in base and {theirs} only in fine-tuned"
+        said += f": {names}" if names else ""
+    return said
 
 
 def _unmatched(place: Place, base: Entry | None, finetuned: Entry | None) -> UnmatchedTensor:
@@ -144,19 +167,6 @@ def _tied_notes(base: Checkpoint, finetuned: Checkpoint) -> list[str]:
                 f"{place.component} is tied to {owner.component} in {tying} and a tensor of its own in "
                 f"{other}: it was compared with that {owner.component}"
             )
-    return notes
-
-
-def _resized_notes(resized: Sequence[UnmatchedTensor]) -> list[str]:
-    notes = []
-    for tensor in resized:
-        assert tensor.base_shape is not None
-        assert tensor.finetuned_shape is not None
-        ours, theirs = tensor.base_shape[0], tensor.finetuned_shape[0]
-        notes.append(
-            f"{tensor.component} has {ours} rows in base and {theirs} in fine-tuned: the first "
-            f"{min(ours, theirs)}, which both have, were compared"
-        )
     return notes
 
 

@@ -31,7 +31,7 @@ from lazarus.results import (
 from lazarus.tokens import listed
 from lazarus.weights.checkpoints import Checkpoint
 from lazarus.weights.numbers import Numbers
-from lazarus.weights.pairs import Matched, Row
+from lazarus.weights.pairs import Matched, Row, is_table
 from lazarus.weights.rounding import Rounded, holds, merge_notes
 
 N_MOST_CHANGED = 5
@@ -79,10 +79,14 @@ def assemble(
         )
     rows = [_row(row, each, options.threshold) for row, each in zip(matched.rows, measured, strict=True)]
     limits = _limits(matched, rows, with_spectrum=options.spectrum)
+<<<<<<< HEAD
     ours, theirs = find_beside(
         (base.checkpoint.source, finetuned.checkpoint.source),
         (base.checkpoint.structure.opened.config, finetuned.checkpoint.structure.opened.config),
     )
+=======
+    limits += _by_number(matched, rows)
+>>>>>>> 5ce8c5a (weight-diff compares a token's row with its own row)
     limits += merge_notes([each.rounded for each in measured if each.rounded is not None])
     return WeightDiffRecord(
         schema_version=SCHEMA_VERSION,
@@ -180,6 +184,7 @@ def _summary(
         n_unmatched=len(matched.unmatched),
         most_changed=ranked[:N_MOST_CHANGED],
         first_changed_layer=min((row.layer for row in changed if row.layer is not None), default=None),
+        n_moved_tokens=matched.n_moved,
         n_matrices=len(spectra) if has_spectrum else None,
         n_low_rank=len(ranks) if has_spectrum else None,
         adapter_rank=max(ranks) if ranks and len(ranks) == len(spectra) else None,
@@ -191,7 +196,7 @@ def _verdict(
 ) -> tuple[WeightVerdict, list[str]]:
     """Return the verdict on all tensors, and what may explain it."""
     changed = [each.rounded for each in measured if each.numbers.n_changed]
-    if matched.unmatched:
+    if matched.unmatched or matched.n_moved:
         return "changed", []
     if not changed:
         return "identical", _causes(sides)
@@ -255,7 +260,23 @@ def _limits(matched: Matched, rows: Sequence[TensorRecord], *, with_spectrum: bo
     return notes
 
 
+<<<<<<< HEAD
 def _info(side: Side, outside: Sequence[NotCompared]) -> CheckpointInfo:
+=======
+def _by_number(matched: Matched, rows: Sequence[TensorRecord]) -> list[str]:
+    """A note where tables differ whose rows could not be matched by token."""
+    tables = [row for row, pair in zip(rows, matched.rows, strict=True) if is_table(pair.place)]
+    parted = {each.component for each in matched.unmatched}
+    differ = [row.component for row in tables if row.n_changed and row.component not in parted]
+    if matched.by_number is None or not differ:
+        return []
+    return [
+        f"rows of {listed(differ, 4)} were compared by their number and not by token: {matched.by_number}"
+    ]
+
+
+def _info(side: Side) -> CheckpointInfo:
+>>>>>>> 5ce8c5a (weight-diff compares a token's row with its own row)
     checkpoint, source = side.checkpoint, side.checkpoint.source
     kind: Literal["hub", "folder", "gguf", "adapter"] = "adapter" if side.adapter else source.kind
     return CheckpointInfo(

@@ -13,7 +13,7 @@ import torch
 
 from lazarus.errors import UsageError, WeightsError
 from lazarus.faces import WeightDiff
-from lazarus.models import ModelReference, parse_model
+from lazarus.models import ModelReference, Source, parse_model
 from lazarus.models.load import adapter_of, other_base, source_under
 from lazarus.models.reference import adapter_base
 from lazarus.options import WeightArguments, WeightOptions
@@ -26,6 +26,7 @@ from lazarus.weights.parallel import measure_all, run_all
 from lazarus.weights.record import Measured, Side, assemble
 from lazarus.weights.rounding import candidates, check
 from lazarus.weights.spectrum import spectrum
+from lazarus.weights.vocabulary import read_vocabulary
 
 Role = Literal["base", "finetuned"]
 
@@ -85,7 +86,10 @@ def weight_diff(
     ours, theirs = (side.checkpoint for side in sides)
     n_layers = max(ours.structure.n_layers, theirs.structure.n_layers)
     watcher.detected((ours.structure.family, theirs.structure.family), n_layers)
-    matched = match(ours, theirs)
+    vocabulary = read_vocabulary(
+        _tokenizers(sides[0]), _tokenizers(sides[1]), trust_remote_code=chosen.trust_remote_code
+    )
+    matched = match(ours, theirs, vocabulary)
     try:
         measured = _measure(matched.rows, chosen, watcher)
     except OSError as error:
@@ -127,6 +131,12 @@ def _side(reference: ModelReference, checkpoint: Checkpoint) -> Side:
     commit = f", commit {adapter.revision}" if adapter.revision else ""
     notes = [*changed.notes, *other_base(adapter, checkpoint.source)]
     return Side(reference, changed, f"{adapter.name} ({kind}{commit})", notes)
+
+
+def _tokenizers(side: Side) -> list[Source]:
+    """Where its tokenizer may be: beside an adapter, or beside the weights."""
+    adapter = side.reference.adapter
+    return [*([] if adapter is None else [adapter]), side.checkpoint.source]
 
 
 def _measure(rows: Sequence[Row], options: WeightOptions, watcher: Observer) -> list[Measured]:

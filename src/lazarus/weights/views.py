@@ -10,8 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float64, Shaped
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lazarus.models.checkpoint import TORCH_TYPES, StoredTensor
@@ -276,6 +278,66 @@ class _Sum:
 
     def read(self, start: int, stop: int, /) -> Float64[Tensor, "rows columns"]:
         return self.one.read(start, stop).to(torch.float64) + self.other.read(start, stop)
+
+
+@dataclass(frozen=True, eq=False)
+class PickedRows:
+    """Some rows of a view, in any order: those of the tokens that two vocabularies have in common."""
+
+    view: View
+    index: NDArray[np.int64]
+    """places along the view's first axis"""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the view, with as many rows as are picked."""
+        return len(self.index), *self.view.shape[1:]
+
+    @property
+    def dtype(self) -> str:
+        """That of the view."""
+        return self.view.dtype
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns under which it is read."""
+        return as_matrix(self.shape)
+
+    def read(self, start: int, stop: int, /) -> Shaped[Tensor, "rows columns"]:
+        """Rows start to stop."""
+        with self.rows() as rows:
+            return rows.read(start, stop).clone()
+
+    @contextmanager
+    def rows(self) -> Iterator[Rows]:
+        """The rows of the view, opened."""
+        n_each = self.matrix[0] // max(len(self.index), 1)
+        places = (self.index[:, None] * n_each + np.arange(n_each)).ravel()
+        with open_rows(self.view) as rows:
+            yield _Picked(rows, places, self.matrix[1])
+
+
+@dataclass(frozen=True, eq=False)
+class _Picked:
+    rows: Rows
+    places: NDArray[np.int64]
+    n_columns: int
+
+    def read(self, start: int, stop: int, /) -> Shaped[Tensor, "rows columns"]:
+        """Rows start to stop; those that follow each other in the view are read at once."""
+        wanted = self.places[start:stop]
+        breaks = (np.flatnonzero(np.diff(wanted) != 1) + 1).tolist()
+        if not breaks:
+            return self.rows.read(int(wanted[0]), int(wanted[-1]) + 1)
+        runs = list(zip([0, *breaks], [*breaks, len(wanted)], strict=True))
+        found: Tensor | None = None
+        for first, end in runs:
+            part = self.rows.read(int(wanted[first]), int(wanted[end - 1]) + 1)
+            if found is None:
+                found = torch.empty(len(wanted), self.n_columns, dtype=part.dtype)
+            found[first:end] = part
+        assert found is not None
+        return found
 
 
 def open_rows(view: Rows) -> AbstractContextManager[Rows]:

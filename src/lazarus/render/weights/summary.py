@@ -44,9 +44,12 @@ def verdict(record: WeightDiffRecord) -> str:
             f". Likely cause: {escaped(causes)}" if causes else ""
         )
     if found.verdict == "rounding":
-        told = f"rounding: {differ(record)}, by rounding alone"
+        where = f" in what was compared; {others}" if others else f" ({ACCEPTED})"
         causes = "; ".join(found.causes)
-        return f"{told}: {escaped(causes)} ({ACCEPTED})"
+        return f"rounding: {differ(record)}, by rounding alone: {escaped(causes)}{where}"
+    if not found.n_changed_tensors and not found.n_unmatched and found.n_moved_tokens:
+        same = f"{_the_same(found.n_tensors)} token by token"
+        return f"changed: {same}, but {counted(found.n_moved_tokens, 'token')} have another id"
     if not found.n_changed_tensors:
         same = _the_same(found.n_tensors) if found.n_tensors else "no tensor is in both"
         return f"changed: {same}, but {without_counterpart(found.n_unmatched)}"
@@ -179,6 +182,9 @@ def _why(found: UnmatchedTensor) -> str:
         return "only in fine-tuned"
     if found.finetuned_shape is None:
         return "only in base"
+    if found.rows_alone is not None and found.base_shape == found.finetuned_shape:
+        ours, theirs = found.rows_alone
+        return f"{counted(ours, 'row')} only in base, {theirs:,} only in fine-tuned"
     return f"{shape_text(found.base_shape)} in base, {shape_text(found.finetuned_shape)} in fine-tuned"
 
 
