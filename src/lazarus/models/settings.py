@@ -64,7 +64,8 @@ def _whole(config: PretrainedConfig) -> dict[str, Any]:
     """A configuration's entries, with those of its text stack among them as if it had no other."""
     text = config.get_text_config(decoder=not config.is_encoder_decoder)
     entries = {str(name): value for name, value in config.to_dict().items()}
-    own = {name for name in entries if getattr(config, name, None) is text}
+    nested = [name for name, value in entries.items() if isinstance(value, Mapping)]
+    own = {name for name in nested if getattr(config, name, None) is text}
     return {name: value for name, value in entries.items() if name not in own} | (
         text.to_dict() if own else {}
     )

@@ -79,14 +79,11 @@ def assemble(
         )
     rows = [_row(row, each, options.threshold) for row, each in zip(matched.rows, measured, strict=True)]
     limits = _limits(matched, rows, with_spectrum=options.spectrum)
-<<<<<<< HEAD
     ours, theirs = find_beside(
         (base.checkpoint.source, finetuned.checkpoint.source),
         (base.checkpoint.structure.opened.config, finetuned.checkpoint.structure.opened.config),
     )
-=======
     limits += _by_number(matched, rows)
->>>>>>> 5ce8c5a (weight-diff compares a token's row with its own row)
     limits += merge_notes([each.rounded for each in measured if each.rounded is not None])
     return WeightDiffRecord(
         schema_version=SCHEMA_VERSION,
@@ -260,9 +257,6 @@ def _limits(matched: Matched, rows: Sequence[TensorRecord], *, with_spectrum: bo
     return notes
 
 
-<<<<<<< HEAD
-def _info(side: Side, outside: Sequence[NotCompared]) -> CheckpointInfo:
-=======
 def _by_number(matched: Matched, rows: Sequence[TensorRecord]) -> list[str]:
     """A note where tables differ whose rows could not be matched by token."""
     tables = [row for row, pair in zip(rows, matched.rows, strict=True) if is_table(pair.place)]
@@ -275,8 +269,7 @@ def _by_number(matched: Matched, rows: Sequence[TensorRecord]) -> list[str]:
     ]
 
 
-def _info(side: Side) -> CheckpointInfo:
->>>>>>> 5ce8c5a (weight-diff compares a token's row with its own row)
+def _info(side: Side, outside: Sequence[NotCompared]) -> CheckpointInfo:
     checkpoint, source = side.checkpoint, side.checkpoint.source
     kind: Literal["hub", "folder", "gguf", "adapter"] = "adapter" if side.adapter else source.kind
     return CheckpointInfo(
