@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Literal, Self
@@ -132,9 +131,6 @@ class LensObserver(_Console):
 
 def quieten(*, show_bars: bool, show_logs: bool) -> None:
     """Keep the libraries below off standard error, unless their bars or logs are wanted."""
-    if not show_bars:
-        # tqdm reads it when it is imported; transformers draws the bar of a GGUF file with tqdm itself.
-        os.environ["TQDM_DISABLE"] = "1"
     import transformers
     from huggingface_hub.utils.tqdm import disable_progress_bars
 

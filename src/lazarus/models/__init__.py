@@ -1,6 +1,7 @@
 """MODEL, as the user typed it → a loaded model whose blocks are known, and its tokenizer.
 
 reference.py   what a MODEL names: a Hub id, a folder, a GGUF file, an adapter, MODEL+ADAPTER
+gguf/          GGUF files: their parts, their settings, their tensors
 opening.py     a checkpoint's configuration, class and type, before any weight is read
 checkpoint.py  its stored tensors, and how transformers makes parameters of them
 load.py        from that name to weights in memory, each set of weights once

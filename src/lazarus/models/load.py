@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from lazarus.models.checkpoint import find_files
 from lazarus.models.design import same_config
 from lazarus.models.faults import translated
 from lazarus.models.formats import refuse_empty
+from lazarus.models.gguf.tensors import load as load_gguf
 from lazarus.models.opening import LoadOptions, Opened, open_checkpoint, stored_dtype, where
 from lazarus.models.pager import Pager
 from lazarus.models.reference import ModelReference, Source, adapter_base, adapter_settings
@@ -191,15 +192,18 @@ def _load(opened: Opened, options: LoadOptions) -> Weights:
     if options.device.type != "cpu":
         arguments["device_map"] = {"": options.device}
     with translated(source.name):
-        model, report = opened.head.from_pretrained(
-            source.path,
-            dtype="auto" if opened.quantised or options.dtype is None else options.dtype,
-            use_safetensors=None if source.gguf_file else True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # the report names them; transformers' own error does not
-            **arguments,
-        )
-    weights = Weights(opened, model.eval().requires_grad_(requires_grad=False), report)
+        if opened.gguf is not None:
+            model, report = load_gguf(opened.gguf, opened.head, options.dtype, options.device)
+        else:
+            model, report = opened.head.from_pretrained(
+                source.path,
+                dtype="auto" if opened.quantised or options.dtype is None else options.dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # the report names them; transformers' own error does not
+                **arguments,
+            )
+    weights = Weights(opened, model.eval().requires_grad_(requires_grad=False), report, [*opened.notes])
     if opened.quantised and options.dtype is not None:
         weights.notes.append(
             f"{source.name} is quantised and runs in its own type: --dtype did not apply to it"
@@ -245,11 +249,7 @@ def check_report(
         )
     refuse_empty(source.name, sorted(name for name, stored, _ in report["mismatched_keys"] if 0 in stored))
     if report["mismatched_keys"]:
-        name, stored, configured = min(report["mismatched_keys"])
-        raise WeightsError(
-            f"{source.name}: {name} has the shape {list(stored)}, and config.json asks for "
-            f"{list(configured)}. Weights and configuration are not of one model: fetch both again."
-        )
+        raise other_shape(source, *min(report["mismatched_keys"]))
     notes = []
     if missing:
         notes.append(
@@ -263,6 +263,19 @@ def check_report(
             f"{type(model).__name__}, first {unexpected[0]}; they were left out"
         )
     return notes
+
+
+def other_shape(source: Source, name: str, stored: Sequence[int], configured: Sequence[int]) -> WeightsError:
+    """An error on a tensor that has another shape than the configuration asks for."""
+    if source.gguf_file:
+        asks, remedy = (
+            "its metadata asks",
+            "Metadata and tensors are not of one model: fetch or convert it again.",
+        )
+    else:
+        asks, remedy = "config.json asks", "Weights and configuration are not of one model: fetch both again."
+    shapes = f"has the shape {list(stored)}, and {asks} for {list(configured)}"
+    return WeightsError(f"{source.name}: {name} {shapes}. {remedy}")
 
 
 def _needed_keys(model: PreTrainedModel, options: LoadOptions) -> set[str]:

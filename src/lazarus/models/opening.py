@@ -14,9 +14,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from lazarus.errors import MissingPackageError, UnsupportedModelError
+from lazarus.errors import UnsupportedModelError
 from lazarus.models.faults import translated
 from lazarus.models.formats import check_folder
+from lazarus.models.gguf.opening import OpenedGguf, open_gguf, usual_type
+from lazarus.models.gguf.parts import read_files
 from lazarus.models.reference import Source
 
 _SAFETENSORS_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -40,6 +42,12 @@ class Opened:
     config: Any
     head: Any
     quantised: bool
+    gguf: OpenedGguf | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must know of how the checkpoint was opened."""
+        return self.gguf.notes if self.gguf else ()
 
 
 def open_checkpoint(source: Source, options: LoadOptions) -> Opened:
@@ -49,7 +57,8 @@ def open_checkpoint(source: Source, options: LoadOptions) -> Opened:
         ModelError: it cannot be read, or asks for what is not installed.
     """
     if source.gguf_file:
-        _require_gguf(source)
+        gguf = open_gguf(source)
+        return Opened(source, gguf.config, _head_class(gguf.config), quantised=False, gguf=gguf)
     check_folder(source)
     with translated(source.name):
         config = AutoConfig.from_pretrained(source.path, **where(source, options))
@@ -64,8 +73,6 @@ def where(source: Source, options: LoadOptions) -> dict[str, Any]:
     }
     if source.subfolder:
         arguments["subfolder"] = source.subfolder
-    if source.gguf_file:
-        arguments["gguf_file"] = source.gguf_file
     return arguments
 
 
@@ -78,16 +85,6 @@ def _is_quantised(source: Source, config: Any) -> bool:
             "transformers cannot read. Use an unquantised checkpoint."
         )
     return settings is not None
-
-
-def _require_gguf(source: Source) -> None:
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise MissingPackageError(
-            f"{source.name}: a GGUF file needs the package gguf. Install it with "
-            "`pip install 'lazarus-introspect[gguf]'`."
-        ) from error
 
 
 def _head_class(config: Any) -> Any:
@@ -105,11 +102,8 @@ def stored_dtype(source: Source) -> str | None:
     """The type of most of the stored numbers, read from the files' headers."""
     counts: Counter[str] = Counter()
     if source.gguf_file:
-        import gguf
-
-        for tensor in gguf.GGUFReader(Path(source.path) / source.gguf_file).tensors:
-            counts[tensor.tensor_type.name] += int(tensor.n_elements)
-    elif listed := source.file("config.json"):
+        return usual_type(read_files(source))
+    if listed := source.file("config.json"):
         for path in Path(listed).parent.glob("*.safetensors"):
             counts += _dtypes_in(path)
     return counts.most_common(1)[0][0] if counts else None

@@ -27,6 +27,7 @@ from lazarus.models.checkpoint import (
 )
 from lazarus.models.embedders import embedder_parts
 from lazarus.models.faults import translated
+from lazarus.models.gguf.tensors import read_unplaced
 from lazarus.models.load import LoadedModel
 from lazarus.models.reference import Source
 from lazarus.models.settings import settings_that_differ
@@ -106,15 +107,20 @@ def find_beside(
 
 def _holdings(model: LoadedModel, compared: AbstractSet[str]) -> dict[str, Held]:
     """A model's tensors that are not compared, by their paths without what an adapter puts around them."""
+    held: dict[str, Held]
     names = model.model.state_dict(keep_vars=True)
     if model.source is None or model.source.gguf_file:
-        return {_plain(n): t for n, t in names.items() if n not in compared and isinstance(t, Tensor)}
+        held = {_plain(n): t for n, t in names.items() if n not in compared and isinstance(t, Tensor)}
+        if model.source is not None:
+            with translated(model.source.name):
+                held |= read_unplaced(model.source, type(model.model), model.model.config)
+        return held
     with translated(model.source.name):
         stored = read_headers(find_files(model.source, model.model.config, type(model.model)))
     keys = KeyMap(model.model, stored, {_plain(name): tensor for name, tensor in names.items()})
     plain = {_plain(name) for name in compared}
     seen = {key for target, found in keys.sources.items() if target in plain for key in found}
-    held: dict[str, Held] = {keys.renamed(key): stored[key] for key in stored if key not in seen}
+    held = {keys.renamed(key): stored[key] for key in stored if key not in seen}
     return held | {_plain(n): names[n] for n in _brought(model) if n not in compared}
 
 

@@ -13,16 +13,20 @@ from transformers.utils.hub import cached_file, resolve_revision
 
 from lazarus.errors import AdapterError, ModelError, ModelNotFoundError
 from lazarus.models.faults import translated
+from lazarus.models.gguf.choice import files_on_hub, first_part, only_gguf
 
 Kind = Literal["hub", "folder", "gguf"]
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[^@+\s]+)?")
+_HUB_FILE = re.compile(r"(?i)(\w[\w.-]*/\w[\w.-]*)(?:@([^@+:\s]+):|[:/])([^:\s]+\.gguf)")
+"""org/name:file.gguf, org/name@revision:file.gguf, org/name/file.gguf"""
 
 
 @dataclass(frozen=True)
 class Source:
     """Where weights are: a folder, a GGUF file, or a Hub id at a commit.
 
+    `gguf_file` is an absolute path, or one in the repository `path`; of a split model it is the first part.
     `revision` is the commit that the name stood for when it was read, so that every file is of that one.
     """
 
@@ -36,8 +40,13 @@ class Source:
     @property
     def place(self) -> tuple[str, str | None, str]:
         """What makes two sources the same weights, however they are spelled."""
-        path = self.gguf_file or self.path
-        return path if self.kind == "hub" else os.path.realpath(path), self.revision, self.subfolder
+        path = os.path.join(self.path, self.gguf_file) if self.gguf_file else self.path
+        return path if self.is_on_hub else os.path.realpath(path), self.revision, self.subfolder
+
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether its files are those of a repository, in the cache or not."""
+        return self.kind == "hub" or (self.gguf_file is not None and not os.path.isabs(self.gguf_file))
 
     def file(self, name: str) -> str | None:
         """The path of one of its files, fetched from the Hub if need be; None if it has none."""
@@ -135,13 +144,15 @@ def _source(name: str) -> Source:
                 f"{name}: this is a file, and not a .gguf one. Name the folder that the model is in."
             )
         # The whole path: transformers takes a bare name from the current folder before any other.
-        return Source(name, "gguf", str(path.parent), gguf_file=str(path.absolute()))
+        return Source(name, "gguf", str(path.parent), gguf_file=first_part(str(path.absolute())))
     if path is not None:
-        return _transformer_of(Source(name, "folder", str(path)))
+        return _gguf_of(_transformer_of(Source(name, "folder", str(path))))
+    if (file := _HUB_FILE.fullmatch(name)) is not None:
+        return Source(name, "gguf", file[1], _pinned(file[1], file[2]), gguf_file=first_part(file[3]))
     if not _HUB_ID.fullmatch(name):
         raise ModelNotFoundError(
-            f"{name!r}: no such folder or file, and not a Hub id (org/name, org/name@revision). "
-            "Check the path."
+            f"{name!r}: no such folder or file, and not a Hub id (org/name, org/name@revision, "
+            "org/name:file.gguf). Check the path."
         )
     hub_id, _, revision = name.partition("@")
     if _on_disk(hub_id) is not None:  # transformers would read the folder, and forget the revision
@@ -149,8 +160,32 @@ def _source(name: str) -> Source:
             f"{name}: {hub_id} is a folder here, and folders have no revisions. Name it without "
             f"@{revision}, or run in another folder to have it from the Hub."
         )
+    return _gguf_of(_transformer_of(Source(name, "hub", hub_id, _pinned(hub_id, revision))))
+
+
+def _pinned(hub_id: str, revision: str | None) -> str | None:
+    """The commit that a revision stands for; the revision itself where the Hub does not say."""
     pinned = resolve_revision(hub_id, revision or None)
-    return _transformer_of(Source(name, "hub", hub_id, getattr(pinned, "resolved", pinned)))
+    commit: str | None = getattr(pinned, "resolved", pinned)
+    return commit
+
+
+def _gguf_of(source: Source) -> Source:
+    """A folder or a repository that holds no weights but a GGUF file is that file."""
+    if source.subfolder:
+        return source
+    if source.kind == "folder":
+        files = [path.name for path in Path(source.path).iterdir() if path.is_file()]
+        file = only_gguf(source.name, files, f"{source.name.rstrip('/')}/{{}}")
+        file = file and str(Path(source.path, file).absolute())
+    # A repository of GGUF files may have a config.json too, and then is called so.
+    elif "gguf" in source.path.lower() or not (
+        source.file("config.json") or source.file("adapter_config.json")
+    ):
+        file = only_gguf(source.name, files_on_hub(source.path, source.revision), f"{source.name}:{{}}")
+    else:
+        file = None
+    return source if file is None else replace(source, kind="gguf", gguf_file=file)
 
 
 def _transformer_of(source: Source) -> Source:
@@ -176,4 +211,4 @@ def _on_disk(name: str) -> Path | None:
 
 
 def _may_exist(name: str) -> bool:
-    return _on_disk(name) is not None or _HUB_ID.fullmatch(name) is not None
+    return _on_disk(name) is not None or any(form.fullmatch(name) for form in (_HUB_ID, _HUB_FILE))

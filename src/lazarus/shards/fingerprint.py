@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from lazarus.models import LoadedModel, Source
+from lazarus.models.gguf.parts import read_files
 from lazarus.options import Options
 from lazarus.tokens import TokenizedPrompt
 from lazarus.version import __version__
@@ -77,10 +78,10 @@ def _of_model(model: LoadedModel) -> dict[str, Any]:
 
 def _files_of(source: Source) -> dict[str, Any]:
     """Size and time of change of what a local model is made of; a Hub model is told by its commit."""
-    if source.kind == "hub":
+    if source.is_on_hub:
         return {f"commit of {source.name}": source.revision}
     if source.gguf_file:
-        paths = [Path(source.gguf_file)]
+        paths = [Path(path) for path in read_files(source).paths]
     else:
         folder = Path(source.path, source.subfolder)
         paths = sorted(path for pattern in _PATTERNS for path in folder.glob(pattern))

@@ -17,6 +17,7 @@ from lazarus.models import Source
 from lazarus.models.checkpoint import KeyMap, natural_key
 from lazarus.models.faults import translated
 from lazarus.models.formats import refuse_empty
+from lazarus.models.load import other_shape
 from lazarus.options import WeightOptions
 from lazarus.tokens import listed
 from lazarus.weights.components import Part, Place
@@ -158,16 +159,25 @@ def _paths(model: PreTrainedModel, keys: KeyMap) -> dict[str, tuple[str, int, bo
 
 def _read_gguf(structure: Structure) -> tuple[list[Stored], set[str]]:
     """The tensors of a GGUF file, every expert of a stack by itself, and the parameters that come of them."""
-    source, model = structure.opened.source, structure.model
-    assert source.gguf_file is not None
+    opened, model = structure.opened, structure.model
+    assert opened.gguf is not None
     assert model is not None
-    order = {name: place for place, name in enumerate(model.state_dict())}
+    parameters = model.state_dict()
+    order = {name: place for place, name in enumerate(parameters)}
     stored, made = [], set()
-    with translated(source.name):
-        file = GgufFile(source.gguf_file, model)
+    with translated(opened.source.name):
+        file = GgufFile(opened.gguf.file, model)
         for tensor in file.tensors():
             view = partial(file.view, tensor.key, tensor.expert)
             place = order.get(tensor.target, _LAST)
+            if (
+                tensor.expert is None
+                and place != _LAST
+                and tensor.view.shape != parameters[tensor.target].shape
+            ):
+                # The layout of queries and keys depends on the number of heads: here both would be wrong.
+                wanted = parameters[tensor.target].shape
+                raise other_shape(opened.source, tensor.target, tensor.view.shape, wanted)
             stored.append(Stored(tensor.key, tensor.path, place, tensor.view.shape, tensor.view.dtype, view))
             made.add(tensor.target)
     return stored, made

@@ -1,13 +1,9 @@
-"""The tensors of a GGUF file as transformers would load them, dequantised a few rows or a tensor at a time.
-
-llama.cpp has other names, and other layouts for some tensors (Llama's queries and keys are permuted). What of
-transformers is used here for that and not public is used nowhere else.
-"""
+"""The tensors of a GGUF model as they are loaded, dequantised a few rows or a tensor at a time."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -17,15 +13,11 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_gguf_pytorch_utils import (
-    TENSOR_PROCESSORS,
-    TensorProcessor,
-    get_gguf_hf_weights_map,
-    read_field,
-)
 
+from lazarus.models.gguf.parts import Gguf
+from lazarus.models.gguf.tensors import SETTINGS, translate
 from lazarus.weights.parts import Take, as_matrix
 from lazarus.weights.views import MemoryView, Rows, View
 
@@ -36,30 +28,6 @@ _N_BYTES = 2**22
 """how much of two tensors is compared at once"""
 _KEPT = 2
 """Whole tensors that are kept beside those that are being read."""
-
-
-@dataclass(frozen=True)
-class _Outside:
-    """A module with its children but not theirs: transformers would go through every module of the model.
-
-    It looks at children because some files were written from the stack alone (BLOOM's).
-    """
-
-    module: nn.Module
-    children: Iterable[tuple[str, nn.Module]] = ()
-
-    @property
-    def config(self) -> Any:
-        """The model's configuration."""
-        return self.module.config
-
-    def state_dict(self) -> dict[str, Any]:
-        """Its tensors by their names."""
-        return self.module.state_dict()
-
-    def named_children(self) -> list[tuple[str, _Outside]]:
-        """Its children, which have none."""
-        return [(name, _Outside(child)) for name, child in self.children]
 
 
 @dataclass(frozen=True)
@@ -76,80 +44,56 @@ class GgufTensor:
 
 
 class GgufFile:
-    """The tensors of one file, by the names that they have in the empty `model`."""
+    """The tensors of one model, by the names that they have in the empty `model`."""
 
-    def __init__(self, path: str, model: PreTrainedModel) -> None:
-        import gguf
-
-        reader = gguf.GGUFReader(path)
-        self._gguf = gguf
-        self._tensors: dict[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
-        architecture = read_field(reader, "general.architecture")[0]
-        kind = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
-        self._processor = kind(config=model.config.to_dict())
-        self._names = get_gguf_hf_weights_map(_Outside(model, model.named_children()), self._processor)
+    def __init__(self, file: Gguf, model: PreTrainedModel) -> None:
+        self._tensors = file.tensors
+        self._translation = translate(file, model)
         self.whole = lru_cache(maxsize=_KEPT)(self._whole)
 
     def tensors(self) -> Iterator[GgufTensor]:
         """Every tensor; of the stacks, every expert by itself."""
         for key, tensor in self._tensors.items():
+            if SETTINGS.fullmatch(key):
+                continue
+            target = self._translation.target(key) or key
             stack = _EXPERTS.fullmatch(key)
             if stack is None:
-                path = self._names.get(key, "lm_head.weight" if key == "output.weight" else key)
-                yield GgufTensor(key, path, path, None, self.view(key, None, None))
+                yield GgufTensor(key, target, target, None, self.view(key, None, None))
                 continue
-            target = self._names.get(key) or self._names.get(key.removesuffix(".weight"), key)
             module = target.removesuffix(".weight").rpartition(".")[0]
-            for expert in range(int(tensor.shape[-1])):
+            for expert in range(tensor.shape[0]):
                 path = f"{module}.{expert}.{stack[1]}_proj.weight"
                 yield GgufTensor(key, path, target, expert, self.view(key, expert, None))
 
     @property
-    def processor(self) -> tuple[type, Any]:
-        """What transformers makes of the tensors: its rule, and the configuration that the rule reads."""
-        return type(self._processor), self._processor.config
+    def rule(self) -> object:
+        """What decides how transformers lays the tensors out."""
+        return self._translation.rule
 
     def data(self, key: str, expert: int | None) -> NDArray[Any]:
         """What is stored of a tensor, or of one expert of a stack."""
-        data: NDArray[Any] = self._tensors[key].data
+        data = self._tensors[key].data()
         return data if expert is None else data[expert]
 
     def view(self, key: str, expert: int | None, take: Take | None) -> View:
         """A tensor, one expert of a stack, or a part of either."""
-        rows = _GgufRows(self._gguf, self.data(key, expert), self._tensors[key].tensor_type)
-        if expert is None and not self._is_untouched(key, rows.shape):
+        rows = _GgufRows(self.data(key, expert), self._tensors[key].kind)
+        if expert is None and not self._translation.is_untouched(key, rows.shape):
             return _WholeView(self, key, rows.dtype, take)
         return rows if take is None else _WholeView(self, key, rows.dtype, take, expert)
-
-    def _is_untouched(self, key: str, shape: tuple[int, ...]) -> bool:
-        """Whether transformers takes a tensor as it is: then so it takes the numbers of its rows."""
-        numbers = np.arange(1.0, shape[0] + 1)
-        numbers = numbers if len(shape) == 1 else numbers.reshape(-1, *[1] * (len(shape) - 1))
-        return np.array_equal(self._processed(key, numbers), numbers)
-
-    def _processed(self, key: str, weights: NDArray[Any]) -> NDArray[Any]:
-        kept: dict[str, Any] = {"tensors": {}}
-        result = self._processor.process(
-            weights=weights, name=key, tensor_key_mapping=self._names, parsed_parameters=kept
-        )
-        if result.name is None and kept["tensors"]:  # it has put the tensor there by itself
-            (tensor,) = kept["tensors"].values()
-            return np.asarray(tensor)
-        return np.asarray(result.weights)
 
     def _whole(self, key: str, expert: int | None) -> Tensor:
         tensor = self._tensors[key]
         if expert is not None:
-            return _GgufRows(self._gguf, self.data(key, expert), tensor.tensor_type).everything()
-        weights = self._gguf.dequantize(tensor.data, tensor.tensor_type)
-        return torch.from_numpy(np.array(self._processed(key, weights)))
+            return _GgufRows(self.data(key, expert), tensor.kind).everything()
+        return torch.from_numpy(np.array(self._translation.processed(key, tensor.elements())))
 
 
 @dataclass(frozen=True, eq=False)
 class _GgufRows:
     """A tensor that is taken as it is, dequantised as many rows at a time as are read."""
 
-    gguf: Any
     data: NDArray[Any]
     kind: Any
 
@@ -163,7 +107,9 @@ class _GgufRows:
         """What it is once it is dequantised."""
         if self.data.dtype != np.uint8:
             return self.data.shape
-        return tuple(int(n) for n in self.gguf.quant_shape_from_byte_shape(self.data.shape, self.kind))
+        import gguf
+
+        return tuple(int(n) for n in gguf.quant_shape_from_byte_shape(self.data.shape, self.kind))
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -186,7 +132,9 @@ class _GgufRows:
         return self._numbers(self.data).reshape(self.shape)
 
     def _numbers(self, data: NDArray[Any]) -> Tensor:
-        numbers = self.gguf.dequantize(np.ascontiguousarray(data), self.kind)
+        import gguf
+
+        numbers = gguf.dequantize(np.ascontiguousarray(data), self.kind)
         return torch.from_numpy(np.array(numbers))  # a copy: what is mapped cannot be written to
 
 
@@ -219,7 +167,7 @@ class _WholeView:
         return (
             isinstance(other, _WholeView)
             and (self.key, self.dtype, self.take) == (other.key, other.dtype, other.take)
-            and self.file.processor == other.file.processor
+            and self.file.rule == other.file.rule
             and _same(self.file.data(self.key, self.expert), other.file.data(other.key, other.expert))
         )
 

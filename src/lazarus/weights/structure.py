@@ -58,12 +58,12 @@ def learn_structure(source: Source, layers_path: str | None, *, trust_remote_cod
         model = None if kind is None else build_empty(kind, opened.config, [], torch.float32)
     if model is None:
         note = f"{source.name}: its Python code is its own, so its tensors are named by their keys alone"
-        return Structure(opened, None, None, 0, (note,))
+        return Structure(opened, None, None, 0, (*opened.notes, note))
     try:
         anatomy = dissect(model, layers_path)
     except BlocksNotFoundError as error:
         if layers_path is not None:
             raise
         note = f"{source.name}: no tensor is in a layer: {error}"
-        return Structure(opened, model, Namer(model, None), 0, (note,))
-    return Structure(opened, model, Namer(model, anatomy), len(anatomy.blocks), ())
+        return Structure(opened, model, Namer(model, None), 0, (*opened.notes, note))
+    return Structure(opened, model, Namer(model, anatomy), len(anatomy.blocks), opened.notes)

@@ -1,0 +1,69 @@
+"""Which GGUF file is meant by a folder or a repository that holds no other weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import is_offline_mode, list_repo_files, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+from lazarus.errors import ModelNotFoundError
+
+PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
+"""The name of a part of a split model, as llama.cpp gives and finds it; numbers begin with 1."""
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx")
+_NO_MODEL = re.compile(r"(?i).*(mmproj|imatrix).*")
+"""What a GGUF file is called that belongs to a model beside it."""
+_UNREACHABLE: tuple[Any, ...] = HfHubHTTPError.__bases__
+"""OSError, and the one of the HTTP library under huggingface_hub, which has had three."""
+
+
+def first_part(file: str) -> str:
+    """Return the name of the first part of the split model that a file is a part of; its own elsewhere."""
+    name = PurePosixPath(file).name
+    if (part := PART.fullmatch(name)) is None:
+        return file
+    return f"{file.removesuffix(name)}{part['stem']}-00001-of-{part['count']}{name[-len('.gguf') :]}"
+
+
+def only_gguf(name: str, files: Iterable[str], naming: str) -> str | None:
+    """Return the GGUF file among `files`, of several parts the first; None where there are other weights.
+
+    `naming` is how the user names one of several, with `{}` for the file.
+
+    Raises:
+        ModelNotFoundError: there are several.
+    """
+    listed = sorted(files)
+    if any(file.lower().endswith(_OTHER_WEIGHTS) for file in listed):
+        return None
+    found: dict[str, str] = {}
+    for file in listed:
+        base = PurePosixPath(file).name
+        if base.lower().endswith(".gguf") and not _NO_MODEL.fullmatch(base):
+            part = PART.fullmatch(base)
+            found.setdefault(file.removesuffix(base) + (part["stem"] if part else base), file)
+    if len(found) > 1:
+        choices = [naming.format(file) for file in found.values()]
+        more = f" and {len(choices) - 10} more" if len(choices) > 10 else ""
+        raise ModelNotFoundError(
+            f"{name}: it holds {len(choices)} GGUF models. Name one of them: {', '.join(choices[:10])}{more}"
+        )
+    return next(iter(found.values()), None)
+
+
+def files_on_hub(hub_id: str, revision: str | None) -> list[str]:
+    """Return the files of a repository; of those in the cache, where the Hub cannot be reached."""
+    if not is_offline_mode():
+        try:
+            return list_repo_files(hub_id, revision=revision)
+        except _UNREACHABLE:
+            pass
+    try:
+        folder = Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError):
+        return []
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
