@@ -43,6 +43,7 @@ from lazarus.errors import (
     WeightsError,
 )
 from lazarus.results import TensorRecord
+from made_weights import record_of
 
 ARCHITECTURES = (
     "llama",
@@ -879,3 +880,90 @@ def test_a_sentence_transformer_is_its_transformer(tmp_path: Path) -> None:
     diff = weight_diff(one, other)
     assert diff.summary.n_unmatched == 0
     assert diff.summary.n_changed_tensors == len(diff.results) > 10
+
+
+# --- Models of another depth
+
+
+def deepened(base: Path, folder: Path, origins: list[int], change: Callable[[int, Tensor], Tensor]) -> Path:
+    """A model whose layers are copies of layers of another, each changed as is said."""
+
+    def stack(tensors: dict[str, Tensor]) -> None:
+        before = dict(tensors)
+        for key in [key for key in tensors if ".layers." in key]:
+            del tensors[key]
+        for layer, origin in enumerate(origins):
+            for key in [key for key in before if f".layers.{origin}." in key]:
+                name = key.replace(f".layers.{origin}.", f".layers.{layer}.")
+                tensors[name] = change(layer, before[key]).clone()
+
+    edit_weights(base, folder, stack)
+    edit_json(folder / "config.json", num_hidden_layers=len(origins))
+    return folder
+
+
+DEPTHS: dict[str, tuple[list[int], list[tuple[int, int, int]], str]] = {
+    "repeated": (
+        [0, 1, 2, 1, 2, 3],
+        [(0, 0, 3), (3, 1, 3)],
+        "6 layers of fine-tuned are copies of base's, bit for bit: layers 0 to 2 are base's layers 0 to 2, "
+        "layers 3 to 5 are base's layers 1 to 3",
+    ),
+    "pruned": (
+        [0, 3],
+        [(0, 0, 1), (1, 3, 1)],
+        "2 layers of fine-tuned are copies of base's, bit for bit: layer 0 is base's layer 0, "
+        "layer 1 is base's layer 3",
+    ),
+    "doubled": (
+        [0, 0, 1, 1, 2, 2, 3, 3],
+        [(0, 0, 1), (1, 0, 2), (3, 1, 2), (5, 2, 2), (7, 3, 1)],
+        "layers 5 to 6 are base's layers 2 to 3 and 1 more",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_which_layers_of_another_depth_are_copies_is_said(name: str, base: Path, tmp_path: Path) -> None:
+    origins, runs, said = DEPTHS[name]
+    other = deepened(base, tmp_path / "other", origins, lambda _, tensor: tensor)
+    diff = weight_diff(base, other)
+    found = [(run.finetuned, run.base, run.n_layers) for run in diff.record.copied_layers]
+    assert found == runs
+    (note,) = (note for note in diff.notes if "compared by number" in note)
+    assert note.startswith(f"base has 4 layers and fine-tuned {len(origins)}: ")
+    assert said in note
+    assert diff.summary.verdict == "changed"
+    back = weight_diff(other, base)
+    assert sum(run.n_layers for run in back.record.copied_layers) == len(set(origins))
+
+
+def test_layers_that_differ_in_one_bit_are_no_copies(base: Path, tmp_path: Path) -> None:
+    def change(layer: int, tensor: Tensor) -> Tensor:
+        tensor = tensor.clone()
+        if layer == 2:
+            tensor.view(-1)[-1] += 1e-3
+        return tensor.bfloat16() if layer == 4 else tensor
+
+    other = deepened(base, tmp_path / "other", [0, 1, 2, 3, 3], change)
+    diff = weight_diff(base, other)
+    found = [(run.finetuned, run.base, run.n_layers) for run in diff.record.copied_layers]
+    assert found == [(0, 0, 2), (3, 3, 1)]
+    assert any("3 layers of fine-tuned are copies" in note for note in diff.notes)
+    assert any(note.endswith("; the other 2 are not") for note in diff.notes)
+    none = deepened(base, tmp_path / "none", [0, 1], lambda _, tensor: tensor * 1.5)
+    assert any("No layer of fine-tuned is a copy" in note for note in weight_diff(base, none).notes)
+
+
+def test_models_of_one_depth_have_no_note_on_it(base: Path, tmp_path: Path) -> None:
+    other = deepened(base, tmp_path / "other", [1, 0, 2, 3], lambda _, tensor: tensor)
+    diff = weight_diff(base, other)
+    assert diff.record.copied_layers == []
+    assert not any("compared by number" in note for note in diff.notes)
+
+
+def test_a_gate_on_a_result_without_a_tensor_is_not_met() -> None:
+    """As a file may be that was written by hand."""
+    diff = WeightDiff(record_of([]))
+    with pytest.raises(GateNotMetError, match="no tensor was compared"):
+        diff.check_gates(fail_above=1)

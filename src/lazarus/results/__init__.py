@@ -50,6 +50,7 @@ from lazarus.results.records import (
 from lazarus.results.rows import ResultRow, ResultRows, finite_or_none
 from lazarus.results.weights import (
     CheckpointInfo,
+    CopiedLayers,
     Spectrum,
     TensorRecord,
     UnmatchedTensor,
@@ -71,6 +72,7 @@ __all__ = [
     "AnyRecord",
     "CheckpointInfo",
     "CompareRecord",
+    "CopiedLayers",
     "Environment",
     "GroupContrast",
     "GroupCurve",

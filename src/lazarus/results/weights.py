@@ -146,6 +146,14 @@ class UnmatchedTensor(Record, frozen=True, kw_only=True):
     ] = None
 
 
+class CopiedLayers(Record, frozen=True, kw_only=True):
+    """Layers of fine-tuned that are as many layers of base, one after the other, bit for bit."""
+
+    base: Annotated[Layer, Meta(description="the first of these layers in base")]
+    finetuned: Annotated[Layer, Meta(description="the first of them in fine-tuned")]
+    n_layers: Annotated[int, Meta(ge=1, description="how many they are")]
+
+
 class WeightSummary(Record, frozen=True, kw_only=True):
     """The few numbers that a reader looks for first; null where there is none."""
 
@@ -198,3 +206,7 @@ class WeightDiffRecord(Record, frozen=True, kw_only=True):
     unmatched: list[UnmatchedTensor]
     summary: WeightSummary
     notes: list[str]
+    copied_layers: Annotated[
+        list[CopiedLayers],
+        Meta(description="where the depths differ: which layers of fine-tuned are copies of base's"),
+    ] = field(default_factory=list)

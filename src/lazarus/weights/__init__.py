@@ -9,6 +9,7 @@ adapters.py     which of them an adapter changes; updates.py what it adds to one
 views.py        a tensor that is read a few rows at a time; parts.py where a part of it is in the file
 vocabulary.py   which row of a table is the same token's in the other
 pairs.py        which tensor of one belongs to which of the other
+copies.py       which layers of models of different depth are copies
 numbers.py      what is measured of a pair; parallel.py of many at once
 rounding.py     which tensors differ by the rounding of a merge or of a copy alone
 spectrum.py     the singular values of an update

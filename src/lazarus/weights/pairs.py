@@ -12,6 +12,7 @@ from lazarus.results import UnmatchedTensor
 from lazarus.tokens import listed
 from lazarus.weights.checkpoints import Checkpoint, Entry
 from lazarus.weights.components import Place
+from lazarus.weights.copies import Run, depth_note, find_copies
 from lazarus.weights.numbers import Pair, UpdatePair, ViewPair
 from lazarus.weights.views import AddedView, PickedRows, View
 from lazarus.weights.vocabulary import Alignment, Vocabulary
@@ -40,6 +41,8 @@ class Matched:
     rows: Sequence[Row]
     unmatched: Sequence[UnmatchedTensor]
     notes: Sequence[str]
+    copies: Sequence[Run] = ()
+    """where the depths differ: layers of fine-tuned that are copies of base's"""
     n_moved: int = 0
     """tokens that have another id in fine-tuned"""
     by_number: str | None = None
@@ -47,7 +50,11 @@ class Matched:
 
 
 def match(base: Checkpoint, finetuned: Checkpoint, vocabulary: Vocabulary) -> Matched:
-    """Pair the two checkpoints' components by their places, and the rows of their vocabularies by token."""
+    """Pair the two checkpoints' components by their places, and the rows of their vocabularies by token.
+
+    Raises:
+        OSError: a file is missing or too short.
+    """
     rows, unmatched, tables = [], [], []
     for place in _places(base, finetuned):
         ours, theirs = base.find(place), finetuned.find(place)
@@ -62,8 +69,12 @@ def match(base: Checkpoint, finetuned: Checkpoint, vocabulary: Vocabulary) -> Ma
             unmatched.append(_unmatched(place, ours, theirs))
     parted = [table.unmatched for table in tables if table.unmatched is not None]
     notes = [*_tied_notes(base, finetuned), *(table.note for table in tables), *_unmatched_notes(unmatched)]
+    copies: Sequence[Run] = ()
+    if base.structure.n_layers != finetuned.structure.n_layers:
+        copies = find_copies(base, finetuned)
+        notes.insert(0, depth_note(base, finetuned, copies))
     n_moved = max((table.n_moved for table in tables), default=0)
-    return Matched(rows, [*parted, *unmatched], notes, n_moved, vocabulary.unknown)
+    return Matched(rows, [*parted, *unmatched], notes, copies, n_moved, vocabulary.unknown)
 
 
 def _places(base: Checkpoint, finetuned: Checkpoint) -> Iterator[Place]:

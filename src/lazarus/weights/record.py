@@ -16,6 +16,7 @@ from lazarus.options import WeightOptions
 from lazarus.results import (
     SCHEMA_VERSION,
     CheckpointInfo,
+    CopiedLayers,
     NotCompared,
     Spectrum,
     TensorRecord,
@@ -103,6 +104,7 @@ def assemble(
                 [*base.notes, *finetuned.notes, *matched.notes, *outside_notes(ours, theirs), *limits]
             )
         ),
+        copied_layers=[CopiedLayers(**asdict(run)) for run in matched.copies],
     )
 
 

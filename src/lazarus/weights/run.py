@@ -89,8 +89,8 @@ def weight_diff(
     vocabulary = read_vocabulary(
         _tokenizers(sides[0]), _tokenizers(sides[1]), trust_remote_code=chosen.trust_remote_code
     )
-    matched = match(ours, theirs, vocabulary)
     try:
+        matched = match(ours, theirs, vocabulary)
         measured = _measure(matched.rows, chosen, watcher)
     except OSError as error:
         raise WeightsError(
