@@ -23,6 +23,13 @@ pairs.py         models that differ from the base in a known place
 trust_results.py what was measured, as records
 trust_report.py  docs/trust.md and its figure
 
+And whether the tests would notice a fault:
+
+mutants.py         the command: small faults in the code, and the tests that find them
+mutations.py       the mutants of a module
+mutant_tests.py    which tests run which lines, and the tests on a mutant, in forks
+mutant_results.py  what came of them, as records
+
 Run as `python -m benchmarks.speed` from the root of the repository. speed, commands, results and
 report import no torch: a process inherits the peak memory of the one that starts it, so that one must
 be small.

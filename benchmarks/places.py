@@ -13,6 +13,8 @@ LAST_RESULTS = CACHE / "last.json"
 DOCS = ROOT / "docs" / "benchmarks.md"
 TRUST = _HERE / "results" / "trust.json"
 TRUST_DOCS = ROOT / "docs" / "trust.md"
+MUTANTS = _HERE / "results" / "mutants.json"
+MUTANTS_CACHE = CACHE / "mutants"
 
 STEPS = 40
 TRAINING_FACTS = "finetuning.json"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from benchmarks.mutant_results import Figures, Results, read, total
 from benchmarks.results import Spread
 from benchmarks.trust_results import Cost, Trust, Truth
 
@@ -62,6 +63,29 @@ def _page(trust: Trust) -> list[str]:
         *_coverage(trust),
         *_readout(trust),
         *_cost(trust.cost),
+        *_mutants(read()),
+    ]
+
+
+def mutants_table(modules: Sequence[Figures]) -> str:
+    """The mutants of each module, and of all together."""
+    head = ("module", "mutants", "killed", "survive", "of these, no change of a result", "killed of the rest")
+    rows = [
+        (f"`{m.module}`", f"{m.mutants}", f"{m.killed}", f"{m.survived}", f"{m.no_result}", f"{m.share:.1%}")
+        for m in (*modules, total(modules))
+    ]
+    return table(head, rows)
+
+
+def _mutants(results: Results) -> list[str]:
+    return [
+        "## Whether the tests would notice",
+        "`python -m benchmarks.mutants` puts one small fault at a time into the code that decides on numbers "
+        "and verdicts: `<` for `<=`, a constant one larger, a statement left out. The tests that run the "
+        "statement run on it. A mutant is killed where one of them fails, or does not end. Those that "
+        "survive are in `benchmarks/results/mutants.json`, each with the reason why it changes no result, "
+        "or with none where a test is missing.",
+        mutants_table(results.modules),
     ]
 
 

@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 import lazarus
 from architectures import build
 from factories import perturbed, tiny_llama, word_tokenizer
-from lazarus.engine import one_ulp_away, pick_sample
+from lazarus.batches import Padding, TokenBatch
+from lazarus.engine import NoisePlan, one_ulp_away, pick_sample
+from lazarus.tokens import TokenizedPrompt
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 IDS = [[5, 17, 80, 3, 41], [9, 33], [12, 77, 31], [64, 27, 50, 23, 8, 91, 36, 70, 19]]
@@ -106,6 +108,87 @@ def test_the_sample_is_small_sorted_and_seeded(n_prompts: int, seed: int) -> Non
 
 def test_another_seed_is_another_sample() -> None:
     assert len({tuple(pick_sample(100, seed)) for seed in range(10)}) > 5
+
+
+@pytest.mark.parametrize(("n_prompts", "expected"), [(8, 8), (9, 8), (49, 8), (50, 5), (79, 7), (80, 8)])
+def test_the_sample_is_a_tenth_from_50_prompts_on(n_prompts: int, expected: int) -> None:
+    assert len(pick_sample(n_prompts, 0)) == expected
+
+
+# The batches of the trials
+
+
+def batch_of(*lengths: int, n_prefix: int = 0) -> TokenBatch:
+    """Prompts of so many tokens, after a prefix."""
+    members = [TokenizedPrompt(i, [7 + i] * length) for i, length in enumerate(lengths)]
+    return TokenBatch(members, 0, prefix=(5,) * n_prefix)
+
+
+def plan_for(n_prompts: int, batch_tokens: int = 512, padding: Padding = "right") -> NoisePlan:
+    return NoisePlan(n_prompts, batch_tokens, "last", padding, 0)
+
+
+def trials(plan: NoisePlan, batch: TokenBatch, context: int | None = None) -> list[list[tuple[Any, int]]]:
+    """Whose rows the batches of each trial have, and how much more padding."""
+    return [[(b.prompts, b.extra_padding) for b in parts] for parts in plan.recomposed(batch, context)]
+
+
+@pytest.mark.parametrize(
+    ("plan", "batch", "n_copies"),
+    [
+        (plan_for(1), batch_of(5), 8),
+        (plan_for(2), batch_of(5, 4), 4),
+        (plan_for(3), batch_of(5, 4, 3), 3),  # nine rows: at least eight
+        (plan_for(5), batch_of(5, 4), 2),
+        (plan_for(8), batch_of(5), 1),
+        (plan_for(9), batch_of(5), 1),
+        (plan_for(1, 12), batch_of(5), 2),  # 10 of 12 tokens; a third copy would not fit
+        (plan_for(1, 15), batch_of(5), 3),
+        (plan_for(2, 20), batch_of(5, 1), 2),  # padding counts
+        (plan_for(1, 3), batch_of(5), 1),
+        (plan_for(1, padding="equal_lengths"), batch_of(5), 8),
+        (plan_for(1, padding="one_by_one"), batch_of(5), 1),
+    ],
+)
+def test_few_prompts_run_several_times_within_the_tokens_of_a_batch(
+    plan: NoisePlan, batch: TokenBatch, n_copies: int
+) -> None:
+    """Eight rows at least over all batches: one prompt's noise is a poor guess."""
+    assert plan.copies(batch) == n_copies
+    if n_copies > 1:
+        extra = 8 if plan.padding == "right" else 0
+        assert trials(plan, batch) == [[(batch.prompts * n_copies, 0)], [(batch.prompts * n_copies, extra)]]
+
+
+def test_many_prompts_run_in_two_halves_and_with_more_padding() -> None:
+    plan = plan_for(8)
+    assert trials(plan, batch_of(5, 5, 4, 4, 2)) == [[([0, 1], 0), ([2, 3, 4], 0)], [([0, 1, 2, 3, 4], 8)]]
+    assert trials(plan, batch_of(5, 4)) == [[([0], 0), ([1], 0)], [([0, 1], 8)]]
+    assert trials(plan, batch_of(5)) == [[([0], 8)], [([0], 8)]]
+
+
+@pytest.mark.parametrize(
+    ("context", "n_prefix", "extra"),
+    [
+        (None, 0, 8),
+        (None, 3, 8),
+        (64, 0, 8),
+        (13, 0, 8),
+        (12, 0, 7),
+        (16, 4, 7),
+        (6, 0, 1),
+        (5, 0, 0),
+        (4, 0, 0),
+    ],
+)
+def test_more_padding_ends_where_the_context_does(context: int | None, n_prefix: int, extra: int) -> None:
+    batch = batch_of(5, 2, n_prefix=n_prefix)
+    assert trials(plan_for(8), batch, context)[1] == [([0, 1], extra)]
+
+
+@pytest.mark.parametrize("padding", ["equal_lengths", "one_by_one"])
+def test_there_is_no_more_padding_where_padding_changes_the_numbers(padding: Padding) -> None:
+    assert trials(plan_for(8, padding=padding), batch_of(5, 5), 64)[1] == [([0, 1], 0)]
 
 
 # The floor

@@ -1,0 +1,85 @@
+"""What came of small faults in the code, as records: benchmarks/results/mutants.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+from msgspec import Struct
+
+from benchmarks import places
+
+_ENGINE = (
+    "noise positions kept product work run resident side streamed pair replay prefix probe head recorder "
+    "past local"
+)
+MODULES = (
+    *(f"engine/{name}.py" for name in _ENGINE.split()),
+    "statistics/verdict.py",
+    "findings/numbers.py",
+    "models/sameness.py",
+    "models/sharing.py",
+    "weights/pairs.py",
+    "weights/record.py",
+)
+
+
+class Survivor(Struct, frozen=True):
+    """A mutant that no test kills."""
+
+    key: str
+    line: int
+    n_tests: int
+    """how many tests ran on it"""
+    reason: str = ""
+    """why it cannot change a result; empty where a test is missing"""
+
+
+class Figures(Struct, frozen=True):
+    """The mutants of a module."""
+
+    module: str
+    mutants: int
+    killed: int
+    """the endless ones among them"""
+    endless: int
+    survived: int
+    no_result: int
+    """those of the survivors that cannot change a result"""
+
+    @property
+    def share(self) -> float:
+        """The part of the mutants which can change a result that is killed."""
+        return self.killed / max(1, self.mutants - self.no_result)
+
+
+class Results(Struct, frozen=True):
+    """What benchmarks/results/mutants.json holds."""
+
+    modules: list[Figures]
+    survivors: list[Survivor]
+
+
+def read() -> Results:
+    """What is saved."""
+    if not places.MUTANTS.exists():
+        return Results([], [])
+    return msgspec.json.decode(places.MUTANTS.read_bytes(), type=Results)
+
+
+def save(results: Results) -> None:
+    """Put the modules that were run in the place of what is saved of them."""
+    before = read()
+    run = {figures.module for figures in results.modules}
+    modules = [*results.modules, *(figures for figures in before.modules if figures.module not in run)]
+    kept = [survivor for survivor in before.survivors if survivor.key.split(":")[0] not in run]
+    modules.sort(key=lambda figures: MODULES.index(figures.module))
+    survivors = sorted([*results.survivors, *kept], key=lambda s: MODULES.index(s.key.split(":")[0]))
+    text = msgspec.json.format(msgspec.json.encode(Results(modules, survivors)), indent=1)
+    places.MUTANTS.write_bytes(text + b"\n")
+
+
+def total(modules: Sequence[Figures]) -> Figures:
+    """The figures of all modules together."""
+    names = ("mutants", "killed", "endless", "survived", "no_result")
+    return Figures("all", *(sum(getattr(figures, name) for figures in modules) for name in names))
