@@ -108,8 +108,9 @@ class Picker:
         for test in sorted((test for test in self.tests if _runs(test, mutant)), key=lambda t: t.seconds):
             function = test.id.split("[")[0]
             variants[function] += 1
-            is_one_of_many = variants[function] > VARIANTS
-            found.append((test.id not in killers, is_one_of_many, Path(test.file).stem not in own, test))
+            is_own = Path(test.file).stem in own
+            is_one_of_many = variants[function] > VARIANTS and not is_own
+            found.append((test.id not in killers, is_one_of_many, not is_own, test))
         found.sort(key=lambda ranked: ranked[:3])
         picked: list[Test] = []
         seconds = 0.0

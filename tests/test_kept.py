@@ -145,6 +145,20 @@ def test_the_budget_is_used(folder: Path) -> None:
         assert kept.spilled_bytes == 4
 
 
+def test_not_a_byte_goes_beyond_the_budget(folder: Path) -> None:
+    with KeptStates(3) as kept:
+        for key in range(3):
+            kept.put(key, torch.zeros(1, dtype=torch.uint8))
+        assert kept.spilled_bytes == 0
+        kept.put(3, torch.zeros(1, dtype=torch.uint8))
+        assert kept.spilled_bytes == 1
+        kept.put(2, torch.zeros(0, dtype=torch.uint8))
+        kept.put(4, torch.zeros(1, dtype=torch.uint8))
+        assert kept.spilled_bytes == 1
+        kept.put(5, torch.zeros(1, dtype=torch.uint8))
+        assert kept.spilled_bytes == 2
+
+
 def test_a_value_that_grows_beyond_the_budget_moves_to_a_file(folder: Path) -> None:
     with KeptStates(400) as kept:
         kept.put("grows", torch.zeros(100))
@@ -184,6 +198,13 @@ def test_no_file_is_left_behind_by_an_exception(folder: Path) -> None:
     with pytest.raises(_StopError):
         fail()
     assert list(folder.iterdir()) == []
+
+
+def test_files_that_are_gone_already_are_no_error_at_the_end(folder: Path) -> None:
+    with KeptStates(0) as kept:
+        kept.put("a", torch.zeros(2))
+        for path in folder.iterdir():
+            shutil.rmtree(path)
 
 
 def test_nothing_is_written_before_something_has_to_be(folder: Path) -> None:

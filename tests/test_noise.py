@@ -17,6 +17,7 @@ from architectures import build
 from factories import perturbed, tiny_llama, word_tokenizer
 from lazarus.batches import Padding, TokenBatch
 from lazarus.engine import NoisePlan, one_ulp_away, pick_sample
+from lazarus.engine.noise import nudged
 from lazarus.tokens import TokenizedPrompt
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -90,6 +91,22 @@ def test_the_moves_are_seeded_and_leave_what_they_were_given() -> None:
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
     assert torch.equal(states, before)
+
+
+def test_the_first_run_of_a_block_is_nudged_and_no_other() -> None:
+    """A block that runs several times in a pass, as in ALBERT, must not be given more noise each time."""
+    block, states = torch.nn.Identity(), torch.ones(3, 4)
+    with nudged(block, torch.Generator().manual_seed(0)):
+        assert (block(states) != states).all()
+        assert torch.equal(block(states), states)
+    assert torch.equal(block(states), states)
+
+
+def test_a_pass_that_fails_leaves_no_nudge_behind() -> None:
+    block, states = torch.nn.Identity(), torch.ones(3, 4)
+    with pytest.raises(KeyError), nudged(block, torch.Generator()):
+        raise KeyError
+    assert torch.equal(block(states), states)
 
 
 @given(n_prompts=st.integers(1, 3000), seed=st.integers(0, 99))

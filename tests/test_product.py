@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import lazarus
 from factories import perturbed, tiny_llama, word_tokenizer
@@ -101,6 +105,132 @@ def test_an_error_like_that_of_rounding_is_found(n_bits: int, name: str) -> None
     errors = (linear(*rounded) - exact).norm(dim=1) / exact.norm(dim=1)
     assert errors.max() > 100 * LARGEST_ERROR, name
     assert worst_error(Product("default"), [Operands(rows, weight)]) < LARGEST_ERROR
+
+
+class Kernels(TorchFunctionMode):
+    """Kernels of another machine: the float32 products that `spoils` tells are made wrong in some way."""
+
+    def __init__(self, spoils: Callable[..., bool], spoilt: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.spoils, self.spoilt = spoils, spoilt
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        products = (linear, torch.bmm, scaled_dot_product_attention)
+        if func in products and found.dtype == torch.float32 and self.spoils(func, found):
+            return self.spoilt(found)
+        return found
+
+
+def rounded(product: torch.Tensor) -> torch.Tensor:
+    return product.bfloat16().float()
+
+
+def of_linear(n_rows: int) -> Callable[..., bool]:
+    return lambda func, found: func is linear and len(found) == n_rows
+
+
+def of(kernel: Any) -> Callable[..., bool]:
+    return lambda func, _: func is kernel
+
+
+def off_by_the_largest(product: torch.Tensor) -> torch.Tensor:
+    """What one scale for all rows does: each element is off by a part of the largest."""
+    return product + 1e-6 * product.abs().max()
+
+
+def with_one_bad_row(product: torch.Tensor) -> torch.Tensor:
+    """The last row alone is rounded."""
+    return torch.cat([product[:-1], rounded(product[-1:])])
+
+
+@pytest.mark.parametrize(
+    ("spoils", "spoilt"),
+    [
+        *((of_linear(n_rows), rounded) for n_rows in (1, 3, 16, 96)),
+        (of(torch.bmm), rounded),
+        (of(scaled_dot_product_attention), rounded),
+        (of(linear), off_by_the_largest),
+        (of(torch.bmm), off_by_the_largest),
+        (of_linear(3), with_one_bad_row),
+        (of_linear(96), lambda product: torch.full_like(product, torch.nan)),
+    ],
+)
+def test_a_kernel_that_rounds_is_found_wherever_it_is_used(
+    spoils: Callable[..., bool], spoilt: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """Kernels go by the number of rows, and attention and batches have their own."""
+    measure_products.cache_clear()
+    with Kernels(spoils, spoilt):
+        candidates = measure_products(SHAPES, 96)
+        confirmed = confirm_product(ONEDNN, wrap_model(tiny_llama(), "tiny"), 96)
+    measure_products.cache_clear()
+    assert not any(candidate.error <= LARGEST_ERROR for candidate in candidates)
+    assert confirmed.path == "default"
+    assert "torch's default ones were used" in confirmed.notes[0]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each product takes a millisecond, with oneDNN half of one; most take longer, as on a busy machine."""
+    now, calls = 0.0, 0
+
+    def read() -> float:
+        nonlocal now, calls
+        calls += 1
+        share = 0.5 if getattr(settings, "matmul", settings).fp32_precision == "bf16" else 1.0
+        now += 1e-3 * share * (1 + calls // 2 % 7)
+        return now
+
+    monkeypatch.setattr(time, "perf_counter", read)
+    measure_products.cache_clear()
+    yield
+    measure_products.cache_clear()
+
+
+@needs_switch
+def test_rates_are_those_of_the_best_times(clock: None) -> None:
+    """Two operations an element of the weight and row; the first 256 rows of a large weight are taken."""
+    plain, other = measure_products(SHAPES, 96)
+    operations = 2 * 96 * (256 * 192 + 192 * 512)
+    assert plain.gflops == pytest.approx(operations / 2e-3 / 1e9)
+    assert other.gflops == pytest.approx(operations / 1e-3 / 1e9)
+
+
+@needs_switch
+def test_the_largest_shapes_of_the_middle_block_are_measured(clock: None) -> None:
+    """Three of them, each shape once, with as many rows as a batch has."""
+    model = tiny_llama()
+    wide = copy.deepcopy(model.config)
+    wide.intermediate_size = 96
+    model.model.layers[2].mlp = LlamaMLP(wide)
+    weights = 96 * 32 + 32 * 96 + 32 * 32
+    for batch_tokens, n_rows in ((10, 10), (100, 100), (5000, 256)):
+        product = choose_product(wrap_model(model, "tiny"), int(FEWEST_FLOPS), batch_tokens)
+        assert product.candidates[0].gflops == pytest.approx(2 * n_rows * weights / 3e-3 / 1e9)
+        exact = product.candidates[1].error <= LARGEST_ERROR
+        assert product.path == ("onednn" if exact else "default")
+
+
+@needs_switch
+def test_of_a_large_product_a_part_is_timed(clock: None) -> None:
+    """1,024 features and 256 rows at most, and of the weight about 3e7 operations."""
+    plain, _ = measure_products(((300, 2048),), 400)
+    n_out = int(3e7 / (2 * 256 * 1024))
+    assert n_out < 64
+    assert plain.gflops == pytest.approx(2 * 256 * 64 * 1024 / 1e-3 / 1e9)
+    small, _ = measure_products(((300, 512),), 256)
+    assert small.gflops == pytest.approx(2 * 256 * int(3e7 / (2 * 256 * 512)) * 512 / 1e-3 / 1e9)
+
+
+def test_a_run_is_long_from_a_number_of_operations_on() -> None:
+    """Two a weight of a block and token, for each of two models."""
+    model = tiny_llama()
+    n_weights = sum(p.numel() for p in model.model.layers.parameters() if p.dim() > 1)
+    n_tokens = int(FEWEST_FLOPS / (4 * n_weights))
+    wrapped = wrap_model(model, "tiny")
+    assert choose_product(wrapped, n_tokens - 1, 8) == Product()
+    assert len(choose_product(wrapped, n_tokens + 1, 8).candidates) == 2
 
 
 @needs_switch
