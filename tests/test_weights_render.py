@@ -22,12 +22,20 @@ from typer.testing import CliRunner
 
 from factories import save_model, tiny_llama
 from lazarus.cli import app
+from lazarus.errors import GateNotMetError
 from lazarus.faces import WeightDiff
 from lazarus.render.weights import table, text
 from lazarus.render.weights.figure import Map, write_figure
 from lazarus.render.weights.grid import Grid, pooled_change
 from lazarus.render.weights.summary import MOST_LINES, summary_lines
-from lazarus.results import Spectrum, TensorRecord, UnmatchedTensor, WeightDiffRecord, json_schema
+from lazarus.results import (
+    NotCompared,
+    Spectrum,
+    TensorRecord,
+    UnmatchedTensor,
+    WeightDiffRecord,
+    json_schema,
+)
 from lazarus.results.glossary import WEIGHT_METRICS
 from made_records import HOSTILE
 from made_weights import checkpoint, expert_record, record_of, spectrum, summary, tensor, whole_record
@@ -168,6 +176,56 @@ def test_edges_have_a_verdict(rows: Any, unmatched: Any, said: str, top: str) ->
     assert text.verdict(record) == said
     assert f"  none: {top}" in lines_of(record)
     assert record.summary.verdict == said.split()[0].strip(",:").lower()
+
+
+def rounded(**changes: Any) -> WeightDiffRecord:
+    """A result whose verdict is that all of the change is rounding."""
+    rows = [tensor(0, "attn_q", 1e-3, rounding=True, merged_share=1.0), tensor(0, "attn_k", 0.0)]
+    causes = ["fine-tuned is base rounded to <bfloat16>"]
+    found = msgspec.structs.replace(summary(rows), verdict="rounding", causes=causes)
+    return record_of(rows, summary=found, **changes)
+
+
+def test_rounding_says_so_and_of_what(tmp_path: Path) -> None:
+    record = rounded()
+    said = "rounding: 1 of 2 tensors differs, by rounding alone: fine-tuned is base rounded to <bfloat16>"
+    assert text.verdict(record) == f"{said} (accepted by --expect identical)"
+    assert "rounded to &lt;bfloat16&gt;" in saved(record, tmp_path / "x.html").read_text(encoding="utf-8")
+    frame = parquet.read_table(saved(record, tmp_path / "x.parquet"))
+    assert frame["rounding"].to_pylist() == [True, None]
+    assert frame["merged_share"].to_pylist() == [1.0, None]
+    header, first, second = saved(record, tmp_path / "x.csv").read_text(encoding="utf-8").splitlines()
+    assert header.split(",").count("rounding") == 1
+    assert ("true" in first, "true" in second) == (True, False)
+
+
+def test_rounding_claims_no_more_than_was_compared() -> None:
+    parts = [NotCompared(what="score head (score)", n_tensors=1, differs=None)]
+    base = msgspec.structs.replace(checkpoint("org/base", 1, 2), not_compared=parts)
+    record = rounded(base=base)
+    assert text.verdict(record).startswith("rounding in what was compared: 1 of 2 tensors differs")
+    assert "score head" in text.verdict(record)
+    with pytest.raises(GateNotMetError, match="--only-compared"):
+        WeightDiff(record).check_gates(expect="identical")
+    WeightDiff(record).check_gates(expect="identical", only_compared=True)
+
+
+@pytest.mark.parametrize(
+    ("unmatched", "n_moved", "said"),
+    [
+        ([], 1, "all 2 tensors have the same bits, but 1 token has another id"),
+        (
+            [ONLY_BASE],
+            3,
+            "all 2 tensors have the same bits, but 3 tokens have another id and 1 tensor has no counterpart "
+            "of the same shape",
+        ),
+    ],
+)
+def test_tokens_that_moved_are_a_change(unmatched: list[UnmatchedTensor], n_moved: int, said: str) -> None:
+    rows = [tensor(0, "attn_q", 0.0), tensor(None, "embed", 0.0)]
+    found = msgspec.structs.replace(summary(rows, unmatched), verdict="changed", n_moved_tokens=n_moved)
+    assert text.verdict(record_of(rows, unmatched=unmatched, summary=found)) == f"changed: {said}"
 
 
 def test_unmatched_tensors_are_named_with_what_they_lack() -> None:

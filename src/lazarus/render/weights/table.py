@@ -21,7 +21,7 @@ INTEGERS = ("layer", "spectrum_n_singular_values", "spectrum_rank_90", "spectrum
 _KINDS: dict[str, Sequence[str]] = {
     "int64": (*INTEGERS, "n_changed"),
     "string": ("component", "name", "shape", "base_dtype", "finetuned_dtype", "spectrum_method"),
-    "bool_": ("flagged",),
+    "bool_": ("flagged", "rounding"),
 }
 _SHOWN = ("relative_change", "cosine_similarity", "max_abs_change", "share_changed")
 _OF_SPECTRUM = ("effective_rank", "rank_90", "adapter_rank")
