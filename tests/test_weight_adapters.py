@@ -29,6 +29,10 @@ from factories import save_model, tiny_llama
 from layouts import edit_json, save_adapter, scattered
 from lazarus import WeightDiff, weight_diff
 from lazarus.errors import AdapterError, UnsupportedModelError
+from lazarus.models import Source
+from lazarus.options import WeightOptions
+from lazarus.weights.adapters import put_adapter
+from lazarus.weights.checkpoints import read_checkpoint
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 CONFIGS: dict[str, Callable[[], PeftConfig]] = {
@@ -296,3 +300,25 @@ def test_two_adapters_alone_name_no_model(base: Path, tmp_path: Path) -> None:
     save_adapter(tmp_path / "adapter", base, LoraConfig(r=4, target_modules=TARGETS))
     with pytest.raises(AdapterError, match="Say which model"):
         weight_diff(tmp_path / "adapter", tmp_path / "adapter")
+
+
+def test_an_adapter_on_a_model_with_an_adapter_is_what_both_merge_one_after_the_other(
+    base: Path, tmp_path: Path
+) -> None:
+    """The second one's rule may read what the first has made: DoRA's norms."""
+    configs = [
+        LoraConfig(r=4, target_modules=TARGETS),
+        LoraConfig(r=4, target_modules=TARGETS, use_dora=True),
+        LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[45, 70]),
+    ]
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    checkpoint = read_checkpoint(Source(str(base), "folder", str(base)), WeightOptions())
+    for i, config in enumerate(configs):
+        folder = tmp_path / str(i)
+        save_adapter(folder, base, config, seed=i)
+        model = PeftModel.from_pretrained(model, folder).double().merge_and_unload()
+        checkpoint, _ = put_adapter(checkpoint, Source(str(folder), "folder", str(folder)))
+    after = model.state_dict()
+    for entry in checkpoint.entries.values():
+        found = entry.view.read(0, entry.view.matrix[0]).double().reshape(entry.view.shape)
+        torch.testing.assert_close(found, after[entry.path], rtol=1e-9, atol=1e-12)

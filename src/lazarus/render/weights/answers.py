@@ -33,7 +33,8 @@ def _whether(record: WeightDiffRecord) -> Answer:
         return Answer(question, "No", f"Bit for bit the same in {counted(found.n_tensors, 'tensor')}.{told}")
     if found.verdict == "rounding":
         causes = "; ".join(found.causes)
-        return Answer(question, "Only by rounding", f"{differ(record)}: {escaped(causes)}.")
+        but = f" But {escaped(others)}." if others else ""
+        return Answer(question, "Only by rounding", f"{differ(record)}: {escaped(causes)}.{but}")
     told = f"{differ(record)} in at least one bit."
     if found.n_unmatched:
         told += f" {without_counterpart(found.n_unmatched)}."

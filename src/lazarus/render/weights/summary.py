@@ -36,27 +36,32 @@ def verdict(record: WeightDiffRecord) -> str:
     """The verdict in a sentence or two, and for what reason nothing may have changed."""
     found = record.summary
     others = told(differing(record.base.not_compared, record.finetuned.not_compared))
-    if found.verdict == "identical" and others:
-        return f"identical in what was compared: {_the_same(found.n_tensors)}; {others}"
-    if found.verdict == "identical":
-        causes = "; ".join(found.causes)
-        return f"IDENTICAL, nothing changed: {_the_same(found.n_tensors)}" + (
-            f". Likely cause: {escaped(causes)}" if causes else ""
-        )
-    if found.verdict == "rounding":
-        where = f" in what was compared; {others}" if others else f" ({ACCEPTED})"
-        causes = "; ".join(found.causes)
-        return f"rounding: {differ(record)}, by rounding alone: {escaped(causes)}{where}"
-    if not found.n_changed_tensors and not found.n_unmatched and found.n_moved_tokens:
-        same = f"{_the_same(found.n_tensors)} token by token"
-        return f"changed: {same}, but {counted(found.n_moved_tokens, 'token')} have another id"
+    causes = escaped("; ".join(found.causes))
+    match found.verdict:
+        case "identical" if others:
+            return f"identical in what was compared: {_the_same(found.n_tensors)}; {others}"
+        case "identical":
+            likely = f". Likely cause: {causes}" if causes else ""
+            return f"IDENTICAL, nothing changed: {_the_same(found.n_tensors)}{likely}"
+        case "rounding" if others:
+            return f"rounding in what was compared: {differ(record)}, by rounding alone: {causes}; {others}"
+        case "rounding":
+            return f"rounding: {differ(record)}, by rounding alone: {causes} ({ACCEPTED})"
     if not found.n_changed_tensors:
         same = _the_same(found.n_tensors) if found.n_tensors else "no tensor is in both"
-        return f"changed: {same}, but {without_counterpart(found.n_unmatched)}"
-    changed = f"changed: {differ(record)}"
-    if found.relative_change is None:
-        return changed
-    return f"{changed}, relative change {short(found.relative_change)} overall"
+        return f"changed: {same}, but {_reasons(record)}"
+    overall = found.relative_change
+    how_much = "" if overall is None else f", relative change {short(overall)} overall"
+    return f"changed: {differ(record)}{how_much}"
+
+
+def _reasons(record: WeightDiffRecord) -> str:
+    """Why two models whose tensors have the same bits are not the same."""
+    found = record.summary
+    have = "has" if found.n_moved_tokens == 1 else "have"
+    moved = [f"{counted(found.n_moved_tokens, 'token')} {have} another id"] if found.n_moved_tokens else []
+    parted = [without_counterpart(found.n_unmatched)] if found.n_unmatched or not moved else []
+    return " and ".join([*moved, *parted])
 
 
 def differ(record: WeightDiffRecord) -> str:
