@@ -230,16 +230,22 @@ def test_models_of_other_depth_are_matched_by_relative_depth(depths: tuple[int, 
     assert record.summary.same_first_choice == (ends[0] == ends[1])
 
 
-def test_padding_logits_of_one_head_are_left_out_and_the_rest_sums_to_one() -> None:
+def test_padding_logits_of_one_head_are_one_more_outcome() -> None:
     one, other = tiny_llama(0), tiny_llama(1, vocab_size=320)
     tokenizer = tiny_tokenizer()
     record = compare(one, other, PROMPT, tokenizer=tokenizer).record
     ids = tokenizer(PROMPT)["input_ids"]
-    q = softmax(logits_of(other, ids))[:, :300]
-    check_distances(record, softmax(logits_of(one, ids)), q / q.sum(-1, keepdims=True), range(4))
+    p, q = softmax(logits_of(one, ids)), softmax(logits_of(other, ids))
+    merged = np.concatenate([q[:, :300], q[:, 300:].sum(-1, keepdims=True)], axis=-1)
+    p = np.concatenate([p, np.zeros((len(p), 1))], axis=-1)
+    for layer, a, b in zip(record.layers, p, merged, strict=True):
+        middle = (a + b) / 2
+        assert layer.kl_1_2 == pytest.approx(kl(a, b), rel=1e-4)
+        assert layer.kl_2_1 is None  # infinite: model 1 cannot give the other tokens
+        assert layer.js == pytest.approx((kl(a, middle) + kl(b, middle)) / 2, rel=1e-4)
     assert (record.model1.n_vocabulary, record.model2.n_vocabulary) == (300, 320)
     assert record.summary.same_vocabulary
-    assert any("over the 300 that both have" in note for note in record.notes)
+    assert any("over the 300 that both have and one outcome for any other" in note for note in record.notes)
 
 
 def saved(folder: Path, seed: int, tokenizer: Any, **changes: Any) -> Path:

@@ -19,23 +19,21 @@ from lazarus.tokens import listed
 class Outcomes:
     """What both models can give as the next token, as columns that mean the same in both.
 
-    With one vocabulary they are the ids that both heads have. With two they are the texts that are tokens of
-    both, and one more for any other: `places` says which outcome each id of each model belongs to.
+    With one vocabulary they are its ids. With two they are the texts that are tokens of both. Whatever one
+    model alone can give is one more outcome: `places` says which outcome each id of each model belongs to. It
+    is None where each id is one.
     """
 
     n_outcomes: int
     places: tuple[Tensor, Tensor] | None
     notes: Sequence[str] = ()
-
-    @property
-    def same_ids(self) -> bool:
-        """Whether an id is the same token in both."""
-        return self.places is None
+    same_ids: bool = False
+    """an id is the same token in both"""
 
     def logits(self, logits: Tensor, side: int) -> Tensor:
         """One distribution over the outcomes, [1, outcomes], from one over model `side`'s vocabulary."""
         if self.places is None:
-            return logits[None, : self.n_outcomes]
+            return logits[None]
         merged = torch.zeros(self.n_outcomes, dtype=torch.float64)
         return merged.index_add_(0, self.places[side], logits.double().softmax(-1)).log()[None]
 
@@ -45,11 +43,14 @@ def find_outcomes(one: Vocabulary, other: Vocabulary) -> Outcomes:
     n_common = min(one.n_tokens, other.n_tokens)
     same_heads = one.n_tokens == other.n_tokens
     if one.ids == other.ids and (same_heads or max(one.ids.values()) < n_common):
+        if same_heads:
+            return Outcomes(n_common, None, same_ids=True)
         note = (
             f"model 1 has logits for {one.n_tokens} tokens and model 2 for {other.n_tokens}: KL and JS are "
-            f"over the {n_common} that both have, whose probabilities are made to sum to 1"
+            f"over the {n_common} that both have and one outcome for any other"
         )
-        return Outcomes(n_common, None, [] if same_heads else [note])
+        first, second = (torch.arange(v.n_tokens).clamp(max=n_common) for v in (one, other))
+        return Outcomes(n_common + 1, (first, second), [note], same_ids=True)
     common = sorted({t for t in one.texts if t is not None} & {t for t in other.texts if t is not None})
     numbers = {text: number for number, text in enumerate(common)}
     n_texts = len(common)
