@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from transformers import (
     MixtralForCausalLM,
     PreTrainedModel,
 )
+from transformers.cache_utils import DynamicCache
 from typer.testing import CliRunner
 
 import lazarus
@@ -41,7 +42,7 @@ from lazarus.engine import (
     share_prefix,
 )
 from lazarus.metrics import relative_l2
-from lazarus.models import wrap_model
+from lazarus.models import dissect, wrap_model
 from lazarus.tokens import TokenizedPrompt
 
 PREFIX = [5, 17, 80, 3, 41, 9, 33, 12, 77, 31, 64, 27, 50, 23, 8, 91, 36, 70]
@@ -265,6 +266,135 @@ def test_blocks_that_are_the_same_in_both_still_run_once() -> None:
     assert any("ran once for both" in note for note in shared.notes)
     assert (shared.results.column("relative_l2")[:, :-1] == 0).all()
     assert_same(shared, compare(base, finetuned, [*TEXTS, STRANGER], position="mean", batch_tokens=40))
+
+
+def over(base: PreTrainedModel, n_common: int) -> Any:
+    """A second model with the weights of base's first blocks, and a last block of its own."""
+    blocks = dissect(base).blocks[:n_common]
+    finetuned: Any = copy.deepcopy(base, {id(p): p for block in blocks for p in block.parameters()})
+    with torch.no_grad():
+        for parameter in dissect(finetuned).blocks[-1].parameters():
+            parameter.mul_(1.5)
+    return finetuned
+
+
+ALONE = next(i for i in PREFIX[1:4] if all(i not in prompt.ids[len(PREFIX) :] for prompt in PROMPTS))
+"""A token among the first of the prefix that no prompt has after it."""
+
+
+def with_row(model: PreTrainedModel, row: torch.Tensor) -> None:
+    """Give a model an embedding of its own, with another row for this token."""
+    rows = model.get_input_embeddings().weight.detach().clone()
+    rows[ALONE] = row.detach()
+    model.get_input_embeddings().weight = torch.nn.Parameter(rows)
+
+
+def rows_alone(model: PreTrainedModel, position: Position) -> np.ndarray[Any, Any]:
+    """Each prompt by itself through transformers: its state after every block, [prompts, layers, hidden]."""
+    found = []
+    for prompt in PROMPTS:
+        with torch.no_grad():
+            output = model(torch.tensor([prompt.ids]), output_hidden_states=True, use_cache=False)
+        layers = torch.stack(output.hidden_states[1:-1])[:, 0].double()
+        found.append(layers.mean(1) if position == "mean" else layers[:, -1 if position == "last" else 3])
+    return torch.stack(found).numpy()
+
+
+@pytest.mark.parametrize("position", ["last", "mean", 3])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_token_of_the_prefix_with_another_embedding_reaches_all_that_follows(
+    family: str, position: Position
+) -> None:
+    """The blocks are the same, and each batch calls them alike, but the caches of the prefix differ."""
+    base = FAMILIES[family]()
+    finetuned = over(base, len(dissect(base).blocks) - 1)
+    with_row(finetuned, base.get_input_embeddings().weight[ALONE] + 0.5)
+    diff = compare(base, finetuned, TEXTS, position=position, no_noise_floor=True)
+    assert ONCE in diff.notes
+    b, f = rows_alone(base, position), rows_alone(finetuned, position)
+    expected = np.linalg.norm(f - b, axis=-1) / np.linalg.norm(b, axis=-1)
+    found = diff.results.column("relative_l2")[:, : expected.shape[1]]
+    assert expected[:, -1].min() > 0
+    if position != "mean":  # the relative L2 of a mean over tokens is not the mean of theirs
+        assert np.abs(found - expected).max() <= ROUNDING * expected.max()
+    assert_same(diff, compare(base, finetuned, [*TEXTS, STRANGER], position=position, no_noise_floor=True))
+
+
+@pytest.mark.parametrize("position", ["last", "mean", PREFIX.index(ALONE)])
+def test_the_same_keys_and_values_may_come_of_other_states(position: Position) -> None:
+    """A norm takes the length of a state away: twice an embedding has the same keys and values."""
+    base: Any = llama()
+    with torch.no_grad():
+        base.model.embed_tokens.weight[base.config.pad_token_id] = 1.0  # no row of zeros, which has no norm
+    for block in base.model.layers:
+        block.input_layernorm.variance_epsilon = 0.0
+    finetuned = over(base, 1)
+    with_row(finetuned, base.get_input_embeddings().weight[ALONE] * 2)
+    pair = learned(base, finetuned)
+    assert pair.n_common == 1
+    shared, whole = (states(pair, n, position) for n in (len(PREFIX), 0))
+    for one, other in zip(shared, whole, strict=True):
+        assert relative_l2(one, other).max() <= ROUNDING
+    at_embedding, after_first = (float(relative_l2(*whole[i : i + 2]).max()) for i in (0, 2))
+    assert [at_embedding > 0.01, after_first > 0.01] == [position != "last"] * 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gemma3n"])
+def test_blocks_go_on_from_the_other_models_cache_where_both_are_the_same(family: str) -> None:
+    """They run in the prefix, whose cache is each model's own, and in no batch that goes on from it.
+
+    Gemma 3n's last blocks read the keys that earlier ones have written into the cache.
+    """
+    base = build("gemma3n_text") if family == "gemma3n" else FAMILIES[family]()
+    n_blocks = len(dissect(base).blocks)
+    finetuned = over(base, n_blocks - 1)
+    pair = learned(base, finetuned)
+    assert pair.n_common == n_blocks - 1
+    ran: list[int] = []
+    for index, block in enumerate(dissect(finetuned).blocks):
+        mlp = block.get_submodule("mlp")
+        mlp.register_forward_hook(lambda _m, _a, _o, index=index: ran.append(index))
+    shared = states(pair, len(PREFIX), "all")
+    assert ran == [*range(n_blocks), n_blocks - 1]
+    ran.clear()
+    apart = replace(pair, n_common=0, same_blocks=(False,) * n_blocks)
+    for one, other in zip(shared, states(apart, len(PREFIX), "all"), strict=True):
+        assert torch.equal(one, other)
+    assert ran == [*range(n_blocks)] * 2
+
+
+def has_past(arguments: Mapping[str, Any]) -> bool:
+    caches = [value for value in arguments.values() if isinstance(value, DynamicCache)]
+    return any(cache.get_seq_length() >= len(PREFIX) for cache in caches)
+
+
+@pytest.mark.parametrize(
+    ("factor", "reason"),
+    [(float("nan"), "states are not finite"), (1.5, "differed by 0.")],
+    ids=["NaN", "1.5"],
+)
+def test_what_is_not_finite_in_one_way_alone_is_not_the_same(factor: float, reason: str) -> None:
+    """A block that goes wrong as soon as there is a cache that it goes on from."""
+    base: Any = llama()
+
+    def hook(_module: Any, _args: Any, kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+        return output * factor if has_past(kwargs) else output
+
+    base.model.layers[2].register_forward_hook(hook, with_kwargs=True)
+    [note] = share(learned(base, base)).notes
+    assert "ran with each of them" in note
+    assert reason in note
+
+
+def test_a_row_of_zeros_in_one_way_alone_is_not_the_same() -> None:
+    base: Any = llama()
+
+    def hook(_module: Any, _args: Any, kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+        return output if has_past(kwargs) else output * 0
+
+    base.model.layers[3].register_forward_hook(hook, with_kwargs=True)
+    [note] = share(learned(base, base)).notes
+    assert "differed by inf of their norm" in note
 
 
 def test_an_adapter_on_the_weights_of_its_base(tmp_path: Path, base_folder: Path) -> None:

@@ -19,6 +19,7 @@ from architectures import CAUSAL, ENCODER_DECODERS, ENCODERS, MULTIMODAL, REFUSE
 from factories import perturbed, tiny_llama, word_tokenizer
 from lazarus.batches import BatchPair, make_batches
 from lazarus.engine import ModelPair, StatePair, learn_pair, run_pairs
+from lazarus.engine.arguments import Arguments
 from lazarus.engine.probe import passes_go_on
 from lazarus.engine.recorder import Recorder, Take
 from lazarus.engine.replay import (
@@ -395,11 +396,11 @@ def test_a_forward_of_the_module_s_own_is_put_back(fails: bool) -> None:
 def test_a_pass_ends_before_or_after_a_block() -> None:
     one = _Pass()
     end = one.run()
-    received: list[Any] = []
+    received: list[Arguments] = []
     with counted(one.model) as calls, stopping_before(one.blocks[2], received):
         one.run()
     assert runs(calls) == {0: 1, 1: 1}
-    assert torch.equal(received[0][0][0], _states_of(one.first(2)))
+    assert torch.equal(received[0].args[0].tensor, _states_of(one.first(2)))
     with counted(one.model) as calls, stopping_after(one.blocks[2]):
         one.run()
     assert runs(calls) == {0: 1, 1: 1, 2: 1}

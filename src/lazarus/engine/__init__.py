@@ -10,6 +10,7 @@ pair.py        two models, what they have in common, and what cannot be asked of
 past.py        what a model has read already, and its cache of it
 side.py        one of the two models, ready to run batches
 replay.py      blocks that need not run: a pass goes on from what they returned before
+arguments.py   what a block was called with, and whether another call is the same
 resident.py    both models in memory, batch by batch
 streamed.py    a block of each model in memory at a time, over all batches
 kept.py        what passes hold between two blocks, in memory or in files

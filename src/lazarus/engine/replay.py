@@ -8,20 +8,17 @@ than memory run one block at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from lazarus.engine.arguments import Arguments, Written, contents, write_again, written
 from lazarus.engine.recorder import first_tensor
-
-_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-_Alike = dict[tuple[int, int], tuple[Tensor, Tensor]]
-"""pairs of tensors that were found to be the same, by their ids; it holds them, so that ids stay theirs"""
-_PLAIN = (bool, int, float, str, type(None))
+from lazarus.models import Equality, same_bits
 
 
 class UnlikeError(Exception):
@@ -61,13 +58,13 @@ class Returned:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a block: what it got, what it returned, and what stood then in the mappings among it."""
+    """One call of a block: its arguments, what it was given in them, what it returned, and what it wrote."""
 
     block: nn.Module
     args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    received: Arguments
     output: Any
-    shared: list[dict[Any, Any]]
+    written: Written
 
 
 @dataclass
@@ -80,45 +77,61 @@ class Passed:
 
     states: Tensor | None = None
     returned: list[Returned] = field(default_factory=list)
-    shared: list[dict[Any, Any]] = field(default_factory=list)
-    """what blocks had written by then into each mapping that they share"""
-    received: list[_Arguments] = field(default_factory=list)
+    written: list[Written] = field(default_factory=list)
+    """what each block wrote into arguments that it shares with others"""
+    received: list[Arguments] = field(default_factory=list)
     """each block's arguments; of hidden states, those of the first block alone"""
 
     def add(self, call: Call) -> None:
         """Take in the next block's call."""
-        self.received.append(_kept_of(len(self.returned), call.args, call.kwargs))
+        self.received.append(call.received.without_states() if self.returned else call.received)
         self.returned.append(Returned.of(call.output))
-        self.states, self.shared = first_tensor(call.output), call.shared
+        self.states = first_tensor(call.output)
+        self.written.append(call.written)
 
     def parts(self) -> tuple[Any, ...]:
         """What a later pass needs, as plain tuples and lists; the arguments are left out."""
-        return self.states, [(r.kind, r.keys, r.others) for r in self.returned], self.shared
+        last: Written = [{} for _ in self.written[0]]
+        for each in self.written:
+            last = [{**before, **items} for before, items in zip(last, each, strict=True)]
+        return self.states, [(r.kind, r.keys, r.others) for r in self.returned], last
 
     @classmethod
     def of_parts(cls, parts: tuple[Any, ...]) -> Passed:
-        """The opposite of `parts`."""
-        states, returned, shared = parts
-        return cls(states, [Returned(*each) for each in returned], shared)
+        """The opposite of `parts`, but that the first block has written what all have."""
+        states, returned, last = parts
+        nothing: Written = [{} for _ in last]
+        return cls(states, [Returned(*each) for each in returned], [last, *[nothing] * (len(returned) - 1)])
+
+    @property
+    def n_layers(self) -> int:
+        """How many first layers of a KV cache these blocks use: as many as they are, or as they wrote to."""
+        layers = (name for each in self.written for items in each for name in items if isinstance(name, int))
+        return max((len(self.returned), *(layer + 1 for layer in layers)))
 
     def again(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What block `index` returned; what it and its like had written is there again."""
+        """What block `index` returned; what it had written is written again."""
         assert self.states is not None
-        for mapping, entries in zip(_mappings(args, kwargs), self.shared, strict=True):
-            mapping.update(entries)
+        write_again(args, kwargs, self.written[index])
         return self.returned[index].whole(self.states)
 
 
 @contextmanager
 def recording(blocks: Sequence[nn.Module], take: Callable[[Call], None]) -> Iterator[None]:
     """While a model runs, hand each call of these blocks to `take`."""
+    begun: dict[nn.Module, list[tuple[Arguments, Written]]] = defaultdict(list)
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        take(Call(module, args, kwargs, output, [dict(m) for m in _mappings(args, kwargs)]))
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        begun[module].append((Arguments.of(args, kwargs), contents(args, kwargs)))
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        received, held = begun[module].pop()
+        take(Call(module, args, received, output, written(held, contents(args, kwargs))))
 
     with ExitStack() as stack:
         for block in dict.fromkeys(blocks):
-            stack.callback(block.register_forward_hook(hook, with_kwargs=True).remove)
+            stack.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(block.register_forward_hook(after, with_kwargs=True).remove)
         yield
 
 
@@ -145,12 +158,15 @@ def replaying(blocks: Sequence[nn.Module], passed: Passed, *, verify: bool) -> I
     With `verify` it raises `UnlikeError` where one is called with other arguments than were recorded, so
     that what is replayed is, bit for bit, what the block would have returned.
     """
-    alike: _Alike = {}
+    equality, n_layers = Equality(), passed.n_layers
 
     def standing_in(index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if verify and not same_call(_kept_of(index, args, kwargs), passed.received[index], alike):
-                raise UnlikeError
+            if verify:
+                received = Arguments.of(args, kwargs)
+                given = received.without_states() if index else received
+                if not given.same_as(passed.received[index], equality, n_layers):
+                    raise UnlikeError
             return passed.again(index, args, kwargs)
 
         return forward
@@ -162,11 +178,11 @@ def replaying(blocks: Sequence[nn.Module], passed: Passed, *, verify: bool) -> I
 
 
 @contextmanager
-def stopping_before(block: nn.Module, received: list[Any]) -> Iterator[None]:
+def stopping_before(block: nn.Module, received: list[Arguments]) -> Iterator[None]:
     """End the pass inside before this block runs; `received` gets its arguments."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        received.append((args, kwargs))
+        received.append(Arguments.of(args, kwargs))
         raise StoppedError
 
     with _forward_replaced(block, forward):
@@ -194,18 +210,18 @@ def can_replay(blocks: Sequence[nn.Module], run: Callable[[], Tensor], counts: S
             return False
         passed.add(call)
     with replaying(blocks, passed, verify=False):
-        return _same_bits(run(), end)
+        return same_bits(run(), end) is True
 
 
 def _goes_on(blocks: Sequence[nn.Module], passed: Passed, run: Callable[[], Tensor], expected: Call) -> bool:
     """Whether the next block is called as it was when the blocks before it ran."""
-    index, received = len(passed.returned), list[_Arguments]()
+    index, received = len(passed.returned), list[Arguments]()
     try:
         with replaying(blocks[:index], passed, verify=True), stopping_before(blocks[index], received):
             run()
     except UnlikeError:
         return False
-    return bool(received) and same_call(received[0], (expected.args, expected.kwargs), {})
+    return bool(received) and received[0].same_as(expected.received, Equality())
 
 
 @contextmanager
@@ -219,40 +235,3 @@ def _forward_replaced(block: nn.Module, forward: Callable[..., Any]) -> Iterator
         del block.forward
         if before is not None:
             block.forward = before
-
-
-def _kept_of(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
-    """A call's arguments, without the hidden states that an earlier block returned."""
-    return (args if index == 0 else (None, *args[1:])), kwargs
-
-
-def _mappings(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[MutableMapping[Any, Any]]:
-    """The mappings among a block's arguments: what blocks share by writing into it."""
-    return [value for value in (*args, *kwargs.values()) if isinstance(value, MutableMapping)]
-
-
-def same_call(one: _Arguments, other: _Arguments, alike: _Alike) -> bool:
-    """Whether two calls of a block had the same arguments, bit for bit."""
-    if one[1].keys() != other[1].keys():
-        return False
-    return _same(one[0], other[0], alike) and all(_same(one[1][k], other[1][k], alike) for k in one[1])
-
-
-def _same(one: Any, other: Any, alike: _Alike) -> bool:
-    """Whether two arguments are the same, bit for bit. What blocks write into mappings is put there again."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        pair = (id(one), id(other))
-        if pair not in alike:
-            if not _same_bits(one, other):
-                return False
-            alike[pair] = (one, other)
-        return True
-    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
-        return len(one) == len(other) and all(_same(a, b, alike) for a, b in zip(one, other, strict=True))
-    return type(one) is type(other) and (not isinstance(one, _PLAIN) or one == other)
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape or one.dtype != other.dtype or one.device != other.device:
-        return False
-    return one is other or bool(torch.equal(one, other))

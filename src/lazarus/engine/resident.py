@@ -44,7 +44,7 @@ def run_pairs(
             beside(pair, picking, local) if localize else nullcontext(),
         ):
             ours = base.run(batch.base, position)
-        begun = Begun(n_common, passed, ours) if n_common else None
+        begun = Begun(n_common, passed, ours, base.prefix_of(batch.base, position)) if n_common else None
         theirs = finetuned.run(batch.finetuned, position, begun)
         del begun, passed
         matched = [theirs.sites[0], *(theirs.sites[1 + i] for i in pair.matched), theirs.sites[-1]]

@@ -17,7 +17,7 @@ from lazarus.engine.probe import Conventions
 from lazarus.engine.recorder import Recorder, StatePair, Take
 from lazarus.engine.replay import Passed, UnlikeError, replaying
 from lazarus.errors import UnsupportedModelError
-from lazarus.models import LoadedModel
+from lazarus.models import LoadedModel, same_bits
 
 
 @dataclass(frozen=True)
@@ -37,25 +37,27 @@ class States:
 
 
 @dataclass(frozen=True)
+class Prefix:
+    """What a model made of a prefix: its cache, and the rows that are compared, at every site."""
+
+    past: Past
+    sites: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
 class Begun:
     """What the first `n_blocks` blocks made of a batch, and the compared rows on the way."""
 
     n_blocks: int
     passed: Passed
     states: States
+    prefix: Prefix | None = None
+    """what that model made of the prefix before the batch, where one ran by itself"""
 
     @property
     def sites(self) -> list[Tensor]:
         """The rows at the embedding and after each of these blocks."""
         return self.states.sites[: 1 + self.n_blocks]
-
-
-@dataclass(frozen=True)
-class _Prefix:
-    """What a model made of a prefix: its cache, and the rows that are compared, at every site."""
-
-    past: Past
-    sites: Sequence[Tensor]
 
 
 class Side:
@@ -66,7 +68,7 @@ class Side:
         self.conventions = conventions
         self.recorder = Recorder(model)
         self.head = Head(model, conventions.head_reads) if conventions.head_reads else None
-        self._prefixes: dict[tuple[tuple[int, ...], Position], _Prefix] = {}
+        self._prefixes: dict[tuple[tuple[int, ...], Position], Prefix] = {}
 
     def begin(self, batch: TokenBatch, position: Position) -> None:
         """Run the prefix of a batch, unless it has run or there is none.
@@ -86,22 +88,39 @@ class Side:
                 f"{self.model.name} keeps more than keys and values of what it has read, or nothing, so a "
                 "prefix that prompts have in common has to run with each of them."
             )
-        self._prefixes[key] = _Prefix(Past(len(batch.prefix), seen.cache), seen.sites)
+        self._prefixes[key] = Prefix(Past(len(batch.prefix), seen.cache), seen.sites)
 
     def run(self, batch: TokenBatch, position: Position, begun: Begun | None = None) -> States:
         """The compared rows of one batch. The head reads them too, or the last ones where they are means.
 
         `begun` is what the other model's first blocks made of the batch, where those are this one's too: they
-        do not run again. Where something else enters them here, they do.
+        do not run again. Where something else enters them here, they do, and so they do where the prefix left
+        another KV cache or other rows.
         """
         self.begin(batch, position)
-        if begun is not None:
+        if begun is not None and self._has_rows_of(begun, self.prefix_of(batch, position)):
             try:
                 with replaying(self.model.anatomy.blocks[: begun.n_blocks], begun.passed, verify=True):
                     return self._run(batch, position, begun.sites)
             except UnlikeError:
                 pass
         return self._run(batch, position, [])
+
+    def prefix_of(self, batch: TokenBatch, position: Position) -> Prefix | None:
+        """What this model made of the prefix before a batch; None where none ran by itself."""
+        return self._prefixes.get((batch.prefix, position))
+
+    def _has_rows_of(self, begun: Begun, prefix: Prefix | None) -> bool:
+        """Whether both prefixes have the same compared rows at the sites that the other model's blocks reach.
+
+        Replaying compares the KV caches, but the same keys and values may come of other states: a norm takes
+        the length of a state away.
+        """
+        if prefix is None or begun.prefix is None:
+            return prefix is begun.prefix
+        n_sites = len(begun.sites)
+        pairs = zip(prefix.sites[:n_sites], begun.prefix.sites[:n_sites], strict=True)
+        return all(same_bits(ours, theirs) is True for ours, theirs in pairs)
 
     def _run(self, batch: TokenBatch, position: Position, known: Sequence[Tensor]) -> States:
         """A pass; `known` are the rows of the first sites, where they are known already."""
@@ -114,7 +133,7 @@ class Side:
             return head_rows[0] if head_picker is picker else picker.pick(states)
 
         first = max(0, len(known) - 1)
-        prefix = self._prefixes.get((batch.prefix, position))
+        prefix = self.prefix_of(batch, position)
         past = prefix.past if prefix else None
         seen = self.recorder.run(*batch.padded(), Take(self.picking(picker), final), first, past)
         embedding = [] if known else [seen.embedding]

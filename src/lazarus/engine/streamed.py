@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lazarus.batches import TokenBatch
+from lazarus.engine.arguments import Arguments
 from lazarus.engine.kept import KeptStates, check_room
 from lazarus.engine.local import beside
 from lazarus.engine.noise import NoisePlan, nudged
@@ -24,13 +25,12 @@ from lazarus.engine.replay import (
     Passed,
     recording,
     replaying,
-    same_call,
     stopping_after,
     stopping_before,
 )
 from lazarus.engine.side import Side, States, joined, logit_pairs
 from lazarus.engine.work import Tagged, Work
-from lazarus.models import LoadedModel, free_bytes, give_back
+from lazarus.models import Equality, LoadedModel, free_bytes, give_back
 
 _NOTHING: AbstractContextManager[Any] = nullcontext()
 
@@ -77,10 +77,10 @@ class _Pass:
     def step_as(self, index: int, twin: Call) -> _Step:
         """Run a block that is the same in base, unless all has been the same so far, and this call is too."""
         if self.is_alike and not self._ends_with(index):
-            passed, received = self._passed(), list[Any]()
+            passed, received = self._passed(), list[Arguments]()
             with stopping_before(self.blocks[index], received):
                 self._run(index, passed)
-            if same_call(received[0], (twin.args, twin.kwargs), {}):
+            if received[0].same_as(twin.received, Equality()):
                 return self._taken(twin, passed)
         return self.step(index)
 

@@ -213,14 +213,14 @@ class Findings:
             n_flagged_layers=len(flagged),
             verdict=self.verdict,
             causes=self._causes(same) if unchanged and not others else [],
-            weights_identical=None if same and others and True not in others else same and not others,
+            weights_identical=False if True in others else same and (None if others else True),
             n_prompts_left_out=self.n_prompts_left_out,
             n_outputs_left_out=self.n_outputs_left_out,
             onset_layer=self._onset(),
             most_changed_block=self._most_changed_block(),
         )
 
-    def _causes(self, same: bool) -> list[str]:
+    def _causes(self, same: bool | None) -> list[str]:
         """Why nothing may have changed."""
         if self.verdict == "within_rounding":
             return [str(self.rounding)]

@@ -10,9 +10,11 @@ paging.py      a pair that is read block by block; pager.py does the reading, la
                tables.py reads the rows of large embeddings
 room.py        how much memory is free
 design.py      whether two models differ in their weights alone
+equality.py    whether two tensors, modules or other values are the same: yes, no, or not known
 tokenizer.py   the tokenizer that belongs to it, or another by its name
 chats.py       what its chat template makes of a chat
 adapters.py    PEFT adapters, and two module trees over one storage
+adapted.py     what an adapter has put on a model, and whether it changes anything
 formats.py     folders that hold a model in a form that is not read
 faults.py      the faults of the libraries below, told as what to do about them
 settings.py    the settings in which two configurations differ
@@ -25,6 +27,7 @@ anatomy.py     where a transformers model keeps its blocks, and how long its con
 from lazarus.models.anatomy import Anatomy, dissect
 from lazarus.models.chats import ChatTemplate, render_chats
 from lazarus.models.design import same_design
+from lazarus.models.equality import Equality, same_bits
 from lazarus.models.load import LoadedModel, load_one, load_pair, wrap_model
 from lazarus.models.opening import LoadOptions
 from lazarus.models.outside import Compared, find_beside, find_outside
@@ -39,6 +42,7 @@ __all__ = [
     "Anatomy",
     "ChatTemplate",
     "Compared",
+    "Equality",
     "Footprint",
     "LoadOptions",
     "LoadedModel",
@@ -59,6 +63,7 @@ __all__ = [
     "load_tokenizer",
     "parse_model",
     "render_chats",
+    "same_bits",
     "same_design",
     "shared_blocks",
     "weights_identical",

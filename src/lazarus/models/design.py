@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
 from transformers import PretrainedConfig, PreTrainedModel
 
-_INERT = {
-    "_name_or_path",
-    "dtype",
-    "transformers_version",
-    "architectures",
-    "use_cache",
-    "quantization_config",
-}
-"""Entries of a configuration that do not change how blocks behave."""
+_INERT = {"_name_or_path", "dtype", "transformers_version", "architectures", "use_cache"}
+"""Entries of a configuration, and of those inside it, that do not change how blocks behave."""
+_NOT_STORED = ("_attn_implementation", "_experts_implementation")
+"""What shapes the computation and is not among a configuration's entries, because it is not saved."""
 
 
 def same_design(base: PreTrainedModel, finetuned: PreTrainedModel) -> bool:
@@ -23,11 +19,16 @@ def same_design(base: PreTrainedModel, finetuned: PreTrainedModel) -> bool:
 
 def same_config(base: PretrainedConfig, finetuned: PretrainedConfig) -> bool:
     """Whether two configurations are equal in all that shapes the computation."""
-    one, other = base.to_dict(), finetuned.to_dict()
-    return {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)} <= _INERT
+    return _shaping(base) == _shaping(finetuned)
 
 
-def same_structure(base: nn.Module, finetuned: nn.Module) -> bool:
-    """Whether two modules have the same submodules, by name and type; an adapter's layers are others."""
-    ours, theirs = ([(name, type(m)) for name, m in each.named_modules()] for each in (base, finetuned))
-    return ours == theirs
+def _shaping(config: PretrainedConfig) -> dict[str, Any]:
+    """The entries of a configuration that shape the computation; one that is None is one that is absent."""
+    inside = {name: value for name, value in vars(config).items() if isinstance(value, PretrainedConfig)}
+    entries = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in _INERT and name not in inside and value is not None
+    }
+    not_stored = {name: getattr(config, name, None) for name in _NOT_STORED}
+    return {**entries, **not_stored, **{name: _shaping(value) for name, value in inside.items()}}

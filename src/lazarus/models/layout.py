@@ -72,8 +72,10 @@ class Comparison:
             return True
         if target not in self._known:
             ours, theirs = (each.sources.get(target) for each in (self._base, self._finetuned))
-            self._known[target] = ours == theirs and all(
-                same_numbers(self._base.stored[key], self._finetuned.stored[key]) for key in theirs or ()
+            self._known[target] = (
+                ours is not None
+                and ours == theirs
+                and all(same_numbers(self._base.stored[k], self._finetuned.stored[k]) for k in ours)
             )
         return self._known[target]
 

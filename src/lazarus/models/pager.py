@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lazarus.models.checkpoint import Conversion
-from lazarus.models.design import same_design, same_structure
+from lazarus.models.design import same_design
+from lazarus.models.equality import Equality, every, inert, same_bits
 from lazarus.models.layout import Comparison, Layout, Reader, hollow, lay_out, places_of
 
 
@@ -45,6 +46,7 @@ class Pager:
         self._reader = Reader(model, conversion)
         self._held: dict[int, WeakValueDictionary[str, Tensor]] = {}
         self._same_blocks: dict[int, bool] = {}
+        self._equality = Equality()
         self._loaded: set[int] = set()
         self._keeps_head = False
         self._load_rest()
@@ -91,39 +93,64 @@ class Pager:
         self._loaded.discard(index)
 
     def same_as_base(self, index: int) -> bool:
-        """Whether block `index` has the same layers and, in the files, the same weights as base's block.
+        """Whether block `index` is known to be base's: the same layers, and in the files the same weights.
 
         Two blocks that are the same are compared to the end, once; of others a few bytes are read.
         """
-        if self.base is None or self._comparison is None:
-            return False
         if index not in self._same_blocks:
-            self._same_blocks[index] = same_structure(self.base.blocks[index], self.blocks[index]) and all(
-                map(self._comparison.is_same, self._layout.units[index].targets)
-            )
+            self._same_blocks[index] = self._is_same_as_base(index)
         return self._same_blocks[index]
 
-    def has_weights_of(self, other: Pager) -> bool:
+    def _is_same_as_base(self, index: int) -> bool:
+        if self.base is None or self._comparison is None:
+            return False
+        block, other = self.blocks[index], self.base.blocks[index]
+        if self._equality.same_layers(other, block) is not True:
+            return False
+        # What is in memory all the time: tensors that another block holds too, and buffers.
+        ours, theirs = (
+            {n: t for n, t in (*m.named_parameters(), *m.named_buffers()) if n not in apart}
+            for m, apart in ((block, self._apart(index)), (other, self.base._apart(index)))
+        )
+        return self._equality.same(theirs, ours) is True and all(
+            map(self._comparison.is_same, self._layout.units[index].targets)
+        )
+
+    def _apart(self, index: int) -> set[str]:
+        """The names, in the block, of what is read and freed with block `index`."""
+        unit, block = self._layout.units[index], self.blocks[index]
+        places = {(id(m), attribute) for name in unit.empty for m, attribute in self._layout.places[name]}
+        return {
+            f"{path}.{attribute}" if path else attribute
+            for path, module in block.named_modules()
+            for attribute in module._parameters.keys() | module._buffers.keys()
+            if (id(module), attribute) in places
+        }
+
+    def has_weights_of(self, other: Pager) -> bool | None:
         """Whether both models run on the same weights, bit for bit, however their files are laid out.
 
-        It stops at the first block that differs.
+        It stops at the first block that differs; None where a tensor cannot be looked into.
         """
         ours, theirs = self._layout.units, other._layout.units
         if self.conversion is other.conversion:
             return True
-        if self._layout.places.keys() != other._layout.places.keys() or len(ours) != len(theirs):
+        if self.conversion.dtype != other.conversion.dtype or len(ours) != len(theirs):
+            return False
+        if self._layout.places.keys() != other._layout.places.keys():
             return False
         compared = Comparison(other.conversion, self.conversion)
         tables = tuple(self._layout.tables), tuple(other._layout.tables)
         pairs = [tables, *((one.targets, another.targets) for one, another in zip(ours, theirs, strict=True))]
-        if not all(_same_bits(self._at(name), other._at(name)) for name in self._filled(other)):
+        filled = every(same_bits(self._at(name), other._at(name)) for name in self._filled(other))
+        if filled is False:
             return False
         for one, another in pairs:
             mine = self._reader.read(target for target in one if not compared.is_same(target))
             its = other._reader.read(target for target in another if not compared.is_same(target))
-            if mine.keys() != its.keys() or not all(_same_bits(mine[name], its[name]) for name in mine):
+            if mine.keys() != its.keys() or not all(same_bits(mine[name], its[name]) for name in mine):
                 return False
-        return True
+        return filled
 
     def load_head(self) -> None:
         """Have the output head in memory whole. A small one always is."""
@@ -207,7 +234,9 @@ class Pager:
         rest = self._layout.rest
         shared: dict[str, Tensor] = {}
         if self.base is not None and self._comparison is not None and not self._is_twin:
-            common = {t for t in self.base._layout.rest if self.conversion.is_plain(t)}.intersection(rest)
+            common = {
+                t for t in set(rest).intersection(self.base._layout.rest) if self.conversion.is_plain(t)
+            }
             for target in filter(self._comparison.is_same, common):
                 shared[target] = _alias(self.base._at(target))
         self._assign(shared)
@@ -244,12 +273,14 @@ class Pager:
         own = vars(module).get("forward")
         for_this_call: list[int] = []
 
+        @inert
         def before(_module: nn.Module, _args: Any) -> None:
             # One whose forward is another's for now does not run, and needs no weights.
             if index not in self._loaded and vars(module).get("forward") is own:
                 load()
                 for_this_call.append(index)
 
+        @inert
         def after(_module: nn.Module, _args: Any, _output: Any) -> None:
             if for_this_call:
                 for_this_call.clear()
@@ -257,10 +288,6 @@ class Pager:
 
         module.register_forward_pre_hook(before)
         module.register_forward_hook(after, always_call=True)
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
 
 
 def _alias(tensor: Tensor) -> Tensor:

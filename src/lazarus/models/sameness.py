@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import torch
 from torch import Tensor, nn
 
-from lazarus.models.design import same_design, same_structure
+from lazarus.models.adapted import (
+    adapter_layers,
+    adds_nothing,
+    brought_state,
+    computed_buffers,
+    has_zero_product,
+    is_off,
+    own_state,
+)
+from lazarus.models.design import same_design
+from lazarus.models.equality import Equality, every, is_one, same_bits
 from lazarus.models.load import LoadedModel
 
-_PEFT_BASE = ".base_layer"
 _SMALL_BYTES = 2**16
 """up to here buffers are compared by their bits"""
 
 
-def weights_identical(base: LoadedModel, finetuned: LoadedModel) -> bool:
-    """Whether both run on the same weights, bit for bit; an adapter that adds exactly nothing is none."""
+def weights_identical(base: LoadedModel, finetuned: LoadedModel) -> bool | None:
+    """Return whether both run on the same weights, bit for bit; None where that is not known.
+
+    An adapter that adds exactly nothing is none. Two that act are weights: the same ones where all that they
+    brought is.
+    """
     if _same_files(base, finetuned) or _one_in_memory(base, finetuned):
         return True
-    if any(model.adapter and not adds_nothing(model) for model in (base, finetuned)):
-        return False
-    if base.pager is not None and finetuned.pager is not None:
-        return finetuned.pager.has_weights_of(base.pager)
-    ours, theirs = dict(_own_weights(base.model)), dict(_own_weights(finetuned.model))
-    return ours.keys() == theirs.keys() and all(_same_bits(ours[name], theirs[name]) for name in ours)
+    equality = Equality()
+    adapters = _same_adapters(base, finetuned, equality)
+    return False if adapters is False else every([_same_own(base, finetuned, equality), adapters])
 
 
 def shared_blocks(base: LoadedModel, finetuned: LoadedModel) -> list[bool]:
-    """For each block of base, whether the fine-tuned model has the same one, at the same place.
+    """For each block of base, whether the fine-tuned model is known to have the same one, at the same place.
 
     Then both are of one design, with the same layers in the block, over the same weights: in memory by their
     addresses, and of models that are read block by block by what their files hold. A copy of a weight that
@@ -41,30 +48,32 @@ def shared_blocks(base: LoadedModel, finetuned: LoadedModel) -> list[bool]:
         if finetuned.pager is None or finetuned.pager.base is not base.pager:
             return [False] * len(blocks)
         return [finetuned.pager.same_as_base(index) for index in range(len(blocks))]
-    return [_one_block(block, other) for block, other in zip(blocks, others, strict=True)]
+    equality = Equality()
+    return [_one_module(block, other, equality) for block, other in zip(blocks, others, strict=True)]
 
 
-def _one_block(base: nn.Module, finetuned: nn.Module) -> bool:
-    """Whether two blocks are the same layers over the same weights."""
+def _one_module(base: nn.Module, finetuned: nn.Module, equality: Equality) -> bool:
+    """Whether two modules are the same layers over the same weights."""
     if base is finetuned:
         return True
-    if not same_structure(base, finetuned):
-        return False
     ours, theirs = ({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (base, finetuned))
-    return ours.keys() == theirs.keys() and all(_one_tensor(ours[name], theirs[name]) for name in ours)
+    if ours.keys() != theirs.keys() or not all(_one_tensor(ours[name], theirs[name]) for name in ours):
+        return False
+    return equality.same_layers(base, finetuned) is True
 
 
 def _one_tensor(base: Tensor, finetuned: Tensor) -> bool:
     """Whether two tensors are one in memory, or small buffers of the same bits."""
-    if (base.shape, base.dtype, base.device) != (finetuned.shape, finetuned.dtype, finetuned.device):
-        return False
-    if base.data_ptr() == finetuned.data_ptr() and base.stride() == finetuned.stride():
+    if base is finetuned:
+        return True
+    plain = type(base) in (Tensor, nn.Parameter) and type(finetuned) in (Tensor, nn.Parameter)
+    if plain and is_one(base, finetuned):
         return True
     is_small = not isinstance(base, nn.Parameter) and base.nbytes <= _SMALL_BYTES
-    return is_small and torch.equal(base, finetuned)
+    return is_small and base.device == finetuned.device and same_bits(base, finetuned) is True
 
 
-def why_the_same(base: LoadedModel, finetuned: LoadedModel, identical: bool) -> list[str]:
+def why_the_same(base: LoadedModel, finetuned: LoadedModel, identical: bool | None) -> list[str]:
     """What can be checked of the causes for which a fine-tune changes nothing, most likely first."""
     if _same_files(base, finetuned):
         return ["both names are the same files"]
@@ -79,12 +88,6 @@ def why_the_same(base: LoadedModel, finetuned: LoadedModel, identical: bool) -> 
     return causes
 
 
-def adds_nothing(model: LoadedModel) -> bool:
-    """Whether a model's adapters change no state: none acts, or every one's product is exactly zero."""
-    layers = list(_adapted(model.model))
-    return all(_is_off(layer) or (_is_zero(layer) and not _has_magnitude(layer)) for layer in layers)
-
-
 def _same_files(base: LoadedModel, finetuned: LoadedModel) -> bool:
     """Whether both were loaded from the same files, adapters included."""
     if base.source is None or finetuned.source is None:
@@ -96,64 +99,46 @@ def _one_in_memory(base: LoadedModel, finetuned: LoadedModel) -> bool:
     """Whether the caller gave one model twice; one in training mode runs as a tree of its own."""
     if base.kind != "loaded" or finetuned.kind != "loaded":
         return False
-    ours, theirs = ([p.data_ptr() for p in m.model.parameters()] for m in (base, finetuned))
-    return base.model is finetuned.model or ours == theirs
+    same = same_design(base.model, finetuned.model)
+    return same and _one_module(base.model, finetuned.model, Equality())
+
+
+def _same_own(base: LoadedModel, finetuned: LoadedModel, equality: Equality) -> bool | None:
+    """Whether all that both models have without their adapters is the same."""
+    models = base.model, finetuned.model
+    if base.pager is not None and finetuned.pager is not None:
+        same = finetuned.pager.has_weights_of(base.pager)
+    else:
+        same = equality.same(*(dict(own_state(model)) for model in models))
+    # A buffer that is no weight, such as the frequencies of a rotation, may have been changed in memory.
+    return same and (equality.same(*map(computed_buffers, models)) or None)
+
+
+def _same_adapters(base: LoadedModel, finetuned: LoadedModel, equality: Equality) -> bool | None:
+    """Whether the adapters of both change the same: nothing, or what the same tensors make."""
+    layers = [layer for model in (base, finetuned) for layer in adapter_layers(model.model)]
+    nothing = every(adds_nothing(layer) for layer in layers)
+    if nothing is True:
+        return True
+    same: bool | None = equality.same_layers(base.model, finetuned.model)
+    if same is True:
+        same = equality.same(*(brought_state(model.model) for model in (base, finetuned)))
+    # One that acts is no weight of the other model; of one that may not act, nothing is known.
+    return nothing if same is False else same
 
 
 def _why_adapter_does_nothing(model: LoadedModel) -> list[str]:
-    layers = list(_adapted(model.anatomy.stack))
+    layers = adapter_layers(model.anatomy.stack)
     if not layers:
         return [f"no layer that is compared carries the adapter {model.adapter}: its targets are elsewhere"]
-    if all(_is_off(layer) for layer in layers):
+    if all(is_off(layer) for layer in layers):
         return [f"the adapter {model.adapter} is not applied: it is switched off"]
-    if all(_is_zero(layer) for layer in layers):
+    products = [layer for layer in layers if has_zero_product(layer)]
+    if not all(layer in products or adds_nothing(layer) for layer in layers):
+        return []
+    if products:
         return [
-            f"the adapter {model.adapter} adds nothing: B is still zero in all of its {len(layers)} layers, "
-            "as it is before the first step of training"
+            f"the adapter {model.adapter} adds nothing: B is still zero in all of its {len(products)} "
+            "layers, as it is before the first step of training"
         ]
-    return []
-
-
-def _adapted(module: nn.Module) -> Iterator[nn.Module]:
-    """The layers that carry an adapter."""
-    return (layer for layer in module.modules() if hasattr(layer, "base_layer"))
-
-
-def _is_off(layer: nn.Module) -> bool:
-    return bool(getattr(layer, "disable_adapters", False)) or not getattr(layer, "active_adapters", True)
-
-
-def _is_zero(layer: nn.Module) -> bool:
-    """Whether the adapter's product is zero because one of its factors is: LoRA's B, or its A."""
-    factors = [
-        [p for name, p in layer.named_parameters() if f"{factor}." in name]
-        for factor in ("lora_B", "lora_A", "lora_embedding_B", "lora_embedding_A")
-    ]
-    return any(found and all(not p.any() for p in found) for found in factors)
-
-
-def _has_magnitude(layer: nn.Module) -> bool:
-    """DoRA's second part, which may change a layer whose product is zero."""
-    return any("lora_magnitude_vector." in name for name, _ in layer.named_parameters())
-
-
-def _own_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every stored tensor but an adapter's, under the name that it has without one.
-
-    Buffers that are stored count: the bias by which DeepSeek's router chooses is one.
-    """
-    adapted = {name: layer for name, layer in model.named_modules() if hasattr(layer, "base_layer")}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        owner = next((a for a in adapted if name.startswith(a + ".")), None)
-        if not isinstance(tensor, Tensor):
-            continue  # what a module keeps beside its weights
-        if owner is None:
-            yield name, tensor
-        elif name.startswith(owner + _PEFT_BASE + "."):
-            yield name.replace(_PEFT_BASE, "", 1), tensor
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    if one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.dtype == other.dtype:
-        return True
-    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other.to(one.device))
+    return [f"the adapter {model.adapter} adds nothing: what it brings is what its model has without it"]

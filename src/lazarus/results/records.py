@@ -253,8 +253,8 @@ class Summary(Record, frozen=True, kw_only=True):
     weights_identical: Annotated[
         bool | None,
         Meta(
-            description="both run on the same weights, and what was not compared is the same; null where the "
-            "latter is not known"
+            description="both run on the same weights, and what was not compared is the same; null where "
+            "that is not known"
         ),
     ] = None
     n_prompts_left_out: Annotated[
