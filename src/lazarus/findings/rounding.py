@@ -24,6 +24,10 @@ Parts = tuple[Tensor, Tensor | None]
 """a tensor without its adapter, and what the adapter adds to it, in float64; None where there is none"""
 
 
+class _UnmergeableError(Exception):
+    """PEFT cannot merge a layer, so what its adapter adds is not known."""
+
+
 @dataclass(frozen=True)
 class Rounded:
     """One of two models is the other one, rounded."""
@@ -49,7 +53,10 @@ def find_rounding(base: LoadedModel, finetuned: LoadedModel) -> Rounded | None:
     """
     if base.pager is not None or finetuned.pager is not None or not same_design(base.model, finetuned.model):
         return None
-    return _test(finetuned, base) or _test(base, finetuned)
+    try:
+        return _test(finetuned, base) or _test(base, finetuned)
+    except _UnmergeableError:
+        return None
 
 
 def _test(stored: LoadedModel, exact: LoadedModel) -> Rounded | None:
@@ -117,6 +124,13 @@ def _plain(tensor: Tensor) -> Parts:
 def _with_update(layer: nn.Module, attribute: str, tensor: Tensor) -> Parts:
     """A tensor under an adapter: what merging would add to it, computed on a copy in float64."""
     merged: Any = copy.deepcopy(layer).double()
-    merged.merge()
+    try:
+        merged.merge()
+    except (
+        RuntimeError,
+        ValueError,
+        NotImplementedError,
+    ) as error:  # PEFT refuses, as for a bias of LoRA's own
+        raise _UnmergeableError from error
     whole: Tensor = dict(merged.base_layer.named_parameters())[attribute]
     return tensor, whole.detach() - tensor.double()
