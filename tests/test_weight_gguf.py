@@ -10,10 +10,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from factories import save_model, tiny_llama, tiny_tokenizer
-from layouts import save_gguf, scattered, write_tokenizer
+from layouts import save_adapter, save_gguf, scattered, write_tokenizer
 from lazarus import weight_diff
 from lazarus.errors import WeightsError
 
@@ -159,6 +160,26 @@ def test_stacked_experts_of_a_gguf_file_match_the_checkpoint_s(tmp_path: Path) -
     (row,) = [row for row in other.results if (row.layer, row.component) == (1, "expert_2.mlp_up")]
     b, f = (tensors["model.layers.1.mlp.experts.gate_up_proj"][2, 32:] for tensors in (before, after))
     assert row.relative_change == pytest.approx(np.linalg.norm(f - b) / np.linalg.norm(b), rel=1e-9)
+
+
+def test_an_adapter_on_the_experts_of_a_gguf_file_is_what_it_is_on_the_checkpoint(tmp_path: Path) -> None:
+    model = tiny_moe()
+    base, path = save_model(tmp_path / "base", model), save_moe(tmp_path / "moe.gguf", model)
+    experts = ["experts.gate_up_proj", "experts.down_proj"]
+    save_adapter(
+        tmp_path / "adapter", base, LoraConfig(r=2, target_modules=["v_proj"], target_parameters=experts)
+    )
+    ours, theirs = (
+        {(row.layer, row.component): row for row in weight_diff(one, f"{one}+{tmp_path / 'adapter'}").results}
+        for one in (base, path)
+    )
+    changed = [place for place, row in ours.items() if row.n_changed]
+    assert (1, "expert_3.mlp_gate") in changed
+    for place in changed:
+        assert theirs[place].change_norm == pytest.approx(ours[place].change_norm, rel=1e-6), place
+    assert weight_diff(
+        f"{base}+{tmp_path / 'adapter'}", f"{path}+{tmp_path / 'adapter'}"
+    ).summary.verdict == ("identical")
 
 
 def test_a_gguf_file_that_is_cut_short_is_told(tmp_path: Path) -> None:
