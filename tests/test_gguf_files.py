@@ -65,7 +65,7 @@ def test_a_part_that_is_missing_is_named(tmp_path: Path, base_folder: Path) -> N
     parts = parts_of(tmp_path / "parts")
     parts[2].unlink()
     said = refused(base_folder, parts[0])
-    assert f"split into 4 parts, and 1 of them are missing: {parts[2].name}" in said
+    assert f"split into 4 parts, of which 1 is missing: {parts[2].name}" in said
     parts[0].unlink()
     assert parts[0].name in refused(base_folder, parts[1])
 

@@ -84,13 +84,13 @@ def read_header(name: str, path: str) -> Header:
         UnsupportedModelError: it is of a version, a byte order or a type that is not read.
         OSError: it cannot be opened.
     """
-    found = Path(path).stat()
+    found, file = Path(path).stat(), Path(path).name
+    name = name if name.endswith(file) else f"{name}: {file}"
     try:
         return _read(name, os.path.abspath(path), found.st_size, found.st_mtime_ns)
     except (ValueError, struct.error) as error:
         raise WeightsError(
-            f"{name}: the weights cannot be read: {Path(path).name}: {error}. The file is damaged or cut "
-            "short: fetch it again."
+            f"{name}: the weights cannot be read: {error}. The file is damaged or cut short: fetch it again."
         ) from error
 
 
@@ -99,8 +99,8 @@ def _read(name: str, path: str, n_bytes: int, _changed: int) -> Header:
     with Path(path).open("rb") as file:
         if file.read(4) != _MAGIC:
             raise WeightsError(
-                f"{name}: {Path(path).name} is not a GGUF file: it does not begin with `GGUF`. It is "
-                "damaged, or another file under that name: fetch it again."
+                f"{name}: not a GGUF file: it does not begin with `GGUF`. It is damaged, or another file "
+                "under that name: fetch it again."
             )
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             return _parse(name, path, _Bytes(mapped, n_bytes))
@@ -156,13 +156,13 @@ def _parse(name: str, path: str, file: _Bytes) -> Header:
     (version,) = file.numbers("I")
     if version & 0xFFFF == 0:
         raise UnsupportedModelError(
-            f"{name}: {Path(path).name} is big-endian, and transformers reads little-endian GGUF files. "
-            "Convert a copy with `gguf-convert-endian FILE little`, of the package gguf."
+            f"{name}: this file is big-endian, and transformers reads little-endian GGUF files. Convert a "
+            "copy with `gguf-convert-endian FILE little`, of the package gguf."
         )
     if version not in _VERSIONS:
         raise UnsupportedModelError(
-            f"{name}: {Path(path).name} is of GGUF's version {version}, and versions 2 and 3 are read. "
-            "Convert the model again with a newer llama.cpp."
+            f"{name}: this file is of GGUF's version {version}, and versions 2 and 3 are read. Convert the "
+            "model again with a newer llama.cpp."
         )
     n_tensors, n_keys = file.numbers("QQ")
     metadata: dict[str, Any] = {}

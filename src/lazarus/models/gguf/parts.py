@@ -87,8 +87,9 @@ def _fetch(source: Source, files: Sequence[str]) -> list[str]:
         )
     if missing:
         raise WeightsError(
-            f"{source.name}: it is split into {len(files)} parts, and {len(missing)} of them are missing: "
-            f"{some(missing)}. Fetch them into the same folder."
+            f"{source.name}: it is split into {len(files)} parts, of which {len(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing: {some(missing)}. Fetch them into the same "
+            "folder."
         )
     return [cast(str, path) for path in found.values()]
 
