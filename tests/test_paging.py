@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from architectures import CAUSAL, ENCODER_DECODERS, ENCODERS, MULTIMODAL, REFUSED, UNBUILDABLE, build
 from factories import perturbed, save_model, tiny_llama, tiny_tokenizer
-from layouts import edit_json, edit_weights, pair_of, save_adapter, save_fp8, save_gguf
+from layouts import compare, edit_json, edit_weights, pair_of, save_adapter, save_fp8, save_gguf
 from lazarus.errors import ModelError, UnsupportedModelError, WeightsError
 from lazarus.models import (
     LoadedModel,
@@ -31,6 +31,7 @@ from lazarus.models import (
     parse_model,
     shared_blocks,
     weights_identical,
+    wrap_model,
 )
 
 RESCALES_ITSELF = "rwkv"
@@ -346,6 +347,31 @@ def test_what_is_alike_is_taken_from_base(tmp_path: Path, base_folder: Path) -> 
     assert shared_blocks(base, finetuned) == [True, True, False, True]
     assert not weights_identical(base, finetuned)
     assert not any(ours.same_as_base(index) for index in range(4)), "it is nobody's fine-tune"
+
+
+def test_a_note_tells_which_blocks_ran_once(tmp_path: Path, base_folder: Path) -> None:
+    tuned = edit_weights(base_folder, tmp_path / "tuned", lambda tensors: tensors[UP].mul_(2))
+    diff = compare(base_folder, tuned, memory="stream")
+    [note] = [note for note in diff.notes if "ran once for both" in note]
+    assert note.startswith("blocks 0 to 1 are the same in both models")
+    assert [layer.relative_l2 == 0 for layer in diff.layers] == [True, True, False, False]
+
+
+def test_a_weight_that_several_blocks_hold_is_part_of_each(tmp_path: Path) -> None:
+    """It is read once and stays in memory: it is in no block's own part of the files."""
+    model = build("zamba")
+    base = save_model(tmp_path / "base", model)
+    blocks = wrap_model(model, "zamba").anatomy.blocks
+    holders: dict[int, list[int]] = {}
+    for index, block in enumerate(blocks):
+        for parameter in block.parameters():
+            holders.setdefault(id(parameter), []).append(index)
+    shared = next(p for p in model.parameters() if p.dim() > 1 and len(holders.get(id(p), ())) > 1)
+    with torch.no_grad():
+        shared.mul_(1.5)
+    pair = paged(base, save_model(tmp_path / "tuned", model))
+    assert shared_blocks(*pair) == [index not in holders[id(shared)] for index in range(len(blocks))]
+    assert weights_identical(*pair) is False
 
 
 def test_blocks_with_the_same_numbers_in_another_type_are_the_same(tmp_path: Path) -> None:

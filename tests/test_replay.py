@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, UserDict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import BatchEncoding, PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicIndexedLayer, StaticLayer
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import lazarus
 from architectures import CAUSAL, ENCODER_DECODERS, ENCODERS, MULTIMODAL, REFUSED, UNBUILDABLE, build
@@ -32,7 +36,7 @@ from lazarus.engine.replay import (
     stopping_before,
 )
 from lazarus.errors import UnsupportedModelError
-from lazarus.models import dissect, wrap_model
+from lazarus.models import Equality, dissect, wrap_model
 from lazarus.models.adapters import share_storage
 from lazarus.tokens import TokenizedPrompt
 
@@ -429,3 +433,178 @@ def test_whatever_a_block_returns_is_made_again(make: Any) -> None:
     found = Returned.of(output).whole(torch.ones(2))
     assert type(found) is type(output)
     assert repr(found) == repr(others)
+
+
+# What is the same call
+
+
+def call_of(*args: Any, **kwargs: Any) -> Arguments:
+    return Arguments.of(args, kwargs)
+
+
+def is_same(one: Arguments, other: Arguments, n_layers: int | None = None) -> bool:
+    answer = one.same_as(other, Equality(), n_layers)
+    assert other.same_as(one, Equality(), n_layers) is answer
+    return answer
+
+
+def cache_of(*values: float) -> DynamicCache:
+    """A KV cache with one token, of this value, in each layer."""
+    cache = DynamicCache()
+    for layer, value in enumerate(values):
+        cache.update(torch.full((1, 1, 1, 2), value), torch.full((1, 1, 1, 2), -value), layer)
+    return cache
+
+
+def mask_of(length: int, window: int = 4) -> BlockMask:
+    def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (query - key < window)
+
+    return create_block_mask(sees, None, None, length, length, device="cpu", BLOCK_SIZE=16)
+
+
+@dataclass
+class Shared:
+    """What blocks might pass on in an object of their own."""
+
+    keys: Tensor
+    n_tokens: int = 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda value: torch.full((2,), value),
+        lambda value: value,
+        lambda value: (None, [torch.full((2,), value)]),
+        lambda value: {"sliding": torch.full((2,), value), "full": None},
+        lambda value: UserDict(sliding=torch.full((2,), value)),
+        lambda value: BatchEncoding({"ids": torch.full((2,), value)}),
+        lambda value: BaseModelOutput(last_hidden_state=torch.full((2,), value)),
+        lambda value: Shared(torch.full((2,), value)),
+        lambda value: Shared(torch.ones(2), n_tokens=value),
+        lambda value: cache_of(1.0, value),
+        lambda value: mask_of(64, int(value)),
+        lambda value: torch.float16 if value > 2 else torch.bfloat16,
+        lambda value: partial(torch.clamp, min=value),
+    ],
+    ids=[
+        *("tensor", "float", "tuple", "dict", "mapping", "encoding", "output"),
+        *("dataclass", "count", "cache", "mask", "dtype", "partial"),
+    ],
+)
+def test_a_call_is_the_same_where_all_of_it_is(make: Callable[[float], Any]) -> None:
+    assert is_same(call_of(make(2.0)), call_of(make(2.0)))
+    assert not is_same(call_of(make(2.0)), call_of(make(3.0)))
+    assert is_same(call_of(None, past=make(2.0)), call_of(None, past=make(2.0)))
+    assert not is_same(call_of(None, past=make(2.0)), call_of(None, past=make(3.0)))
+    assert not is_same(call_of(make(2.0)), call_of(make(2.0), more=None))
+
+
+def test_not_a_number_is_the_same_argument_as_itself() -> None:
+    nan = float("nan")
+    assert is_same(call_of(nan, torch.tensor([nan])), call_of(float("nan"), torch.tensor([nan])))
+    assert not is_same(call_of(0.0), call_of(-0.0))
+
+
+@pytest.mark.parametrize("make", [object, lambda: iter([1]), StaticLayer, tiny_llama])
+def test_what_cannot_be_looked_into_is_not_the_same_though_it_be_one_object(make: Any) -> None:
+    one = make() if make is not StaticLayer else StaticLayer(max_cache_len=4)
+    assert not is_same(call_of(one), call_of(one))
+    assert not is_same(call_of([1, {"a": one}]), call_of([1, {"a": one}]))
+
+
+def test_a_cache_of_another_kind_is_not_looked_into() -> None:
+    one, other = cache_of(1.0), cache_of(1.0)
+    assert is_same(call_of(one), call_of(other))
+    for cache in (one, other):
+        cache.layers[0].__class__ = DynamicIndexedLayer
+    assert not is_same(call_of(one), call_of(other))
+
+
+@pytest.mark.parametrize(("n_layers", "expected"), [(None, False), (3, False), (2, True), (1, True)])
+def test_what_later_layers_of_a_cache_hold_is_not_read(n_layers: int | None, expected: bool) -> None:
+    one, other = cache_of(1.0, 2.0, 3.0), cache_of(1.0, 2.0, 4.0)
+    assert is_same(call_of(one), call_of(other), n_layers) is expected
+
+
+def written_tensor() -> tuple[Any, Callable[[], Any]]:
+    tensor = torch.ones(2)
+    return tensor, lambda: tensor.add_(1)
+
+
+def written_list() -> tuple[Any, Callable[[], Any]]:
+    items: list[Any] = []
+    return items, lambda: items.append(torch.ones(1))
+
+
+def written_mapping() -> tuple[Any, Callable[[], Any]]:
+    items: dict[str, Any] = {}
+    return items, lambda: items.update(keys=torch.ones(1))
+
+
+def written_cache() -> tuple[Any, Callable[[], Any]]:
+    cache = cache_of(1.0)
+    return cache, lambda: cache.update(torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2), 0)
+
+
+def written_object() -> tuple[Any, Callable[[], Any]]:
+    shared = Shared(torch.ones(1))
+    return shared, lambda: setattr(shared, "n_tokens", 2)
+
+
+@pytest.mark.parametrize(
+    "make", [written_tensor, written_list, written_mapping, written_cache, written_object]
+)
+def test_one_object_that_was_written_to_since_is_another_argument(
+    make: Callable[[], tuple[Any, Callable[[], Any]]],
+) -> None:
+    value, write = make()
+    before, again = call_of(value), call_of(value)
+    assert is_same(before, again)
+    write()
+    assert not is_same(before, call_of(value))
+
+
+def test_a_tensor_of_inference_mode_does_not_tell_whether_it_was_written_to() -> None:
+    with torch.inference_mode():
+        one = torch.ones(2)
+    assert not is_same(call_of(one), call_of(one))
+
+
+class Handing(LlamaDecoderLayer):  # type: ignore[misc]  # transformers does not say what it is
+    """A block that scales by what stands in a mapping, and writes there for the next one."""
+
+    def forward(self, *args: Any, shared: dict[str, Tensor], **kwargs: Any) -> Tensor:
+        shared["scale"] = shared["scale"] + 0.5
+        states: Tensor = super().forward(*args, **kwargs)
+        return states * shared["scale"]
+
+
+def handing(scale: float, model: PreTrainedModel) -> PreTrainedModel:
+    """The model with such blocks, which get a mapping with this scale in each pass."""
+
+    def begin(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "shared": {"scale": torch.tensor(scale)}}
+
+    model.base_model.register_forward_pre_hook(begin, with_kwargs=True)
+    for block in dissect(model).blocks:
+        block.__class__ = Handing
+    return model
+
+
+def test_what_stood_in_a_mapping_before_the_blocks_is_an_argument() -> None:
+    """Base's blocks were handed 1.0, and the fine-tuned model's 2.0, beside the same hidden states."""
+    base = handing(1.0, tiny_llama())
+    finetuned = handing(2.0, twin_of(base, [3]))
+    pair = pair_of(base, finetuned)
+    assert pair.n_common == 3
+    assert lengths_run_whole(pair, finetuned) == {1, 3, 5, 9}
+
+
+def test_what_blocks_write_into_a_mapping_is_there_for_later_ones() -> None:
+    base = handing(1.0, tiny_llama())
+    finetuned = twin_of(base, [2])
+    pair = pair_of(base, finetuned)
+    assert pair.n_common == 2
+    assert lengths_run_whole(pair, finetuned) == set()

@@ -11,12 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import (
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+)
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
 from factories import perturbed, save_model, tiny_llama, tiny_tokenizer
-from layouts import compare, edit_weights, most, pair_of, save_adapter
+from flattened import Scaled, Sealed, quantised
+from layouts import compare, edit_json, edit_weights, most, pair_of, save_adapter
 from lazarus import ActivationDiff
 from lazarus.models import weights_identical, why_the_same, wrap_model
 
@@ -291,3 +300,195 @@ def test_an_adapter_on_the_head_alone_is_elsewhere_and_a_change(
     [cause] = why_the_same(*models, identical=False)
     assert cause.startswith("no layer that is compared carries the adapter")
     assert cause.endswith("its targets are elsewhere")
+
+
+# --- What an adapter brings besides a product
+
+
+def with_adapter(base: nn.Module, config: PeftConfig, change: str = "") -> nn.Module:
+    """A copy of a model with an adapter as it is before training, but for the tensors of this name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it cannot be merged, or that a layer is tied
+        wrapped: nn.Module = get_peft_model(copy.deepcopy(base), config).eval()
+    if change:
+        with torch.no_grad():
+            for name, parameter in wrapped.named_parameters():
+                if change in name:
+                    parameter.add_(0.5)
+    return wrapped
+
+
+ZERO = "B is still zero in all of its"
+AS_BEFORE = "what it brings is what its model has without it"
+BESIDE: dict[str, tuple[Callable[[], PeftConfig], str, str]] = {
+    "a module whole": (lambda: lora(modules_to_save=["lm_head"]), "modules_to_save", ZERO),
+    "an embedding whole": (lambda: lora(modules_to_save=["embed_tokens"]), "modules_to_save", ZERO),
+    "a norm of a block whole": (lambda: lora(modules_to_save=["input_layernorm"]), "modules_to_save", ZERO),
+    "single tokens": (lambda: lora(trainable_token_indices=[0, 78]), "trainable_tokens_delta", ZERO),
+    "a bias of B": (lambda: lora(lora_bias=True), "lora_B.default.bias", ZERO),
+    "norms": (lambda: LNTuningConfig(target_modules=["norm"]), "ln_tuning_layers", AS_BEFORE),
+    "factors": (
+        lambda: IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
+        "ia3_l",
+        AS_BEFORE,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_what_an_adapter_brings_beside_its_product_counts(kind: str) -> None:
+    config, change, cause = BESIDE[kind]
+    base = tiny_llama()
+    untrained = wrap_model(with_adapter(base, config()), "untrained")
+    trained = wrap_model(with_adapter(base, config(), change), "trained")
+    plain = wrap_model(base, "plain")
+    for models in ((plain, untrained), (untrained, plain)):
+        assert weights_identical(*models) is True
+        [found] = why_the_same(*models, identical=True)
+        assert cause in found
+    for models in ((plain, trained), (trained, plain)):
+        assert weights_identical(*models) is False
+        assert why_the_same(*models, identical=False) == []
+    states = in_memory(base, trained.model)
+    assert states.summary.verdict == "changed"
+
+
+def test_a_zero_a_with_a_trained_bias_adds_something() -> None:
+    finetuned: Any = with_adapter(tiny_llama(), lora(lora_bias=True), "lora_B.default.bias")
+    with torch.no_grad():
+        for name, parameter in finetuned.named_parameters():
+            if "lora_A" in name:
+                parameter.zero_()
+    assert facts(in_memory(tiny_llama(), finetuned)) == ("changed", False, [])
+
+
+def test_a_product_of_zero_and_infinity_is_not_nothing() -> None:
+    finetuned: Any = with_adapter(tiny_llama(), lora())
+    with torch.no_grad():
+        finetuned.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight[0, 0] = torch.inf
+    assert weights_identical(wrap_model(tiny_llama(), "base"), wrap_model(finetuned, "broken")) is not True
+
+
+@pytest.mark.parametrize("config", [OFTConfig(oft_block_size=8, target_modules=["q_proj"]), None])
+def test_of_an_adapter_that_is_not_known_nothing_is_claimed(config: PeftConfig | None) -> None:
+    """OFT turns by nothing before training; a layer of another kind may do anything."""
+    base = tiny_llama()
+    finetuned = with_adapter(base, config or lora())
+    if config is None:
+        layers: list[Any] = [module for module in finetuned.modules() if hasattr(module, "lora_A")]
+        for layer in layers:
+            layer.lora_variant["default"] = object()
+    models = wrap_model(base, "base"), wrap_model(finetuned, "finetuned")
+    assert weights_identical(*models) is None
+    assert weights_identical(wrap_model(perturbed(base), "other"), models[1]) is False
+
+
+def test_an_adapter_that_is_on_the_layer_and_not_active_changes_nothing() -> None:
+    wrapped: Any = with_adapter(tiny_llama(), lora())
+    wrapped.add_adapter("other", lora())
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B.other" in name:
+                parameter.add_(0.5)
+    base = wrap_model(tiny_llama(), "base")
+    assert weights_identical(base, wrap_model(wrapped, "untrained")) is True
+    wrapped.set_adapter("other")
+    assert weights_identical(base, wrap_model(wrapped, "trained")) is False
+
+
+@pytest.mark.parametrize("config", [lora(), lora(modules_to_save=["lm_head"])])
+def test_two_copies_of_one_adapter_are_the_same_weights(
+    config: LoraConfig, base_folder: Path, tmp_path: Path
+) -> None:
+    save_adapter(tmp_path / "one", base_folder, config)
+    shutil.copytree(tmp_path / "one", tmp_path / "other")
+    one, other = (f"{base_folder}+{tmp_path / name}" for name in ("one", "other"))
+    for memory in ("resident", "stream"):
+        assert facts(compare(one, other, memory=memory)) == ("identical", True, [COPY])
+    edit_json(tmp_path / "other" / "adapter_config.json", lora_alpha=64)
+    assert facts(compare(one, other)) == ("changed", False, [])
+
+
+# --- What cannot be looked into
+
+
+def quantised_pair(kind: type[Sealed], change: float = 0.0) -> tuple[nn.Module, nn.Module]:
+    one, other = (quantised(tiny_llama(), kind) for _ in range(2))
+    if change:
+        weight: Any = other.get_parameter("model.layers.2.mlp.up_proj.weight")
+        weight.scale = weight.scale * (1 + change)
+    return one, other
+
+
+def test_weights_in_a_tensor_subclass_are_compared_by_what_they_are_made_of() -> None:
+    """Quantisation libraries' own tensors: torch.equal is not defined on them."""
+    assert facts(in_memory(*quantised_pair(Scaled))) == ("identical", True, [COPY])
+    assert facts(in_memory(*quantised_pair(Scaled, change=0.01))) == ("changed", False, [])
+    assert facts(in_memory(tiny_llama(), quantised(tiny_llama()))) == ("changed", False, [])
+
+
+def test_weights_that_cannot_be_looked_into_are_not_known() -> None:
+    diff = in_memory(*quantised_pair(Sealed))
+    assert facts(diff) == ("identical", None, [])
+    assert "the weights are the same" not in str(diff)
+    assert "the weights differ" not in str(diff)
+
+
+class Keeper(nn.Linear):
+    """A layer that keeps something beside its weights."""
+
+    kept: object = None
+
+    def get_extra_state(self) -> object:
+        return self.kept
+
+    def set_extra_state(self, state: object) -> None:
+        self.kept = state
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "expected"),
+    [({"step": 1}, {"step": 1}, True), ({"step": 1}, {"step": 2}, False), (iter([1]), iter([1]), None)],
+)
+def test_what_a_module_keeps_beside_its_weights_counts(
+    ours: object, theirs: object, expected: bool | None
+) -> None:
+    models = []
+    for kept in (ours, theirs):
+        model: Any = tiny_llama()
+        model.model.layers[0].mlp.up_proj.__class__ = Keeper
+        model.model.layers[0].mlp.up_proj.kept = kept
+        models.append(wrap_model(model, "model"))
+    assert weights_identical(*models) is expected
+
+
+def test_buffers_that_are_not_stored_may_have_been_changed_in_memory() -> None:
+    """On single tokens at position 0, a rotation by other frequencies turns nothing."""
+    base, other = tiny_llama(), tiny_llama()
+    other.model.rotary_emb.inv_freq.mul_(0.5)
+    prompts = ["a", "b"]
+    assert [len(tiny_tokenizer()(p, add_special_tokens=False)["input_ids"]) for p in prompts] == [1, 1]
+    plain = tiny_tokenizer()
+    plain.add_bos_token = False
+    models = wrap_model(base, "base"), wrap_model(other, "other")
+    assert weights_identical(*models) is None
+    assert why_the_same(*models, identical=None) == []
+
+
+def test_one_memory_is_one_model_only_with_the_same_layers() -> None:
+    """Two trees over the same parameters, one of which computes otherwise."""
+    base = tiny_llama()
+    other: Any = copy.deepcopy(base, {id(p): p for p in base.parameters()})
+    one = wrap_model(base, "base")
+    assert why_the_same(one, wrap_model(other, "other"), identical=True) == [IN_MEMORY]
+    other.model.layers[0].mlp.act_fn = nn.GELU()
+    assert IN_MEMORY not in why_the_same(one, wrap_model(other, "other"), identical=True)
+
+
+def test_views_of_one_memory_are_not_one_model() -> None:
+    base, other = tiny_llama(), tiny_llama()
+    for name, parameter in other.named_parameters():
+        parameter.data = base.get_parameter(name).data
+    square = "model.layers.1.self_attn.q_proj.weight"
+    other.get_parameter(square).data = base.get_parameter(square).data.T
+    assert facts(in_memory(base, other)) == ("changed", False, [])

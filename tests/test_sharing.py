@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from architectures import CAUSAL, ENCODER_DECODERS, ENCODERS, REFUSED, UNBUILDABLE, build
-from factories import perturbed, save_model, tiny_llama
+from factories import perturbed, save_model, tiny_llama, tiny_tokenizer
+from flattened import Scaled, quantised
 from layouts import compare, edit_json, edit_weights, most, pair_of, save_adapter
 from lazarus.errors import WeightsError
-from lazarus.models import LoadedModel, shared_blocks, weights_identical, wrap_model
+from lazarus.models import LoadedModel, same_design, shared_blocks, weights_identical, wrap_model
+from lazarus.models.adapters import share_storage
 from lazarus.models.checkpoint import read_headers, same_numbers
 
 NAMES = [n for n in (*CAUSAL, *ENCODERS, *ENCODER_DECODERS) if n not in UNBUILDABLE and n not in REFUSED]
@@ -305,3 +308,74 @@ def test_blocks_of_other_layers_are_not_shared(tmp_path: Path, base_folder: Path
     save_adapter(tmp_path / "adapter", base_folder, config)
     ours, theirs = pair_of(str(base_folder), str(tmp_path / "adapter"))
     assert shared_blocks(ours, theirs) == [True, True, False, True]
+
+
+# --- What shapes a computation besides the weights
+
+
+def twin(model: PreTrainedModel) -> Any:
+    """A second tree over the same weights."""
+    return share_storage(model).eval()
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "epsilon": lambda block: setattr(block.input_layernorm, "variance_epsilon", 1e-2),
+    "scale of attention": lambda block: setattr(block.self_attn, "scaling", 0.1),
+    "window": lambda block: setattr(block.self_attn, "sliding_window", 2),
+    "activation": lambda block: setattr(block.mlp, "act_fn", torch.nn.GELU()),
+    "forward": lambda block: setattr(block.mlp, "forward", lambda states: states),
+    "hook": lambda block: block.register_forward_hook(lambda _m, _a, states: states + 0.1),
+    "hook inside": lambda block: block.mlp.register_forward_hook(lambda _m, _a, states: states + 0.1),
+    "hook before": lambda block: block.register_forward_pre_hook(lambda _m, a: (a[0] * 2, *a[1:])),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_block_that_computes_otherwise_over_the_same_weights_is_another(kind: str) -> None:
+    base = tiny_llama()
+    finetuned = twin(base)
+    models = wrap_model(base, "base"), wrap_model(finetuned, "finetuned")
+    assert shared_blocks(*models) == [True] * 4
+    CHANGES[kind](finetuned.model.layers[1])
+    assert shared_blocks(*models) == [True, False, True, True]
+    assert shared_blocks(*reversed(models)) == [True, False, True, True]
+
+
+def test_another_attention_or_quantisation_is_another_design() -> None:
+    base = tiny_llama()
+    for name, value in (
+        ("_attn_implementation", "eager"),
+        ("quantization_config", {"quant_method": "int8", "threshold": 6.0}),
+        ("rms_norm_eps", 1e-3),
+    ):
+        finetuned = twin(base)
+        assert same_design(base, finetuned)
+        setattr(finetuned.config, name, value)
+        assert not same_design(base, finetuned)
+        assert shared_blocks(wrap_model(base, "b"), wrap_model(finetuned, "f")) == [False] * 4
+
+
+def test_inert_entries_of_a_configuration_inside_another_do_not_matter() -> None:
+    base = build("gemma3")
+    finetuned = twin(base)
+    text = finetuned.config.get_text_config()
+    assert text is not finetuned.config
+    text.name_or_path, text.dtype = "elsewhere", "bfloat16"
+    assert same_design(base, finetuned)
+    text.rms_norm_eps = 0.1
+    assert not same_design(base, finetuned)
+
+
+def test_weights_without_an_address_are_not_one_for_that() -> None:
+    """A tensor subclass may have no storage: then every address is 0."""
+    base = quantised(tiny_llama())
+    finetuned: Any = twin(base)
+    models = wrap_model(base, "base"), wrap_model(finetuned, "finetuned")
+    assert shared_blocks(*models) == [True] * 4
+    weight: Any = finetuned.model.layers[2].mlp.up_proj.weight
+    assert weight.data_ptr() == 0
+    finetuned.model.layers[2].mlp.up_proj.weight = nn.Parameter(
+        Scaled(weight.codes, weight.scale * 2), requires_grad=False
+    )
+    assert shared_blocks(*models) == [True, True, False, True]
+    assert compare(base, finetuned, tokenizer=tiny_tokenizer()).summary.verdict == "changed"

@@ -58,10 +58,8 @@ def is_off(layer: nn.Module) -> bool:
 
 def has_zero_product(layer: nn.Module) -> bool:
     """Return whether a layer is a LoRA whose product is zero in every active adapter, as before training."""
-    parts = [part for _, part in _active_parts(layer)] if hasattr(layer, "adapter_layer_names") else []
-    return bool(parts) and all(
-        _product_is_zero({name: value for name, value in part.items() if name in _FACTORS}) for part in parts
-    )
+    parts = list(_active_parts(layer)) if hasattr(layer, "adapter_layer_names") else []
+    return bool(parts) and all(_is_plain_lora(layer, *each) and _has_zero_factor(each[1]) for each in parts)
 
 
 def adds_nothing(layer: nn.Module) -> bool | None:
@@ -124,7 +122,7 @@ def _part_adds_nothing(layer: Any, adapter: str, part: dict[str, Any]) -> bool |
     if adapter in getattr(layer, "lora_variant", {}) or under is None:
         return None
     if part.keys() <= _FACTORS:
-        return _product_is_zero(part)
+        return _has_zero_factor(part)
     [value, *others] = part.values()
     if others:
         return None
@@ -133,13 +131,20 @@ def _part_adds_nothing(layer: Any, adapter: str, part: dict[str, Any]) -> bool |
     if "trainable_tokens_delta" in part:
         rows = under.weight[torch.tensor(layer.token_indices[adapter])]
         return same_bits(value, rows)
-    return Equality().same_module(value, under) if isinstance(value, nn.Module) else None
+    # A module of the same kind stands in for the one under it; of another kind, it does something with it.
+    return Equality().same_module(value, under) if type(value) is type(under) else None
 
 
-def _product_is_zero(factors: dict[str, Any]) -> bool | None:
+def _is_plain_lora(layer: Any, adapter: str, part: dict[str, Any]) -> bool:
+    """Whether an adapter adds a product to what a layer gives, and perhaps scales that (DoRA)."""
+    is_variant = adapter in getattr(layer, "lora_variant", {}) and _MAGNITUDE not in part
+    return part.keys() <= {*_FACTORS, _MAGNITUDE} and not is_variant
+
+
+def _has_zero_factor(part: dict[str, Any]) -> bool | None:
     """Whether one factor of a product is zero, and no bias is added to it; None where 0 meets NaN or ∞."""
     zero, biases = [], []
-    for factor in factors.values():
+    for factor in (value for name, value in part.items() if name in _FACTORS):
         tensors = {"weight": factor} if isinstance(factor, Tensor) else dict(factor.named_parameters())
         if any(tensor.is_meta or not tensor.isfinite().all() for tensor in tensors.values()):
             return None

@@ -128,17 +128,16 @@ def _same_adapters(base: LoadedModel, finetuned: LoadedModel, equality: Equality
 
 
 def _why_adapter_does_nothing(model: LoadedModel) -> list[str]:
-    layers = adapter_layers(model.anatomy.stack)
-    if not layers:
+    compared, layers = adapter_layers(model.anatomy.stack), adapter_layers(model.model)
+    if not compared:
         return [f"no layer that is compared carries the adapter {model.adapter}: its targets are elsewhere"]
     if all(is_off(layer) for layer in layers):
         return [f"the adapter {model.adapter} is not applied: it is switched off"]
-    products = [layer for layer in layers if has_zero_product(layer)]
-    if not all(layer in products or adds_nothing(layer) for layer in layers):
+    if not all(has_zero_product(layer) or adds_nothing(layer) for layer in layers):
         return []
-    if products:
+    if n_layers := sum(map(has_zero_product, compared)):
         return [
-            f"the adapter {model.adapter} adds nothing: B is still zero in all of its {len(products)} "
-            "layers, as it is before the first step of training"
+            f"the adapter {model.adapter} adds nothing: B is still zero in all of its {n_layers} layers, "
+            "as it is before the first step of training"
         ]
     return [f"the adapter {model.adapter} adds nothing: what it brings is what its model has without it"]
