@@ -68,9 +68,10 @@ class Test(Struct, frozen=True):
 
 
 class TestFile(Struct, frozen=True):
-    """The tests of a file, and of what they were learnt."""
+    """The tests of a file, and the file and the modules as they were then."""
 
     stamp: str
+    modules: dict[str, str]
     tests: list[Test]
 
 
@@ -172,53 +173,57 @@ def _overlay(sources: Mapping[Path, str]) -> None:
 # --- which tests run which lines ----------------------------------------------------------------
 
 
-def learn_tests(modules: Sequence[str], told: Callable[[str], None]) -> list[Test]:
-    """Every test that passes, with the lines of the modules that it runs; what was learnt before is kept."""
+def learn_tests(modules: Sequence[str], needed: Sequence[str], told: Callable[[str], None]) -> list[Test]:
+    """Every test that passes, with the lines of the modules that it runs.
+
+    What was learnt before is kept where neither the test's file nor a module that is `needed` has changed.
+    Whatever else has changed may have made a test fail: without the cache, all is learnt anew.
+    """
     sources = {module: (SOURCE / module).read_text(encoding="utf-8") for module in modules}
     files = [path for path in sorted(TESTS.glob("test_*.py")) if not any(s in path.stem for s in SKIPPED)]
-    stamps = {path.name: _stamp(path, sources) for path in files}
-    missing = [path for path in files if _kept(path.name, stamps[path.name]) is None]
+    stamps = {module: _stamp(text) for module, text in sources.items()}
+    kept = {path: _kept(path, {module: stamps[module] for module in needed}) for path in files}
+    missing = [path for path, found in kept.items() if found is None]
     if missing:
-        in_fork(lambda: _learn(missing, sources, stamps, told), DAY_SECONDS)
-    kept = [_kept(path.name, stamps[path.name]) for path in files]
-    return [test for file in kept if file is not None for test in file.tests]
+        in_fork(lambda: _learn(missing, sources, told), DAY_SECONDS)
+        kept |= {path: _kept(path, stamps) for path in missing}
+    return [test for found in kept.values() if found is not None for test in found.tests]
 
 
-def _stamp(path: Path, sources: Mapping[str, str]) -> str:
-    parts = [path.read_text(encoding="utf-8"), *sources, *sources.values()]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+def _stamp(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _kept(name: str, stamp: str) -> TestFile | None:
-    path = places.MUTANTS_CACHE / "tests" / f"{name}.json"
-    if not path.exists():
+def _cache(path: Path) -> Path:
+    return places.MUTANTS_CACHE / "tests" / f"{path.name}.json"
+
+
+def _kept(path: Path, stamps: Mapping[str, str]) -> TestFile | None:
+    if not _cache(path).exists():
         return None
-    found = msgspec.json.decode(path.read_bytes(), type=TestFile)
-    return found if found.stamp == stamp else None
+    found = msgspec.json.decode(_cache(path).read_bytes(), type=TestFile)
+    same = found.stamp == _stamp(path.read_text(encoding="utf-8")) and stamps.items() <= found.modules.items()
+    return found if same else None
 
 
-def _learn(
-    files: Sequence[Path],
-    sources: Mapping[str, str],
-    stamps: Mapping[str, str],
-    told: Callable[[str], None],
-) -> None:
+def _learn(files: Sequence[Path], sources: Mapping[str, str], told: Callable[[str], None]) -> None:
     _overlay({SOURCE / module: with_hits(text, module, _HIT) for module, text in sources.items()})
     setattr(builtins, _HIT, lambda module, line: None)
-    folder = places.MUTANTS_CACHE / "tests"
-    folder.mkdir(parents=True, exist_ok=True)
+    _cache(TESTS).parent.mkdir(parents=True, exist_ok=True)
+    stamps = {module: _stamp(text) for module, text in sources.items()}
 
     def work(loop: _Loop, session: pytest.Session) -> None:
-        of_file: dict[str, list[pytest.Item]] = defaultdict(list)
+        of_file: dict[Path, list[pytest.Item]] = defaultdict(list)
         for item in session.items:
-            of_file[item.path.name].append(item)
-        for name, items in of_file.items():
+            of_file[item.path].append(item)
+        for path, items in of_file.items():
             started = time.monotonic()
             found = in_fork(partial(_lines, loop, items), FILE_SECONDS)
             tests, n_failed = msgspec.json.decode(found, type=tuple[list[Test], int]) if found else ([], -1)
-            (folder / f"{name}.json").write_bytes(msgspec.json.encode(TestFile(stamps[name], tests)))
+            learnt = TestFile(_stamp(path.read_text(encoding="utf-8")), stamps, tests)
+            _cache(path).write_bytes(msgspec.json.encode(learnt))
             seconds = time.monotonic() - started
-            told(f"{name}: {len(tests)} of {len(items)} tests, {n_failed} fail, {seconds:.0f} s")
+            told(f"{path.name}: {len(tests)} of {len(items)} tests, {n_failed} fail, {seconds:.0f} s")
 
     _session([str(path) for path in files], work)
 

@@ -173,7 +173,9 @@ def run_all(found: Sequence[Mutant], seconds: float, *, again: bool) -> Run:
     run.n_left = len(left)
     if left:
         print(f"{len(left)} of {len(found)} mutants to run", file=run.screen)
-        tests = learn_tests(MODULES, partial(print, file=run.screen))
+        tests = learn_tests(
+            MODULES, sorted({mutant.module for mutant in left}), partial(print, file=run.screen)
+        )
         picker = Picker(tests, seconds, run)
         before = dict(run.outcomes)
         run_swapped([mutant for mutant in left if mutant.function], picker.pick, run.record)

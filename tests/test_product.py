@@ -69,12 +69,21 @@ def onednn(gflops: float, error: float = 4e-7) -> Candidate:
         ((default(100), onednn(1000, error=float("nan"))), "default"),
         ((default(100, error=2e-6), onednn(110, error=1e-7)), "default"),
         ((default(100),), "default"),
+        ((default(100), onednn(125)), "onednn"),  # 1.25 times as fast
+        ((default(100), onednn(124.9)), "default"),
+        ((default(100), onednn(1000, error=9e-7)), "onednn"),
+        ((default(100), onednn(1000, error=LARGEST_ERROR)), "onednn"),
     ],
 )
 def test_the_default_stands_unless_another_is_exact_and_clearly_faster(
     candidates: tuple[Candidate, ...], expected: str
 ) -> None:
     assert fastest_exact(candidates).path == expected
+
+
+def test_of_several_exact_ones_the_fastest_is_taken() -> None:
+    candidates = default(100), onednn(200), onednn(400), onednn(300), onednn(900, error=1e-5)
+    assert fastest_exact(candidates).gflops == 400
 
 
 def test_what_is_chosen_is_exact_here() -> None:
@@ -107,19 +116,34 @@ def test_an_error_like_that_of_rounding_is_found(n_bits: int, name: str) -> None
     assert worst_error(Product("default"), [Operands(rows, weight)]) < LARGEST_ERROR
 
 
-class Kernels(TorchFunctionMode):
-    """Kernels of another machine: the float32 products that `spoils` tells are made wrong in some way."""
+class Machine(TorchFunctionMode):
+    """Another machine: those float32 products that `spoils` tells are wrong, and each product takes its time.
+
+    One on a single thread takes a millisecond, with oneDNN half of one; most take longer, as in a busy hour.
+    """
 
     def __init__(self, spoils: Callable[..., bool], spoilt: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
         self.spoils, self.spoilt = spoils, spoilt
+        self.seconds, self.n_products = 0.0, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         products = (linear, torch.bmm, scaled_dot_product_attention)
-        if func in products and found.dtype == torch.float32 and self.spoils(func, found):
-            return self.spoilt(found)
-        return found
+        if func not in products or found.dtype != torch.float32:
+            return found
+        self.n_products += 1
+        pace = (0.5 if with_onednn() else 1.0) * torch.get_num_threads()
+        self.seconds += 1e-3 * pace * (1 + self.n_products % 7)
+        return self.spoilt(found) if self.spoils(func, found) else found
+
+
+def with_onednn(*_: Any) -> bool:
+    return bool(getattr(settings, "matmul", settings).fp32_precision == "bf16")
+
+
+def never(*_: Any) -> bool:
+    return False
 
 
 def rounded(product: torch.Tensor) -> torch.Tensor:
@@ -136,12 +160,19 @@ def of(kernel: Any) -> Callable[..., bool]:
 
 def off_by_the_largest(product: torch.Tensor) -> torch.Tensor:
     """What one scale for all rows does: each element is off by a part of the largest."""
-    return product + 1e-6 * product.abs().max()
+    return product + 1e-8 * product.abs().max()
 
 
 def with_one_bad_row(product: torch.Tensor) -> torch.Tensor:
-    """The last row alone is rounded."""
+    """The last of the rows, or of the batch, is rounded."""
     return torch.cat([product[:-1], rounded(product[-1:])])
+
+
+@pytest.fixture(autouse=True)
+def _measured_anew() -> Iterator[None]:
+    measure_products.cache_clear()
+    yield
+    measure_products.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -151,8 +182,9 @@ def with_one_bad_row(product: torch.Tensor) -> torch.Tensor:
         (of(torch.bmm), rounded),
         (of(scaled_dot_product_attention), rounded),
         (of(linear), off_by_the_largest),
-        (of(torch.bmm), off_by_the_largest),
         (of_linear(3), with_one_bad_row),
+        (of_linear(16), with_one_bad_row),
+        (of(torch.bmm), with_one_bad_row),
         (of_linear(96), lambda product: torch.full_like(product, torch.nan)),
     ],
 )
@@ -160,32 +192,55 @@ def test_a_kernel_that_rounds_is_found_wherever_it_is_used(
     spoils: Callable[..., bool], spoilt: Callable[[torch.Tensor], torch.Tensor]
 ) -> None:
     """Kernels go by the number of rows, and attention and batches have their own."""
-    measure_products.cache_clear()
-    with Kernels(spoils, spoilt):
+    with Machine(spoils, spoilt):
         candidates = measure_products(SHAPES, 96)
         confirmed = confirm_product(ONEDNN, wrap_model(tiny_llama(), "tiny"), 96)
-    measure_products.cache_clear()
     assert not any(candidate.error <= LARGEST_ERROR for candidate in candidates)
     assert confirmed.path == "default"
     assert "torch's default ones were used" in confirmed.notes[0]
 
 
+@needs_switch
+def test_where_onednn_rounds_the_default_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on processors with tiles: twice as fast, and of no use."""
+    model = wrap_model(tiny_llama(), "tiny")
+    with Machine(with_onednn, rounded) as machine:
+        monkeypatch.setattr(time, "perf_counter", lambda: machine.seconds)
+        chosen = choose_product(model, int(FEWEST_FLOPS), 64)
+        confirmed = confirm_product(ONEDNN, model, 64)
+    plain, other = chosen.candidates
+    assert (chosen.path, confirmed.path) == ("default", "default")
+    assert other.gflops == pytest.approx(2 * plain.gflops)
+    assert plain.error <= LARGEST_ERROR < other.error
+
+
+@needs_switch
+def test_where_onednn_is_exact_and_faster_it_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrap_model(tiny_llama(), "tiny")
+    with Machine(with_onednn, lambda product: product.double().float()) as machine:
+        monkeypatch.setattr(time, "perf_counter", lambda: machine.seconds)
+        chosen = choose_product(model, int(FEWEST_FLOPS), 64)
+    exact = chosen.candidates[1].error <= LARGEST_ERROR
+    assert chosen.path == ("onednn" if exact else "default")
+
+
+def test_the_errors_are_the_same_each_time() -> None:
+    first = [candidate.error for candidate in measure_products(SHAPES, 96)]
+    measure_products.cache_clear()
+    assert [candidate.error for candidate in measure_products(SHAPES, 96)] == first
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each product takes a millisecond, with oneDNN half of one; most take longer, as on a busy machine."""
-    now, calls = 0.0, 0
-
-    def read() -> float:
-        nonlocal now, calls
-        calls += 1
-        share = 0.5 if getattr(settings, "matmul", settings).fp32_precision == "bf16" else 1.0
-        now += 1e-3 * share * (1 + calls // 2 % 7)
-        return now
-
-    monkeypatch.setattr(time, "perf_counter", read)
-    measure_products.cache_clear()
-    yield
-    measure_products.cache_clear()
+    """The time of a machine on which products of several threads wait for each other."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    with Machine(never, rounded) as machine:
+        monkeypatch.setattr(time, "perf_counter", lambda: machine.seconds)
+        yield
+    after = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    assert after == 2
 
 
 @needs_switch
@@ -199,12 +254,16 @@ def test_rates_are_those_of_the_best_times(clock: None) -> None:
 
 @needs_switch
 def test_the_largest_shapes_of_the_middle_block_are_measured(clock: None) -> None:
-    """Three of them, each shape once, with as many rows as a batch has."""
+    """Three of float32, each shape once, with as many rows as a batch has; experts count as one."""
     model = tiny_llama()
     wide = copy.deepcopy(model.config)
     wide.intermediate_size = 96
-    model.model.layers[2].mlp = LlamaMLP(wide)
-    weights = 96 * 32 + 32 * 96 + 32 * 32
+    middle: Any = model.model.layers[2]
+    middle.mlp = LlamaMLP(wide)
+    middle.experts = torch.nn.Parameter(torch.zeros(50, 40, 32))
+    middle.long, middle.flat = torch.nn.Linear(4, 60), torch.nn.Linear(60, 4)
+    middle.narrow = torch.nn.Linear(99, 99).bfloat16()
+    weights = 96 * 32 + 32 * 96 + 40 * 32
     for batch_tokens, n_rows in ((10, 10), (100, 100), (5000, 256)):
         product = choose_product(wrap_model(model, "tiny"), int(FEWEST_FLOPS), batch_tokens)
         assert product.candidates[0].gflops == pytest.approx(2 * n_rows * weights / 3e-3 / 1e9)
@@ -273,11 +332,66 @@ def test_nothing_is_chosen_for_other_types() -> None:
     assert choose_product(model, int(FEWEST_FLOPS), 512) == Product()
 
 
-def test_nothing_is_chosen_for_a_compiled_model() -> None:
+def test_nothing_is_chosen_for_a_narrow_model_with_a_float32_weight() -> None:
+    model = tiny_llama().to(torch.bfloat16)
+    model.model.layers[2].spare = torch.nn.Linear(64, 64)
+    assert choose_product(wrap_model(model, "tiny"), int(FEWEST_FLOPS), 512) == Product()
+
+
+def test_nothing_is_chosen_off_the_cpu() -> None:
+    model = wrap_model(tiny_llama().to("meta"), "tiny")
+    assert choose_product(model, int(FEWEST_FLOPS), 512) == Product()
+
+
+@pytest.mark.parametrize("part", ["", "model.layers.1.mlp"])
+def test_nothing_is_chosen_for_a_compiled_model(part: str) -> None:
     """Compiled code asks torch for its older setting, and torch refuses to tell it beside the newer one."""
     model = tiny_llama()
-    model.compile()
-    assert choose_product(wrap_model(model, "tiny"), int(FEWEST_FLOPS), 512) == Product()
+    model.get_submodule(part).compile()
+    wrapped = wrap_model(model, "tiny")
+    assert choose_product(wrapped, int(FEWEST_FLOPS), 512) == Product()
+    assert confirm_product(ONEDNN, wrapped, 64).path == "default"
+
+
+def test_nothing_is_chosen_for_flex_attention_which_is_compiled() -> None:
+    model = tiny_llama()
+    model.config._attn_implementation = "flex_attention"
+    wrapped = wrap_model(model, "tiny")
+    assert choose_product(wrapped, int(FEWEST_FLOPS), 512) == Product()
+    assert confirm_product(ONEDNN, wrapped, 64).path == "default"
+
+
+def test_nothing_is_chosen_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapped = wrap_model(tiny_llama(), "tiny")
+    with monkeypatch.context() as patch:
+        patch.setattr(settings, "enabled", False)
+        assert choose_product(wrapped, int(FEWEST_FLOPS), 512) == Product()
+    assert settings.enabled
+    monkeypatch.setattr(settings, "is_available", lambda: False)
+    assert choose_product(wrapped, int(FEWEST_FLOPS), 512) == Product()
+
+
+@pytest.fixture
+def _older_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch that has only the older setting."""
+    monkeypatch.delattr(type(settings), "matmul", raising=False)
+
+
+@pytest.mark.usefixtures("_older_torch")
+def test_an_older_torch_has_no_switch_and_its_setting_stands() -> None:
+    wrapped = wrap_model(tiny_llama(), "tiny")
+    assert choose_product(wrapped, int(FEWEST_FLOPS), 512) == Product()
+    assert confirm_product(ONEDNN, wrapped, 64).path == "default"
+    torch.set_float32_matmul_precision("high")
+    assert "set to high" in choose_product(wrapped, int(FEWEST_FLOPS), 512).notes[0]
+
+
+@needs_switch
+def test_the_precision_that_rounds_nothing_is_no_choice_of_the_callers() -> None:
+    settings.matmul.fp32_precision = "ieee"
+    product = choose_product(wrap_model(tiny_llama(), "tiny"), int(FEWEST_FLOPS), 512)
+    assert product.notes == ()
+    assert len(product.candidates) == 2
 
 
 @needs_switch

@@ -49,6 +49,13 @@ def test_the_floor_is_a_factor_times_the_largest_noise() -> None:
     assert FACTOR > 1
 
 
+def test_a_change_of_twice_the_noise_is_a_change_and_one_of_half_as_much_again_is_none() -> None:
+    """The factor is 1.75: docs/how-to-read-it.md says how it was calibrated."""
+    floors = {0: noise_floor([(1e-4, 1e-9)], "float32")}
+    assert find_verdict({0: 2e-4}, floors) == "changed"
+    assert find_verdict({0: 1.5e-4}, floors) == "within_noise"
+
+
 @pytest.mark.parametrize("trials", [[], [(0.0, 0.0)], [(1e-20, 1e-40)]])
 @pytest.mark.parametrize("dtype", ULPS)
 def test_the_floor_is_never_below_half_an_ulp(dtype: str, trials: list[tuple[float, float]]) -> None:
