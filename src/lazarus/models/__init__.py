@@ -4,6 +4,7 @@ reference.py   what a MODEL names: a Hub id, a folder, a GGUF file, an adapter, 
 gguf/          GGUF files: their parts, their settings, their tensors
 opening.py     a checkpoint's configuration, class and type, before any weight is read
 checkpoint.py  its stored tensors, and how transformers makes parameters of them
+wrappers.py    what a wrapper has put around the names of a checkpoint's tensors
 load.py        from that name to weights in memory, each set of weights once
 sharing.py     a second checkpoint over the first one's weights: only what differs is read
 paging.py      a pair that is read block by block; pager.py does the reading, layout.py says of what and when,

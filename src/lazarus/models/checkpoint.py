@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from transformers.monkey_patching import patch_output_recorders
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from lazarus.models.reference import Source
+from lazarus.models.wrappers import Wrappers, find_wrappers
 
 TORCH_TYPES = {
     "F64": torch.float64,
@@ -237,7 +239,8 @@ class KeyMap:
 
     `sources` has, for each target, the keys that are collected for it, and `made` all that comes of these:
     more than the targets, where one stored tensor is split. `mapping` is transformers' own. `names` stands in
-    for the model's state dict where an adapter has put modules around the model's own.
+    for the model's state dict where an adapter has put modules around the model's own. `wrappers` is what was
+    taken off the keys first.
     """
 
     def __init__(
@@ -250,7 +253,9 @@ class KeyMap:
         self._prefix = model.base_model_prefix
         self._converters: dict[str, WeightConverter] = {}
         self.made: set[str] = set()
-        self.sources = self._find_sources(keys)
+        stored = sorted(keys, key=natural_key)
+        self.wrappers = find_wrappers(stored, self._names, partial(_count_made, model, self._names))
+        self.sources = self._find_sources(stored)
 
     def is_plain(self, target: str) -> bool:
         """Whether a target is one stored tensor as it is, but for its name and type."""
@@ -263,17 +268,19 @@ class KeyMap:
 
     def renamed(self, key: str) -> str:
         """A key as the model would name it, if what is stored under it were a parameter of its own."""
-        path: str = rename_source_key(key, self._renamings, [], self._prefix, self._names)[0]
+        inside = self.wrappers.strip(key)
+        path: str = rename_source_key(inside, self._renamings, [], self._prefix, self._names)[0]
         return path
 
     def _find_sources(self, keys: Iterable[str]) -> dict[str, tuple[str, ...]]:
         names, prefix = self._names, self._prefix
         converters = [entry for entry in self.mapping if isinstance(entry, WeightConverter)]
         sources: dict[str, list[str]] = {}
-        for key in sorted(keys, key=natural_key):
-            target, pattern = rename_source_key(key, self._renamings, converters, prefix, names)
-            if target not in names and key in names:
-                target, pattern = rename_source_key(key, [], [], prefix, names)
+        for key in keys:
+            inside = self.wrappers.strip(key)
+            target, pattern = rename_source_key(inside, self._renamings, converters, prefix, names)
+            if target not in names and inside in names:
+                target, pattern = rename_source_key(inside, [], [], prefix, names)
             if target in names:
                 sources.setdefault(target, []).append(key)
                 self.made.add(target)
@@ -283,6 +290,17 @@ class KeyMap:
                     first, *others = converter.target_patterns
                     self.made |= {target.replace(first, other) for other in others}
         return {target: tuple(found) for target, found in sources.items()}
+
+
+def _count_made(model: PreTrainedModel, names: Mapping[str, Any], keys: list[str]) -> int:
+    """The number of the model's names that some keys make, under transformers' renamings."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    prefix = model.base_model_prefix
+    return len(
+        {rename_source_key(key, renamings, converters, prefix, names)[0] for key in keys} & names.keys()
+    )
 
 
 class Conversion:
@@ -298,6 +316,7 @@ class Conversion:
         self.dtype_plan = model._get_dtype_plan(self.dtype)
         self._keys = KeyMap(model, stored)
         self.sources = self._keys.sources
+        self.wrappers: Wrappers = self._keys.wrappers
 
     def convert(self, model: PreTrainedModel, keys: Iterable[str]) -> Any:
         """Read these tensors and put what they make into the model, in new Parameters.
@@ -307,7 +326,8 @@ class Conversion:
         Raises:
             RuntimeError: they do not make what the model wants.
         """
-        return self._into(model, {key: _Lazy(self.stored[key]) for key in keys}, self.device)
+        strip = self.wrappers.strip
+        return self._into(model, {strip(key): _Lazy(self.stored[key]) for key in keys}, self.device)
 
     def check(self, model: PreTrainedModel) -> Any:
         """Put empty parameters of the type and shape that the checkpoint makes into an empty model.
@@ -319,7 +339,9 @@ class Conversion:
         """
         meta = torch.device("meta")
         empty = {
-            key: torch.empty(s.shape, dtype=TORCH_TYPES.get(s.dtype, torch.uint8), device=meta)
+            self.wrappers.strip(key): torch.empty(
+                s.shape, dtype=TORCH_TYPES.get(s.dtype, torch.uint8), device=meta
+            )
             for key, s in self.stored.items()
         }
         # What transformers converts on the CPU whatever the device, for its size, has none here.

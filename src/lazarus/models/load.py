@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from lazarus.errors import AdapterError, UnsupportedModelError, WeightsError
 from lazarus.models.adapters import put_on, refuse_virtual, share_storage
 from lazarus.models.anatomy import Anatomy, dissect
-from lazarus.models.checkpoint import find_files
+from lazarus.models.checkpoint import Conversion, build_empty, find_files, model_class, read_headers
 from lazarus.models.design import same_config
 from lazarus.models.faults import translated
 from lazarus.models.formats import refuse_empty
@@ -23,6 +23,7 @@ from lazarus.models.opening import LoadOptions, Opened, open_checkpoint, stored_
 from lazarus.models.pager import Pager
 from lazarus.models.reference import ModelReference, Source, adapter_base, adapter_settings
 from lazarus.models.sharing import load_over
+from lazarus.models.wrappers import may_be_wrapped, refuse_unmerged
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,8 @@ def other_base(adapter: Source, base: Source) -> list[str]:
 
 def _load(opened: Opened, options: LoadOptions) -> Weights:
     """Load one checkpoint in evaluation mode, refusing one whose weights are not all there."""
+    if (found := _load_unusual(opened, options)) is not None:
+        return found
     source, arguments = opened.source, where(opened.source, options)
     if options.device.type != "cpu":
         arguments["device_map"] = {"": options.device}
@@ -210,6 +213,42 @@ def _load(opened: Opened, options: LoadOptions) -> Weights:
         )
     weights.notes += check_report(source, model, report, options)
     return weights
+
+
+def _load_unusual(opened: Opened, options: LoadOptions) -> Weights | None:
+    """Load a checkpoint that `from_pretrained` would misread; None where it does not.
+
+    That is one whose names carry a wrapper's prefix.
+    """
+    source, kind = opened.source, model_class(opened.head, opened.config)
+    if kind is None or opened.quantised or source.gguf_file:
+        return None
+    with translated(source.name):
+        keys = read_headers(find_files(source, opened.config, opened.head))
+        if not may_be_wrapped(keys, kind.base_model_prefix):
+            return None
+        model, conversion = build(opened, kind, options)
+        if not conversion.wrappers:
+            return None
+        report = conversion.finish(model, conversion.convert(model, conversion.stored))
+    weights = Weights(opened, model.eval().requires_grad_(requires_grad=False), report)
+    weights.notes += [*wrapper_notes(source, conversion), *check_report(source, model, report, options)]
+    return weights
+
+
+def build(
+    opened: Opened, kind: type[PreTrainedModel], options: LoadOptions
+) -> tuple[PreTrainedModel, Conversion]:
+    """Build a checkpoint's model empty, and find out which stored tensors make which of its parameters."""
+    files = find_files(opened.source, opened.config, opened.head)
+    model = build_empty(kind, opened.config, files, "auto" if options.dtype is None else options.dtype)
+    model.config.name_or_path = model.name_or_path = opened.source.path
+    return model, Conversion(model, read_headers(files), options.device)
+
+
+def wrapper_notes(source: Source, conversion: Conversion) -> list[str]:
+    """Return a note where a checkpoint's names were read without a wrapper's prefix."""
+    return [conversion.wrappers.note(source.name, conversion.stored)] if conversion.wrappers else []
 
 
 def _load_over(base: Weights, opened: Opened, options: LoadOptions) -> Weights | None:
@@ -240,9 +279,10 @@ def check_report(
     source: Source, model: PreTrainedModel, report: dict[str, Any], options: LoadOptions
 ) -> list[str]:
     """transformers fills missing tensors with random numbers and warns; that is no model to compare."""
-    missing = sorted(report["missing_keys"])
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     needed = sorted(_needed_keys(model, options).intersection(missing)) if missing else []
     if needed:
+        refuse_unmerged(source.name, unexpected)
         raise WeightsError(
             f"{source.name}: missing tensors of {type(model).__name__}: {len(needed)}, first "
             f"{needed[0]}. The checkpoint is incomplete or of another class: fetch it again."
@@ -256,7 +296,6 @@ def check_report(
             f"{source.name}: {len(missing)} tensors that play no part in the comparison are missing, "
             f"first {missing[0]}"
         )
-    unexpected = sorted(report["unexpected_keys"])
     if unexpected:
         notes.append(
             f"{source.name}: {len(unexpected)} tensors of the checkpoint have no place in "

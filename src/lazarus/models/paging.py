@@ -14,16 +14,18 @@ from transformers import PreTrainedModel
 from lazarus.errors import UnsupportedModelError
 from lazarus.models.adapters import WEIGHTS, rewriting_start, share_storage
 from lazarus.models.anatomy import dissect
-from lazarus.models.checkpoint import Conversion, build_empty, find_files, model_class, read_headers
+from lazarus.models.checkpoint import Conversion, find_files, model_class, read_headers
 from lazarus.models.faults import translated
 from lazarus.models.load import (
     LoadedModel,
     Weights,
     adapter_of,
+    build,
     check_report,
     finish,
     same_attention,
     source_under,
+    wrapper_notes,
 )
 from lazarus.models.opening import LoadOptions, Opened, open_checkpoint
 from lazarus.models.pager import Pager
@@ -70,7 +72,7 @@ def _open(opened: Opened, options: LoadOptions, base: Pager | None = None) -> We
         model, conversion = _build(opened, options)
         report = conversion.finish(model, conversion.check(model))
     model.eval().requires_grad_(requires_grad=False)
-    notes = check_report(source, model, report, options)
+    notes = [*wrapper_notes(source, conversion), *check_report(source, model, report, options)]
     blocks = dissect(model, options.layers_path).blocks
     with translated(source.name):
         pager = Pager(model, blocks, conversion, base)
@@ -81,15 +83,10 @@ def _open(opened: Opened, options: LoadOptions, base: Pager | None = None) -> We
 
 def _build(opened: Opened, options: LoadOptions) -> tuple[PreTrainedModel, Conversion]:
     source = opened.source
-    kind = _class_of(opened)
-    files = find_files(source, opened.config, opened.head)
-    stored = read_headers(files)
-    dtype: Any = "auto" if options.dtype is None else options.dtype
-    model = build_empty(kind, opened.config, files, dtype)
-    model.config.name_or_path = model.name_or_path = source.path
+    model, conversion = build(opened, _class_of(opened), options)
     if any(hasattr(module, "layers_are_rescaled") for module in model.modules()):
         raise _refusal(source, "it rescales all its weights when it first runs")
-    return model, Conversion(model, stored, options.device)
+    return model, conversion
 
 
 def _class_of(opened: Opened) -> type[PreTrainedModel]:

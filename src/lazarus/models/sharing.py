@@ -16,7 +16,8 @@ def load_over(
     """A second model over base's weights, with the tensors of its own that differ.
 
     `files` are both checkpoints' files; both must be of one class and configuration, in one type. None
-    where the files do not hold the same keys and shapes, or not one tensor is the same: load it by itself.
+    where the files do not hold the same keys and shapes, or not one tensor is the same, or where their keys
+    carry a wrapper's prefix: load it by itself.
     """
     try:
         ours, theirs = read_headers(files[0]), read_headers(files[1])
@@ -26,7 +27,7 @@ def load_over(
     if not same:
         return None
     conversion = Conversion(base, theirs, device)
-    if _ties_what_is_stored(base, conversion):
+    if conversion.wrappers or _ties_what_is_stored(base, conversion):
         return None
     model = share_storage(base)
     differing = [keys for keys in conversion.sources.values() if not same.issuperset(keys)]

@@ -18,6 +18,7 @@ from lazarus.models.checkpoint import KeyMap, natural_key
 from lazarus.models.faults import translated
 from lazarus.models.formats import refuse_empty
 from lazarus.models.load import other_shape
+from lazarus.models.wrappers import Wrappers, refuse_unmerged
 from lazarus.options import WeightOptions
 from lazarus.tokens import listed
 from lazarus.weights.components import Part, Place
@@ -101,8 +102,8 @@ def read_checkpoint(source: Source, options: WeightOptions) -> Checkpoint:
         stored, made = _read_gguf(structure)
     else:
         store = open_store(structure.opened, allow_pickle=options.allow_pickle)
-        stored, made = _read_files(structure, store)
-        notes += store.notes
+        stored, made, of_names = _read_files(structure, store)
+        notes += [*store.notes, *of_names]
     refuse_empty(source.name, _empty(structure, stored))
     if not stored:
         raise WeightsError(f"{source.name}: there is no tensor in its files. Fetch the model again.")
@@ -129,19 +130,21 @@ def _empty(structure: Structure, stored: Iterable[Stored]) -> list[str]:
     return sorted(each.key for each in stored if 0 in each.shape and each.path in full)
 
 
-def _read_files(structure: Structure, store: Store) -> tuple[list[Stored], set[str]]:
-    """The tensors of safetensors or .bin files, and the parameters that come of them."""
+def _read_files(structure: Structure, store: Store) -> tuple[list[Stored], set[str], list[str]]:
+    """The tensors of safetensors or .bin files, the parameters that they make, and notes on their names."""
     known: dict[str, tuple[str, int, bool]] = {}
     made: set[str] = set()
+    wrappers, name = Wrappers(), structure.opened.source.name
     if structure.model is not None:
         keys = KeyMap(structure.model, store.shapes)
-        known, made = _paths(structure.model, keys), keys.made
+        known, made, wrappers = _paths(structure.model, keys), keys.made, keys.wrappers
+        refuse_unmerged(name, store.shapes.keys() - known.keys())
     stored = []
     for key, shape in store.shapes.items():
-        path, order, in_order = known.get(key, (key, _LAST, True))
+        path, order, in_order = known.get(key, (wrappers.strip(key), _LAST, True))
         view = partial(store.view, key)
         stored.append(Stored(key, path, order, shape, store.dtypes[key], view, in_order))
-    return stored, made
+    return stored, made, [wrappers.note(name, store.shapes)] if wrappers else []
 
 
 def _paths(model: PreTrainedModel, keys: KeyMap) -> dict[str, tuple[str, int, bool]]:

@@ -1,0 +1,101 @@
+"""Names that a wrapper has put around those of a model: torch.compile, DDP, FSDP, Lightning, PEFT."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from lazarus.errors import WeightsError
+
+_DEEPEST = 6
+"""how many wrappers may be around each other"""
+_ADAPTED = ".base_layer."
+"""what PEFT puts into the name of a tensor that an unmerged adapter acts on"""
+
+
+@dataclass(frozen=True)
+class Wrappers:
+    """What is taken off a checkpoint's keys: parts anywhere in them, then a prefix."""
+
+    parts: tuple[str, ...] = ()
+    prefix: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.parts or self.prefix)
+
+    def strip(self, key: str) -> str:
+        """Return a key as the model inside the wrappers names it."""
+        if self.parts:
+            key = ".".join(part for part in key.split(".") if part not in self.parts)
+        return key.removeprefix(self.prefix)
+
+    def note(self, name: str, keys: Collection[str]) -> str:
+        """Return a note on how the keys of a checkpoint were read."""
+        wrapped = [key for key in keys if self.strip(key) != key]
+        heads = {key.removesuffix(self.strip(key)) for key in wrapped}
+        parts = " and ".join([*self.parts, *filter(None, [self.prefix])])
+        told = f"begin with {heads.pop()}" if len(heads) == 1 else f"have {parts} in them"
+        return (
+            f"{name}: {len(wrapped)} of its {len(keys)} tensor names {told} (a wrapped model was saved, such "
+            "as a compiled one): they were read without it, and other tools need them renamed"
+        )
+
+
+def may_be_wrapped(keys: Collection[str], own_prefix: str) -> bool:
+    """Return whether the keys alone leave open that they are a wrapper's; `own_prefix` is the model's."""
+    return bool(_private(keys)) or any(name != own_prefix for name in _common(keys))
+
+
+def find_wrappers(keys: Sequence[str], names: Iterable[str], count: Callable[[list[str]], int]) -> Wrappers:
+    """Find what to take off the keys of a checkpoint so that they are the names of a model.
+
+    `count` returns how many of the model's `names` some keys make. Nothing is taken off where that makes no
+    more of them, or where two keys would become one.
+    """
+    names = list(names)
+    own = {part for name in names for part in name.split(".")}
+    first = {name.split(".")[0] for name in names}
+    found = Wrappers(tuple(sorted(_private(keys) - own)))
+    stripped = [found.strip(key) for key in keys]
+    for _ in range(_DEEPEST):
+        prefix = next(
+            (part for part in _common(stripped) if part not in first or _doubled(stripped, part)), None
+        )
+        if prefix is None:
+            break
+        found = Wrappers(found.parts, f"{found.prefix}{prefix}.")
+        stripped = [found.strip(key) for key in keys]
+    if not found or len(set(stripped)) < len(keys) or count(stripped) <= count(list(keys)):
+        return Wrappers()
+    return found
+
+
+def refuse_unmerged(name: str, keys: Iterable[str]) -> None:
+    """Refuse a checkpoint in which some tensors are those of a model with an adapter on it.
+
+    Raises:
+        WeightsError: it names the first of them.
+    """
+    adapted = sorted(key for key in keys if _ADAPTED in key)
+    if adapted:
+        raise WeightsError(
+            f"{name}: an adapter was saved together with its model, unmerged: {len(adapted)} tensors are "
+            f"named as PEFT names them, first {adapted[0]}. Save it with merge_and_unload().save_pretrained, "
+            "or save the adapter alone."
+        )
+
+
+def _private(keys: Iterable[str]) -> set[str]:
+    """The modules in keys that are private attributes, as wrappers name what is inside of them."""
+    return {part for key in keys for part in key.split(".")[:-1] if part.startswith("_")}
+
+
+def _common(keys: Collection[str]) -> list[str]:
+    """The modules with which at least half of the keys begin."""
+    counts = Counter(key.split(".")[0] for key in keys if "." in key)
+    return [part for part, n_keys in counts.most_common() if 2 * n_keys >= len(keys)]
+
+
+def _doubled(keys: Iterable[str], part: str) -> bool:
+    return any(key.startswith(f"{part}.{part}.") for key in keys)
