@@ -13,8 +13,9 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+import lazarus
 from factories import notes_on_models, perturbed, save_model, tiny_llama, tiny_tokenizer
 from layouts import addresses, compare, edit_json, most, pair_of, publish, save_adapter, save_gguf
 from lazarus.errors import AdapterError
@@ -279,3 +280,48 @@ def test_an_adapter_on_a_changed_base_is_not_the_merge(tmp_path: Path, base_fold
     wrapped = PeftModel.from_pretrained(perturbed(tiny_llama()), lora)
     merged = save_model(tmp_path / "merged", wrapped.merge_and_unload(), tiny_tokenizer())
     assert most(compare(merged, f"{base_folder}+{lora}")) > 1e-2
+
+
+# Several adapters, and adapters of another class.
+
+
+def test_adapters_one_on_the_other_are_their_merges_one_after_the_other(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", tiny_llama(), tiny_tokenizer())
+    merged = tiny_llama()
+    for name, targets in (("sft", ["q_proj", "down_proj"]), ("dpo", ["q_proj", "v_proj"])):
+        torch.manual_seed(len(name) + len(targets[1]))
+        tuned = get_peft_model(merged, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+        tuned.save_pretrained(tmp_path / name)
+        merged = tuned.merge_and_unload()
+    expected = save_model(tmp_path / "merged", merged, tiny_tokenizer())
+    both = f"{base}+{tmp_path / 'sft'}+{tmp_path / 'dpo'}"
+    assert lazarus.activation_diff(both, expected, ["Hello", "What is AI?"]).summary.verdict == "within_noise"
+    first = lazarus.activation_diff(f"{base}+{tmp_path / 'sft'}", expected, ["Hello", "What is AI?"])
+    assert first.summary.verdict == "changed"
+
+
+@pytest.mark.parametrize("kind", ["SEQ_CLS", "FEATURE_EXTRACTION", "resized"])
+def test_an_adapter_of_another_class_runs_on_the_blocks(kind: str, tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", tiny_llama(), tiny_tokenizer())
+    classes: dict[str, Any] = {
+        "SEQ_CLS": AutoModelForSequenceClassification,
+        "FEATURE_EXTRACTION": AutoModel,
+        "resized": AutoModelForCausalLM,
+    }
+    model = classes[kind].from_pretrained(base, dtype=torch.float32)
+    more: dict[str, Any] = {"task_type": "CAUSAL_LM" if kind == "resized" else kind}
+    if kind == "resized":
+        model.resize_token_embeddings(308, mean_resizing=False)
+        more["modules_to_save"] = ["embed_tokens", "lm_head"]
+    tuned = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, **more))
+    tuned.save_pretrained(tmp_path / "adapter")
+    diff = lazarus.activation_diff(base, tmp_path / "adapter", ["Hello"], position="all")
+    ids = torch.tensor([tiny_tokenizer()("Hello")["input_ids"]])
+    with torch.no_grad():
+        states = tuned.eval()(ids, output_hidden_states=True).hidden_states
+        own = tiny_llama()(ids, output_hidden_states=True).hidden_states
+    for layer in range(3):
+        b, f = own[layer + 1][0, 1:].double(), states[layer + 1][0, 1:].double()
+        expected = float(((f - b).norm(dim=-1) / b.norm(dim=-1)).mean())
+        assert diff.layers[layer].relative_l2 == pytest.approx(expected, rel=1e-4)
+    assert any("trained as SEQ_CLS: 1 of its tensors" in n for n in diff.notes) == (kind == "SEQ_CLS")

@@ -269,3 +269,27 @@ def test_a_tied_head_is_not_missing(tmp_path: Path) -> None:
     diff = compare(folder, model)
     assert most(diff) == 0
     assert len(notes_on_models(diff)) == 1, "only that the model in memory has no tokenizer"
+
+
+# What a folder holds besides
+
+
+def test_two_sets_of_weights_are_refused_until_it_is_said_which(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "out", tiny_llama(), tiny_tokenizer())
+    save_model(folder, perturbed(tiny_llama()), max_shard_size="60KB")
+    other = save_model(tmp_path / "other", perturbed(tiny_llama()), tiny_tokenizer())
+    with pytest.raises(WeightsError, match=r"holds two sets of weights, model\.safetensors and model\.safe"):
+        compare(other, folder)
+    named = folder / "model.safetensors.index.json"
+    assert compare(other, named).summary.verdict == "identical"
+    assert compare(other, folder / "model.safetensors").summary.verdict == "changed"
+
+
+def test_files_that_were_not_read_are_told(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "out", tiny_llama(), tiny_tokenizer())
+    shutil.copy(folder / "model.safetensors", folder / "model.fp16.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(b"0")
+    diff = compare(save_model(tmp_path / "base", tiny_llama(), tiny_tokenizer()), folder)
+    [note] = [note for note in diff.notes if "not read" in note]
+    assert "model.fp16.safetensors" in note
+    assert "pytorch_model.bin" in note

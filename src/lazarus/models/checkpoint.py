@@ -87,7 +87,7 @@ def find_files(source: Source, config: Any, head: Any, *, pickled: bool = False)
         use_safetensors=None if pickled else True,
         user_agent={},
         is_remote_code=False,
-        transformers_explicit_filename=getattr(config, "transformers_weights", None),
+        transformers_explicit_filename=source.weights_file or getattr(config, "transformers_weights", None),
         download_kwargs=where,
     )
     more = [source.file(name) for name in getattr(head, "extra_files", ())]

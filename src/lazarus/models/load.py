@@ -12,14 +12,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lazarus.errors import AdapterError, UnsupportedModelError, WeightsError
-from lazarus.models.adapters import put_on, refuse_virtual, share_storage
+from lazarus.models.adapters import put_all_on, refuse_virtual, share_storage
 from lazarus.models.anatomy import Anatomy, dissect
 from lazarus.models.checkpoint import Conversion, build_empty, find_files, model_class, read_headers
+from lazarus.models.contents import Unread
 from lazarus.models.design import same_config
 from lazarus.models.faults import translated
 from lazarus.models.formats import refuse_empty
 from lazarus.models.gguf.tensors import load as load_gguf
-from lazarus.models.opening import LoadOptions, Opened, open_checkpoint, stored_dtype, where
+from lazarus.models.opening import LoadOptions, Opened, open_to_load, stored_dtype, where
 from lazarus.models.pager import Pager
 from lazarus.models.reference import ModelReference, Source, adapter_base, adapter_settings
 from lazarus.models.sharing import load_over
@@ -42,6 +43,8 @@ class LoadedModel:
     notes: tuple[str, ...] = ()
     pager: Pager | None = None
     """reads its blocks when they are needed; None where all of it is in memory"""
+    unread: tuple[Unread, ...] = ()
+    """files of weights in its folder that were not read"""
 
     @property
     def run_dtype(self) -> str:
@@ -86,14 +89,14 @@ def load_pair(
     """
     announce("base", base.name)
     base_source = base.model or adapter_base(adapter_of(base))
-    weights = _load(open_checkpoint(base_source, options), options)
+    weights = _load(open_to_load(base_source, options), options)
     announce("finetuned", finetuned.name)
     finetuned_source = source_under(finetuned, base)
     if finetuned_source.place == base_source.place:
         opened = replace(weights.opened, source=finetuned_source)
         other = Weights(opened, share_storage(weights.model), weights.report, list(weights.notes))
     else:
-        opened = open_checkpoint(finetuned_source, options)
+        opened = open_to_load(finetuned_source, options)
         other = _load_over(weights, opened, options) or _load(opened, options)
     weights.notes += same_attention(weights.model, other.model)
     return finish(base, weights, options), finish(finetuned, other, options)
@@ -106,7 +109,7 @@ def load_one(reference: ModelReference, options: LoadOptions) -> LoadedModel:
         ModelError: it cannot be loaded.
     """
     source = reference.model or adapter_base(adapter_of(reference))
-    return finish(reference, _load(open_checkpoint(source, options), options), options)
+    return finish(reference, _load(open_to_load(source, options), options), options)
 
 
 def wrap_model(model: nn.Module, name: str, layers_path: str | None = None) -> LoadedModel:
@@ -162,16 +165,16 @@ def _adapters_in(model: Any, inner: PreTrainedModel, name: str) -> tuple[str | N
 
 
 def adapter_of(reference: ModelReference) -> Source:
-    """The adapter of a MODEL that has one."""
-    assert reference.adapter is not None, reference
-    return reference.adapter
+    """The adapter of a MODEL that is an adapter alone."""
+    assert reference.adapters, reference
+    return reference.adapters[0]
 
 
 def source_under(finetuned: ModelReference, base: ModelReference) -> Source:
     """The checkpoint that FINETUNED stands on: its own, or BASE's under an adapter alone."""
     if finetuned.model is not None:
         return finetuned.model
-    if base.model is None or base.adapter is not None:
+    if base.model is None or base.adapters:
         raise AdapterError(
             f"{finetuned.name}: an adapter alone runs on top of BASE, and BASE ({base.name}) is an "
             f"adapter too. Say which model it belongs to: MODEL+{finetuned.name}"
@@ -218,17 +221,29 @@ def _load(opened: Opened, options: LoadOptions) -> Weights:
 def _load_unusual(opened: Opened, options: LoadOptions) -> Weights | None:
     """Load a checkpoint that `from_pretrained` would misread; None where it does not.
 
-    That is one whose names carry a wrapper's prefix.
+    That is one whose names carry a wrapper's prefix, whose file of weights was named, or beside which there
+    is an adapter: `from_pretrained` would put it on.
+
+    Raises:
+        UnsupportedModelError: only `from_pretrained` can load it, and would misread it.
     """
     source, kind = opened.source, model_class(opened.head, opened.config)
-    if kind is None or opened.quantised or source.gguf_file:
+    if source.gguf_file:
+        return None
+    must = source.weights_file is not None or source.file("adapter_config.json") is not None
+    if kind is None or opened.quantised:
+        if must:
+            raise UnsupportedModelError(
+                f"{source.name}: a {'quantised model' if opened.quantised else 'model with its own code'} is "
+                "read from a folder that holds nothing else. Move it into a folder of its own."
+            )
         return None
     with translated(source.name):
         keys = read_headers(find_files(source, opened.config, opened.head))
-        if not may_be_wrapped(keys, kind.base_model_prefix):
+        if not must and not may_be_wrapped(keys, kind.base_model_prefix):
             return None
         model, conversion = build(opened, kind, options)
-        if not conversion.wrappers:
+        if not must and not conversion.wrappers:
             return None
         report = conversion.finish(model, conversion.convert(model, conversion.stored))
     weights = Weights(opened, model.eval().requires_grad_(requires_grad=False), report)
@@ -342,14 +357,14 @@ def same_attention(base: PreTrainedModel, finetuned: PreTrainedModel) -> list[st
 
 def finish(reference: ModelReference, weights: Weights, options: LoadOptions) -> LoadedModel:
     """Put the adapter on, if there is one, and name the parts."""
-    model, adapter, notes = weights.model, None, list(weights.notes)
+    model, adapter, notes = weights.model, None, [*weights.opened.contents.notes, *weights.notes]
     sources = [weights.source]
-    if reference.adapter is not None:
-        model, kind = put_on(model, reference.adapter)
-        commit = f", commit {reference.adapter.revision}" if reference.adapter.revision else ""
-        adapter = f"{reference.adapter.name} ({kind}{commit})"
-        notes += other_base(reference.adapter, weights.source)
-        sources.insert(0, reference.adapter)
+    if reference.adapters:
+        model, kinds = put_all_on(model, reference.adapters, notes)
+        adapter = " + ".join(_told(each, kind) for each, kind in zip(reference.adapters, kinds, strict=True))
+        for each in reference.adapters:
+            notes += other_base(each, weights.source)
+        sources = [*reversed(reference.adapters), *sources]
     anatomy = dissect(model, options.layers_path)
     return LoadedModel(
         name=reference.name,
@@ -360,7 +375,13 @@ def finish(reference: ModelReference, weights: Weights, options: LoadOptions) ->
         tokenizer_sources=tuple(sources),
         adapter=adapter,
         revision=weights.source.revision,
-        stored_dtype=stored_dtype(weights.source),
+        stored_dtype=stored_dtype(weights.opened),
         pager=weights.pager,
+        unread=weights.opened.contents.unread,
         notes=(*notes, *(f"{reference.name}: {note}" for note in anatomy.notes)),
     )
+
+
+def _told(adapter: Source, kind: str) -> str:
+    commit = f", commit {adapter.revision}" if adapter.revision else ""
+    return f"{adapter.name} ({kind}{commit})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from lazarus.errors import UnsupportedModelError
+from lazarus.models.checkpoint import find_files
+from lazarus.models.contents import Contents, look_for_weights, survey
 from lazarus.models.faults import translated
 from lazarus.models.formats import check_folder
 from lazarus.models.gguf.opening import OpenedGguf, open_gguf, usual_type
@@ -42,6 +44,7 @@ class Opened:
     config: Any
     head: Any
     quantised: bool
+    contents: Contents = field(default_factory=Contents)
     gguf: OpenedGguf | None = None
 
     @property
@@ -98,14 +101,28 @@ def _head_class(config: Any) -> Any:
     return AutoModel
 
 
-def stored_dtype(source: Source) -> str | None:
-    """The type of most of the stored numbers, read from the files' headers."""
+def open_to_load(source: Source, options: LoadOptions) -> Opened:
+    """Read a checkpoint's configuration, and look at what its folder holds besides its weights.
+
+    Raises:
+        ModelError: it cannot be read, asks for what is not installed, or holds two sets of weights.
+    """
+    opened = open_checkpoint(source, options)
+    if source.gguf_file:
+        return opened
+    look_for_weights(source)
+    with translated(source.name):
+        return replace(opened, contents=survey(source, find_files(source, opened.config, opened.head)))
+
+
+def stored_dtype(opened: Opened) -> str | None:
+    """The dtype of most of the stored elements, by the headers of the files that were read."""
     counts: Counter[str] = Counter()
+    source = opened.source
     if source.gguf_file:
         return usual_type(read_files(source))
-    if listed := source.file("config.json"):
-        for path in Path(listed).parent.glob("*.safetensors"):
-            counts += _dtypes_in(path)
+    for path in find_files(source, opened.config, opened.head):
+        counts += _dtypes_in(Path(path))
     return counts.most_common(1)[0][0] if counts else None
 
 

@@ -27,7 +27,7 @@ from lazarus.models.load import (
     source_under,
     wrapper_notes,
 )
-from lazarus.models.opening import LoadOptions, Opened, open_checkpoint
+from lazarus.models.opening import LoadOptions, Opened, open_checkpoint, open_to_load
 from lazarus.models.pager import Pager
 from lazarus.models.reference import ModelReference, Source, adapter_base, adapter_settings
 
@@ -50,13 +50,13 @@ def load_paged(
     """
     announce("base", base.name)
     base_source = base.model or adapter_base(adapter_of(base))
-    ours = _open(open_checkpoint(base_source, options), options)
+    ours = _open(open_to_load(base_source, options), options)
     announce("finetuned", finetuned.name)
     finetuned_source = source_under(finetuned, base)
     if finetuned_source.place == base_source.place:
         theirs = _beside(ours, finetuned_source)
     else:
-        theirs = _open(open_checkpoint(finetuned_source, options), options, ours.pager)
+        theirs = _open(open_to_load(finetuned_source, options), options, ours.pager)
     ours.notes += same_attention(ours.model, theirs.model)
     pair = _finish(base, ours, options), _finish(finetuned, theirs, options)
     for model in pair:
@@ -113,17 +113,18 @@ def _beside(base: Weights, source: Source) -> Weights:
 
 
 def _finish(reference: ModelReference, weights: Weights, options: LoadOptions) -> LoadedModel:
-    """Put the adapter on, if there is one: its own weights are small, and stay."""
+    """Put the adapters on, if there are any: their own weights are small, and stay."""
     pager = weights.pager
     assert pager is not None
-    if reference.adapter is None:
+    for adapter in reference.adapters:
+        settings = adapter_settings(adapter)
+        brought = _brought_whole(adapter, settings)
+        _check_adapter(adapter, settings)
+        _check_brought(adapter, brought, pager)
+        if brought or settings.get("trainable_token_indices"):
+            pager.keep_embeddings()
+    if not reference.adapters:
         return finish(reference, weights, options)
-    settings = adapter_settings(reference.adapter)
-    brought = _brought_whole(reference.adapter, settings)
-    _check_adapter(reference.adapter, settings)
-    _check_brought(reference.adapter, brought, pager)
-    if brought or settings.get("trainable_token_indices"):
-        pager.keep_embeddings()
     with pager.hollow():
         return finish(reference, weights, options)
 

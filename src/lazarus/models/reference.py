@@ -17,6 +17,10 @@ from lazarus.models.gguf.choice import files_on_hub, first_part, only_gguf
 
 Kind = Literal["hub", "folder", "gguf"]
 
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_MODEL_FILES = (WEIGHTS, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+_SHARD = re.compile(r"(.*)-\d{5}-of-\d{5}\.safetensors")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[^@+\s]+)?")
 _HUB_FILE = re.compile(r"(?i)(\w[\w.-]*/\w[\w.-]*)(?:@([^@+:\s]+):|[:/])([^:\s]+\.gguf)")
 """org/name:file.gguf, org/name@revision:file.gguf, org/name/file.gguf"""
@@ -36,12 +40,18 @@ class Source:
     revision: str | None = None
     gguf_file: str | None = None
     subfolder: str = ""
+    weights_file: str | None = None
+    """the file of weights, or their index, that was named; None where transformers' rule chooses it"""
 
     @property
     def place(self) -> tuple[str, str | None, str]:
         """What makes two sources the same weights, however they are spelled."""
         path = os.path.join(self.path, self.gguf_file) if self.gguf_file else self.path
-        return path if self.is_on_hub else os.path.realpath(path), self.revision, self.subfolder
+        return path if self.is_on_hub else os.path.realpath(path), self.revision, self._inside
+
+    @property
+    def _inside(self) -> str:
+        return os.path.join(self.subfolder, self.weights_file or "")
 
     @property
     def is_on_hub(self) -> bool:
@@ -64,11 +74,11 @@ class Source:
 
 @dataclass(frozen=True)
 class ModelReference:
-    """A MODEL: weights, an adapter on them, or an adapter alone (`model` is None)."""
+    """A MODEL: weights, adapters on them in that order, or an adapter alone (`model` is None)."""
 
     name: str
     model: Source | None
-    adapter: Source | None = None
+    adapters: tuple[Source, ...] = ()
 
 
 def parse_model(name: str) -> ModelReference:
@@ -78,15 +88,25 @@ def parse_model(name: str) -> ModelReference:
         ModelNotFoundError: nothing is there under that name, and it cannot be a Hub id.
         AdapterError: in MODEL+ADAPTER, MODEL is an adapter or ADAPTER is none.
     """
-    if _on_disk(name) is None:
-        for place in (i for i, character in enumerate(name) if character == "+"):
-            left, right = name[:place], name[place + 1 :]
-            if _may_exist(left) and _may_exist(right):
-                return _with_adapter(name, _source(left), _source(right))
+    parts = _parts(name) or [name]
+    if len(parts) > 1:
+        return _with_adapters(name, _source(parts[0]), [_adapter(part) for part in parts[1:]])
     source = _source(name)
-    if source.kind != "gguf" and source.file("adapter_config.json"):
-        return ModelReference(name, None, source)
-    return ModelReference(name, source)
+    if source.kind == "gguf" or source.weights_file or not source.file("adapter_config.json"):
+        if source.weights_file in ADAPTER_FILES:
+            return ModelReference(name, None, (replace(source, weights_file=None),))
+        return ModelReference(name, source)
+    if own := _own_weights(source):
+        folder = name.rstrip("/")
+        one = f"{folder}/{own} for the model, " if source.kind == "folder" else ""
+        raise AdapterError(
+            f"{name}: holds both a model ({own}) and an adapter (adapter_config.json). Say which: {one}"
+            f"{folder}/{ADAPTER_FILES[0]} for the adapter on BASE, {folder}+{folder} for the model with it."
+            if source.kind == "folder"
+            else f"{name}: holds both a model ({own}) and an adapter (adapter_config.json). Write "
+            f"{name}+{name} for the model with the adapter, or download it and name the file."
+        )
+    return ModelReference(name, None, (source,))
 
 
 def adapter_base(adapter: Source) -> Source:
@@ -127,21 +147,54 @@ def adapter_settings(adapter: Source) -> dict[str, object]:
     return settings
 
 
-def _with_adapter(name: str, model: Source, adapter: Source) -> ModelReference:
-    if model.kind != "gguf" and model.file("adapter_config.json"):
+def _parts(name: str) -> list[str] | None:
+    """The model and its adapters in MODEL+ADAPTER+ADAPTER; None where some part can be nothing.
+
+    Of several ways to part it, the one whose model is on disk under the longest name.
+    """
+    if _on_disk(name) is not None:
+        return [name]
+    places = [i for i, character in enumerate(name) if character == "+"]
+    on_disk = [i for i in reversed(places) if _on_disk(name[:i]) is not None]
+    for place in [*on_disk, *(i for i in places if i not in on_disk)]:
+        right = _parts(name[place + 1 :]) if _may_exist(name[:place]) else None
+        if right is not None:
+            return [name[:place], *right]
+    return [name] if _may_exist(name) else None
+
+
+def _own_weights(source: Source) -> str | None:
+    """The file of a model's own weights beside an adapter; None where there is none."""
+    if not source.file("config.json"):
+        return None
+    return next((name for name in _MODEL_FILES if source.file(name)), None)
+
+
+def _adapter(name: str) -> Source:
+    source = _source(name)
+    return replace(source, weights_file=None) if source.weights_file in ADAPTER_FILES else source
+
+
+def _with_adapters(name: str, model: Source, adapters: list[Source]) -> ModelReference:
+    is_adapter = model.kind != "gguf" and not model.weights_file and model.file("adapter_config.json")
+    if model.weights_file in ADAPTER_FILES or (is_adapter and not _own_weights(model)):
         raise AdapterError(
             f"{name}: {model.name} is itself an adapter. Write MODEL+ADAPTER, with the model first."
         )
-    adapter_settings(adapter)
-    return ModelReference(name, model, adapter)
+    for adapter in adapters:
+        adapter_settings(adapter)
+    return ModelReference(name, model, tuple(adapters))
 
 
 def _source(name: str) -> Source:
     path = _on_disk(name)
     if path is not None and path.is_file():
+        if path.name.endswith((".safetensors", ".safetensors.index.json")):
+            return _of_file(name, path)
         if path.suffix.lower() != ".gguf":
             raise ModelNotFoundError(
-                f"{name}: this is a file, and not a .gguf one. Name the folder that the model is in."
+                f"{name}: this is a file, and neither a .safetensors nor a .gguf one. Name the folder that "
+                "the model is in."
             )
         # The whole path: transformers takes a bare name from the current folder before any other.
         return Source(name, "gguf", str(path.parent), gguf_file=first_part(str(path.absolute())))
@@ -186,6 +239,22 @@ def _gguf_of(source: Source) -> Source:
     else:
         file = None
     return source if file is None else replace(source, kind="gguf", gguf_file=file)
+
+
+def _of_file(name: str, path: Path) -> Source:
+    """The folder of a file of safetensors, or of an index of such files, read from that file alone."""
+    if path.name not in ADAPTER_FILES and not (path.parent / "config.json").is_file():
+        raise ModelNotFoundError(
+            f"{name}: no config.json beside it, so what model its tensors are of is not known. Put the "
+            "model's config.json into that folder."
+        )
+    shard = _SHARD.fullmatch(path.name)
+    if shard and (path.parent / f"{shard[1]}.safetensors.index.json").is_file():
+        raise ModelNotFoundError(
+            f"{name}: one shard of several. Name their index: {Path(name).parent}/{shard[1]}"
+            ".safetensors.index.json"
+        )
+    return Source(name, "folder", str(path.parent), weights_file=path.name)
 
 
 def _transformer_of(source: Source) -> Source:

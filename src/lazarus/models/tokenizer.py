@@ -47,7 +47,9 @@ def find_tokenizer(given: Any | None, *, trust_remote_code: bool = False) -> Any
         return given
     if isinstance(given, str | Path) and str(given).strip():
         reference = parse_model(str(given))
-        sources = [source for source in (reference.adapter, reference.model) if source is not None]
+        sources = [
+            source for source in (*reversed(reference.adapters), reference.model) if source is not None
+        ]
         found = first_tokenizer(sources, trust_remote_code)
         if found is None and sources[-1].kind == "hub":
             # Loading says why no file was found: no such id, offline, or none in that repository.

@@ -123,20 +123,21 @@ def _open_pair(
 
 
 def _side(reference: ModelReference, checkpoint: Checkpoint) -> Side:
-    """One of the two, with its adapter if there is one."""
-    adapter = reference.adapter
-    if adapter is None:
-        return Side(reference, checkpoint, None, checkpoint.notes)
-    changed, kind = put_adapter(checkpoint, adapter)
-    commit = f", commit {adapter.revision}" if adapter.revision else ""
-    notes = [*changed.notes, *other_base(adapter, checkpoint.source)]
-    return Side(reference, changed, f"{adapter.name} ({kind}{commit})", notes)
+    """One of the two, with its adapters if there are any."""
+    names, notes = [], list[str]()
+    changed = checkpoint
+    for adapter in reference.adapters:
+        changed, kind = put_adapter(changed, adapter)
+        commit = f", commit {adapter.revision}" if adapter.revision else ""
+        names.append(f"{adapter.name} ({kind}{commit})")
+        notes += other_base(adapter, checkpoint.source)
+    return Side(reference, changed, " + ".join(names) or None, [*changed.notes, *notes])
 
 
 def _tokenizers(side: Side) -> list[Source]:
     """Where its tokenizer may be: beside an adapter, or beside the weights."""
-    adapter = side.reference.adapter
-    return [*([] if adapter is None else [adapter]), side.checkpoint.source]
+    adapters = side.reference.adapters
+    return [*reversed(adapters), side.checkpoint.source]
 
 
 def _measure(rows: Sequence[Row], options: WeightOptions, watcher: Observer) -> list[Measured]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lazarus.errors import UnsupportedModelError, WeightsError
 from lazarus.models.checkpoint import find_files, read_headers
+from lazarus.models.contents import look_for_weights, survey
 from lazarus.models.faults import translated
 from lazarus.models.opening import Opened
 from lazarus.tokens import listed
@@ -52,8 +53,10 @@ def open_store(opened: Opened, *, allow_pickle: bool) -> Store:
             f"{source.name}: its weights are quantised ({getattr(method, 'value', method)}): what is stored "
             "are codes, whose differences mean nothing. Compare an unquantised checkpoint, or a GGUF file."
         )
+    look_for_weights(source)
     with translated(source.name):
         files = find_files(opened.source, opened.config, opened.head, pickled=True)
+        contents = survey(source, files)
         if all(file.endswith(".safetensors") for file in files):
             stored = read_headers(files)
             views = {key: StoredView(tensor) for key, tensor in stored.items()}
@@ -61,6 +64,7 @@ def open_store(opened: Opened, *, allow_pickle: bool) -> Store:
                 {key: tensor.shape for key, tensor in stored.items()},
                 {key: view.dtype for key, view in views.items()},
                 stored,
+                contents.notes,
             )
         if not allow_pickle:
             raise WeightsError(
@@ -68,13 +72,13 @@ def open_store(opened: Opened, *, allow_pickle: bool) -> Store:
                 "when it is read. Allow torch's reader of plain tensors with --allow-pickle, or load the "
                 "model where you trust it and write it again with save_pretrained."
             )
-        return _read_pickles(files)
+        return _read_pickles(files, contents.notes)
 
 
-def _read_pickles(files: Sequence[str]) -> Store:
+def _read_pickles(files: Sequence[str], known: Sequence[str]) -> Store:
     """The tensors of .bin files, mapped into memory where the file allows; nothing else is unpickled."""
     tensors: dict[str, Tensor] = {}
-    notes = []
+    notes = list(known)
     for file in files:
         found = _read_pickle(file)
         if not isinstance(found, dict):
