@@ -41,9 +41,10 @@ def test_the_head_by_itself_gives_the_logits_of_the_whole_model(name: str) -> No
     model = build(name)
     wrapped = wrap_model(model, name)
     ids = torch.tensor([IDS[3]])
-    whole = run_with_head(Recorder(wrapped), ids, torch.ones_like(ids))
+    recorder, batch = Recorder(wrapped), (ids, torch.ones_like(ids))
+    whole = run_with_head(recorder, *batch)
     assert whole is not None
-    found, reads = head_alone(wrapped, whole), reads_blocks(wrapped, whole)
+    found, reads = head_alone(recorder, batch, whole).reads, reads_blocks(recorder, batch, whole)
     assert found is not None
     assert reads == (name not in WITHOUT_READOUT)
     expected, final, last_block = of_whole(model, IDS[3])

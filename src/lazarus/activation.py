@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, Unpack, runtime_checkable
 
 import torch
+from torch import nn
 
 from lazarus.assemble import RunFacts, assemble
+from lazarus.blame import MemoryFaults
 from lazarus.engine import (
+    NO_HEAD,
     ModelPair,
     PrefixPlan,
     Product,
@@ -26,7 +29,7 @@ from lazarus.engine import (
 from lazarus.errors import UnsupportedModelError, UsageError
 from lazarus.faces import ActivationDiff
 from lazarus.findings import read_differences
-from lazarus.loading import Model, Role, load_models, pick_device
+from lazarus.loading import Loaded, Model, Role, less_memory, load_models, pick_device
 from lazarus.measure import Plan, measure
 from lazarus.metrics import FEWEST_FOR_CKA
 from lazarus.models import find_tokenizer
@@ -43,6 +46,7 @@ from lazarus.options import (
 from lazarus.prompts import Prompt, PromptList, check_chats, make_prompts
 from lazarus.ranks import Rank, find_rank
 from lazarus.reading import Reading, read_prompts
+from lazarus.results import ActivationDiffRecord
 from lazarus.scope import find_scope
 from lazarus.shards import WorkFolder, fingerprint
 
@@ -109,6 +113,7 @@ def activation_diff(
         PairError: the two differ in tokenizer, depth or width.
         PromptDataError: a prompt does not fit the models or the position.
         NoDataError: not one pair of states is finite.
+        DeviceError: memory ran out, or the device lacks an operator.
     """
     chosen = make_options(**options)
     found = make_prompts(prompts, no_split=chosen.no_split)
@@ -120,10 +125,33 @@ def activation_diff(
     folder = _open_folder(chosen, rank)
     device = pick_device(chosen.device, rank)
     tokenizer = find_tokenizer(tokenizer, trust_remote_code=chosen.trust_remote_code)
-    loaded = load_models(base, finetuned, chosen, device, watcher.loading)
-    models = loaded.models
+    by_name = not any(isinstance(model, nn.Module) for model in (base, finetuned))
+    helps = less_memory(chosen.dtype, device, can_stream=by_name and chosen.memory != "stream")
+    with MemoryFaults(helps):
+        loaded = load_models(base, finetuned, chosen, device, watcher.loading)
+    smaller_batches = f"a --batch-tokens below {_batch_tokens(chosen, device)}"
+    with MemoryFaults([smaller_batches, *helps]):
+        given = _Given(chosen, found, template, tokenizer, folder, device)
+        return ActivationDiff(_compare(given, loaded, watcher))
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a run was given, beside the models."""
+
+    options: Options
+    prompts: PromptList
+    template: str | None
+    tokenizer: Any | None
+    folder: WorkFolder | None
+    device: torch.device
+
+
+def _compare(given: _Given, loaded: Loaded, watcher: Observer) -> ActivationDiffRecord:
+    """Compare two models that are loaded."""
+    chosen, found, device, models = given.options, given.prompts, given.device, loaded.models
     watcher.testing(found.prompts)
-    reading = read_prompts(models, tokenizer, found.prompts, template, chosen)
+    reading = read_prompts(models, given.tokenizer, found.prompts, given.template, chosen)
     pair = learn_pair(*models, reading.samples, reading.pad_ids, reading.align)
     check_shapes(pair, len(found.prompts), FEWEST_FOR_CKA, localize=chosen.localize)
     layers = _readout_layers(chosen, pair, reading)
@@ -132,14 +160,14 @@ def activation_diff(
     prefix = _share_prefix(facts, reading, pair)
     scope = find_scope(pair, reading)
     facts = replace(facts, notes=[*facts.notes, *prefix.notes, *scope.notes], outside=scope.outside)
-    plan = _plan(facts, reading, pair, folder)
+    plan = _plan(facts, reading, pair, given.folder)
     plan = replace(plan, n_prefix=prefix.n_tokens, outcomes=scope.outcomes)
     product = _begin(plan, facts, reading, pair)
     facts = replace(facts, matmul=product.path, notes=[*facts.notes, *product.notes])
     with product.used():
         measured = measure(pair, plan, watcher.running, watcher.advanced)
         readout = read_differences(pair, measured, layers, reading.tokenizers) if layers else None
-    return ActivationDiff(assemble(pair, facts, reading, measured, readout))
+    return assemble(pair, facts, reading, measured, readout)
 
 
 def _open_folder(options: Options, rank: Rank) -> WorkFolder | None:
@@ -238,11 +266,16 @@ def _readout_layers(options: Options, pair: ModelPair, reading: Reading) -> list
         strict=True,
     ):
         if conventions.head_reads is None:
+            why = conventions.why_no_head
+            why = f"{model.name} has {NO_HEAD}" if why == NO_HEAD else why
+            raise UnsupportedModelError(f"--readout {options.readout}: {why}. Leave --readout out.")
+        reads = head_reads_blocks(model, ids, pad_id)
+        if reads is None:
             raise UnsupportedModelError(
-                f"--readout {options.readout}: {model.name} has no next-token head that can be run by "
-                "itself. Leave --readout out."
+                f"--readout {options.readout}: the logits of {model.name} are not finite, so it is not known "
+                "whether its head reads a block's states. Leave --readout out."
             )
-        if not head_reads_blocks(model, ids, pad_id):
+        if not reads:
             raise UnsupportedModelError(
                 f"--readout {options.readout}: {model.name} makes more than a norm of what leaves its last "
                 "block, so a block's states cannot be read through its head. Leave --readout out."

@@ -13,7 +13,7 @@ import torch
 from lazarus import provenance
 from lazarus.engine import ModelPair, Site
 from lazarus.errors import NoDataError
-from lazarus.findings import Findings, limits, trace_tokens
+from lazarus.findings import Findings, break_notes, limits, trace_tokens
 from lazarus.measure import Measured
 from lazarus.metrics import SiteMeasures
 from lazarus.options import Options
@@ -61,7 +61,7 @@ def assemble(
     groups = [p.group for p in prompts]
     found = Findings(pair, measured, options.threshold, groups, options.seed, facts.outside)
     if pair.same_width and not any(measured.sites[layer].means.n_rows.any() for layer in found.layers):
-        raise NoDataError(_why_no_data(pair))
+        raise NoDataError(_why_no_data(break_notes(pair, measured, reading)))
     layers = [_layer(found, layer) for layer in found.layers]
     return ActivationDiffRecord(
         schema_version=SCHEMA_VERSION,
@@ -92,6 +92,7 @@ def assemble(
                     *pair.common_notes(),
                     *measured.notes,
                     *_exclusions(pair, measured.sites),
+                    *break_notes(pair, measured, reading),
                     *limits(found, layers),
                 ]
             )
@@ -136,32 +137,16 @@ def _exclusions(pair: ModelPair, sites: Mapping[Site, SiteMeasures]) -> list[str
                 f"{len(prompts)} of {sites['embedding'].means.n_rows.size} prompts: "
                 f"{listed([int(p) for p in prompts])}"
             )
-    if notes:
-        notes += _broken_weights(pair)
     return notes
 
 
-def _why_no_data(pair: ModelPair) -> str:
-    broken = "; ".join(_broken_weights(pair))
-    if broken:
-        return (
-            f"No layer has one pair of states that are finite and not zero. {broken}. Fetch or train that "
-            "model again."
-        )
+def _why_no_data(broken: Sequence[str]) -> str:
+    start = "No layer has one pair of states that are finite and not zero."
+    if not broken:
+        return f"{start} The states of one of the models are all zero: fetch or train it again."
     return (
-        "No layer has one pair of states that are finite and not zero, and yet all weights are finite: they "
-        f"overflow in {pair.base.run_dtype}. Run with --dtype float32."
+        f"{start} {'. '.join(broken)}. A model whose weights are broken has to be fetched or trained again."
     )
-
-
-def _broken_weights(pair: ModelPair) -> list[str]:
-    notes = []
-    for model in (pair.base, pair.finetuned):
-        held = ((n, p) for n, p in model.model.named_parameters() if not p.is_meta)
-        broken = [n for n, p in held if not p.isfinite().all()]
-        if broken:
-            notes.append(f"{model.name}: {len(broken)} weights hold NaN or infinity, first {broken[0]}")
-    return notes
 
 
 def _settings(pair: ModelPair, facts: RunFacts, measured: Measured) -> Settings:

@@ -97,6 +97,14 @@ def pick_device(name: str, rank: Rank) -> torch.device:
     return device
 
 
+def less_memory(dtype: str, device: torch.device, *, can_stream: bool) -> list[str]:
+    """Return what makes two models take less memory, as advice; `dtype` is the option's value."""
+    found = ["--memory stream"] if can_stream else []
+    if dtype == "float32" or (dtype == "auto" and device.type == "cpu"):
+        found.append("--dtype bfloat16")
+    return found if device.type == "cpu" else [*found, "--device cpu"]
+
+
 def _why_stream(pair: tuple[ModelReference, ModelReference], options: LoadOptions) -> str | None:
     """Why a pair is read block by block, as a note; None where both models fit, or cannot be read so."""
     free = free_bytes(options.device)

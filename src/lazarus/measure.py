@@ -28,6 +28,8 @@ from lazarus.metrics import (
     State,
     compare_logits,
     compare_rows,
+    count_by_prompt,
+    has_distribution,
     parts_of,
     within,
 )
@@ -76,6 +78,8 @@ class Measured:
     sites: Mapping[Site, SiteMeasures]
     output: PromptMeans
     noise: Sequence[Noise] = field(default_factory=list)
+    n_logits_not_finite: Int[np.ndarray, "2 prompts"] = field(default_factory=lambda: np.zeros((2, 0), int))
+    """the rows of logits of each prompt that are not finite, in base and in the fine-tuned model"""
     notes: Sequence[str] = ()
 
 
@@ -99,7 +103,7 @@ def measure(
         totals.take(_run(pair, plan, whole, advanced))
     else:
         notes += _measure_shared(totals, plan.folder, whole, advanced)
-    return Measured(totals.sites, totals.output, totals.noise, notes)
+    return Measured(totals.sites, totals.output, totals.noise, totals.n_logits_not_finite, notes)
 
 
 def _measure_shared(
@@ -167,6 +171,7 @@ class _Totals:
         site_plan = SitePlan(self.n_prompts, centered, kept, traced)
         self.sites: dict[Site, SiteMeasures] = {site: SiteMeasures(site_plan) for site in pair.sites}
         self.output = PromptMeans(OUTPUT_METRICS, self.n_prompts)
+        self.n_logits_not_finite = np.zeros((2, self.n_prompts), dtype=np.int64)
         self.noise: list[dict[Site, PromptMeans]] = []
 
     def take(self, pairs: Iterator[Tagged]) -> None:
@@ -184,6 +189,8 @@ class _Totals:
     def state(self) -> State:
         """What was seen."""
         found = within("output", self.output.state())
+        if self.n_logits_not_finite.any():
+            found |= within("not_finite", {"logits": self.n_logits_not_finite})
         for site, measures in self.sites.items():
             found |= within(f"sites/{site}", measures.state())
         for trial, noise in enumerate(self.noise):
@@ -196,6 +203,7 @@ class _Totals:
         parts = parts_of(state)
         named: dict[str, Site] = {str(site): site for site in (*self.pair.sites, "logits")}
         self.output.add(parts["output"])
+        self.n_logits_not_finite += parts.get("not_finite", {}).get("logits", 0)
         for site, measures in parts_of(parts["sites"]).items():
             self.sites[named[site]].add(measures)
         for trial, noise in parts_of(parts.get("noise", {})).items():
@@ -204,10 +212,14 @@ class _Totals:
 
     def _take_logits(self, found: StatePair) -> None:
         values = compare_logits(found.base, found.finetuned, self.plan.outcomes)
-        self.output.update(found.prompts, values)
-        for rows, prompts in self.repeats.copies(found.prompts):
-            at = rows.to(values.values.device)
+        device, not_finite = values.values.device, list[Tensor]()
+        if not values.valid.all():
+            not_finite = [~has_distribution(logits) for logits in (found.base, found.finetuned)]
+        everything = torch.arange(len(found.prompts)), found.prompts
+        for rows, prompts in (everything, *self.repeats.copies(found.prompts)):
+            at = rows.to(device)
             self.output.update(prompts, RowValues(values.values[at], values.valid[at]))
+            count_by_prompt(self.n_logits_not_finite, prompts, [side[rows] for side in not_finite])
 
     def _trial(self, trial: int, site: Site) -> PromptMeans:
         while len(self.noise) <= trial:

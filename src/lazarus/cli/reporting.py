@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from types import TracebackType
 
 import typer
 
+from lazarus.blame import MemoryFaults, raised_at, raised_in
 from lazarus.errors import LazarusError
 
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -27,7 +29,8 @@ def reported(debug: bool) -> Iterator[None]:
     else:
         warnings.simplefilter("ignore")
     try:
-        yield
+        with MemoryFaults(()):
+            yield
     except LazarusError as error:
         if debug:
             traceback.print_exc()
@@ -36,10 +39,12 @@ def reported(debug: bool) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _DISK_FAULTS:
             raise
-        typer.echo(
-            f"Error: standard output cannot be written: {error.strerror}. Make room, or send it elsewhere.",
-            err=True,
-        )
+        what = error.filename or "a file"
+        if raised_in(error) == "typer":
+            what, advice = "standard output", "Make room, or send it elsewhere."
+        else:
+            advice = "Make room on its disk, and run again."
+        typer.echo(f"Error: {what} cannot be written: {error.strerror}. {advice}", err=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         typer.echo("Interrupted.", err=True)
@@ -47,9 +52,23 @@ def reported(debug: bool) -> Iterator[None]:
 
 
 def unexpected(kind: type[BaseException], error: BaseException, _traceback: TracebackType | None) -> None:
-    """Tell of an error that nobody foresaw, in a line; takes the place of `sys.excepthook`."""
+    """Tell of an error that nobody foresaw, in a line; takes the place of `sys.excepthook`.
+
+    The trace goes into a file, so that a run of hours need not be repeated for it.
+    """
     text = " ".join(str(error).split())
+    theirs = raised_in(error) not in ("lazarus", "")
+    whose = "Lazarus did not foresee it" if theirs else "This is a fault of lazarus"
     sys.stderr.write(
-        f"Error: unexpected {kind.__name__}: {text}. This is a fault of lazarus: run again with --debug "
-        "and report what it prints.\n"
+        f"Error: unexpected {kind.__name__}: {text} ({raised_at(error)}). {whose}: {_keep_trace(error)}.\n"
     )
+
+
+def _keep_trace(error: BaseException) -> str:
+    """Write the trace of an error to a file, and return what to do about it."""
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="lazarus-", suffix=".txt", delete=False) as file:
+            file.write("".join(traceback.format_exception(error)))
+    except OSError:
+        return "run again with --debug and report what it prints"
+    return f"report it with its trace, which is in {file.name}"

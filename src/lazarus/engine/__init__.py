@@ -2,6 +2,7 @@
 
 positions.py   which rows of a batch are compared
 recorder.py    the states at every site of one model's forward pass
+finite.py      where a model's states stop being finite, and why
 head.py        a model's own head on a few rows
 local.py       the fine-tuned model's blocks on base's states: what each block itself changes
 probe.py       one short pass that learns how a model's blocks behave, and checks it
@@ -21,7 +22,8 @@ noise.py       base against base, with what ought not to matter changed
 """
 
 from lazarus.engine.coverage import Coverage, find_coverage
-from lazarus.engine.head import Head
+from lazarus.engine.finite import Break, find_break
+from lazarus.engine.head import NO_HEAD, Head
 from lazarus.engine.noise import NoisePlan, one_ulp_away, pick_sample, run_noise
 from lazarus.engine.pair import ModelPair, check_shapes, learn_pair
 from lazarus.engine.positions import Position, check_positions, compared_tokens
@@ -34,6 +36,8 @@ from lazarus.engine.run import run
 from lazarus.engine.work import Tagged, Work
 
 __all__ = [
+    "NO_HEAD",
+    "Break",
     "Conventions",
     "Coverage",
     "Head",
@@ -53,6 +57,7 @@ __all__ = [
     "common_prefix",
     "compared_tokens",
     "confirm_product",
+    "find_break",
     "find_coverage",
     "head_reads_blocks",
     "learn",

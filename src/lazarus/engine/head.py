@@ -16,7 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from lazarus.engine.recorder import FORWARD_FAULTS, Recorder, Recording, accepted, first_tensor
+from lazarus.engine.recorder import Recorder, Recording, accepted, calling, first_tensor
+from lazarus.engine.replay import Returned
+from lazarus.errors import UnsupportedModelError
 from lazarus.models import LoadedModel
 
 MOST_LOGITS = 2**24
@@ -27,6 +29,7 @@ class Head:
     """The head of one model, on rows [rows, hidden] of one sequence."""
 
     def __init__(self, model: LoadedModel, output_class: type[ModelOutput]) -> None:
+        self._loaded = model
         self.model = model.model
         self.stack = model.anatomy.stack
         self.last_block = model.anatomy.blocks[-1]
@@ -35,7 +38,8 @@ class Head:
 
     def logits(self, states: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocabulary"]:
         """Next-token logits from states after the final norm."""
-        given = self._output_class(last_hidden_state=states[None])
+        with calling(self._loaded, (1, len(states))):
+            given = self._output_class(last_hidden_state=states[None])
         with _returning(self.stack, given):
             return self._run(len(states), states.device)
 
@@ -48,21 +52,20 @@ class Head:
 
         Each place along `time_axis` is a row: all that comes after the last block treats it by itself.
         """
-
-        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-            given = states.to(first_tensor(output))
-            return given if isinstance(output, Tensor) else type(output)((given, *output[1:]))
-
-        handle = self.last_block.register_forward_hook(hook)
-        try:
+        with _block_returning(self.last_block, states):
             return self._run(states.shape[time_axis], states.device)
-        finally:
-            handle.remove()
 
     def _run(self, n_rows: int, device: torch.device) -> Tensor:
+        """Run the model on so many tokens of any kind.
+
+        Raises:
+            DeviceError: the device lacks an operator.
+            UnsupportedModelError: the head wants more than states.
+        """
         ids = torch.zeros(1, n_rows, dtype=torch.long, device=device)
-        with torch.no_grad():
-            logits: Tensor = self.model(input_ids=ids, **accepted(self.model)).logits
+        with torch.no_grad(), calling(self._loaded, ids.shape):
+            output = self.model(input_ids=ids, **accepted(self.model))
+        logits: Tensor = output.logits
         return logits[0]
 
 
@@ -83,61 +86,149 @@ class WholePass:
 def run_with_head(
     recorder: Recorder, input_ids: Int[Tensor, "batch time"], mask: Int[Tensor, "batch time"]
 ) -> WholePass | None:
-    """Run a model with its head; None where it has none, or one that wants more than token ids."""
+    """Run a model with its head; None where it has none, or one that wants more than token ids.
+
+    Raises:
+        DeviceError: the device lacks an operator.
+    """
     model = recorder.model.model
     if recorder.stack is model or model.get_output_embeddings() is None or model.config.is_encoder_decoder:
         return None
 
     def at_stack(_module: nn.Module, _args: Any, output: Any) -> None:
         whole.stack_output = output
-        whole.recording.final = output.last_hidden_state
+        whole.recording.final = getattr(output, "last_hidden_state", None)
 
     handle = recorder.stack.register_forward_hook(at_stack)
     try:
         with torch.no_grad(), recorder.attached(torch.Tensor.detach) as recording:
             whole = WholePass(recording)
             arguments = accepted(model, attention_mask=mask.to(recorder.device))
-            whole.logits = model(input_ids=input_ids.to(recorder.device), **arguments).logits
-    except FORWARD_FAULTS:
+            with calling(recorder.model, input_ids.shape):
+                output = model(input_ids=input_ids.to(recorder.device), **arguments)
+    except UnsupportedModelError:
         return None
     finally:
         handle.remove()
-    return whole
+    whole.logits = getattr(output, "logits", None)
+    return None if whole.recording.final is None or whole.logits is None else whole
 
 
-def head_alone(model: LoadedModel, whole: WholePass) -> type[ModelOutput] | None:
-    """What the stack returns to the head; None if the head cannot be run by itself.
+NO_HEAD = "no next-token head that can be run by itself"
 
-    By itself it must give the logits of the whole model, from the states after the final norm.
+
+@dataclass(frozen=True)
+class HeadCheck:
+    """Whether a head can be run by itself: what the stack hands to it, or why it cannot be run so."""
+
+    reads: type[ModelOutput] | None
+    why_not: str = NO_HEAD
+
+
+def head_alone(recorder: Recorder, batch: tuple[Tensor, Tensor], whole: WholePass) -> HeadCheck:
+    """Check that the head by itself gives the logits of the whole model, from states after the final norm.
+
+    Where not one logit of the whole model is finite, that says nothing of the head: it is checked on random
+    states, which take the place of the model's own.
     """
+    head = Head(recorder.model, whole.head_reads)
+    try:
+        same = _same_alone(head, whole)
+        if same is None:
+            states = _random(whole.stack_output.last_hidden_state)
+            with _stack_replaced(recorder.stack, states):
+                replaced = run_with_head(recorder, *batch)
+            same = None if replaced is None else _same_alone(head, replaced)
+    except UnsupportedModelError:
+        same = False  # a head that wants more than states: no output is measured
+    if same is None:
+        name = recorder.model.name
+        return HeadCheck(None, f"the logits of {name} are not finite, so its head could not be checked")
+    return HeadCheck(whole.head_reads if same else None)
+
+
+def reads_blocks(recorder: Recorder, batch: tuple[Tensor, Tensor], whole: WholePass) -> bool | None:
+    """Check that the head gives the whole model's logits from what leaves the last block, through the norm.
+
+    None where that cannot be seen, because no logit is finite, on random states neither.
+    """
+    head = Head(recorder.model, whole.head_reads)
+    try:
+        same = _same_from_block(head, whole, whole.recording.blocks[-1])
+        if same is None:
+            states = _random(whole.recording.blocks[-1])
+            with _block_returning(head.last_block, states):
+                replaced = run_with_head(recorder, *batch)
+            same = None if replaced is None else _same_from_block(head, replaced, states)
+    except UnsupportedModelError:
+        return False  # what comes after the blocks wants other states
+    return same
+
+
+def _same_alone(head: Head, whole: WholePass) -> bool | None:
     assert whole.logits is not None
     states = whole.stack_output.last_hidden_state
-    try:
-        logits = Head(model, whole.head_reads).logits(states.reshape(-1, states.shape[-1]))
-    except FORWARD_FAULTS:
-        return None  # a head that wants more than states: no output is measured
-    return whole.head_reads if _alike(logits.reshape(whole.logits.shape), whole.logits) else None
+    logits = head.logits(states.reshape(-1, states.shape[-1]))
+    return _alike(logits.reshape(whole.logits.shape), whole.logits)
 
 
-def reads_blocks(model: LoadedModel, whole: WholePass) -> bool:
-    """Whether the head gives the whole model's logits from what leaves the last block, through the norm."""
+def _same_from_block(head: Head, whole: WholePass, states: Tensor) -> bool | None:
     assert whole.logits is not None
-    try:
-        read = Head(model, whole.head_reads).read(whole.recording.blocks[-1][0])
-    except FORWARD_FAULTS:
+    if states[0].dim() != 2:
         return False  # streams of other axes than rows and features
+    read = head.read(states[0])
     return read.shape == whole.logits[0].shape and _alike(read, whole.logits[0])
 
 
-def _alike(logits: Tensor, expected: Tensor) -> bool:
+def _random(like: Tensor) -> Tensor:
+    """Random states of the usual size, the same ones each time."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(like.shape, generator=generator).to(like)
+
+
+def _alike(logits: Tensor, expected: Tensor) -> bool | None:
     return alike(logits, expected, torch.finfo(expected.dtype).eps)
 
 
-def alike(logits: Tensor, expected: Tensor, eps: float) -> bool:
-    """Equal but for rounding to `eps`, on the scale of the largest: some heads give tiny logits."""
-    limit = max(1e-3, 8 * eps)
-    largest = expected[expected.isfinite()].abs().amax().item() if expected.isfinite().any() else 0.0
-    return torch.allclose(logits, expected, rtol=limit, atol=limit * largest, equal_nan=True)
+def alike(logits: Tensor, expected: Tensor, eps: float) -> bool | None:
+    """Whether logits are equal but for rounding to `eps`, on the scale of the largest: some are tiny.
+
+    Those that ought not to be finite say nothing; None where not one says anything.
+    """
+    told = expected.isfinite()
+    if not told.any():
+        return None
+    limit, found, wanted = max(1e-3, 8 * eps), logits[told], expected[told]
+    return torch.allclose(found, wanted, rtol=limit, atol=limit * wanted.abs().amax().item())
+
+
+@contextmanager
+def _block_returning(block: nn.Module, states: Tensor) -> Iterator[None]:
+    """The block returns these hidden states, beside whatever else it returns, while the context lasts."""
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return Returned.of(output).whole(states.to(first_tensor(output)))
+
+    handle = block.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _stack_replaced(stack: nn.Module, states: Tensor) -> Iterator[None]:
+    """The stack returns these states after its final norm while the context lasts."""
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        output.last_hidden_state = states
+        return output
+
+    handle = stack.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

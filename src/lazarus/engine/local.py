@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from copy import copy
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from lazarus.blame import Translated
 from lazarus.engine.pair import ModelPair
-from lazarus.engine.recorder import FORWARD_FAULTS, first_tensor, one_line
+from lazarus.engine.recorder import first_tensor, one_line
 from lazarus.errors import UnsupportedModelError
 
 
@@ -29,18 +31,21 @@ def beside(
     """
     base, finetuned = pair.base, pair.finetuned
 
+    def tell(where: str, error: Exception) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"{where} does not run on the states of {base.name}: {one_line(error)}. Leave --localize out for "
+            "this pair."
+        )
+
     def hook_for(index: int, block: nn.Module) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if block is module or pair.same_blocks[index]:
                 taken.append(take(first_tensor(output)))
                 return
-            try:
-                returned = block(*map(_copied, args), **{k: _copied(v) for k, v in kwargs.items()})
-            except FORWARD_FAULTS as error:
-                raise UnsupportedModelError(
-                    f"--localize: block {index} of {finetuned.name} does not run on the states of "
-                    f"{base.name}: {one_line(error)}. Leave --localize out for this pair."
-                ) from error
+            where = f"--localize: block {index} of {finetuned.name}"
+            copies = [_copied(a) for a in args], {name: _copied(value) for name, value in kwargs.items()}
+            with Translated(where, partial(tell, where)):
+                returned = block(*copies[0], **copies[1])
             taken.append(take(first_tensor(returned)))
 
         return hook

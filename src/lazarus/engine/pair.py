@@ -83,7 +83,13 @@ class ModelPair:
         padding = self.padding(longest)
         if padding != "right":
             how = "one at a time" if padding == "one_by_one" else "with others of their length"
-            notes.append(f"padding changes the states of this architecture, so prompts ran {how}")
+            known = (self.base_conventions, self.finetuned_conventions)
+            why = (
+                "padding changes the states of this architecture"
+                if all(each.padding_is_known for each in known)
+                else "too few states were finite to see whether padding changes them"
+            )
+            notes.append(f"{why}, so prompts ran {how}")
         if self.base.pager is not None and not self.streams:
             notes.append(
                 "a pass of this architecture cannot go on after a block that ran before, so prompts ran "

@@ -117,9 +117,9 @@ def _difference(
 ) -> str | None:
     """What is not the same when these prompts go on from the prefix's cache; None if nothing is."""
     whole = make_batches(checked, plan.batch_tokens, "right", plan.pad_id)
+    expected = _states(pair, BatchPair.same(whole), plan.position)
     try:
-        expected = _states(pair, BatchPair.same(whole), plan.position)
-        found = _states(pair, BatchPair.same([batch.after(n_tokens) for batch in whole]), plan.position)
+        found = _going_on(pair, BatchPair.same([batch.after(n_tokens) for batch in whole]), plan.position)
         for one, other in zip(expected, found, strict=True):
             if not one.isfinite().all() or not other.isfinite().all():
                 return "states are not finite, so it cannot be seen whether a cache of them changes any"
@@ -127,9 +127,23 @@ def _difference(
             worst = relative_l2(one[unlike], other[unlike]).max().item() if unlike.any() else 0.0
             if worst > _limit(one.dtype):
                 return f"states that went on from a cache of them differed by {worst:.2g} of their norm"
-    except (DeviceError, UnsupportedModelError):
-        return "this architecture does not go on from a cache of keys and values"
+    except _NoCacheError as error:
+        return str(error)
     return None
+
+
+class _NoCacheError(Exception):
+    """A model does not go on from a cache; the message is a clause on why."""
+
+
+def _going_on(pair: ModelPair, batches: Sequence[BatchPair], position: Position) -> Iterator[Tensor]:
+    """The same rows, of passes that go on from a cache. That they fail is no fault of whole passes."""
+    try:
+        yield from _states(pair, batches, position)
+    except UnsupportedModelError as error:
+        raise _NoCacheError("this architecture does not go on from a cache of keys and values") from error
+    except DeviceError as error:
+        raise _NoCacheError(f"going on from a cache of them failed: {str(error).rstrip('.')}") from error
 
 
 def _states(pair: ModelPair, batches: Sequence[BatchPair], position: Position) -> Iterator[Tensor]:

@@ -7,7 +7,7 @@ properties of the model in hand, and twenty tokens are enough to see them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,16 +17,26 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from lazarus.batches import Padding
-from lazarus.engine.head import head_alone, reads_blocks, run_with_head
+from lazarus.engine.finite import find_break
+from lazarus.engine.head import (
+    NO_HEAD,
+    HeadCheck,
+    WholePass,
+    head_alone,
+    reads_blocks,
+    run_with_head,
+)
 from lazarus.engine.recorder import Recorder, Recording, Take, first_tensor
 from lazarus.engine.replay import Call, can_replay, recording, stopping_after
-from lazarus.errors import BlocksNotFoundError
+from lazarus.errors import BlocksNotFoundError, NoDataError
 from lazarus.metrics import to_float64
 from lazarus.models import LoadedModel
 
 LENGTH = 7
 SHORT = 4
 ROWS = 3
+TEXTS = 4
+"""How many runs of seven of the prompts' tokens are tried at most, where no state is finite."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,10 @@ class Conventions:
     has_final_norm: bool
     head_reads: type[ModelOutput] | None
     """what the stack hands to a causal model's head; None where the head cannot be run by itself"""
+    why_no_head: str = NO_HEAD
+    """why it cannot be"""
+    padding_is_known: bool = True
+    """False where too few states were finite to see what padding does"""
     notes: tuple[str, ...] = ()
 
     def rows(self, states: Tensor) -> Float[Tensor, "batch time hidden"]:
@@ -54,38 +68,89 @@ def learn(model: LoadedModel, ids: Sequence[int], pad_id: int) -> Conventions:
     """Run a few tokens of a real prompt and see.
 
     Three rows of seven tokens: a text, the same with another last token, and its last four, padded.
-    Then those four alone.
+    Then those four alone. States that are not finite say nothing: where all are such, other tokens are run.
 
     Raises:
         BlocksNotFoundError: a block does not run, or its states have no place for each token.
+        NoDataError: not one state is finite, on any of these texts.
         UnsupportedModelError: the model's forward pass fails on token ids alone.
     """
     recorder = Recorder(model)
-    input_ids, mask = _probe_batch(ids, pad_id)
-    whole = run_with_head(recorder, input_ids, mask)
-    is_plain = whole is not None and model.anatomy.stack is model.model.base_model
-    seen = whole.recording if whole is not None and is_plain else _whole(recorder, input_ids, mask)
-    _check_calls(model, seen)
-    axes = _find_axes(model, seen)
-    blocks = [_arranged(states, axes) for states in seen.blocks]
-    assert seen.final is not None
-    causal = all(_alike(b[0, :-1], b[1, :-1], _same_pass_limit(b)) for b in blocks)
+    for text in _texts(model, ids):
+        probe = _run_probe(recorder, _probe_batch(text, pad_id))
+        if probe.causal is not None:
+            break
+    else:
+        broken = find_break(model, ids[:LENGTH], probe.axes[1])
+        raise NoDataError(
+            f"{model.name}: not one of its hidden states is finite, so there is nothing to compare. "
+            f"{broken.told(model) if broken else ''}".strip()
+        )
+    padding = _find_padding(recorder, probe)
+    head = HeadCheck(None)
+    if probe.causal and probe.whole is not None:
+        head = head_alone(recorder, probe.batch, probe.whole)
+    assert probe.seen.final is not None
     return Conventions(
-        n_layers=len(blocks),
-        width=blocks[0].shape[-1],
-        axes=axes,
-        causal=causal,
-        padding=_find_padding(recorder, input_ids, mask, axes, blocks),
-        has_final_norm=not torch.equal(blocks[-1], seen.final),
-        head_reads=head_alone(model, whole) if causal and whole is not None else None,
-        notes=_notes(model, seen, blocks),
+        n_layers=len(probe.blocks),
+        width=probe.blocks[0].shape[-1],
+        axes=probe.axes,
+        causal=probe.causal,
+        padding=padding or "one_by_one",
+        has_final_norm=_has_final_norm(probe.blocks[-1], probe.seen.final),
+        head_reads=head.reads,
+        why_no_head=head.why_not,
+        padding_is_known=padding is not None,
+        notes=_notes(model, probe.seen),
     )
 
 
-def head_reads_blocks(model: LoadedModel, ids: Sequence[int], pad_id: int) -> bool:
-    """Whether the head of this causal model can be run on what leaves a block, through the final norm."""
-    whole = run_with_head(Recorder(model), *_probe_batch(ids, pad_id))
-    return whole is not None and reads_blocks(model, whole)
+@dataclass(frozen=True)
+class _Probe:
+    """What one short text showed."""
+
+    batch: tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]
+    """its token ids and their mask"""
+    whole: WholePass | None
+    """the pass with the head, where there is one"""
+    seen: Recording
+    axes: tuple[int, int]
+    blocks: list[Tensor]
+    """the states after each block, batch and time in front"""
+    causal: bool | None
+    """None where no state was finite"""
+
+
+def _run_probe(recorder: Recorder, batch: tuple[Tensor, Tensor]) -> _Probe:
+    model = recorder.model
+    whole = run_with_head(recorder, *batch)
+    is_plain = whole is not None and model.anatomy.stack is model.model.base_model
+    seen = whole.recording if whole is not None and is_plain else _whole(recorder, *batch)
+    _check_calls(model, seen)
+    axes = _find_axes(model, seen)
+    blocks = [_arranged(states, axes) for states in seen.blocks]
+    told = [_alike(b[0, :-1], b[1, :-1], _same_pass_limit(b)) for b in blocks]
+    causal = None if set(told) == {None} else False not in told
+    return _Probe(batch, whole, seen, axes, blocks, causal)
+
+
+def _texts(model: LoadedModel, ids: Sequence[int]) -> Iterator[Sequence[int]]:
+    """The tokens given, the next few of them, and then some from all over the vocabulary."""
+    yield ids
+    yield from (ids[start:] for start in range(LENGTH, min(len(ids), TEXTS * LENGTH), LENGTH))
+    n_tokens = getattr(model.model.get_input_embeddings(), "num_embeddings", 0)
+    if n_tokens > LENGTH:
+        yield [n_tokens * (2 * i + 1) // (2 * LENGTH) for i in range(LENGTH)]
+
+
+def head_reads_blocks(model: LoadedModel, ids: Sequence[int], pad_id: int) -> bool | None:
+    """Whether the head of this causal model can be run on what leaves a block, through the final norm.
+
+    None where that is not known, because its logits are not finite.
+    """
+    recorder, batch = Recorder(model), _probe_batch(ids, pad_id)
+    whole = run_with_head(recorder, *batch)
+    return False if whole is None else reads_blocks(recorder, batch, whole)
 
 
 def passes_go_on(model: LoadedModel, ids: Sequence[int], pad_id: int, counts: Sequence[int]) -> bool:
@@ -149,11 +214,26 @@ def _arranged(states: Tensor, axes: tuple[int, int]) -> Tensor:
     return states.movedim(axes, (0, 1)).flatten(2)
 
 
-def _alike(one: Tensor, other: Tensor, limit: float) -> bool:
-    """Whether no row differs by more than `limit` of its norm; rows that are not finite tell nothing."""
+def _alike(one: Tensor, other: Tensor, limit: float) -> bool | None:
+    """Whether no row differs by more than `limit` of its norm; None where no row is finite in both."""
     a, b = to_float64(one), to_float64(other)
-    difference = (a - b).norm(dim=-1) / b.norm(dim=-1)
-    return bool((difference.nan_to_num(nan=0.0, posinf=0.0) <= limit).all())
+    told = _finite(a) & _finite(b)
+    if not told.any():
+        return None
+    return bool(((a - b).norm(dim=-1) <= limit * b.norm(dim=-1))[told].all())
+
+
+def _finite(states: Tensor) -> Tensor:
+    """Which rows are finite."""
+    return states.isfinite().all(-1)
+
+
+def _has_final_norm(last: Tensor, final: Tensor) -> bool:
+    """Whether something is done to what leaves the last block; where none is finite, by where they are."""
+    if last.shape != final.shape or last.dtype != final.dtype:
+        return True
+    told = last.isfinite() & final.isfinite()
+    return not torch.equal(last[told], final[told]) if told.any() else last.data_ptr() != final.data_ptr()
 
 
 def _same_pass_limit(states: Tensor) -> float:
@@ -166,25 +246,34 @@ def _other_pass_limit(states: Tensor) -> float:
     return max(1e-3, 32 * torch.finfo(states.dtype).eps)
 
 
-def _find_padding(
-    recorder: Recorder,
-    input_ids: Tensor,
-    mask: Tensor,
-    axes: tuple[int, int],
-    blocks: list[Tensor],
-) -> Padding:
-    """Whether a prompt's states in a padded batch are those it has alone: after a block of each kind."""
+def _find_padding(recorder: Recorder, probe: _Probe) -> Padding | None:
+    """Whether a prompt's states in a padded batch are those it has alone: after a block of each kind.
+
+    None where that cannot be seen, because states are not finite.
+    """
+    input_ids, mask = probe.batch
     last = _last_of_new_kind(recorder.model.anatomy.blocks)
     alone = _beginning(recorder, input_ids[2:, :SHORT], mask[2:, :SHORT], last)
-    single = [_arranged(states, axes)[0] for states in alone]
-    limit = _other_pass_limit(blocks[0])
-    if all(_alike(b[2, :SHORT], s, limit) for b, s in zip(blocks, single, strict=False)):
+    single = [_arranged(states, probe.axes)[0] for states in alone]
+    limit = _other_pass_limit(probe.blocks[0])
+    right = _kept([b[2, :SHORT] for b in probe.blocks[: len(single)]], single, limit)
+    if right:
         return "right"
     pair = _beginning(recorder, input_ids[[0, 2], :SHORT], mask[[0, 2], :SHORT], last)
-    together = [_arranged(states, axes)[1] for states in pair]
-    if all(_alike(t, s, limit) for t, s in zip(together, single, strict=True)):
-        return "equal_lengths"
-    return "one_by_one"
+    together = _kept([_arranged(states, probe.axes)[1] for states in pair], single, limit)
+    if right is None and not together:
+        return None
+    return "equal_lengths" if together else "one_by_one"
+
+
+def _kept(batched: Sequence[Tensor], alone: Sequence[Tensor], limit: float) -> bool | None:
+    """Whether the states in a batch are those alone, at every block; None where some block says nothing.
+
+    A row that is finite alone and not in the batch is another.
+    """
+    told = [_alike(b, a, limit) for b, a in zip(batched, alone, strict=True)]
+    lost = any(bool((_finite(a) & ~_finite(b)).any()) for b, a in zip(batched, alone, strict=True))
+    return False if lost or False in told else None if None in told else True
 
 
 def _beginning(recorder: Recorder, input_ids: Tensor, mask: Tensor, last: nn.Module) -> list[Tensor]:
@@ -215,7 +304,7 @@ def _settings(module: nn.Module, index: int) -> tuple[type, dict[str, Any]]:
     return type(module), {**settings, "forward": vars(module).get("forward")}
 
 
-def _notes(model: LoadedModel, seen: Recording, blocks: list[Tensor]) -> tuple[str, ...]:
+def _notes(model: LoadedModel, seen: Recording) -> tuple[str, ...]:
     notes = []
     if seen.order != list(range(len(model.anatomy.blocks))):
         notes.append(

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lazarus.blame import Translated
 from lazarus.engine.past import Past
-from lazarus.errors import DeviceError, UnsupportedModelError
+from lazarus.errors import DeviceError, LazarusError, UnsupportedModelError
 from lazarus.models import LoadedModel
-
-FORWARD_FAULTS = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    AssertionError,
-)
 
 Site = int | Literal["embedding", "final_norm", "logits"]
 
@@ -87,7 +80,7 @@ class Recorder:
 
         def on_output(index: int) -> Callable[..., None]:
             def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                if not recording.blocks and args:
+                if not recording.blocks and args and isinstance(args[0], Tensor):
                     recording.embedding = take(args[0])
                 recording.blocks.append(take(first_tensor(output)))
                 recording.order.append(index)
@@ -118,35 +111,51 @@ class Recorder:
         It goes on from `past`, and keeps a cache; without one it runs without a cache.
 
         Raises:
-            DeviceError: out of memory, or an operator that the device lacks.
+            DeviceError: the device lacks an operator.
             UnsupportedModelError: the forward pass fails on token ids alone.
         """
         mask = attention_mask.to(self.device)
         given = {"attention_mask": mask} if past is None else past.arguments(mask)
         arguments = accepted(self.stack, **given)
-        with self._translated(input_ids), torch.no_grad(), self.attached(take.block, first) as recording:
-            output = self.stack(input_ids=input_ids.to(self.device), **arguments)
+        with torch.no_grad(), self.attached(take.block, first) as recording:
+            with calling(self.model, input_ids.shape):
+                output = self.stack(input_ids=input_ids.to(self.device), **arguments)
             last = getattr(output, "last_hidden_state", None)
             recording.final = take.final(first_tensor(output) if last is None else last)
             recording.cache = None if past is None else getattr(output, "cache", None)
         return recording
 
-    @contextmanager
-    def _translated(self, input_ids: Tensor) -> Iterator[None]:
-        where = f"{self.model.name}, on a batch of {tuple(input_ids.shape)} tokens"
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise DeviceError(
-                f"{where}: {self.device} is out of memory. Use a smaller --batch-tokens, or --dtype bfloat16."
-            ) from error
-        except NotImplementedError as error:
-            raise DeviceError(f"{where}: {one_line(error)}. Use --device cpu, or another --dtype.") from error
-        except FORWARD_FAULTS as error:
-            raise UnsupportedModelError(
-                f"{where}: {type(self.model.model).__name__} does not run on token ids alone: "
-                f"{one_line(error)}. Lazarus compares models of text."
-            ) from error
+
+_NO_OPERATOR = ("not implemented for '", "Could not run 'aten::", "not currently implemented for the")
+"""What torch says of an operator that a device lacks, or lacks for a dtype."""
+
+
+def calling(model: LoadedModel, shape: Sequence[int]) -> Translated:
+    """A call of a model, or of a part of it, on a batch of token ids of this shape.
+
+    Raises:
+        DeviceError: the device lacks an operator.
+        UnsupportedModelError: the model's own code fails.
+    """
+    where = f"{model.name}, on a batch of {tuple(shape)} tokens"
+    return Translated(where, partial(_told, model, where))
+
+
+def _told(model: LoadedModel, where: str, error: Exception) -> LazarusError:
+    text = one_line(error) or type(error).__name__
+    if any(sign in text for sign in _NO_OPERATOR):
+        if model.device.type != "cpu":
+            return DeviceError(f"{where}: {text}. Use --device cpu, or another --dtype.")
+        return DeviceError(
+            f"{where}: {text}. The CPU has no such operator for this dtype: use another --dtype or --device "
+            "cuda; quantised weights keep their dtype, so use an unquantised checkpoint."
+        )
+    kind = type(model.model).__name__
+    if getattr(model.model, "main_input_name", "input_ids") != "input_ids":
+        advice = "Lazarus compares models of text."
+    else:
+        advice = f"The error ({type(error).__name__}) is in the model's own code: --debug shows where."
+    return UnsupportedModelError(f"{where}: {kind} does not run on token ids alone: {text}. {advice}")
 
 
 def one_line(error: BaseException) -> str:

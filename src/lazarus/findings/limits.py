@@ -8,6 +8,7 @@ from lazarus.findings.numbers import Findings
 from lazarus.metrics import MOST_KEPT
 from lazarus.results import LayerRecord
 from lazarus.statistics import MIN_PROMPTS
+from lazarus.tokens import listed
 
 FEW_PROMPTS = 30
 LITTLE_LOST = 0.05
@@ -23,6 +24,7 @@ def limits(found: Findings, layers: Sequence[LayerRecord]) -> list[str]:
         *_noise(found),
         *_rounding(found),
         *_output(found),
+        *_outputs_left_out(found),
         *_cka(found),
     ]
 
@@ -96,7 +98,27 @@ def _output(found: Findings) -> list[str]:
         ]
     if pair.align == "text" or not (pair.base_conventions.causal and pair.finetuned_conventions.causal):
         return []
-    return ["no next-token head that can be run by itself: the effect on the output was not measured"]
+    return [f"{_why_no_output(found)}: the effect on the output was not measured"]
+
+
+def _why_no_output(found: Findings) -> str:
+    pair = found.pair
+    sides = (pair.base, pair.base_conventions), (pair.finetuned, pair.finetuned_conventions)
+    counts = found.measured.n_logits_not_finite
+    broken = [model.name for (model, _), count in zip(sides, counts, strict=True) if count.any()]
+    if broken:
+        return f"the logits of {' and '.join(broken)} are not finite"
+    return next(known.why_no_head for _, known in sides if known.head_reads is None)
+
+
+def _outputs_left_out(found: Findings) -> list[str]:
+    left_out = found.measured.output.n_excluded.nonzero()[0].tolist()
+    if found.output is None or not left_out:
+        return []
+    return [
+        f"logits that are not finite were left out, in {len(left_out)} of {len(found.groups_of_prompts)} "
+        f"prompts: {listed(left_out)}"
+    ]
 
 
 def _cka(found: Findings) -> list[str]:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lazarus.engine import Conventions, Head
-from lazarus.engine.head import MOST_LOGITS, alike
+from lazarus.engine.head import MOST_LOGITS, NO_HEAD, alike, reads_blocks, run_with_head
 from lazarus.engine.recorder import Recorder, Recording, Take
 from lazarus.errors import UnsupportedModelError
 from lazarus.models import LoadedModel
@@ -48,17 +48,36 @@ def read_layers(
     blocks = torch.cat(seen.blocks, dim=time)
     for states in reversed(torch.split(blocks, _rows_at_once(model, own.shape[-1]), dim=time)):
         rows.insert(0, _plain(head.read_sequence(states, time)))
-        if not alike(rows[-1][-1:], own, torch.finfo(model.model.dtype).eps):
-            return _read_cut(model, head, time, ids, advanced)
+        if len(rows) == 1:
+            same = alike(rows[-1][-1:], own, torch.finfo(model.model.dtype).eps)
+            same = _reads_last_block(model, ids) if same is None else same
+            if not same:
+                return _read_cut(model, head, (time, ids), advanced, is_known=same is not None)
         advanced(states.shape[time])
     return LayerLogits(torch.cat(rows))
 
 
+def _reads_last_block(model: LoadedModel, ids: Sequence[int]) -> bool | None:
+    """Whether the end reads the last block alone, seen with random states in its place; None if not known."""
+    recorder, input_ids = Recorder(model), torch.tensor([list(ids)])
+    batch = (input_ids, torch.ones_like(input_ids))
+    whole = run_with_head(recorder, *batch)
+    return None if whole is None else reads_blocks(recorder, batch, whole)
+
+
 def _read_cut(
-    model: LoadedModel, head: Head, time: int, ids: Sequence[int], advanced: Callable[[int], None]
+    model: LoadedModel,
+    head: Head,
+    text: tuple[int, Sequence[int]],
+    advanced: Callable[[int], None],
+    *,
+    is_known: bool,
 ) -> LayerLogits:
-    """The logits of the model without the blocks after each one: as many passes as it has blocks."""
-    rows, blocks = [], model.anatomy.blocks
+    """The logits of the model without the blocks after each one: as many passes as it has blocks.
+
+    `text` is the axis of the tokens in a block's states, and their ids.
+    """
+    (time, ids), rows, blocks = text, list[Tensor](), model.anatomy.blocks
     for n_kept in range(1, len(blocks) + 1):
         with _cut(model, n_kept):
             seen = _last_states(model, time, ids)
@@ -70,7 +89,12 @@ def _read_cut(
             )
         rows.append(_own_logits(head, seen))
         advanced(1)
-    note = f"{model.name}: its end reads earlier blocks too, so each layer is the model cut after that block"
+    reason = (
+        "its end reads earlier blocks too"
+        if is_known
+        else "its own logits are not finite, so whether its end reads earlier blocks too could not be seen"
+    )
+    note = f"{model.name}: {reason}: each layer is the model cut after that block"
     return LayerLogits(torch.cat(rows), (note,))
 
 
@@ -100,10 +124,9 @@ def _why_no_logits(model: LoadedModel, conventions: Conventions) -> str:
         return f"{model.name}: {kind} is an encoder-decoder, whose encoder predicts no next token. {advice}"
     if not conventions.causal:
         return f"{model.name}: {kind} lets tokens see those after them: it predicts no next token. {advice}"
-    return (
-        f"{model.name}: {kind} has no next-token head that can be run by itself, and the logit lens reads "
-        f"through it. {advice}"
-    )
+    if conventions.why_no_head != NO_HEAD:
+        return f"{model.name}: {conventions.why_no_head}, and the logit lens reads through it."
+    return f"{model.name}: {kind} has {NO_HEAD}, and the logit lens reads through it. {advice}"
 
 
 def _last_states(model: LoadedModel, time: int, ids: Sequence[int]) -> Recording:

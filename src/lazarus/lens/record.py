@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lazarus import provenance
-from lazarus.engine import ModelPair
+from lazarus.engine import ModelPair, find_break
 from lazarus.errors import NoDataError, UsageError
 from lazarus.lens.distance import distance_notes, find_outcomes, lens_pair
 from lazarus.lens.lens import Lens
@@ -77,9 +77,9 @@ def _check(lens: Lens, options: CompareOptions) -> None:
             f"--top-k {options.top_k}: {name} has {n_tokens} tokens. Give a number of at most {n_tokens}."
         )
     if not any(lens.valid):
+        reason = _why_not_finite(lens) or f"{name} runs in {lens.model.run_dtype}: try --dtype float32"
         raise NoDataError(
-            f"{name}: the logits are finite at no layer, so there is nothing to read. If it runs in a narrow "
-            f"type (this is {lens.model.run_dtype}), try --dtype float32; else its weights are broken."
+            f"{name}: the logits are finite at no layer, so there is nothing to read. {reason}."
         )
 
 
@@ -160,4 +160,13 @@ def _lens_notes(lenses: Lenses) -> list[str]:
                 f"{lens.model.name}: logits that are not finite, so nothing is read, at layers "
                 f"{listed(broken)} ({len(broken)} of {len(lens.valid)})"
             )
+            reason = _why_not_finite(lens)
+            notes += [reason] if reason else []
     return notes
+
+
+def _why_not_finite(lens: Lens) -> str | None:
+    """Why the logits of some layers are not finite; None where the model's own states and logits are."""
+    known = lens.conventions
+    found = find_break(lens.model, lens.prompt.ids, known.axes[1], known.head_reads)
+    return None if found is None else found.told(lens.model, "the prompt")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, Unpack, runtime_checkable
 
+from lazarus.blame import MemoryFaults
 from lazarus.engine import Conventions, learn
 from lazarus.errors import PromptsError
 from lazarus.faces import Comparison
@@ -12,7 +13,7 @@ from lazarus.lens.lens import Lens
 from lazarus.lens.reading import read_layers
 from lazarus.lens.record import LensFacts, make_record
 from lazarus.lens.vocabulary import Vocabulary
-from lazarus.loading import Model, Role, load_models, pick_device
+from lazarus.loading import Model, Role, less_memory, load_models, pick_device
 from lazarus.models import LoadedModel, find_tokenizer, same_design
 from lazarus.options import CompareArguments, CompareOptions, make_compare_options, read_template
 from lazarus.prompts import Prompt, PromptList, check_chats, make_prompts
@@ -74,6 +75,7 @@ def compare(
         PairError: neither model brings a tokenizer.
         PromptDataError: the prompt does not fit the models.
         NoDataError: the logits of a model are finite at no layer.
+        DeviceError: memory ran out, or the device lacks an operator.
     """
     chosen = make_compare_options(**options)
     found, of_pair = _one_prompt(prompt, chosen), chosen.of_pair()
@@ -81,11 +83,15 @@ def compare(
     watcher = observer or _Silence()
     device = pick_device(chosen.device, Rank())
     tokenizer = find_tokenizer(tokenizer, trust_remote_code=of_pair.trust_remote_code)
-    loaded = load_models(model1, model2, of_pair, device, watcher.loading)
-    reading = read_prompts(loaded.models, tokenizer, found.prompts, template, of_pair)
-    lenses = _look(loaded.models, reading, watcher)
-    notes = [*found.notes, *loaded.notes, *loaded.models[0].notes, *loaded.models[1].notes, *reading.notes]
-    return Comparison(make_record(lenses, LensFacts(found.prompts[0].text, chosen, device, notes)))
+    helps = less_memory(chosen.dtype, device, can_stream=False)
+    with MemoryFaults(helps):
+        loaded = load_models(model1, model2, of_pair, device, watcher.loading)
+    with MemoryFaults([*helps, "a shorter prompt"]):
+        reading = read_prompts(loaded.models, tokenizer, found.prompts, template, of_pair)
+        lenses = _look(loaded.models, reading, watcher)
+        models = loaded.models
+        notes = [*found.notes, *loaded.notes, *models[0].notes, *models[1].notes, *reading.notes]
+        return Comparison(make_record(lenses, LensFacts(found.prompts[0].text, chosen, device, notes)))
 
 
 def _one_prompt(prompt: str | Mapping[str, Any] | Prompt | PromptList, options: CompareOptions) -> PromptList:

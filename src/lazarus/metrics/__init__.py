@@ -15,7 +15,7 @@ Everything here is float64: on the few rows that are compared, never on whole ac
 from lazarus.metrics.cka import FEWEST_FOR_CKA, MOST_KEPT, KeptRows, debiased_cka
 from lazarus.metrics.directions import Directions, normalized_divergence
 from lazarus.metrics.outcomes import Outcomes, match_outcomes
-from lazarus.metrics.output import OUTPUT_METRICS, compare_logits
+from lazarus.metrics.output import OUTPUT_METRICS, compare_logits, has_distribution
 from lazarus.metrics.site import SiteMeasures, SitePlan
 from lazarus.metrics.states import (
     LOCAL_METRICS,
@@ -27,6 +27,7 @@ from lazarus.metrics.states import (
     centered_divergence,
     compare_local,
     compare_rows,
+    count_by_prompt,
     divergence,
     mean_over_prompts,
     norm_ratio,
@@ -57,8 +58,10 @@ __all__ = [
     "compare_local",
     "compare_logits",
     "compare_rows",
+    "count_by_prompt",
     "debiased_cka",
     "divergence",
+    "has_distribution",
     "match_outcomes",
     "mean_over_prompts",
     "norm_ratio",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -47,6 +47,11 @@ def compare_logits(
         for b, f in zip(*(torch.split(x, n_rows) for x in (base, finetuned)), strict=True)
     ]
     return RowValues(torch.cat([p.values for p in parts]), torch.cat([p.valid for p in parts]))
+
+
+def has_distribution(logits: Float[Tensor, "rows tokens"]) -> Bool[Tensor, " rows"]:
+    """Return which rows of logits are a distribution: no NaN, no +∞, and not −∞ throughout."""
+    return torch.stack([row.double().logsumexp(-1).isfinite() for row in logits.cpu()])
 
 
 def _compare(

@@ -19,6 +19,7 @@ from lazarus.metrics.states import (
     State,
     compare_local,
     compare_rows,
+    count_by_prompt,
     parts_of,
     within,
 )
@@ -54,6 +55,8 @@ class SiteMeasures:
         """pairs that are left out of every mean, zero or not finite, and not the same in both models"""
         self.n_unmeasured = np.zeros(plan.n_prompts, dtype=np.int64)
         """of each prompt, the pairs of which one is not finite, or one alone is zero"""
+        self.n_not_finite = np.zeros((2, plan.n_prompts), dtype=np.int64)
+        """the states of each prompt that are not finite, in base and in the fine-tuned model"""
 
     def update(
         self,
@@ -65,10 +68,14 @@ class SiteMeasures:
         """Take in the two models' states, and what the fine-tuned block makes of base's."""
         self.kept.update(prompts, base, finetuned)
         if base.shape[1] != finetuned.shape[1]:
+            not_finite = [~states.isfinite().all(-1) for states in (base, finetuned)]
+            count_by_prompt(self.n_not_finite, prompts, not_finite)
             return
         rows = Rows.of(base, finetuned)
         self.n_unlike += rows.count_unlike()
         np.add.at(self.n_unmeasured, prompts.cpu().numpy()[rows.unmeasured().cpu().numpy()], 1)
+        if not rows.valid.all():
+            count_by_prompt(self.n_not_finite, prompts, rows.not_finite())
         values = compare_rows(rows, self.plan.centered)
         self.means.update(prompts, values)
         self.traces.update(prompts, values)
@@ -83,6 +90,7 @@ class SiteMeasures:
             setattr(merged, name, getattr(self, name).merge(getattr(other, name)))
         merged.n_unlike = self.n_unlike + other.n_unlike
         merged.n_unmeasured = self.n_unmeasured + other.n_unmeasured
+        merged.n_not_finite = self.n_not_finite + other.n_not_finite
         return merged
 
     def state(self) -> State:
@@ -90,6 +98,8 @@ class SiteMeasures:
         found = {"n_unlike": np.asarray(self.n_unlike)}
         if self.n_unmeasured.any():
             found["n_unmeasured"] = self.n_unmeasured
+        if self.n_not_finite.any():
+            found["n_not_finite"] = self.n_not_finite
         for name in _PARTS:
             found |= within(name, getattr(self, name).state())
         return found
@@ -98,6 +108,7 @@ class SiteMeasures:
         """Take in what others have seen, from their `state`."""
         self.n_unlike += state["n_unlike"].item()
         self.n_unmeasured += state.get("n_unmeasured", 0)
+        self.n_not_finite += state.get("n_not_finite", 0)
         parts = parts_of(state)
         for name in _PARTS:
             getattr(self, name).add(parts.get(name, {}))

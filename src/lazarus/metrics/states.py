@@ -147,6 +147,10 @@ class Rows:
         both_zero = (self.base_length == 0) & (self.finetuned_length == 0)
         return ~self.valid & ~both_zero
 
+    def not_finite(self) -> tuple[Bool[Tensor, " rows"], Bool[Tensor, " rows"]]:
+        """Return where base's state is not finite, and where the fine-tuned model's is not."""
+        return ~self.base_length.isfinite(), ~self.finetuned_length.isfinite()
+
     def only_valid(self) -> Rows:
         """The rows that are valid; these very ones where all are."""
         if bool(self.valid.all()):
@@ -177,6 +181,15 @@ def compare_local(rows: Rows) -> RowValues:
         (rows.base_unit - rows.finetuned_unit).square().sum(-1) / 2,
     ]
     return RowValues(torch.stack(columns, dim=-1), rows.valid)
+
+
+def count_by_prompt(
+    counts: NDArray[np.int64], prompts: Int[Tensor, " rows"], sides: Sequence[Bool[Tensor, " rows"]]
+) -> None:
+    """Add to `counts`, [sides, prompts], the rows of each prompt that are marked on each side."""
+    index = prompts.cpu().numpy()
+    for side, marked in enumerate(sides):
+        np.add.at(counts[side], index[marked.cpu().numpy()], 1)
 
 
 class PromptMeans:

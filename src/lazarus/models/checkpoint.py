@@ -36,6 +36,7 @@ from transformers.modeling_utils import LoadStateDictConfig, _get_dtype, _get_re
 from transformers.monkey_patching import patch_output_recorders
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
+from lazarus.models.faults import ConversionError
 from lazarus.models.reference import Source
 from lazarus.models.wrappers import Wrappers, find_wrappers
 
@@ -324,7 +325,7 @@ class Conversion:
         Returns transformers' report. Give all sources of a target, or none of them.
 
         Raises:
-            RuntimeError: they do not make what the model wants.
+            ConversionError: they do not make what the model wants.
         """
         strip = self.wrappers.strip
         return self._into(model, {strip(key): _Lazy(self.stored[key]) for key in keys}, self.device)
@@ -335,7 +336,7 @@ class Conversion:
         Returns transformers' report of what is missing, left over or of another shape.
 
         Raises:
-            RuntimeError: the tensors do not make what the model wants.
+            ConversionError: the tensors do not make what the model wants.
         """
         meta = torch.device("meta")
         empty = {
@@ -383,8 +384,7 @@ class Conversion:
         with _quietly():
             report, _ = convert_and_load_state_dict_in_model(model, dict(tensors), self._load_config(device))
         if report.conversion_errors:
-            target, text = next(iter(report.conversion_errors.items()))
-            raise RuntimeError(f"{target}: {text.strip().splitlines()[-1]}")
+            raise ConversionError.of(report.conversion_errors)
         return report
 
 

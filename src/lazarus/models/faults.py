@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 import struct
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+import traceback
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from json import JSONDecodeError
-from types import TracebackType
 
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -21,12 +22,23 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 
+from lazarus.blame import Translated, is_out_of_memory
 from lazarus.errors import (
     ModelError,
     ModelNotFoundError,
     UnsupportedModelError,
     WeightsError,
 )
+
+
+class ConversionError(RuntimeError):
+    """transformers could not make a parameter of what is stored for it."""
+
+    @classmethod
+    def of(cls, texts: Mapping[str, str]) -> ConversionError:
+        """The first of transformers' errors, by their parameters: each a traceback, and the reason."""
+        target, text = next(iter(texts.items()))
+        return cls(f"{target}: {'. '.join(text.strip().splitlines()[-2:])}")
 
 
 @dataclass(frozen=True)
@@ -114,24 +126,24 @@ _KNOWN = (
     ),
 )
 
-_LOADING_FAULTS = (
+_OF_FILES = (
+    ConversionError,
     OSError,
-    ValueError,
-    RuntimeError,
-    ImportError,
-    KeyError,
-    AttributeError,
-    TypeError,
-    AssertionError,
+    ModuleNotFoundError,
+    UnicodeDecodeError,
+    JSONDecodeError,
     SafetensorError,
     StrictDataclassError,
     pickle.UnpicklingError,
     struct.error,
 )
+"""What files, the network and packages raise, also where our own code opens them."""
 
 
-def translated(name: str) -> AbstractContextManager[None]:
-    """Turn what loading `name` raises into a ModelError that says what to do.
+def translated(name: str) -> Translated:
+    """Turn what other libraries raise while `name` is loaded into a ModelError that says what to do.
+
+    What our own code raises there passes, unless files, the network or a package are at fault.
 
     Raises:
         ModelNotFoundError: gated, unknown, offline, or an unknown revision.
@@ -139,28 +151,30 @@ def translated(name: str) -> AbstractContextManager[None]:
         UnsupportedModelError: custom code, or a package that the model needs.
         ModelError: whatever else transformers says about it.
     """
-    return _Translation(name)
+    return Translated(f"loading {name}", partial(_told, name), _OF_FILES)
 
 
-@dataclass(frozen=True)
-class _Translation:
-    name: str
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
-        # No except clause can name what tokenizers, written in Rust, raises: Exception itself.
-        if error is not None and (kind is Exception or isinstance(error, _LOADING_FAULTS)):
-            raise _told(self.name, error) from error
-
-
-def _told(name: str, error: BaseException) -> ModelError:
+def _told(name: str, error: Exception) -> ModelError:
+    if (found := _conversion_error(error)) is not None:
+        if is_out_of_memory(found):
+            found.add_note(f"loading {name}")
+            raise found from error
+        return _of_the_files(name, found)
     for fault in _causes(error):
         if told := _of_the_hub(name, fault):
             return told
     return _of_the_files(name, error)
+
+
+def _conversion_error(error: Exception) -> ConversionError | None:
+    """Return what transformers says in a report of its own, which the exception only names."""
+    if "during automatic conversion of the weights" not in str(error):
+        return None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        texts = getattr(frame.f_locals.get("loading_info"), "conversion_errors", None)
+        if texts:
+            return ConversionError.of(texts)
+    return None
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -198,6 +212,10 @@ def _of_the_hub(name: str, fault: BaseException) -> ModelError | None:
 
 def _of_the_files(name: str, error: BaseException) -> ModelError:
     text = one_line(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ModelError(
+            f"{name}: no room on the disk for it: {text}. Make room, or set HF_HOME to a larger disk."
+        )
     if isinstance(error, JSONDecodeError):  # it does not say which file
         text += f" of the one that begins with {error.doc[:30]!r}"
     if type(error) is Exception:

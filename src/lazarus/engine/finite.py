@@ -1,0 +1,248 @@
+"""Where a model's hidden states stop being finite, and why: its weights, its dtype, or its computation.
+
+One text runs alone until the first block whose output is not finite. That block runs again in a wider dtype,
+on what it received: where its output is finite then, the narrow dtype overflowed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from lazarus.blame import is_out_of_memory, is_own
+from lazarus.engine.head import MOST_LOGITS, Head
+from lazarus.engine.recorder import Recorder, Site, Take, calling, first_tensor
+from lazarus.engine.replay import Call, StoppedError, recording
+from lazarus.errors import DeviceError, UnsupportedModelError
+from lazarus.models import LoadedModel
+from lazarus.tokens import listed
+
+_WIDER = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Break:
+    """Where the states of one text stop being finite, and why."""
+
+    site: Site
+    tokens: tuple[int, ...]
+    """the places in the text where they are not finite"""
+    has_nan: bool
+    weights: tuple[str, ...] = ()
+    """the names of the tensors there that hold NaN or infinity"""
+    in_wider: Literal["finite", "not finite", "unknown"] = "unknown"
+    """what the same block makes of the same states in a wider dtype"""
+
+    def told(self, model: LoadedModel, text: str = "the text") -> str:
+        """Return a sentence on it without a full stop; `text` names what was run."""
+        what = "logits" if self.site == "logits" else "states"
+        start = {
+            "embedding": "from the embedding on",
+            "final_norm": "after the final norm",
+            "logits": f"though its states are, on {text}",
+        }.get(str(self.site), f"from layer {self.site} on")
+        dtype, name = model.run_dtype, model.name
+        if self.weights:
+            return _told_of_weights(model, self.weights)
+        overflows = self.in_wider == "finite" or (self.in_wider == "unknown" and not self.has_nan)
+        if overflows and dtype == "float16":
+            where = "" if self.site == "logits" else f" {start}"
+            return f"{name}: its {what} overflow float16{where}: {_remedy(model, 'bfloat16', 'float32')}"
+        if self.in_wider == "finite" and dtype == "bfloat16":
+            return f"{name}: its {what} are finite in float32 and not in bfloat16 {start}: " + _remedy(
+                model, "float32"
+            )
+        if self.in_wider == "finite":
+            return (
+                f"{name}: its {what} overflow {dtype} {start}, though all weights there are finite: no wider "
+                "dtype is at hand, so use another checkpoint"
+            )
+        if self.in_wider == "not finite":
+            kind = "NaN" if self.has_nan else "infinity"
+            return (
+                f"{name}: layer {self.site} makes {kind} of finite states, though all its weights are "
+                f"finite, at tokens {listed(self.tokens)} of {text}; it does so in a wider dtype too, so its "
+                "computation is at fault"
+            )
+        return (
+            f"{name}: its {what} are not finite {start}, and no weight was seen to hold NaN or infinity: if "
+            f"{dtype} is too narrow, float32 mends it ({_remedy(model, 'float32')})"
+        )
+
+
+def find_break(
+    model: LoadedModel, ids: Sequence[int], time_axis: int, head_reads: type[ModelOutput] | None = None
+) -> Break | None:
+    """Run a text until its states, or with `head_reads` its logits, are not finite; None where all are.
+
+    Raises:
+        DeviceError: the device lacks an operator.
+        UnsupportedModelError: the forward pass fails on token ids alone.
+    """
+    found: list[tuple[Break, Call | None]] = []
+    numbers = count()
+
+    def take(call: Call) -> None:
+        layer, entered, left = next(numbers), next(iter(call.args), None), first_tensor(call.output)
+        if layer == 0 and isinstance(entered, Tensor) and not _is_finite(entered):
+            found.append((_break("embedding", entered, time_axis), None))
+        elif not _is_finite(left):
+            found.append((_break(layer, left, time_axis), call))
+        if found:
+            raise StoppedError
+
+    input_ids = torch.tensor([list(ids)])
+    try:
+        with recording(model.anatomy.blocks, take):
+            seen = Recorder(model).run(
+                input_ids, torch.ones_like(input_ids), Take(lambda states: states[:0], torch.Tensor.detach)
+            )
+    except StoppedError:
+        broken, call = found[0]
+        return _explained(model, broken, call)
+    assert seen.final is not None
+    if not _is_finite(seen.final):
+        return _explained(model, _break("final_norm", seen.final, 1), None)
+    if head_reads is None:
+        return None
+    broken_logits = _break_of_logits(Head(model, head_reads), seen.final[0])
+    return None if broken_logits is None else _explained(model, broken_logits, None)
+
+
+def broken_weights(model: LoadedModel, modules: Iterable[nn.Module] | None = None) -> list[str]:
+    """Return the names of the tensors in memory that hold NaN or infinity, of all or of some modules."""
+    among = None if modules is None else {id(p) for m in modules for p in m.parameters()}
+    named = model.model.named_parameters()
+    return [name for name, p in named if (among is None or id(p) in among) and _holds_no_number(p)]
+
+
+def _told_of_weights(model: LoadedModel, names: Sequence[str]) -> str:
+    """Return what is wrong with weights that hold NaN or infinity, perhaps by their dtype alone."""
+    infinite = dict(model.model.named_parameters())
+    stored, run = model.stored_dtype, model.run_dtype
+    narrowed = run == "float16" and stored is not None and stored.lower() not in ("float16", "f16")
+    if narrowed and not any(bool(infinite[name].isnan().any()) for name in names if name in infinite):
+        return (
+            f"{model.name}: {len(names)} weights overflow float16, first {names[0]}, and are stored in "
+            f"{stored}: {_remedy(model, 'bfloat16', 'float32')}"
+        )
+    return f"{model.name}: {len(names)} weights hold NaN or infinity, first {names[0]}"
+
+
+def _remedy(model: LoadedModel, *dtypes: str) -> str:
+    if model.kind == "loaded":
+        return f"load it in {' or '.join(dtypes)}"
+    if getattr(model.model.config, "quantization_config", None) is not None:
+        return (
+            f"it is quantised and keeps its dtype, so use an unquantised checkpoint in {' or '.join(dtypes)}"
+        )
+    return "run with " + " or ".join(f"--dtype {dtype}" for dtype in dtypes)
+
+
+def _break(site: Site, states: Tensor, time_axis: int) -> Break:
+    others = [axis for axis in range(states.dim()) if axis != time_axis]
+    bad = ~states.isfinite()
+    tokens = bad.sum(dim=others).nonzero().flatten().tolist() if others else []
+    return Break(site, tuple(tokens), has_nan=bool(states.isnan().any()))
+
+
+def _break_of_logits(head: Head, rows: Tensor) -> Break | None:
+    n_rows = max(1, MOST_LOGITS // head.n_tokens)
+    for start in range(0, len(rows), n_rows):
+        logits = head.logits(rows[start : start + n_rows])
+        # −∞ is a token that cannot come.
+        bad = logits.isnan() | (logits == torch.inf)
+        if bad.any():
+            tokens = (bad.any(-1).nonzero().flatten() + start).tolist()
+            return Break("logits", tuple(tokens), has_nan=bool(logits.isnan().any()))
+    return None
+
+
+def _explained(model: LoadedModel, broken: Break, call: Call | None) -> Break:
+    """The break, with what is behind it."""
+    stack, blocks = model.anatomy.stack, model.anatomy.blocks
+    if call is None:
+        inside = {id(p) for block in blocks for p in block.parameters()}
+        own = stack if broken.site in ("embedding", "final_norm") else model.model
+        outside = [m for m in own.modules() if all(id(p) not in inside for p in m.parameters())]
+        weights = broken_weights(model) if broken_weights(model, outside) else []
+        return replace(broken, weights=tuple(weights))
+    with _in_memory(model, call.block):
+        if broken_weights(model, [call.block]):
+            return replace(broken, weights=tuple(broken_weights(model)))
+        return replace(broken, in_wider=_in_wider(model, call))
+
+
+@contextmanager
+def _in_memory(model: LoadedModel, block: nn.Module) -> Iterator[None]:
+    """Hold a block of a model that is read block by block."""
+    pager = model.pager
+    if pager is None:
+        yield
+        return
+    index = next(i for i, each in enumerate(model.anatomy.blocks) if each is block)
+    pager.load(index)
+    try:
+        yield
+    finally:
+        pager.free(index)
+
+
+def _in_wider(model: LoadedModel, call: Call) -> Literal["finite", "not finite", "unknown"]:
+    """What a block makes of the same arguments in a wider dtype, all by itself."""
+    dtype = first_tensor(call.output).dtype
+    wider, entered = _WIDER.get(dtype), next(iter(call.args), None)
+    is_plain = all(type(p) is nn.Parameter and p.is_floating_point() for p in call.block.parameters())
+    if wider is None or not is_plain or (isinstance(entered, Tensor) and not _is_finite(entered)):
+        return "unknown"
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(wider) if value.is_floating_point() else value
+        return type(value)(map(cast, value)) if type(value) in (tuple, list) else copy.copy(value)
+
+    try:
+        block = _alone(call.block).to(wider)
+        shape = first_tensor(call.output).shape
+        with torch.no_grad(), calling(model, shape):
+            output = block(*map(cast, call.args), **{k: cast(v) for k, v in call.kwargs.items()})
+    except (UnsupportedModelError, DeviceError):
+        return "unknown"  # a block that names its dtype somewhere
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            return "unknown"
+        raise
+    return "finite" if _is_finite(first_tensor(output)) else "not finite"
+
+
+def _alone(block: nn.Module) -> nn.Module:
+    """A copy without what this package has hooked to it; what others have is part of the model."""
+    copied = copy.deepcopy(block)
+    for module in copied.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [k for k, hook in hooks.items() if is_own(hook)]:
+                del hooks[key]
+    return copied
+
+
+def _is_finite(states: Tensor) -> bool:
+    return bool(states.isfinite().all())
+
+
+def _holds_no_number(weight: Tensor) -> bool:
+    """Whether NaN or infinity is among the elements, as far as they can be read."""
+    if weight.is_meta or type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
+        return False
+    return not _is_finite(weight.float() if weight.element_size() == 1 else weight)

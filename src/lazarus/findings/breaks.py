@@ -1,0 +1,42 @@
+"""Which of the two models has states or logits that are not finite, from where on, and why."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lazarus.engine import ModelPair, Site, find_break
+from lazarus.measure import Measured
+from lazarus.reading import Reading
+
+
+def break_notes(pair: ModelPair, measured: Measured, reading: Reading) -> list[str]:
+    """Return a sentence on each model that gave states or logits that are not finite.
+
+    The first prompt that shows it runs again through that model, alone.
+    """
+    counts: dict[Site, np.ndarray] = {site: measured.sites[site].n_not_finite for site in pair.sites}
+    counts["logits"] = measured.n_logits_not_finite
+    models = (
+        (pair.base, pair.base_conventions, reading.base),
+        (pair.finetuned, pair.finetuned_conventions, reading.finetuned),
+    )
+    notes = []
+    for side, (model, conventions, prompts) in enumerate(models):
+        first = next((site for site, found in counts.items() if found[side].any()), None)
+        if first is None:
+            continue
+        prompt = int(np.flatnonzero(counts[first][side])[0])
+        found = find_break(model, prompts[prompt].ids, conventions.axes[1], conventions.head_reads)
+        if found is not None:
+            notes.append(found.told(model, f"prompt {prompt}"))
+            continue
+        what = "logits are" if first == "logits" else f"states are, from {_place(first)} on,"
+        notes.append(
+            f"{model.name}: its {what} not finite in a batch, and are where prompt {prompt} runs alone: try "
+            "another --batch-tokens, or --dtype float32"
+        )
+    return notes
+
+
+def _place(site: Site) -> str:
+    return f"layer {site}" if isinstance(site, int) else str(site).replace("_", " ")
