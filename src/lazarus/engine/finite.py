@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 from lazarus.blame import is_out_of_memory, is_own
 from lazarus.engine.head import MOST_LOGITS, Head
 from lazarus.engine.recorder import Recorder, Site, Take, calling, first_tensor
-from lazarus.engine.replay import Call, StoppedError, recording
+from lazarus.engine.replay import StoppedError
 from lazarus.errors import DeviceError, UnsupportedModelError
 from lazarus.models import LoadedModel
 from lazarus.tokens import listed
@@ -30,6 +30,16 @@ _WIDER = {
     torch.bfloat16: torch.float32,
     torch.float32: torch.float64,
 }
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A block, what it was called on, and what it returned."""
+
+    block: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
 
 
 @dataclass(frozen=True)
@@ -91,21 +101,23 @@ def find_break(
         DeviceError: the device lacks an operator.
         UnsupportedModelError: the forward pass fails on token ids alone.
     """
-    found: list[tuple[Break, Call | None]] = []
+    found: list[tuple[Break, _Call | None]] = []
     numbers = count()
 
-    def take(call: Call) -> None:
-        layer, entered, left = next(numbers), next(iter(call.args), None), first_tensor(call.output)
+    def take(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        layer, entered, left = next(numbers), next(iter(args), None), first_tensor(output)
         if layer == 0 and isinstance(entered, Tensor) and not _is_finite(entered):
             found.append((_break("embedding", entered, time_axis), None))
         elif not _is_finite(left):
-            found.append((_break(layer, left, time_axis), call))
+            found.append((_break(layer, left, time_axis), _Call(block, args, kwargs, output)))
         if found:
             raise StoppedError
 
     input_ids = torch.tensor([list(ids)])
     try:
-        with recording(model.anatomy.blocks, take):
+        with ExitStack() as stack:
+            for block in dict.fromkeys(model.anatomy.blocks):
+                stack.callback(block.register_forward_hook(take, with_kwargs=True).remove)
             seen = Recorder(model).run(
                 input_ids, torch.ones_like(input_ids), Take(lambda states: states[:0], torch.Tensor.detach)
             )
@@ -170,7 +182,7 @@ def _break_of_logits(head: Head, rows: Tensor) -> Break | None:
     return None
 
 
-def _explained(model: LoadedModel, broken: Break, call: Call | None) -> Break:
+def _explained(model: LoadedModel, broken: Break, call: _Call | None) -> Break:
     """The break, with what is behind it."""
     stack, blocks = model.anatomy.stack, model.anatomy.blocks
     if call is None:
@@ -200,7 +212,7 @@ def _in_memory(model: LoadedModel, block: nn.Module) -> Iterator[None]:
         pager.free(index)
 
 
-def _in_wider(model: LoadedModel, call: Call) -> Literal["finite", "not finite", "unknown"]:
+def _in_wider(model: LoadedModel, call: _Call) -> Literal["finite", "not finite", "unknown"]:
     """What a block makes of the same arguments in a wider dtype, all by itself."""
     dtype = first_tensor(call.output).dtype
     wider, entered = _WIDER.get(dtype), next(iter(call.args), None)
