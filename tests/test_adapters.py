@@ -285,6 +285,7 @@ def test_an_adapter_on_a_changed_base_is_not_the_merge(tmp_path: Path, base_fold
 # Several adapters, and adapters of another class.
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # of the merges that are the oracle
 def test_adapters_one_on_the_other_are_their_merges_one_after_the_other(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", tiny_llama(), tiny_tokenizer())
     merged = tiny_llama()
@@ -300,6 +301,7 @@ def test_adapters_one_on_the_other_are_their_merges_one_after_the_other(tmp_path
     assert first.summary.verdict == "changed"
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("kind", ["SEQ_CLS", "FEATURE_EXTRACTION", "resized"])
 def test_an_adapter_of_another_class_runs_on_the_blocks(kind: str, tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", tiny_llama(), tiny_tokenizer())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -156,7 +157,9 @@ def _inject(
             each for each in config.modules_to_save if any(n.endswith(each) for n, _ in model.named_modules())
         ]
         config.modules_to_save = kept or None
-    wrapped = peft.PeftModel(model, config, adapter_name=name, autocast_adapter_dtype=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # one adapter is on another
+        wrapped = peft.PeftModel(model, config, adapter_name=name, autocast_adapter_dtype=False)
     for key, parameter in wrapped.named_parameters(remove_duplicate=False):  # tied ones have two names
         if key in moved:  # an embedding or a bias of the model itself, which the base shares
             parameter.data = parameter.data.clone()
