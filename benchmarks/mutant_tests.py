@@ -43,9 +43,9 @@ OPTIONS = [
     *("-q", "-s", "-p", "no:cacheprovider", "--hypothesis-seed=0", f"--rootdir={places.ROOT}"),
     *("-W", "ignore::pytest.PytestAssertRewriteWarning"),  # plug-ins that the forks have already
 ]
-PATIENCE = 6
+PATIENCE = 15
 """A test may take so many times its time before it counts as endless, and"""
-GRACE_SECONDS = 20
+GRACE_SECONDS = 40
 IMPORT_SECONDS = 60
 FILE_SECONDS = 3600
 DAY_SECONDS = 86400
@@ -264,30 +264,33 @@ def run_swapped(mutants: Sequence[Mutant], pick: Pick, record: Record) -> None:
         for mutant in mutants:
             found, tests = functions.get(_name(mutant), []), pick(mutant)
             if code := _code(mutant, found):
-                trial = partial(_on_code, loop, found, code, [items[test.id] for test in tests])
-                record(mutant, _ran(trial, tests))
+                trial, plain = (partial(_on_code, loop, items, code, swapped) for swapped in (found, []))
+                record(mutant, _ran(tests, trial, plain, fails))
 
+    fails: dict[str, bool] = {}
     files = sorted({str(places.ROOT / test.file) for mutant in mutants for test in pick(mutant)})
     in_fork(lambda: _session(files, work), DAY_SECONDS)
 
 
-def run_imported(mutant: Mutant, tests: Sequence[Test]) -> Ran:
-    """Run its tests on a mutant that is imported in the place of the module."""
+def run_imported(mutants: Sequence[Mutant], pick: Pick, record: Record) -> None:
+    """Run its tests on each mutant, imported in the place of its module."""
+    fails: dict[str, bool] = {}
+    for mutant in mutants:
+        trial = partial(_on_import, {SOURCE / mutant.module: mutant.source})
+        record(mutant, _ran(pick(mutant), trial, partial(_on_import, {}), fails, IMPORT_SECONDS))
 
-    def trial() -> str:
-        killers: list[str] = []
 
-        def work(loop: _Loop, session: pytest.Session) -> None:
-            items = {item.nodeid: item for item in session.items}
-            found = [items[test.id] for test in tests if test.id in items]
-            complete = not session.testsfailed and len(found) == len(tests)
-            killers.append(_first_failure(loop, found) if complete else "import")
+def _on_import(sources: Mapping[Path, str], tests: Sequence[Test]) -> str:
+    killers: list[str] = []
 
-        _overlay({SOURCE / mutant.module: mutant.source})
-        _session(sorted({str(places.ROOT / test.file) for test in tests}), work)
-        return killers[0] if killers else "import"
+    def work(loop: _Loop, session: pytest.Session) -> None:
+        items = {item.nodeid: item for item in session.items}
+        complete = not session.testsfailed and all(test.id in items for test in tests)
+        killers.append(_first_failure(loop, [items[test.id] for test in tests]) if complete else "import")
 
-    return _ran(trial, tests, IMPORT_SECONDS)
+    _overlay(sources)
+    _session(sorted({str(places.ROOT / test.file) for test in tests}), work)
+    return killers[0] if killers else "import"
 
 
 def _session(files: Sequence[str], work: Callable[[_Loop, pytest.Session], None]) -> None:
@@ -297,13 +300,29 @@ def _session(files: Sequence[str], work: Callable[[_Loop, pytest.Session], None]
     pytest.main([*OPTIONS, *files], plugins=[_Loop(work)])
 
 
-def _ran(trial: Callable[[], str], tests: Sequence[Test], more_seconds: float = 0.0) -> Ran:
-    """Run a trial in a fork: whatever ends it but its last line has killed the mutant."""
+def _ran(
+    tests: Sequence[Test],
+    trial: Callable[[Sequence[Test]], str],
+    plain: Callable[[Sequence[Test]], str],
+    fails: dict[str, bool],
+    more_seconds: float = 0.0,
+) -> Ran:
+    """Run a trial in a fork: whatever ends it but its last line has killed the mutant.
+
+    A test that kills for the first time is also run without the mutant (`plain`): one that fails then too
+    is of no use, and `fails` keeps which.
+    """
     started = time.monotonic()
-    patience = GRACE_SECONDS + PATIENCE * sum(test.seconds for test in tests) + more_seconds
-    found = in_fork(trial, patience) if tests else b'""'
-    killer = "time" if found is None else msgspec.json.decode(found, type=str) if found else "crash"
-    return Ran(killer, len(tests), round(time.monotonic() - started, 2))
+    while True:
+        sound = [test for test in tests if not fails.get(test.id)]
+        patience = GRACE_SECONDS + PATIENCE * sum(test.seconds for test in sound) + more_seconds
+        found = in_fork(partial(trial, sound), patience) if sound else b'""'
+        killer = "time" if found is None else msgspec.json.decode(found, type=str) if found else "crash"
+        suspect = [test for test in sound if test.id == killer and killer not in fails]
+        if suspect:
+            fails[killer] = in_fork(partial(plain, suspect), patience) != b'""\n'
+        if not fails.get(killer):
+            return Ran(killer, len(sound), round(time.monotonic() - started, 2))
 
 
 def _first_failure(loop: _Loop, items: Sequence[pytest.Item]) -> str:
@@ -314,11 +333,15 @@ def _first_failure(loop: _Loop, items: Sequence[pytest.Item]) -> str:
 
 
 def _on_code(
-    loop: _Loop, functions: Sequence[FunctionType], code: CodeType, items: Sequence[pytest.Item]
+    loop: _Loop,
+    items: Mapping[str, pytest.Item],
+    code: CodeType,
+    swapped: Sequence[FunctionType],
+    tests: Sequence[Test],
 ) -> str:
-    for function in functions:
+    for function in swapped:
         function.__code__ = code
-    return _first_failure(loop, items)
+    return _first_failure(loop, [items[test.id] for test in tests if test.id in items])
 
 
 def _name(mutant: Mutant) -> tuple[str, str]:

@@ -182,8 +182,7 @@ def run_all(found: Sequence[Mutant], seconds: float, *, again: bool) -> Run:
         run = Run.begin(run.path)
         left = [mutant for mutant in left if run.outcomes.get(mutant.key) == before.get(mutant.key)]
         run.n_left = len(left)
-        for mutant in left:
-            run.record(mutant, run_imported(mutant, picker.pick(mutant)))
+        run_imported(left, picker.pick, run.record)
     return run
 
 
