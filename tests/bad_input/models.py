@@ -113,9 +113,9 @@ NAMES = (
     ),
     BadInput(
         "a file that is no gguf",
-        "`-f base/model.safetensors`",
-        typed(f="base/model.safetensors"),
-        ("base/model.safetensors", "not a .gguf", "Name the folder"),
+        "`-f base/tokenizer.json`",
+        typed(f="base/tokenizer.json"),
+        ("base/tokenizer.json", "nor a .gguf", "Name the folder"),
     ),
     BadInput(
         "an empty folder",
