@@ -86,7 +86,8 @@ def examine(name: str) -> Finding:
             ),
             default=0.0,
         ),
-        notes=tuple(notes_on_models(diff)),
+        # What lies outside the comparison says nothing of how the architecture runs.
+        notes=tuple(note for note in notes_on_models(diff) if not note.startswith("not compared")),
     )
 
 
