@@ -341,6 +341,15 @@ def test_a_block_that_computes_otherwise_over_the_same_weights_is_another(kind: 
     assert shared_blocks(*reversed(models)) == [True, False, True, True]
 
 
+def test_a_model_that_was_asked_for_hidden_states_before_computes_the_same() -> None:
+    """transformers leaves a hook on each of its blocks."""
+    base = tiny_llama()
+    finetuned = twin(base)
+    base(torch.tensor([[1, 2]]), output_hidden_states=True)
+    assert all(block._forward_hooks for block in base.model.layers)
+    assert shared_blocks(wrap_model(base, "base"), wrap_model(finetuned, "finetuned")) == [True] * 4
+
+
 def test_another_attention_or_quantisation_is_another_design() -> None:
     base = tiny_llama()
     for name, value in (

@@ -12,6 +12,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
+from itertools import zip_longest
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -29,6 +30,7 @@ _CONSTANT = (
 )
 """Values that no block changes."""
 
+_Layer = tuple[type, Mapping[str, Any]]
 Written = list[dict[Any, Any]]
 """What a block wrote into each of the arguments that can be written into: entries, or layers of a cache."""
 
@@ -58,7 +60,7 @@ class _Composed:
 class _Cache:
     """The attributes of each layer of a KV cache. Keys and values are never written to in place."""
 
-    layers: Sequence[tuple[type, Mapping[str, Any]]]
+    layers: Sequence[_Layer]
 
 
 class _Unknown:
@@ -169,9 +171,20 @@ def _same(one: Any, other: Any, equality: Equality, n_layers: int | None) -> boo
         same_place = one.tensor.device == other.tensor.device
         return unchanged and same_place and equality.same(one.tensor, other.tensor) is True
     if isinstance(one, _Cache):
-        return equality.same(one.layers[:n_layers], other.layers[:n_layers]) is True
+        pairs = zip_longest(one.layers[:n_layers], other.layers[:n_layers])
+        return all(ours and theirs and _same_layer(ours, theirs, equality) for ours, theirs in pairs)
     if isinstance(one, _Composed):
         ours, theirs = one.parts, other.parts
         alike = one.kind is other.kind and ours.keys() == theirs.keys()
         return alike and all(_same(ours[n], theirs[n], equality, n_layers) for n in ours)
     return equality.same(one, other) is True
+
+
+def _same_layer(one: _Layer, other: _Layer, equality: Equality) -> bool:
+    """Whether two layers of a cache are the same; those that a replayed block wrote are the same objects."""
+    (kind, ours), (other_kind, theirs) = one, other
+    return (
+        kind is other_kind
+        and ours.keys() == theirs.keys()
+        and all(ours[n] is theirs[n] or equality.same(ours[n], theirs[n]) is True for n in ours)
+    )

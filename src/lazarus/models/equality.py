@@ -48,6 +48,8 @@ _HEAP_TYPE = 1 << 9
 
 
 _INERT = "_computes_nothing"
+_CAPTURING = "transformers.utils.output_capturing"
+"""Where transformers defines the hooks that it leaves on a model which was once asked for hidden states."""
 
 
 def inert(hook: Hook) -> Hook:
@@ -205,7 +207,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     """All that shapes a module's forward pass, its tensors and submodules aside."""
     plain = {name: value for name, value in vars(module).items() if name not in _NOT_COMPARED}
     hooks = [
-        [hook for hook in kind.values() if not hasattr(hook, _INERT)]
+        [hook for hook in kind.values() if not hasattr(hook, _INERT) and hook.__module__ != _CAPTURING]
         for kind in (module._forward_hooks, module._forward_pre_hooks)
     ]
     return {**plain, "forward hooks": hooks}
