@@ -225,6 +225,19 @@ def test_numbers_are_the_same_bit_for_bit_in_the_wider_type(
     assert same_numbers(stored[0], stored[0]) is True
 
 
+@pytest.mark.parametrize("n_left", [-8, 0])
+def test_two_files_that_were_cut_short_are_not_the_same_for_that(n_left: int, tmp_path: Path) -> None:
+    stored = []
+    for name in ("one", "other"):
+        path = tmp_path / name
+        save_file({"x": LONG}, path)
+        stored.append(read_headers([str(path)])["x"])
+        content = path.read_bytes()
+        path.write_bytes(content[: (stored[-1].start if n_left == 0 else len(content) + n_left)])
+    with pytest.raises(OSError, match="one: cut short"):
+        same_numbers(*stored)
+
+
 # --- What is loaded by itself
 
 

@@ -121,6 +121,9 @@ def same_numbers(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two tensors hold the same numbers, bit for bit; of two that do not, few are read as a rule.
 
     Floating-point numbers of two types are compared in the wider one.
+
+    Raises:
+        OSError: a file is gone, or was cut short since its header was read.
     """
     if one.shape != other.shape:
         return False
@@ -157,7 +160,11 @@ def _alike(
         left, size = one.n_bytes // units[0], _PREFIX
         while left:
             size = min(size, left)
-            if not same(ours.read(size * units[0]), theirs.read(size * units[1])):
+            parts = ours.read(size * units[0]), theirs.read(size * units[1])
+            for stored, part, unit in zip((one, other), parts, units, strict=True):
+                if len(part) < size * unit:  # two files that end too soon are not the same for that
+                    raise OSError(f"{stored.path}: cut short")
+            if not same(*parts):
                 return False
             left, size = left - size, _CHUNK
     return True

@@ -67,17 +67,24 @@ class Comparison:
         self._known: dict[str, bool] = {}
 
     def is_same(self, target: str) -> bool:
-        """Whether the sources of a target are the same, bit for bit."""
+        """Whether the sources of a target are the same, bit for bit.
+
+        Raises:
+            WeightsError: a file is gone, or was cut short since its header was read.
+        """
         if self._base is self._finetuned:
             return True
         if target not in self._known:
             ours, theirs = (each.sources.get(target) for each in (self._base, self._finetuned))
             self._known[target] = (
-                ours is not None
-                and ours == theirs
-                and all(same_numbers(self._base.stored[k], self._finetuned.stored[k]) for k in ours)
+                ours is not None and ours == theirs and all(map(self._is_stored_alike, ours))
             )
         return self._known[target]
+
+    def _is_stored_alike(self, key: str) -> bool:
+        ours, theirs = self._base.stored[key], self._finetuned.stored[key]
+        with translated(theirs.path):
+            return same_numbers(ours, theirs)
 
 
 @dataclass(frozen=True)
