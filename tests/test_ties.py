@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import lazarus
 from factories import save_model, tiny_llama, tiny_tokenizer
 from layouts import PROMPTS, edit_json, edit_weights, save_adapter
+from lazarus.models import layout
 
 MEMORY = ("resident", "stream")
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -117,6 +118,11 @@ def variants(tied: Path, folder: Path) -> dict[str, Path]:
     ):
         made[name] = edit_weights(tied, folder / name, partial(with_head, plus=plus))
         edit_json(made[name] / "config.json", tie_word_embeddings=ties)
+
+    def under_the_heads_name(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+    made["stored as the head"] = edit_weights(tied, folder / "stored as the head", under_the_heads_name)
     return made
 
 
@@ -124,8 +130,13 @@ def pairs(names: Sequence[str]) -> list[tuple[str, str]]:
     return [(one, other) for one in names for other in names if one != other]
 
 
-@pytest.mark.parametrize("memory", MEMORY)
-def test_ties_that_one_checkpoint_alone_has(memory: str, tied: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("memory", "is_large"), [("resident", False), ("stream", False), ("stream", True)])
+def test_ties_that_one_checkpoint_alone_has(
+    memory: str, is_large: bool, tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large embedding is read by rows, and a large head of its own when it is needed."""
+    if is_large:
+        monkeypatch.setattr(layout, "SMALL_BYTES", 0)
     folders = variants(tied, tmp_path)
     models = {name: load(folder) for name, folder in folders.items()}
     expected = {name: seen(model) for name, model in models.items()}

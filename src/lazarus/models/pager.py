@@ -142,15 +142,23 @@ class Pager:
         compared = Comparison(other.conversion, self.conversion)
         tables = tuple(self._layout.tables), tuple(other._layout.tables)
         pairs = [tables, *((one.targets, another.targets) for one, another in zip(ours, theirs, strict=True))]
-        filled = every(same_bits(self._at(name), other._at(name)) for name in self._filled(other))
-        if filled is False:
+        answer = every(same_bits(self._at(name), other._at(name)) for name in self._filled(other))
+        if answer is False:
             return False
         for one, another in pairs:
-            mine = self._reader.read(target for target in one if not compared.is_same(target))
-            its = other._reader.read(target for target in another if not compared.is_same(target))
-            if mine.keys() != its.keys() or not all(same_bits(mine[name], its[name]) for name in mine):
+            # A weight that is tied in one of the two alone is read there under the name of the other.
+            sources = [(self._source_of(t), other._source_of(t)) for t in dict.fromkeys((*one, *another))]
+            unlike = [(s, o) for s, o in sources if s != o or not compared.is_same(s)]
+            mine, its = self._reader.read({s for s, _ in unlike}), other._reader.read({o for _, o in unlike})
+            # What a target makes besides the parameter of its own name.
+            more = mine.keys() - {s for s, _ in unlike}
+            if more != its.keys() - {o for _, o in unlike}:
                 return False
-        return filled
+            found = every(same_bits(mine[s], its[o]) for s, o in (*unlike, *((name, name) for name in more)))
+            if found is False:
+                return False
+            answer = every((answer, found))
+        return answer
 
     def load_head(self) -> None:
         """Have the output head in memory whole. A small one always is."""
@@ -209,6 +217,11 @@ class Pager:
         state = self.model.state_dict(keep_vars=True)
         return sorted(name for name, tensor in state.items() if tensor.is_meta and name not in known)
 
+    def _source_of(self, name: str) -> str:
+        """The target that fills a tensor: its own, or that of the one it is tied to."""
+        places, sources = self._layout.places, self.conversion.sources
+        return name if name in sources else next(t for t in sources if places.get(t) is places[name])
+
     def _at(self, name: str) -> Tensor:
         module, attribute = self._layout.places[name][0]
         tensor: Tensor = getattr(module, attribute)
@@ -247,11 +260,13 @@ class Pager:
         if self.base is None or self._comparison is None:
             return {}
         held, unit = dict(self.base._held.get(index, {})), self._layout.units[index]
-        if not held or not held.keys() >= {*unit.targets, *unit.empty}:
+        names = {*unit.targets, *unit.empty}
+        # A head that is tied here alone has no names in its unit: the one that base holds is not its own.
+        if not held.keys() >= names:
             return {}
         same = [target for target in unit.targets if self._comparison.is_same(target)]
         if len(same) == len(unit.targets):
-            return {name: _alias(tensor) for name, tensor in held.items()}
+            return {name: _alias(held[name]) for name in names}
         one_by_one = len(held) == len(unit.targets)  # no target makes several parameters
         return {target: _alias(held[target]) for target in same} if one_by_one else {}
 
