@@ -61,6 +61,14 @@ class Secretive(Plain):
         return {}
 
 
+class Labelled(UserDict[str, Any]):
+    """A mapping that says more than its items do."""
+
+    def __init__(self, label: int, **items: Any) -> None:
+        super().__init__(items)
+        self.label = label
+
+
 def scaled_by(factor: Any) -> Callable[[Any], Any]:
     return lambda value: value * factor
 
@@ -86,6 +94,7 @@ def same(one: Any, other: Any) -> bool | None:
         ([torch.float16, torch.device("cpu"), Color.RED], [torch.float16, torch.device("cpu"), Color.RED]),
         ({"a": torch.ones(2), "b": [NAN]}, {"b": [NAN], "a": torch.ones(2)}),
         (UserDict(a=1), UserDict(a=1)),
+        (Labelled(1, a=1), Labelled(1, a=1)),
         (BaseModelOutput(torch.ones(2)), BaseModelOutput(torch.ones(2))),
         (Scale(2.0, [torch.ones(1)]), Scale(2.0, [torch.ones(1)])),
         (Plain(a=1, b=Plain(c=torch.ones(2))), Plain(a=1, b=Plain(c=torch.ones(2)))),
@@ -157,6 +166,10 @@ def test_of_what_keeps_its_state_to_itself_nothing_is_known(make: Callable[[], A
     assert same([make(), 1], [make(), 2]) is False, "what is known to differ differs"
 
 
+def test_a_mapping_with_something_else_beside_the_same_items_is_not_the_same() -> None:
+    assert same(Labelled(1, a=1), Labelled(2, a=1)) is None
+
+
 def test_of_several_answers_no_is_final_and_unknown_is_not_yes() -> None:
     assert every([]) is True
     assert every([True, True]) is True
@@ -218,24 +231,24 @@ def test_a_subclass_is_compared_by_what_it_is_made_of() -> None:
         torch.equal(one, one)
 
 
-class Labelled(nn.Parameter):
+class Quantised(nn.Parameter):
     """As bitsandbytes' parameters: elements of its own, and scales beside them in an attribute."""
 
     scales: Any
 
 
-def labelled(value: float, scales: Any) -> Labelled:
-    made = Labelled(torch.full((2,), value), requires_grad=False)
+def with_scales(value: float, scales: Any) -> Quantised:
+    made = Quantised(torch.full((2,), value), requires_grad=False)
     made.scales = scales
     return made
 
 
 def test_what_a_parameter_holds_beside_its_elements_counts() -> None:
-    one = labelled(1.0, torch.ones(1))
-    assert same_bits(one, labelled(1.0, torch.ones(1))) is True
-    assert same_bits(one, labelled(2.0, torch.ones(1))) is False
-    assert same_bits(one, labelled(1.0, torch.zeros(1))) is not True
-    assert same_bits(one, labelled(1.0, threading.Lock())) is not True
+    one = with_scales(1.0, torch.ones(1))
+    assert same_bits(one, with_scales(1.0, torch.ones(1))) is True
+    assert same_bits(one, with_scales(2.0, torch.ones(1))) is False
+    assert same_bits(one, with_scales(1.0, torch.zeros(1))) is not True
+    assert same_bits(one, with_scales(1.0, threading.Lock())) is not True
 
 
 def test_a_tensor_that_was_written_to_is_compared_again() -> None:

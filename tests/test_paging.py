@@ -357,6 +357,12 @@ def test_a_note_tells_which_blocks_ran_once(tmp_path: Path, base_folder: Path) -
     assert [layer.relative_l2 == 0 for layer in diff.layers] == [True, True, False, False]
 
 
+def test_a_block_of_other_layers_over_the_same_weights_is_another(tmp_path: Path, base_folder: Path) -> None:
+    base, finetuned = paged(base_folder, shutil.copytree(base_folder, tmp_path / "copy"))
+    finetuned.model.model.layers[1].mlp.act_fn = nn.GELU()
+    assert shared_blocks(base, finetuned) == [True, False, True, True]
+
+
 def test_a_weight_that_several_blocks_hold_is_part_of_each(tmp_path: Path) -> None:
     """It is read once and stays in memory: it is in no block's own part of the files."""
     model = build("zamba")

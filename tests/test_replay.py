@@ -528,6 +528,33 @@ def test_what_later_layers_of_a_cache_hold_is_not_read(n_layers: int | None, exp
     assert is_same(call_of(one), call_of(other), n_layers) is expected
 
 
+class Labelled(UserDict[str, Any]):
+    """A mapping that says more than its items do."""
+
+    label = 0
+
+
+def test_what_a_mapping_holds_beside_its_items_counts() -> None:
+    one, other = Labelled(a=1), Labelled(a=1)
+    assert is_same(call_of(one), call_of(other))
+    other.label = 1
+    assert not is_same(call_of(one), call_of(other))
+
+
+@pytest.mark.parametrize(("layer", "n_layers"), [(0, 2), (1, 2), (3, 4)])
+def test_as_many_layers_of_a_cache_are_compared_as_there_are_blocks_or_as_they_write_to(
+    layer: int, n_layers: int
+) -> None:
+    """A block need not write into the layer of its own number."""
+    one, passed = _Pass(), Passed()
+    attention: Any = one.blocks[0].self_attn
+    attention.layer_idx = layer
+    rows = torch.tensor([IDS[0]])
+    with recording(one.blocks[:2], passed.add), torch.no_grad():
+        one.model(rows, use_cache=True)
+    assert passed.n_layers == n_layers
+
+
 def written_tensor() -> tuple[Any, Callable[[], Any]]:
     tensor = torch.ones(2)
     return tensor, lambda: tensor.add_(1)
