@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from architectures import CAUSAL, ENCODER_DECODERS, ENCODERS, REFUSED, UNBUILDABLE, build
 from factories import perturbed, save_model, tiny_llama, tiny_tokenizer
@@ -21,7 +21,8 @@ from layouts import compare, edit_json, edit_weights, most, pair_of, save_adapte
 from lazarus.errors import WeightsError
 from lazarus.models import LoadedModel, same_design, shared_blocks, weights_identical, wrap_model
 from lazarus.models.adapters import share_storage
-from lazarus.models.checkpoint import read_headers, same_numbers
+from lazarus.models.checkpoint import build_empty, read_headers, same_numbers
+from lazarus.models.design import same_config
 
 NAMES = [n for n in (*CAUSAL, *ENCODERS, *ENCODER_DECODERS) if n not in UNBUILDABLE and n not in REFUSED]
 
@@ -291,6 +292,14 @@ def test_notes_on_a_file_do_not_depend_on_what_it_shares(base_folder: Path, tmp_
     for folder in (base, tuned):
         [note] = [note for note in diff.notes if str(folder) in note]
         assert "1 tensors of the checkpoint have no place" in note
+
+
+def test_building_a_model_empty_leaves_its_configuration_as_it_was(base_folder: Path) -> None:
+    """It chooses an attention, and a configuration with a choice is not one without."""
+    config = LlamaConfig.from_pretrained(base_folder)
+    files = [str(base_folder / "model.safetensors")]
+    build_empty(LlamaForCausalLM, config, files, torch.float32)
+    assert same_config(config, LlamaConfig.from_pretrained(base_folder))
 
 
 def test_inert_entries_of_a_configuration_do_not_matter(base_folder: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ parameter has a target, the name under which transformers collects its pieces, a
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
@@ -228,7 +229,8 @@ def model_class(head: Any, config: Any) -> Any:
 
 def build_empty(kind: type[PreTrainedModel], config: Any, files: list[str], dtype: Any) -> PreTrainedModel:
     """A model as `from_pretrained` builds it before it reads weights: on no device; `dtype` may be "auto"."""
-    config, dtype = _get_dtype(dtype, files, config, None, None, True)
+    # Building sets the attention's implementation on the configuration: that of another model may be it.
+    config, dtype = _get_dtype(dtype, files, copy.deepcopy(config), None, None, True)
     with ExitStack() as contexts:
         for context in kind.get_init_context(dtype, False, False, None):
             contexts.enter_context(context)
