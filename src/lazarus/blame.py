@@ -84,15 +84,16 @@ class MemoryFaults:
 
 def out_of_memory(error: BaseException, helps: Sequence[str]) -> str:
     """Return the message on an exception that a lack of memory raised."""
-    told = [fault for fault in _chain(error) if _lacks_memory(fault)]
-    where = next((note for fault in told for note in getattr(fault, "__notes__", ())), None)
-    text = str(told[-1])
+    faults = [fault for fault in _chain(error) if _lacks_memory(fault)]
+    where = next((note for fault in faults for note in getattr(fault, "__notes__", ())), None)
+    text = str(faults[-1])
     asked = _ASKED_FOR.search(text)
-    what = "the GPU is out of memory" if _ON_A_GPU.search(text) else "out of memory"
+    what = f"{'the GPU is ' if _ON_A_GPU.search(text) else ''}out of memory"
     more = f" ({asked[1]} more were asked for)" if asked else ""
     *others, last = helps or ("a machine with more memory",)
     advice = f"{', '.join(others)} or {last}" if others else last
-    return f"{where}: {what}{more}. Use {advice}." if where else f"{what.capitalize()}{more}. Use {advice}."
+    told = f"{where}: {what}" if where else what[0].upper() + what[1:]
+    return f"{told}{more}. Use {advice}."
 
 
 def is_out_of_memory(error: BaseException) -> bool:

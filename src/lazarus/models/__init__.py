@@ -6,6 +6,7 @@ opening.py     a checkpoint's configuration, class and type, before any weight i
 checkpoint.py  its stored tensors, and how transformers makes parameters of them
 wrappers.py    what a wrapper has put around the names of a checkpoint's tensors
 load.py        from that name to weights in memory, each set of weights once
+whole.py       what a model does when it first runs as a whole, done once
 sharing.py     a second checkpoint over the first one's weights: only what differs is read
 paging.py      a pair that is read block by block; pager.py does the reading, layout.py says of what and when,
                tables.py reads the rows of large embeddings

@@ -24,6 +24,7 @@ from lazarus.models.opening import LoadOptions, Opened, open_to_load, stored_dty
 from lazarus.models.pager import Pager
 from lazarus.models.reference import ModelReference, Source, adapter_base, adapter_settings
 from lazarus.models.sharing import load_over
+from lazarus.models.whole import is_hooked, run_once_whole
 from lazarus.models.wrappers import may_be_wrapped, refuse_unmerged
 
 
@@ -67,6 +68,8 @@ class Weights:
     """transformers' account of what is missing, and of what has no place"""
     notes: list[str] = field(default_factory=list)
     pager: Pager | None = None
+    is_changed: bool = False
+    """whether its first pass may have made other parameters of those that were loaded"""
 
     @property
     def source(self) -> Source:
@@ -130,6 +133,7 @@ def wrap_model(model: nn.Module, name: str, layers_path: str | None = None) -> L
     if any(module.training for module in inner.modules()):
         inner = share_storage(inner).eval()
     anatomy = dissect(inner, layers_path)
+    notes += run_once_whole(inner, anatomy.stack, name)
     dtype = str(inner.dtype).removeprefix("torch.")
     notes += [f"{name}: {note}" for note in anatomy.notes]
     return LoadedModel(
@@ -215,6 +219,10 @@ def _load(opened: Opened, options: LoadOptions) -> Weights:
             f"{source.name} is quantised and runs in its own type: --dtype did not apply to it"
         )
     weights.notes += check_report(source, model, report, options)
+    stack = dissect(model, options.layers_path).stack
+    weights.is_changed = is_hooked(model, stack)
+    weights.notes += run_once_whole(model, stack, source.name)
+    model.requires_grad_(requires_grad=False)  # what a quantiser has unpacked is new
     return weights
 
 
@@ -270,7 +278,8 @@ def _load_over(base: Weights, opened: Opened, options: LoadOptions) -> Weights |
     """Load a checkpoint over base's weights where both hold some alike; None where it must be by itself."""
     ours = base.opened
     if (
-        ours.source.gguf_file
+        base.is_changed
+        or ours.source.gguf_file
         or opened.source.gguf_file
         or ours.quantised
         or opened.quantised
