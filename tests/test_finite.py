@@ -98,7 +98,8 @@ def test_an_overflow_is_told_of_the_models_that_do(
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_what_the_note_advises_helps(dtype: str, folders: tuple[str, ...]) -> None:
-    diff = lazarus.activation_diff(*folders[:2], ["Hello, how", "What is"], dtype=dtype)
+    base, finetuned = folders[:2]
+    diff = lazarus.activation_diff(base, finetuned, ["Hello, how", "What is"], dtype=dtype)
     assert not any("overflow" in note or "finite" in note for note in diff.notes)
     assert diff.record.output is not None
 
@@ -150,7 +151,9 @@ def test_weights_that_are_not_finite_are_named(value: float, side: int) -> None:
         pair[side].model.layers[2].mlp.down_proj.weight[3, 3] = value
     diff = in_memory(*pair)
     assert any(
-        note == "LlamaForCausalLM: 1 weights hold NaN or infinity, first model.layers.2.mlp.down_proj.weight"
+        note.startswith(
+            "LlamaForCausalLM: 1 weights hold NaN or infinity, first model.layers.2.mlp.down_proj.weight: fetch"
+        )
         for note in diff.notes
     )
     assert not any("overflow" in note or "no next-token head" in note for note in diff.notes)
@@ -163,7 +166,7 @@ def test_weights_that_are_read_block_by_block_are_named_too(tmp_path: Path) -> N
     base, broken = saved(tmp_path / "base", tiny_llama()), saved(tmp_path / "broken", model)
     diff = lazarus.activation_diff(base, broken, ["Hello, how", "What is"], memory="stream")
     told = f"{broken}: 1 weights hold NaN or infinity, first model.layers.2.mlp.down_proj.weight"
-    assert told in diff.notes
+    assert f"{told}: fetch or train that model again" in diff.notes
 
 
 def test_nan_that_a_block_makes_of_finite_states_is_placed() -> None:
@@ -188,7 +191,8 @@ def test_logits_alone_that_are_not_finite() -> None:
     with torch.no_grad():
         finetuned.lm_head.weight[7] = NAN
     diff = in_memory(base, finetuned)
-    assert "LlamaForCausalLM: 1 weights hold NaN or infinity, first lm_head.weight" in diff.notes
+    told = "LlamaForCausalLM: 1 weights hold NaN or infinity, first lm_head.weight: fetch or train that model"
+    assert f"{told} again" in diff.notes
     assert any(
         note.startswith("the logits of LlamaForCausalLM are not finite: the effect") for note in diff.notes
     )

@@ -144,9 +144,7 @@ def _why_no_data(broken: Sequence[str]) -> str:
     start = "No layer has one pair of states that are finite and not zero."
     if not broken:
         return f"{start} The states of one of the models are all zero: fetch or train it again."
-    return (
-        f"{start} {'. '.join(broken)}. A model whose weights are broken has to be fetched or trained again."
-    )
+    return f"{start} {'. '.join(broken)}."
 
 
 def _settings(pair: ModelPair, facts: RunFacts, measured: Measured) -> Settings:

@@ -150,7 +150,10 @@ def _told_of_weights(model: LoadedModel, names: Sequence[str]) -> str:
             f"{model.name}: {len(names)} weights overflow float16, first {names[0]}, and are stored in "
             f"{stored}: {_remedy(model, 'bfloat16', 'float32')}"
         )
-    return f"{model.name}: {len(names)} weights hold NaN or infinity, first {names[0]}"
+    return (
+        f"{model.name}: {len(names)} weights hold NaN or infinity, first {names[0]}: fetch or train that model "
+        "again"
+    )
 
 
 def _remedy(model: LoadedModel, *dtypes: str) -> str:

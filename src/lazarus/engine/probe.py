@@ -84,7 +84,7 @@ def learn(model: LoadedModel, ids: Sequence[int], pad_id: int) -> Conventions:
         broken = find_break(model, ids[:LENGTH], probe.axes[1])
         raise NoDataError(
             f"{model.name}: not one of its hidden states is finite, so there is nothing to compare. "
-            f"{broken.told(model) if broken else ''}".strip()
+            f"{broken.told(model) + '.' if broken else ''}".strip()
         )
     padding = _find_padding(recorder, probe)
     head = HeadCheck(None)
