@@ -21,6 +21,7 @@ from lazarus.cli import reporting
 from lazarus.cli.app import app
 from lazarus.engine import positions
 from lazarus.errors import (
+    BlocksNotFoundError,
     DeviceError,
     LazarusError,
     ModelError,
@@ -90,6 +91,20 @@ def _stack() -> list[Any]:
     import traceback
 
     return list(traceback.extract_stack())
+
+
+def test_a_model_that_cannot_name_its_own_stack_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    monkeypatch.setattr(model.model, "get_decoder", raiser(AttributeError), raising=False)
+    with pytest.raises(BlocksNotFoundError, match="something is missing"):
+        compare(model, model)
+
+
+def test_a_hidden_size_that_is_no_number_is_none() -> None:
+    model = tiny_llama()
+    model.config.__dict__["hidden_size"] = [32, 64]
+    with pytest.raises(BlocksNotFoundError, match="no hidden_size"):
+        compare(model, model)
 
 
 # --- Ours

@@ -116,7 +116,9 @@ def test_compare_says_the_same(folders: tuple[str, ...]) -> None:
 def test_a_model_in_memory_cannot_be_given_a_dtype() -> None:
     model = gemma().half()
     diff = in_memory(model, model)
-    [told] = {note for note in diff.notes if "overflow" in note}
+    told, other = (note for note in diff.notes if "overflow" in note)
+    assert told.startswith("base (Gemma3ForCausalLM): its")
+    assert other.startswith("fine-tuned (Gemma3ForCausalLM): its")
     assert told.endswith("from layer 1 on: load it in bfloat16 or float32")
 
 
@@ -152,7 +154,7 @@ def test_weights_that_are_not_finite_are_named(value: float, side: int) -> None:
     diff = in_memory(*pair)
     assert any(
         note.startswith(
-            "LlamaForCausalLM: 1 weights hold NaN or infinity, first model.layers.2.mlp.down_proj.weight: fetch"
+            f"{('base', 'fine-tuned')[side]} (LlamaForCausalLM): 1 weights hold NaN or infinity, first model."
         )
         for note in diff.notes
     )
@@ -182,7 +184,7 @@ def test_nan_that_a_block_makes_of_finite_states_is_placed() -> None:
     attention.register_forward_hook(nowhere)
     diff = in_memory(tiny_llama(), model, position="all")
     [told] = [note for note in diff.notes if "makes NaN" in note]
-    assert told.startswith("LlamaForCausalLM: layer 1 makes NaN of finite states, though all its weights are")
+    assert "fine-tuned (LlamaForCausalLM): layer 1 makes NaN of finite states, though all its weights" in told
     assert "at tokens 1 of prompt 0" in told or "at tokens 1, 2 of prompt 0" in told
 
 
@@ -191,11 +193,10 @@ def test_logits_alone_that_are_not_finite() -> None:
     with torch.no_grad():
         finetuned.lm_head.weight[7] = NAN
     diff = in_memory(base, finetuned)
-    told = "LlamaForCausalLM: 1 weights hold NaN or infinity, first lm_head.weight: fetch or train that model"
-    assert f"{told} again" in diff.notes
-    assert any(
-        note.startswith("the logits of LlamaForCausalLM are not finite: the effect") for note in diff.notes
-    )
+    name = "fine-tuned (LlamaForCausalLM)"
+    told = f"{name}: 1 weights hold NaN or infinity, first lm_head.weight: fetch or train that model again"
+    assert told in diff.notes
+    assert f"the logits of {name} are not finite: the effect on the output was not measured" in diff.notes
 
 
 def test_logits_of_some_prompts_that_are_not_finite_are_counted() -> None:
@@ -224,6 +225,13 @@ def test_a_model_with_nothing_finite_stops_the_run_and_is_named(side: int) -> No
         pair[side].model.embed_tokens.weight.fill_(NAN)
     with pytest.raises(NoDataError, match=r"1 weights hold NaN or infinity, first model\.embed_tokens"):
         in_memory(*pair)
+
+
+def test_a_layer_without_finite_states_has_no_readout() -> None:
+    model = gemma().half()
+    diff = in_memory(model, perturbed(model, 0.02), readout="0,3")
+    assert diff.record.readout is not None
+    assert [bool(layer.base_promoted) for layer in diff.record.readout] == [True, False]
 
 
 # --- What the probe concludes

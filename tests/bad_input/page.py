@@ -17,9 +17,10 @@ When something is wrong, Lazarus says so once, in one line on standard error: wh
 which values, and what to do about it. (An option that is missing or misspelt is told with a line of usage.)
 There is no traceback; `--debug` shows it. Standard output carries results and nothing else.
 
-Where memory runs out, on a CPU as on a GPU, the message names the options with which less of it is needed. What
-another library raises is told as a fault of the model or of its files. What Lazarus itself gets wrong is told as
-its own fault (`This is a fault of lazarus`): the message names a file with the traceback, to be reported.
+Where memory runs out, on a CPU as on a GPU, the message names the options with which less of it is needed.
+What another library raises is told as a fault of the model or of its files. What Lazarus itself gets wrong is
+told as its own fault (`This is a fault of lazarus`): the message names a file with the traceback, to be
+reported.
 
 | exit code | meaning |
 |---|---|

@@ -151,8 +151,8 @@ def _told_of_weights(model: LoadedModel, names: Sequence[str]) -> str:
             f"{stored}: {_remedy(model, 'bfloat16', 'float32')}"
         )
     return (
-        f"{model.name}: {len(names)} weights hold NaN or infinity, first {names[0]}: fetch or train that model "
-        "again"
+        f"{model.name}: {len(names)} weights hold NaN or infinity, first {names[0]}: fetch or train that "
+        "model again"
     )
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from lazarus.engine import ModelPair, Site, find_break
 from lazarus.measure import Measured
+from lazarus.models import LoadedModel
 from lazarus.reading import Reading
 
 
@@ -16,9 +19,10 @@ def break_notes(pair: ModelPair, measured: Measured, reading: Reading) -> list[s
     """
     counts: dict[Site, np.ndarray] = {site: measured.sites[site].n_not_finite for site in pair.sites}
     counts["logits"] = measured.n_logits_not_finite
+    base, finetuned = told_apart(pair)
     models = (
-        (pair.base, pair.base_conventions, reading.base),
-        (pair.finetuned, pair.finetuned_conventions, reading.finetuned),
+        (base, pair.base_conventions, reading.base),
+        (finetuned, pair.finetuned_conventions, reading.finetuned),
     )
     notes = []
     for side, (model, conventions, prompts) in enumerate(models):
@@ -36,6 +40,15 @@ def break_notes(pair: ModelPair, measured: Measured, reading: Reading) -> list[s
             "another --batch-tokens, or --dtype float32"
         )
     return notes
+
+
+def told_apart(pair: ModelPair) -> tuple[LoadedModel, LoadedModel]:
+    """Return both models with names of their own: in memory, both may go by the name of one class."""
+    if pair.base.name != pair.finetuned.name:
+        return pair.base, pair.finetuned
+    roles = ("base", pair.base), ("fine-tuned", pair.finetuned)
+    base, finetuned = (replace(model, name=f"{role} ({model.name})") for role, model in roles)
+    return base, finetuned
 
 
 def _place(site: Site) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from lazarus.findings.breaks import told_apart
 from lazarus.findings.numbers import Findings
 from lazarus.metrics import MOST_KEPT
 from lazarus.results import LayerRecord
@@ -105,7 +106,7 @@ def _why_no_output(found: Findings) -> str:
     pair = found.pair
     sides = (pair.base, pair.base_conventions), (pair.finetuned, pair.finetuned_conventions)
     counts = found.measured.n_logits_not_finite
-    broken = [model.name for (model, _), count in zip(sides, counts, strict=True) if count.any()]
+    broken = [model.name for model, count in zip(told_apart(pair), counts, strict=True) if count.any()]
     if broken:
         return f"the logits of {' and '.join(broken)} are not finite"
     return next(known.why_no_head for _, known in sides if known.head_reads is None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
@@ -28,7 +29,10 @@ def read_differences(
     final norm and the head of one model (logit lens, nostalgebraist 2020; on mean differences: Minder et
     al. 2025, arXiv 2510.13900). A norm takes the length away, so scores compare tokens within a layer only.
     """
-    differences = [measured.sites[layer].directions.mean_difference() for layer in layers]
+    found = [measured.sites[layer].directions.mean_difference() for layer in layers]
+    # A layer of which no pair of states is finite has none.
+    nothing = np.full(pair.widths[0], np.nan)
+    differences = [nothing if difference.shape != nothing.shape else difference for difference in found]
     models = ((pair.base, pair.base_conventions), (pair.finetuned, pair.finetuned_conventions))
     read = [
         [_extremes(scores, tokenizer) for scores in _scores(model, conventions, differences)]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from lazarus.blame import Translated
 from lazarus.errors import BlocksNotFoundError
 
 
@@ -40,7 +42,7 @@ def dissect(model: PreTrainedModel, layers_path: str | None = None) -> Anatomy:
     """
     stack, notes = _text_stack(model)
     config = text_config(stack, model)
-    if not hasattr(config, "hidden_size"):
+    if not isinstance(getattr(config, "hidden_size", None), int):
         raise BlocksNotFoundError(
             f"{type(model).__name__}: its configuration has no hidden_size: it is no single stack of "
             "blocks over tokens, and cannot be compared layer by layer."
@@ -49,7 +51,7 @@ def dissect(model: PreTrainedModel, layers_path: str | None = None) -> Anatomy:
     return Anatomy(
         stack=stack,
         blocks=blocks,
-        hidden_size=int(config.hidden_size),
+        hidden_size=config.hidden_size,
         context=_context(stack, config),
         picked_keys=getattr(config, "index_topk", None),
         uses_layer_norm=any(isinstance(m, nn.LayerNorm) for b in blocks for m in b.modules()),
@@ -67,15 +69,24 @@ def _text_stack(model: PreTrainedModel) -> tuple[nn.Module, tuple[str, ...]]:
     backbone = model.base_model
     if model.config.is_encoder_decoder:
         note = "an encoder-decoder: its encoder is compared, its decoder is not"
-        return backbone.get_encoder(), (note,)
+        with Translated(f"the encoder of {type(model).__name__}", partial(_told, model)):
+            return backbone.get_encoder(), (note,)
     # Never on the head model: ModernBERT's `decoder` is its head's Linear.
-    stack = backbone.get_decoder() if hasattr(backbone, "get_decoder") else backbone
+    with Translated(f"the decoder of {type(model).__name__}", partial(_told, model)):
+        stack = backbone.get_decoder() if hasattr(backbone, "get_decoder") else backbone
     if not isinstance(stack, PreTrainedModel):
         stack = backbone
     if stack is model and model.get_output_embeddings() is not None:
         # A head whose base_model is itself (Llama 4): the stack is the model inside it.
         stack = next((m for m in model.children() if isinstance(m, PreTrainedModel)), model)
     return stack, ()
+
+
+def _told(model: PreTrainedModel, error: Exception) -> BlocksNotFoundError:
+    return BlocksNotFoundError(
+        f"{type(model).__name__}: its own code cannot name its text stack: {error}. It cannot be compared "
+        "layer by layer."
+    )
 
 
 def _find_blocks(stack: nn.Module, config: PretrainedConfig, model: PreTrainedModel) -> tuple[nn.Module, ...]:
