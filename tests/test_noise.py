@@ -10,14 +10,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 import lazarus
 from architectures import build
 from factories import perturbed, tiny_llama, word_tokenizer
 from lazarus.batches import Padding, TokenBatch
-from lazarus.engine import NoisePlan, one_ulp_away, pick_sample
+from lazarus.engine import NoisePlan, Position, learn_pair, one_ulp_away, pick_sample, run_noise
 from lazarus.engine.noise import nudged
+from lazarus.models import wrap_model
 from lazarus.tokens import TokenizedPrompt
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -206,6 +207,34 @@ def test_more_padding_ends_where_the_context_does(context: int | None, n_prefix:
 @pytest.mark.parametrize("padding", ["equal_lengths", "one_by_one"])
 def test_there_is_no_more_padding_where_padding_changes_the_numbers(padding: Padding) -> None:
     assert trials(plan_for(8, padding=padding), batch_of(5, 5), 64)[1] == [([0, 1], 0)]
+
+
+def without_attention() -> LlamaForCausalLM:
+    """Each token's states are of that token alone."""
+    model = tiny_llama(vocab_size=100)
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight.zero_()
+    return model
+
+
+@pytest.mark.parametrize("position", [1, "last"], ids=["prefix", "own"])
+def test_in_each_trial_every_token_is_nudged_before_the_first_block(position: Position) -> None:
+    """Those of a prefix that runs once as well. No token takes the noise of another over, in this model."""
+    wrapped = wrap_model(without_attention(), "tiny")
+    pair = learn_pair(wrapped, wrapped, (IDS[0], IDS[0]), (0, 0))
+    prompts = [TokenizedPrompt(i, [5, 17, 80, *ids]) for i, ids in enumerate(IDS)]
+    batches = [TokenBatch(prompts[:3], 0).after(3), TokenBatch(prompts[3:], 0).after(3)]
+    plan = NoisePlan(8, 512, position, "right", 0)
+    passed: list[int] = []
+    found = list(run_noise(pair, batches, plan, passed.append))
+    assert passed == [sum(batch.lengths) for batch in batches]
+    after_first = [(trial, states) for trial, states in found if states.site == 0]
+    assert [trial for trial, _ in after_first] == [0, 1, 0, 1]
+    assert [states.prompts.tolist() for _, states in after_first] == [[0, 1, 2]] * 2 + [[3]] * 2
+    for _, states in after_first:
+        assert (states.base != states.finetuned).any(dim=1).all()
+        torch.testing.assert_close(states.base, states.finetuned, rtol=1e-5, atol=1e-5)
 
 
 # The floor

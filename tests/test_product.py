@@ -338,6 +338,12 @@ def test_nothing_is_chosen_for_a_narrow_model_with_a_float32_weight() -> None:
     assert choose_product(wrap_model(model, "tiny"), int(FEWEST_FLOPS), 512) == Product()
 
 
+def test_nothing_is_chosen_where_the_middle_block_has_no_float32_weight() -> None:
+    model = tiny_llama()
+    model.model.layers[2].bfloat16()
+    assert choose_product(wrap_model(model, "tiny"), int(FEWEST_FLOPS), 512) == Product()
+
+
 def test_nothing_is_chosen_off_the_cpu() -> None:
     model = wrap_model(tiny_llama().to("meta"), "tiny")
     assert choose_product(model, int(FEWEST_FLOPS), 512) == Product()
