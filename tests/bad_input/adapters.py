@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,12 @@ def _whose_base_is_gone(folder: Path) -> list[str]:
     return compare(b="adapter")
 
 
+def _beside_its_model(folder: Path) -> list[str]:
+    _lora(folder)
+    shutil.copytree(folder / "base", folder / "adapter", dirs_exist_ok=True)
+    return compare(f="adapter")
+
+
 def _good(folder: Path) -> list[str]:
     _lora(folder)
     return compare(f="adapter")
@@ -168,6 +175,12 @@ KINDS = (
         "`-b adapter`, whose base is not here",
         _whose_base_is_gone,
         ("adapter", "belongs to", "/models/gone", "MODEL+adapter"),
+    ),
+    BadInput(
+        "adapter beside its model",
+        "a folder that holds both a model and an adapter",
+        _beside_its_model,
+        ("adapter", "both a model", "adapter/model.safetensors", "adapter+adapter"),
     ),
     BadInput(
         "a model as an adapter",

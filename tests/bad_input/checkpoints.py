@@ -66,6 +66,30 @@ def _lose_a_shard(model: Path) -> None:
     next(model.glob("model-00002-of-*.safetensors")).unlink()
 
 
+def _another_set(name: str) -> Callable[[Path], None]:
+    """A damage: other weights beside those of the model, in a file of that name."""
+
+    def damage(model: Path) -> None:
+        tensors = {key: tensor + 1 for key, tensor in load_file(model / WEIGHTS).items()}
+        save_file(tensors, model / name, metadata={"format": "pt"})
+
+    return damage
+
+
+def _without_index(model: Path) -> None:
+    (model / "model.safetensors.index.json").unlink()
+
+
+def _shards_of_two(model: Path) -> None:
+    first, second = sorted(model.glob("model-*.safetensors"))[:2]
+    key, tensor = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {key: tensor + 1}, second, metadata={"format": "pt"})
+
+
+def _renamed(model: Path) -> None:
+    (model / WEIGHTS).rename(model / "weights.safetensors")
+
+
 def _gguf(architecture: str, n_bytes: int | None = None) -> Prepare:
     """A GGUF file with one tensor, the first `n_bytes` of it."""
 
@@ -119,6 +143,30 @@ KINDS = (
         "a sharded checkpoint without one of its files",
         _sharded(_lose_a_shard),
         ("sharded/model-00002-of-", "a file is missing", "Fetch the model again"),
+    ),
+    BadInput(
+        "shards without their index",
+        "a sharded checkpoint without `model.safetensors.index.json`",
+        _sharded(_without_index),
+        ("sharded", "shards of weights", "without their index", "Fetch the index"),
+    ),
+    BadInput(
+        "shards of two checkpoints",
+        "a sharded checkpoint of which two files hold one tensor with two values",
+        _sharded(_shards_of_two),
+        ("sharded", "two of its files with two values", "model-00001-of-", "model-00002-of-", "save"),
+    ),
+    BadInput(
+        "two sets of weights",
+        "a folder with two files of weights of one model, which differ",
+        damaged(_another_set("best.safetensors")),
+        ("two sets of weights", "model.safetensors and best.safetensors", "damaged/best.safetensors"),
+    ),
+    BadInput(
+        "weights under another name",
+        "a model folder with `weights.safetensors` alone",
+        damaged(_renamed),
+        ("damaged", "no model.safetensors", "damaged/weights.safetensors"),
     ),
     BadInput(
         "shard index broken",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import huggingface_hub.errors as hub
 from transformers import ViTConfig, ViTModel
 
 from bad_input.kind import BadInput, Prepare, change_json, compare, damaged, overwrite, typed
-from factories import save_model, tiny_tokenizer
+from factories import save_model, tiny_llama, tiny_tokenizer
 
 
 def _hub_says(fault: type[hub.HfHubHTTPError], status: int) -> AbstractContextManager[Any]:
@@ -31,6 +32,18 @@ def _an_image_model(folder: Path) -> list[str]:
     config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=32)
     save_model(folder / "vision", ViTModel(config), tiny_tokenizer())
     return compare(b="vision", f="vision")
+
+
+def _weights_alone(folder: Path) -> list[str]:
+    (folder / "alone").mkdir()
+    shutil.copy(folder / "base" / "model.safetensors", folder / "alone")
+    return compare(f="alone/model.safetensors")
+
+
+def _a_shard(folder: Path) -> list[str]:
+    save_model(folder / "sharded", tiny_llama(), max_shard_size="60KB")
+    shard = next((folder / "sharded").glob("model-00001-of-*.safetensors"))
+    return compare(f=f"sharded/{shard.name}")
 
 
 def _configured(**changes: Any) -> Prepare:
@@ -112,10 +125,22 @@ NAMES = (
         around=lambda: _hub_says(hub.GatedRepoError, 403),
     ),
     BadInput(
-        "a file that is no gguf",
+        "a file that holds no weights",
         "`-f base/tokenizer.json`",
         typed(f="base/tokenizer.json"),
-        ("base/tokenizer.json", "nor a .gguf", "Name the folder"),
+        ("base/tokenizer.json", "neither a .safetensors nor a .gguf", "Name the folder"),
+    ),
+    BadInput(
+        "a file of weights alone",
+        "`-f alone/model.safetensors`, beside which there is no config.json",
+        _weights_alone,
+        ("alone/model.safetensors", "no config.json beside it", "into that folder"),
+    ),
+    BadInput(
+        "a shard of several",
+        "`-f` a shard, whose index is beside it",
+        _a_shard,
+        ("model-00001-of-", "one shard of several", "sharded/model.safetensors.index.json"),
     ),
     BadInput(
         "an empty folder",

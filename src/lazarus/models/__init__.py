@@ -5,6 +5,7 @@ gguf/          GGUF files: their parts, their settings, their tensors
 opening.py     a checkpoint's configuration, class and type, before any weight is read
 checkpoint.py  its stored tensors, and how transformers makes parameters of them
 wrappers.py    what a wrapper has put around the names of a checkpoint's tensors
+contents.py    what a folder holds besides the weights that are read
 load.py        from that name to weights in memory, each set of weights once
 whole.py       what a model does when it first runs as a whole, done once
 sharing.py     a second checkpoint over the first one's weights: only what differs is read

@@ -1,4 +1,4 @@
-"""What a folder holds besides the weights that are read from it: other sets of weights, and an adapter."""
+"""What a folder holds besides the weights that are read from it: other sets of weights, in any format."""
 
 from __future__ import annotations
 
@@ -11,167 +11,167 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from lazarus.errors import WeightsError
-from lazarus.models.checkpoint import read_headers, same_numbers
+from lazarus.models.checkpoint import StoredTensor, read_headers, same_numbers
 from lazarus.models.reference import ADAPTER_FILES, INDEX, WEIGHTS, Source
 
 _WEIGHTS = (
     "*.safetensors",
     "pytorch_model*.bin",
-    "adapter_model.bin",
     "consolidated*.pth",
     "*.gguf",
     "tf_model*.h5",
     "flax_model*.msgpack",
 )
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
-_VARIANT = re.compile(r"\.(fp16|bf16|fp32|int8|fp8)(?=[.-])")
-"""what diffusers and transformers put into the names of another dtype's files (`variant=`)"""
+_VARIANT = re.compile(r"\.(fp16|bf16|fp32|fp8|int8)(?=[.-])")
+"""what `variant=` puts into the names of the files of another dtype"""
 _MOST_TOLD = 6
 
 
 @dataclass(frozen=True)
 class Unread:
-    """A file of weights that was not read."""
+    """A set of weights that was not read: one file, or the files of an index."""
 
     name: str
-    path: str
+    paths: tuple[str, ...]
     is_copy: bool = False
     """it holds the weights that were read, bit for bit"""
     said: str = ""
     """what is known of it"""
 
+    def __str__(self) -> str:
+        return f"{self.name} ({self.said})" if self.said else self.name
+
 
 @dataclass(frozen=True)
 class Contents:
-    """What of a folder was read, and what was not."""
+    """What a folder holds besides the weights that are read."""
 
     notes: tuple[str, ...] = ()
     unread: tuple[Unread, ...] = ()
 
 
+NOTHING_BESIDE = Contents()
+
+
 def look_for_weights(source: Source) -> None:
-    """Refuse a folder whose safetensors have names that are not looked for.
+    """Refuse a local folder whose safetensors have names that are not looked for.
 
     Raises:
-        WeightsError: the weights are there, and their name or their index is not the usual one.
+        WeightsError: the weights are there under other names, or their index is not.
     """
-    if source.kind != "folder" or source.weights_file:
-        return
     folder = Path(source.path, source.subfolder)
-    found = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in ADAPTER_FILES)
-    if (
-        not found
-        or {WEIGHTS, INDEX} & {path.name for path in folder.iterdir()}
-        or any(folder.glob("pytorch_model*.bin*"))
-    ):
+    if source.kind != "folder" or source.weights_file or any(folder.glob("pytorch_model*.bin*")):
         return
-    shards = [name for name in found if _SHARD.search(name)]
+    found = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in ADAPTER_FILES)
+    if not found or (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
+        return
     index = sorted(path.name for path in folder.glob("*.safetensors.index.json"))
+    shards = [name for name in found if _SHARD.search(name)]
     if shards and not index:
         raise WeightsError(
-            f"{source.name}: {len(shards)} shards ({shards[0]}, …) without their index, {INDEX}: which of "
-            "them belong together is not known. Fetch the index too."
+            f"{source.name}: {len(shards)} shards of weights, first {shards[0]}, without their index "
+            f"{INDEX}: whether they are all is not known. Fetch the index too."
         )
-    names = ", ".join(f"{source.name.rstrip('/')}/{name}" for name in (index or found)[:_MOST_TOLD])
+    names = ", ".join(f"{source.folder_name}/{name}" for name in (index or found)[:_MOST_TOLD])
     raise WeightsError(f"{source.name}: no {WEIGHTS} there. Name the file of weights: {names}.")
 
 
 def survey(source: Source, read: Sequence[str]) -> Contents:
-    """Find what a local folder holds besides the files that are read.
+    """Return what a local folder holds besides the files of weights that are read.
 
     Raises:
-        WeightsError: it holds a second set of weights with other values, or two shards hold one tensor with
-            two values.
+        WeightsError: it holds a second set of weights with other values and neither was named, or two shards
+            hold one tensor with two values.
     """
     if source.kind != "folder" or not read:
-        return Contents()
+        return NOTHING_BESIDE
     folder = Path(source.path, source.subfolder)
     _refuse_double(source, read)
     names = {Path(path).name for path in read}
-    others = sorted({path.name for pattern in _WEIGHTS for path in folder.glob(pattern)} - names)
+    files = {path.name for pattern in _WEIGHTS for path in folder.glob(pattern) if path.is_file()}
+    others = sorted(files - names - {*ADAPTER_FILES})
     if not others:
-        return Contents()
-    unread: list[Unread] = []
-    for title, files in _sets(folder, others, names):
-        unread += _compare(source, folder, read, (title, files))
-    known = {each.name for each in unread}
+        return NOTHING_BESIDE
+    unread = [_compare(source, read, each) for each in _sets(folder, others, names)]
+    known = {Path(path).name for each in unread for path in each.paths}
     newest = max(Path(path).stat().st_mtime for path in read)
     for name in others:
         if name not in known:
-            is_newer = (folder / name).stat().st_mtime > newest
-            unread.append(Unread(name, str(folder / name), said="newer" if is_newer else ""))
-    read_from = source.weights_file or (INDEX if len(read) > 1 else Path(read[0]).name)
-    told = [f"{each.name} ({each.said})" if each.said else each.name for each in unread]
-    listed = ", ".join(told[:_MOST_TOLD]) + (
-        f" and {len(told) - _MOST_TOLD} more" if told[_MOST_TOLD:] else ""
-    )
-    note = f"{source.name}: the weights were read from {read_from}; not read: {listed}"
+            said = "newer than what was read" if (folder / name).stat().st_mtime > newest else ""
+            unread.append(Unread(name, (str(folder / name),), said=said))
+    told = ", ".join(map(str, unread[:_MOST_TOLD]))
+    more = f" and {len(unread) - _MOST_TOLD} more" if len(unread) > _MOST_TOLD else ""
+    note = f"{source.name}: its weights were read from {_called(source, read)}, and not from {told}{more}"
     return Contents((note,), tuple(unread))
 
 
-def _sets(folder: Path, others: Iterable[str], read: set[str]) -> Iterator[tuple[str, list[str]]]:
-    """The other sets of safetensors that a user could name: the name to give, and the files."""
-    left = [n for n in others if n.endswith(".safetensors") and n not in ADAPTER_FILES]
-    for index in sorted(path.name for path in folder.glob("*.safetensors.index.json")):
+def _called(source: Source, read: Sequence[str]) -> str:
+    """The file that a user would name for what is read."""
+    if source.weights_file or len(read) == 1:
+        return source.weights_file or Path(read[0]).name
+    return INDEX if read[0].endswith(".safetensors") else "pytorch_model.bin.index.json"
+
+
+def _sets(folder: Path, others: Iterable[str], read: set[str]) -> Iterator[Unread]:
+    """The other sets of safetensors that a user could name."""
+    left = [name for name in others if name.endswith(".safetensors") and not _SHARD.search(name)]
+    for index in sorted(folder.glob("*.safetensors.index.json")):
         try:
-            files = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
+            files = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            continue
-        if files <= read:
-            continue
-        yield index, sorted(files)
-        left = [name for name in left if name not in files]
+            continue  # it is not read, and what its files are nobody says
+        if not files <= read:
+            left = [name for name in left if name not in files]
+            yield Unread(index.name, tuple(str(folder / name) for name in sorted(files)))
     for name in left:
-        if not _SHARD.search(name):
-            yield name, [name]
+        yield Unread(name, (str(folder / name),))
 
 
-def _compare(source: Source, folder: Path, read: Sequence[str], other: tuple[str, list[str]]) -> list[Unread]:
-    """What is known of another set of weights.
+def _compare(source: Source, read: Sequence[str], other: Unread) -> Unread:
+    """Another set of weights with what is known of it.
 
     Raises:
         WeightsError: it is as whole as the one that is read, holds other values, and neither was named.
     """
-    title, files = other
-    paths = [str(folder / name) for name in files]
-    there = [name for name in files if (folder / name).is_file()]
-
-    def unread(said: str, *, is_copy: bool = False) -> list[Unread]:
-        return [Unread(name, str(folder / name), is_copy, f"{said} {title}".strip()) for name in there]
-
-    if len(there) < len(files):
-        return unread("part of the incomplete")
+    absent = [path for path in other.paths if not Path(path).is_file()]
+    there = tuple(path for path in other.paths if path not in absent)
+    if absent:
+        said = f"{len(absent)} of its {len(other.paths)} files are absent"
+        return Unread(other.name, there, said=said)
+    if not all(path.endswith(".safetensors") for path in read):
+        return other
     try:
-        ours, theirs = read_headers(read), read_headers(paths)
+        ours, theirs = read_headers(read), read_headers(other.paths)
     except (SafetensorError, OSError, ValueError, KeyError):
-        return unread("of the unreadable")
-    usual = title in (WEIGHTS, INDEX)
-    if not usual and ours.keys() != theirs.keys():
-        return []  # a set of another tool, under names of its own
-    differing = [key for key in ours if key not in theirs or not same_numbers(ours[key], theirs[key])]
-    if not differing and ours.keys() == theirs.keys():
-        return unread("the same weights" if len(files) == 1 else "the same weights:", is_copy=True)
-    if source.weights_file or _VARIANT.search(title):
-        return unread("a variant" if _VARIANT.search(title) else "of", is_copy=False)
-    mine = INDEX if len(read) > 1 else Path(read[0]).name
-    place = f"{source.name.rstrip('/')}{'/' + source.subfolder if source.subfolder else ''}"
-    first = min(differing, default=min(theirs.keys() - ours.keys(), default=""))
+        return Unread(other.name, there, said="unreadable")
+    if ours.keys() != theirs.keys() and other.name not in (WEIGHTS, INDEX):
+        return other  # the set of another tool, under names of its own
+    keys = sorted(ours.keys() | theirs.keys())
+    differing = (k for k in keys if k not in ours or k not in theirs or not same_numbers(ours[k], theirs[k]))
+    first = next(differing, None)
+    if first is None:
+        return Unread(other.name, there, is_copy=True, said="the same weights")
+    if _VARIANT.search(other.name):
+        return Unread(other.name, there, said="a variant")
+    if source.weights_file:
+        return Unread(other.name, there, said="other weights")
+    folder, mine = source.folder_name, _called(source, read)
     raise WeightsError(
-        f"{source.name}: holds two sets of weights, {mine} and {title}, and they differ, first in {first}. "
-        f"Say which: {place}/{mine} or {place}/{title}. Or delete the one that is left over."
+        f"{source.name}: holds two sets of weights, {mine} and {other.name}, and they differ, first in "
+        f"{first}. Say which: {folder}/{mine} or {folder}/{other.name}. Or delete the one that is left over."
     )
 
 
 def _refuse_double(source: Source, read: Sequence[str]) -> None:
     """Refuse shards of which two hold one tensor with two values: which counts would be chance."""
-    safetensors = [path for path in read if path.endswith(".safetensors")]
-    seen: dict[str, str] = {}
-    for path in safetensors if len(safetensors) > 1 else ():
-        for key in read_headers([path]):
-            first = seen.setdefault(key, path)
-            if first != path and not same_numbers(read_headers([first])[key], read_headers([path])[key]):
+    seen: dict[str, StoredTensor] = {}
+    for path in read if len(read) > 1 and all(each.endswith(".safetensors") for each in read) else ():
+        for key, stored in read_headers([path]).items():
+            first = seen.setdefault(key, stored)
+            if first is not stored and not same_numbers(first, stored):
                 raise WeightsError(
-                    f"{source.name}: {key} is in two of its files with two values: {Path(first).name} and "
-                    f"{Path(path).name}. They are shards of two checkpoints: delete the one that is left "
+                    f"{source.name}: {key} is in two of its files with two values: {Path(first.path).name} "
+                    f"and {Path(path).name}. They are shards of two checkpoints: delete those that are left "
                     "over, or save the model again."
                 )

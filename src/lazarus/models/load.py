@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,7 +46,7 @@ class LoadedModel:
     pager: Pager | None = None
     """reads its blocks when they are needed; None where all of it is in memory"""
     unread: tuple[Unread, ...] = ()
-    """files of weights in its folder that were not read"""
+    """other sets of weights in its folder"""
 
     @property
     def run_dtype(self) -> str:
@@ -213,7 +214,7 @@ def _load(opened: Opened, options: LoadOptions) -> Weights:
                 ignore_mismatched_sizes=True,  # the report names them; transformers' own error does not
                 **arguments,
             )
-    weights = Weights(opened, model.eval().requires_grad_(requires_grad=False), report, [*opened.notes])
+    weights = Weights(opened, model.eval().requires_grad_(requires_grad=False), report)
     if opened.quantised and options.dtype is not None:
         weights.notes.append(
             f"{source.name} is quantised and runs in its own type: --dtype did not apply to it"
@@ -264,7 +265,9 @@ def build(
 ) -> tuple[PreTrainedModel, Conversion]:
     """Build a checkpoint's model empty, and find out which stored tensors make which of its parameters."""
     files = find_files(opened.source, opened.config, opened.head)
-    model = build_empty(kind, opened.config, files, "auto" if options.dtype is None else options.dtype)
+    # A model takes its configuration for its own and writes into it.
+    config = copy.deepcopy(opened.config)
+    model = build_empty(kind, config, files, "auto" if options.dtype is None else options.dtype)
     model.config.name_or_path = model.name_or_path = opened.source.path
     return model, Conversion(model, read_headers(files), options.device)
 
@@ -366,7 +369,7 @@ def same_attention(base: PreTrainedModel, finetuned: PreTrainedModel) -> list[st
 
 def finish(reference: ModelReference, weights: Weights, options: LoadOptions) -> LoadedModel:
     """Put the adapter on, if there is one, and name the parts."""
-    model, adapter, notes = weights.model, None, [*weights.opened.contents.notes, *weights.notes]
+    model, adapter, notes = weights.model, None, [*weights.opened.notes, *weights.notes]
     sources = [weights.source]
     if reference.adapters:
         model, kinds = put_all_on(model, reference.adapters, notes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from lazarus.errors import UnsupportedModelError
 from lazarus.models.checkpoint import find_files
-from lazarus.models.contents import Contents, look_for_weights, survey
+from lazarus.models.contents import NOTHING_BESIDE, Contents, look_for_weights, survey
 from lazarus.models.faults import translated
 from lazarus.models.formats import check_folder
 from lazarus.models.gguf.opening import OpenedGguf, open_gguf, usual_type
@@ -44,13 +44,13 @@ class Opened:
     config: Any
     head: Any
     quantised: bool
-    contents: Contents = field(default_factory=Contents)
     gguf: OpenedGguf | None = None
+    contents: Contents = NOTHING_BESIDE
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader must know of how the checkpoint was opened."""
-        return self.gguf.notes if self.gguf else ()
+        return (*self.contents.notes, *(self.gguf.notes if self.gguf else ()))
 
 
 def open_checkpoint(source: Source, options: LoadOptions) -> Opened:

@@ -7,6 +7,7 @@ what its modules hold outside the text stack.
 
 from __future__ import annotations
 
+import filecmp
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
@@ -25,6 +26,7 @@ from lazarus.models.checkpoint import (
     read_whole,
     same_numbers,
 )
+from lazarus.models.contents import Unread
 from lazarus.models.embedders import embedder_parts
 from lazarus.models.faults import translated
 from lazarus.models.gguf.tensors import read_unplaced
@@ -84,25 +86,51 @@ def find_outside(
             n_tensors = sum(pair[side] is not None for pair in pairs)
             if n_tensors:
                 parts.append(NotCompared(what=_called(group, paths[0]), n_tensors=n_tensors, differs=differs))
-    beside = find_beside((base.source, finetuned.source), (base.model.config, finetuned.model.config))
+    beside = find_beside(
+        (base.source, finetuned.source),
+        (base.model.config, finetuned.model.config),
+        (base.unread, finetuned.unread),
+    )
     return [*sides[0], *beside[0]], [*sides[1], *beside[1]]
 
 
 def find_beside(
-    sources: tuple[Source | None, Source | None], configs: tuple[PretrainedConfig, PretrainedConfig]
+    sources: tuple[Source | None, Source | None],
+    configs: tuple[PretrainedConfig, PretrainedConfig],
+    unread: tuple[Sequence[Unread], Sequence[Unread]] = ((), ()),
 ) -> tuple[list[NotCompared], list[NotCompared]]:
     """Return what two checkpoints have beside their model's tensors.
 
-    That is: the modules of a sentence-transformers model, and settings in which the configurations differ.
+    That is: the modules of a sentence-transformers model, other weights in its folder, and settings in which
+    the configurations differ.
 
     Raises:
         ModelError: the settings or the weights of such a module cannot be read.
     """
     parts = embedder_parts(*sources)
+    parts += _unread_parts(*unread)
     for setting in settings_that_differ(*configs):
         part = NotCompared(what=f"{SETTING}{setting}", n_tensors=0, differs=True)
         parts.append((part, part))
     return [one for one, _ in parts if one], [other for _, other in parts if other]
+
+
+def _unread_parts(
+    base: Sequence[Unread], finetuned: Sequence[Unread]
+) -> Iterator[tuple[NotCompared | None, NotCompared | None]]:
+    """The files of weights that were not read; one that is a copy of what was read is no difference."""
+    ours, theirs = ({each.name: each for each in side} for side in (base, finetuned))
+    for name in dict.fromkeys([*ours, *theirs]):
+        pair = ours.get(name), theirs.get(name)
+        known = [each for each in pair if each is not None]
+        is_same = all(each.is_copy for each in known) or (len(known) == 2 and _same_files(*known))
+        part = NotCompared(what=f"weights in {name}", n_tensors=0, differs=False if is_same else None)
+        yield (part if pair[0] else None), (part if pair[1] else None)
+
+
+def _same_files(one: Unread, other: Unread) -> bool:
+    pairs = zip(one.paths, other.paths, strict=False)
+    return len(one.paths) == len(other.paths) and all(filecmp.cmp(*pair, shallow=False) for pair in pairs)
 
 
 def _holdings(model: LoadedModel, compared: AbstractSet[str]) -> dict[str, Held]:

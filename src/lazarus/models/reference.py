@@ -50,6 +50,13 @@ class Source:
         return path if self.is_on_hub else os.path.realpath(path), self.revision, self._inside
 
     @property
+    def folder_name(self) -> str:
+        """Its folder, as a user would type it in front of a file's name."""
+        named = Path(self.name)
+        folder = named.parent if self.weights_file else named
+        return str(folder / self.subfolder)
+
+    @property
     def _inside(self) -> str:
         return os.path.join(self.subfolder, self.weights_file or "")
 
@@ -97,14 +104,9 @@ def parse_model(name: str) -> ModelReference:
             return ModelReference(name, None, (replace(source, weights_file=None),))
         return ModelReference(name, source)
     if own := _own_weights(source):
-        folder = name.rstrip("/")
-        one = f"{folder}/{own} for the model, " if source.kind == "folder" else ""
         raise AdapterError(
-            f"{name}: holds both a model ({own}) and an adapter (adapter_config.json). Say which: {one}"
-            f"{folder}/{ADAPTER_FILES[0]} for the adapter on BASE, {folder}+{folder} for the model with it."
-            if source.kind == "folder"
-            else f"{name}: holds both a model ({own}) and an adapter (adapter_config.json). Write "
-            f"{name}+{name} for the model with the adapter, or download it and name the file."
+            f"{name}: holds both a model ({own}) and an adapter (adapter_config.json). Say which: "
+            f"{_ways_to_say(source, own)}."
         )
     return ModelReference(name, None, (source,))
 
@@ -168,6 +170,16 @@ def _own_weights(source: Source) -> str | None:
     if not source.file("config.json"):
         return None
     return next((name for name in _MODEL_FILES if source.file(name)), None)
+
+
+def _ways_to_say(source: Source, own: str) -> str:
+    """What to type for a model, for the adapter beside it, and for both."""
+    name = source.name.rstrip("/")
+    both = f"{name}+{name} for the model with the adapter on it"
+    if source.kind == "hub":
+        return f"{both}; for one of the two alone, download it and name its file"
+    model = f"{name}/{own} for the model, " if "safetensors" in own else ""
+    return f"{model}{name}/{ADAPTER_FILES[0]} for the adapter on BASE, {both}"
 
 
 def _adapter(name: str) -> Source:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from lazarus.errors import WeightsError
 from lazarus.models import Source
 from lazarus.models.checkpoint import KeyMap, natural_key
+from lazarus.models.contents import Unread
 from lazarus.models.faults import translated
 from lazarus.models.formats import refuse_empty
 from lazarus.models.load import other_shape
@@ -84,6 +85,8 @@ class Checkpoint:
     n_parameters: int
     stored_dtype: str
     notes: tuple[str, ...]
+    unread: tuple[Unread, ...] = ()
+    """other sets of weights in its folder"""
 
     def find(self, place: Place) -> Entry | None:
         """A component, even one that uses another's tensor."""
@@ -98,12 +101,13 @@ def read_checkpoint(source: Source, options: WeightOptions) -> Checkpoint:
     """
     structure = learn_structure(source, options.layers_path, trust_remote_code=options.trust_remote_code)
     notes = [*structure.notes]
+    unread: tuple[Unread, ...] = ()
     if source.gguf_file:
         stored, made = _read_gguf(structure)
     else:
         store = open_store(structure.opened, allow_pickle=options.allow_pickle)
         stored, made, of_names = _read_files(structure, store)
-        notes += [*store.notes, *of_names]
+        notes, unread = [*notes, *store.notes, *of_names], store.unread
     refuse_empty(source.name, _empty(structure, stored))
     if not stored:
         raise WeightsError(f"{source.name}: there is no tensor in its files. Fetch the model again.")
@@ -119,6 +123,7 @@ def read_checkpoint(source: Source, options: WeightOptions) -> Checkpoint:
         n_parameters=sum(math.prod(each.shape) for each in stored),
         stored_dtype=_usual_type(stored),
         notes=(*notes, *_lacking(structure, stored, made)),
+        unread=unread,
     )
 
 

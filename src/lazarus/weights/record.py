@@ -83,6 +83,7 @@ def assemble(
     ours, theirs = find_beside(
         (base.checkpoint.source, finetuned.checkpoint.source),
         (base.checkpoint.structure.opened.config, finetuned.checkpoint.structure.opened.config),
+        (base.checkpoint.unread, finetuned.checkpoint.unread),
     )
     limits += _by_number(matched, rows)
     limits += merge_notes([each.rounded for each in measured if each.rounded is not None])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lazarus.errors import UnsupportedModelError, WeightsError
 from lazarus.models.checkpoint import find_files, read_headers
-from lazarus.models.contents import look_for_weights, survey
+from lazarus.models.contents import Contents, Unread, look_for_weights, survey
 from lazarus.models.faults import translated
 from lazarus.models.opening import Opened
 from lazarus.tokens import listed
@@ -29,6 +29,8 @@ class Store:
     dtypes: Mapping[str, str]
     tensors: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    unread: tuple[Unread, ...] = ()
+    """other sets of weights in its folder"""
 
     def view(self, key: str, take: Take | None) -> View:
         """A tensor, or a part of it."""
@@ -65,6 +67,7 @@ def open_store(opened: Opened, *, allow_pickle: bool) -> Store:
                 {key: view.dtype for key, view in views.items()},
                 stored,
                 contents.notes,
+                contents.unread,
             )
         if not allow_pickle:
             raise WeightsError(
@@ -72,13 +75,13 @@ def open_store(opened: Opened, *, allow_pickle: bool) -> Store:
                 "when it is read. Allow torch's reader of plain tensors with --allow-pickle, or load the "
                 "model where you trust it and write it again with save_pretrained."
             )
-        return _read_pickles(files, contents.notes)
+        return _read_pickles(files, contents)
 
 
-def _read_pickles(files: Sequence[str], known: Sequence[str]) -> Store:
+def _read_pickles(files: Sequence[str], contents: Contents) -> Store:
     """The tensors of .bin files, mapped into memory where the file allows; nothing else is unpickled."""
     tensors: dict[str, Tensor] = {}
-    notes = list(known)
+    notes = list(contents.notes)
     for file in files:
         found = _read_pickle(file)
         if not isinstance(found, dict):
@@ -93,6 +96,7 @@ def _read_pickles(files: Sequence[str], known: Sequence[str]) -> Store:
         {key: type_name(tensor.dtype) for key, tensor in tensors.items()},
         tensors,
         tuple(notes),
+        contents.unread,
     )
 
 
