@@ -29,7 +29,7 @@ from lazarus.errors import (
     UnsupportedModelError,
     WeightsError,
 )
-from lazarus.models import checkpoint
+from lazarus.models import stored
 from lazarus.models.faults import translated
 
 TEXTS = ["t5 t17 t80", "t9 t33", "t12 t77 t31"]
@@ -131,7 +131,7 @@ def _break_picking(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_our_part_of_loading_raises_passes_as_it_is(
     kind: type[Exception], monkeypatch: pytest.MonkeyPatch, base_folder: Path, finetuned_folder: Path
 ) -> None:
-    names: dict[str, Any] = {"__name__": checkpoint.__name__, "kind": kind}
+    names: dict[str, Any] = {"__name__": stored.__name__, "kind": kind}
     exec("def same(one, other):\n    raise kind('a slip')\n", names)
     monkeypatch.setattr("lazarus.models.sharing._same_keys", names["same"])
     with pytest.raises(kind, match="a slip"):
@@ -182,7 +182,7 @@ def test_an_error_of_ours_that_another_library_wraps_is_told() -> None:
 
 def test_files_are_at_fault_whoever_opens_them(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="base: a file is missing"), translated("base"):
-        checkpoint.read_rows(checkpoint.StoredTensor(str(tmp_path / "no"), "F32", (1,), 0, 4), [0])
+        stored.read_rows(stored.StoredTensor(str(tmp_path / "no"), "F32", (1,), 0, 4), [0])
 
 
 def test_a_full_disk_is_told_as_that() -> None:

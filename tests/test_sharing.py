@@ -21,8 +21,9 @@ from layouts import compare, edit_json, edit_weights, most, pair_of, save_adapte
 from lazarus.errors import WeightsError
 from lazarus.models import LoadedModel, same_design, shared_blocks, weights_identical, wrap_model
 from lazarus.models.adapters import share_storage
-from lazarus.models.checkpoint import build_empty, read_headers, same_numbers
+from lazarus.models.checkpoint import build_empty
 from lazarus.models.design import same_config
+from lazarus.models.stored import read_headers, same_numbers
 
 NAMES = [n for n in (*CAUSAL, *ENCODERS, *ENCODER_DECODERS) if n not in UNBUILDABLE and n not in REFUSED]
 

@@ -96,6 +96,21 @@ def test_a_site_that_was_not_measured_says_nothing(site: int | str) -> None:
     assert find_verdict({**dict.fromkeys(FLOORS, 0.0), site: NAN}, FLOORS) == "identical"
 
 
+@pytest.mark.parametrize("site", FLOORS)
+def test_a_difference_where_the_noise_is_not_known_makes_no_verdict(site: int | str) -> None:
+    floors = {each: floor for each, floor in FLOORS.items() if each != site}
+    quiet = dict.fromkeys(FLOORS, 0.0)
+    assert find_verdict({**quiet, site: 1.0}, floors) is None
+    assert find_verdict(dict.fromkeys(FLOORS, 1e-7), floors) is None
+    assert find_verdict(dict.fromkeys(FLOORS, 1.0), floors) == "changed"  # by the other sites
+    assert find_verdict({**dict.fromkeys(FLOORS, 1e-7), site: 0.0}, floors) == "within_noise"
+
+
+def test_nothing_measured_makes_no_verdict() -> None:
+    assert find_verdict({}, FLOORS) is None
+    assert find_verdict(dict.fromkeys(FLOORS, NAN), FLOORS) is None
+
+
 @pytest.mark.parametrize("scale", [0.5, 1.001, 2.0])
 def test_a_change_of_scale_alone_is_a_change(scale: float) -> None:
     base = torch.randn(5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lazarus.models.checkpoint import read_headers
+from lazarus.models.stored import read_headers
 from lazarus.weights.numbers import Chunk, Numbers, Pair, UpdatePair, ViewPair, base_norm, measure
 from lazarus.weights.parallel import measure_all
 from lazarus.weights.parts import Take

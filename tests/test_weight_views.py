@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lazarus.models.checkpoint import StoredTensor, read_headers
+from lazarus.models.stored import StoredTensor, read_headers
 from lazarus.weights.parts import Take
 from lazarus.weights.views import AddedView, MemoryView, StoredView, View, bits, open_rows, same_bits
 

@@ -66,9 +66,17 @@ def _shares(layers: Sequence[LayerRecord]) -> list[str]:
 
 
 def _noise(found: Findings) -> list[str]:
-    if found.floors or not found.pair.same_width:
+    if not found.pair.same_width:
         return []
-    return ["the noise floor was not measured: no verdict but identical can be given, and no onset"]
+    if not found.floors:
+        return ["the noise floor was not measured: no verdict but identical can be given, and no onset"]
+    unknown = [str(site) for site in found.pair.sites if site not in found.floors]
+    if not unknown:
+        return []
+    return [
+        f"the noise could not be measured at {', '.join(unknown)} (states of base that are not finite, or zero, "
+        "in every trial): differences there make no verdict"
+    ]
 
 
 def _rounding(found: Findings) -> list[str]:

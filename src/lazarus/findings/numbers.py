@@ -66,13 +66,13 @@ class Findings:
 
     @cached_property
     def floors(self) -> Mapping[Site, Floor]:
-        """What noise alone may reach at each site, and in the logits; empty where it was not measured."""
-        dtype = self.pair.base.run_dtype
-        sites = {site for trial in self.measured.noise for site in trial}
-        return {
-            site: noise_floor([_l2_and_divergence(t[site]) for t in self.measured.noise if site in t], dtype)
-            for site in sites
-        }
+        """What noise alone may reach at each site, and in the logits; without those where it is not known."""
+        trials: dict[Site, list[tuple[float, float]]] = {}
+        for trial in self.measured.noise:
+            for site, means in trial.items():
+                if (noise := _l2_and_divergence(means)) is not None:
+                    trials.setdefault(site, []).append(noise)
+        return {site: noise_floor(found, self.pair.base.run_dtype) for site, found in trials.items()}
 
     @cached_property
     def divergence(self) -> Floats:
@@ -139,8 +139,6 @@ class Findings:
         seen: dict[Site, float] = {site: self._means(site)["relative_l2"] for site in self.pair.sites}
         if self.measured.output.n_rows.any():
             seen["logits"] = self._logits_change()
-        if not self.floors and any(value != 0 for value in seen.values()):
-            return None
         found = find_verdict(seen, self.floors)
         is_whole = not (self.n_prompts_left_out or self.n_outputs_left_out)
         if found == "changed":
@@ -250,7 +248,7 @@ class Findings:
         return float(found.low[column]), float(found.high[column])
 
     def _onset(self) -> int | None:
-        if self.layer_intervals is None or not self.floors:
+        if self.layer_intervals is None or not self.floors.keys() >= set(self.layers):
             return None
         floor = np.array([self.floors[layer].divergence for layer in self.layers])
         return onset(self.layer_intervals.band_low, floor)
@@ -263,12 +261,11 @@ class Findings:
         return max(changed, key=lambda layer: changed[layer] or 0.0, default=None)
 
 
-def _l2_and_divergence(means: PromptMeans) -> tuple[float, float]:
+def _l2_and_divergence(means: PromptMeans) -> tuple[float, float] | None:
+    """The noise of one trial at one site; None where it could not be measured."""
     found = means.means()
-    l2, divergence = (
-        float(np.nan_to_num(mean_over_prompts(found[n]))) for n in ("relative_l2", "divergence")
-    )
-    return l2, divergence
+    l2, divergence = (float(mean_over_prompts(found[name])) for name in ("relative_l2", "divergence"))
+    return None if np.isnan(l2) or np.isnan(divergence) else (l2, divergence)
 
 
 def _local(accumulators: SiteMeasures) -> LocalChange | None:

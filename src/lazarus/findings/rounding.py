@@ -65,6 +65,7 @@ def _test(stored: LoadedModel, exact: LoadedModel) -> Rounded | None:
     if found.keys() != source.keys():
         return None
     tests: list[RoundingTest] = []
+    dtype: torch.dtype | None = None
     with torch.no_grad():
         for name, read in found.items():
             (x, own), (w, update) = read(), source[name]()
@@ -72,23 +73,33 @@ def _test(stored: LoadedModel, exact: LoadedModel) -> Rounded | None:
                 return None
             if update is None and (x.data_ptr() == w.data_ptr() or torch.equal(x, w.to(x.device))):
                 continue
-            test = _tested(x, w, update)
-            if test is None or test.result not in ("exact", "rounded"):
+            dtype = dtype or _stored_dtype(stored.model)
+            if dtype is None:
                 return None
-            tests.append(test)
-    dtypes = {str(test.dtype).removeprefix("torch.") for test in tests}
-    if len(dtypes) != 1:
+            tests.append(_tested(x, w, update, dtype))
+            if tests[-1].result not in ("exact", "rounded"):
+                return None
+    if dtype is None:
         return None
     square = sum(test.update_square for test in tests)
     kept = sum(test.update_stored for test in tests) / square if square else None
-    return Rounded(stored.name, exact.name, dtypes.pop(), len(tests), kept)
+    return Rounded(stored.name, exact.name, str(dtype).removeprefix("torch."), len(tests), kept)
 
 
-def _tested(stored: Tensor, base: Tensor, update: Tensor | None) -> RoundingTest | None:
-    """Hold one tensor against base + update; None where it is not stored in 16 bits."""
-    dtype = next((t for t in _NARROW if torch.equal(stored.to(t).to(stored.dtype), stored)), None)
-    if dtype is None:
-        return None
+def _stored_dtype(model: nn.Module) -> torch.dtype | None:
+    """The 16-bit dtype that holds every weight of a model; None where none does.
+
+    One tensor does not tell: a norm's weights, all 1, are numbers of every dtype.
+    """
+    weights = [weight for weight in model.parameters() if weight.is_floating_point()]
+    for dtype in _NARROW:
+        if all(torch.equal(weight.to(dtype).to(weight.dtype), weight) for weight in weights):
+            return dtype
+    return None
+
+
+def _tested(stored: Tensor, base: Tensor, update: Tensor | None, dtype: torch.dtype) -> RoundingTest:
+    """Hold one tensor against base + update."""
     test = RoundingTest(dtype)
     x, w = stored.double(), base.to(stored.device).double()
     test.add(x, w, torch.zeros_like(w) if update is None else update.to(stored.device))

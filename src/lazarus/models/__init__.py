@@ -3,10 +3,12 @@
 reference.py   what a MODEL names: a Hub id, a folder, a GGUF file, an adapter, MODEL+ADAPTER
 gguf/          GGUF files: their parts, their settings, their tensors
 opening.py     a checkpoint's configuration, class and type, before any weight is read
-checkpoint.py  its stored tensors, and how transformers makes parameters of them
+stored.py      the tensors of safetensors files: where they are, reading them, and whether two are the same
+checkpoint.py  how transformers makes parameters of a checkpoint's stored tensors
 wrappers.py    what a wrapper has put around the names of a checkpoint's tensors
 contents.py    what a folder holds besides the weights that are read
 load.py        from that name to weights in memory, each set of weights once
+in_memory.py   a model that the caller has in memory
 whole.py       what a model does when it first runs as a whole, done once
 sharing.py     a second checkpoint over the first one's weights: only what differs is read
 paging.py      a pair that is read block by block; pager.py does the reading, layout.py says of what and when,
@@ -17,6 +19,7 @@ equality.py    whether two tensors, modules or other values are the same: yes, n
 tokenizer.py   the tokenizer that belongs to it, or another by its name
 chats.py       what its chat template makes of a chat
 adapters.py    PEFT adapters, and two module trees over one storage
+fitting.py     where an adapter's tensors belong on a model of another class
 adapted.py     what an adapter has put on a model, and whether it changes anything
 formats.py     folders that hold a model in a form that is not read
 faults.py      the faults of the libraries below, told as what to do about them
@@ -31,7 +34,8 @@ from lazarus.models.anatomy import Anatomy, dissect
 from lazarus.models.chats import ChatTemplate, render_chats
 from lazarus.models.design import same_design
 from lazarus.models.equality import Equality, same_bits
-from lazarus.models.load import LoadedModel, load_one, load_pair, wrap_model
+from lazarus.models.in_memory import wrap_model
+from lazarus.models.load import LoadedModel, load_one, load_pair
 from lazarus.models.opening import LoadOptions
 from lazarus.models.outside import Compared, find_beside, find_outside
 from lazarus.models.pager import Pager

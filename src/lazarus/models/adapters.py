@@ -7,29 +7,23 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lazarus.errors import AdapterError, MissingPackageError, ModelError, WeightsError
 from lazarus.models.faults import one_line, translated
+from lazarus.models.fitting import OUTER, Fit, adjust, find_fit, resize
 from lazarus.models.reference import Source, adapter_settings
 
 WEIGHTS = "adapter_model.safetensors"
 _STARTS = {"true", "false", "gaussian", "eva", "orthogonal"}
 """how a LoRA may have begun without the weights of its model being changed"""
-_OUTER = "base_model.model."
-_TUNER = (
-    r"\.(?:lora_|ia3_|hada_|lokr_|vera_|boft_|oft_|adaption_|ln_tuning|trainable_tokens|token_adapter"
-    r"|base_layer)"
-)
-_ADDED = re.compile(_TUNER + r"|\.(?=[^.]+$)")
-"""what PEFT adds to the path of a module, or the name of one of its own tensors"""
-_TABLE = re.compile(r"\b(embed_tokens|wte|word_embeddings|lm_head|embed_out)(\.base_layer)?\.weight$")
 _SIZE_MISMATCH = re.compile(r"size mismatch for (\S+): .*?torch\.Size\((.*?)\).*?torch\.Size\((.*?)\)")
 
 
@@ -53,45 +47,47 @@ def share_storage(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, memo)
 
 
-def put_all_on(
-    model: PreTrainedModel, adapters: Sequence[Source], notes: list[str]
-) -> tuple[PreTrainedModel, list[str]]:
-    """Inject adapters into `model`, unmerged, one on top of the other; return the model and their types.
+@dataclass(frozen=True)
+class Adapted:
+    """A model with its adapters on it."""
 
-    The updates of several LoRAs add up: W + D₁ + D₂ is what merging the first and then the second gives. What
-    is left out of an adapter is noted.
+    model: PreTrainedModel
+    description: str
+    """the adapters, each with its type and its commit"""
+    notes: tuple[str, ...]
+    left_out: Mapping[str, Tensor]
+    """what has no place on the model, such as a score head, by the names that it had in training"""
+
+
+def put_all_on(model: PreTrainedModel, adapters: Sequence[Source]) -> Adapted:
+    """Inject adapters into `model`, unmerged, one on top of the other.
+
+    The updates of several LoRAs add up: W + D₁ + D₂ is what merging the first and then the second gives.
 
     Raises:
         AdapterError: one does not fit, or several are given and one of them is no LoRA.
     """
-    kinds = []
-    for number, adapter in enumerate(adapters):
-        kind = str(adapter_settings(adapter).get("peft_type"))
-        if len(adapters) > 1 and (kind != "LORA" or adapter_settings(adapter).get("use_dora")):
-            raise AdapterError(
-                f"{adapter.name}: an adapter of the type {'DoRA' if kind == 'LORA' else kind} cannot be "
-                "put on another: its change depends on the weights below it. Merge the first, and name the "
-                "merged model."
-            )
-        model, found = put_on(model, adapter, notes, name="default" if number == 0 else f"adapter-{number}")
-        kinds.append(found)
     if len(adapters) > 1:
-        names = ["default", *(f"adapter-{number}" for number in range(1, len(adapters)))]
-        for module in model.modules():
-            if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
-                module.set_adapter(
-                    [name for name in names if name in module.lora_A or name in module.lora_embedding_A]
-                )
-    return model, kinds
+        _check_stack(adapters)
+    names = ["default", *(f"adapter-{number}" for number in range(1, len(adapters)))]
+    found = []
+    for adapter, name in zip(adapters, names, strict=True):
+        found.append(put_on(model, adapter, name))
+        model = found[-1].model
+    for layer in model.modules() if len(adapters) > 1 else ():
+        if hasattr(layer, "base_layer") and hasattr(layer, "lora_A"):
+            held = {*layer.lora_A, *layer.lora_embedding_A}
+            layer.set_adapter([name for name in names if name in held])
+    left_out = {path: tensor for each in found for path, tensor in each.left_out.items()}
+    notes = tuple(note for each in found for note in each.notes)
+    return Adapted(model, " + ".join(each.description for each in found), notes, left_out)
 
 
-def put_on(
-    model: PreTrainedModel, adapter: Source, notes: list[str] | None = None, name: str = "default"
-) -> tuple[PreTrainedModel, str]:
-    """Inject an adapter into `model`, unmerged; return the model and the adapter's type.
+def put_on(model: PreTrainedModel, adapter: Source, name: str = "default") -> Adapted:
+    """Inject an adapter into `model`, unmerged, under a name.
 
     An adapter that was trained on another class over the same blocks, such as a classifier, is put on the
-    blocks; what of it the model has no module for, such as a score head, is left out, with a note.
+    blocks; what of it the model has no module for, such as a score head, is left out.
 
     Raises:
         AdapterError: it does not fit this model, or works by virtual tokens instead of weights.
@@ -112,21 +108,30 @@ def put_on(
             f"{adapter.name}: no adapter_model.safetensors there. Pickled adapters (.bin) can run "
             "code when they are read and are refused: save it again as safetensors."
         )
-    _check_type(peft, adapter, settings.get("peft_type"))
+    kind = settings.get("peft_type")
+    _check_type(peft, adapter, kind)
+    with translated(adapter.name):
+        stored = load_file(weights, device=str(model.device))
+    fit = find_fit(adapter.name, model, stored)
+    notes = _notes(adapter, settings, model, fit)
     with _fitted(adapter, model), translated(adapter.name):
-        wrapped, loaded, left_out = _inject(peft, model, adapter, (str(Path(weights).parent), name))
-    unplaced = [*loaded.missing_keys, *loaded.unexpected_keys]
-    if left_out and notes is not None:
-        notes.append(
-            f"{adapter.name} was trained as {settings.get('task_type') or 'another class'}: {len(left_out)} "
-            f"of its tensors, first {left_out[0]}, have no module in {type(model).__name__} and were left out"
-        )
-    if unplaced:
-        raise AdapterError(
-            f"{adapter.name} does not fit {type(model).__name__}: {len(unplaced)} of its tensors have "
-            f"no counterpart, first {unplaced[0]}. Put it on the model that it was trained on."
-        )
-    return wrapped.get_base_model().eval(), str(settings.get("peft_type"))
+        wrapped, report = _inject(peft, model, (adapter, str(Path(weights).parent), name), (fit, stored))
+    _check_placed(adapter, model, report)
+    commit = f", commit {adapter.revision}" if adapter.revision else ""
+    left_out = {key.removeprefix(OUTER): stored[key] for key in fit.left_out}
+    return Adapted(wrapped.get_base_model().eval(), f"{adapter.name} ({kind}{commit})", notes, left_out)
+
+
+def _check_stack(adapters: Sequence[Source]) -> None:
+    """Refuse adapters of which one changes what another one finds."""
+    for adapter in adapters:
+        settings = adapter_settings(adapter)
+        kind = "DoRA" if settings.get("use_dora") else settings.get("peft_type")
+        if kind != "LORA":
+            raise AdapterError(
+                f"{adapter.name}: an adapter of the type {kind} cannot be put on another: its change depends "
+                "on the weights below it. Merge the first, and name the merged model."
+            )
 
 
 def _check_type(peft: Any, adapter: Source, kind: object) -> None:
@@ -137,11 +142,31 @@ def _check_type(peft: Any, adapter: Source, kind: object) -> None:
         )
 
 
+def _notes(
+    adapter: Source, settings: Mapping[str, object], model: PreTrainedModel, fit: Fit
+) -> tuple[str, ...]:
+    """What of an adapter is left out, and what it takes to put it on."""
+    notes = []
+    if fit.left_out:
+        kind = f"as {settings['task_type']}" if settings.get("task_type") else "on another class of model"
+        first = fit.left_out[0].removeprefix(OUTER)
+        notes.append(
+            f"{adapter.name} was trained {kind}: {len(fit.left_out)} of its tensors, first {first}, have "
+            f"no module in {type(model).__name__} and were left out"
+        )
+    if fit.n_rows is not None:
+        notes.append(
+            f"{adapter.name} was trained with a vocabulary of {fit.n_rows} rows: the model that it was put "
+            f"on has {model.get_input_embeddings().num_embeddings}, and was resized to them"
+        )
+    return tuple(notes)
+
+
 def _inject(
-    peft: Any, model: PreTrainedModel, adapter: Source, place: tuple[str, str]
-) -> tuple[Any, Any, list[str]]:
-    """The wrapped model, PEFT's report of what had no place, and the tensors that were left out."""
-    folder, name = place
+    peft: Any, model: PreTrainedModel, place: tuple[Source, str, str], found: tuple[Fit, Mapping[str, Tensor]]
+) -> tuple[Any, Any]:
+    """The wrapped model, and PEFT's report of what is missing or has no place."""
+    (adapter, folder, name), (fit, stored) = place, found
     config = peft.PeftConfig.from_pretrained(folder)
     refuse_virtual(adapter.name, config)
     config.inference_mode = True
@@ -149,71 +174,41 @@ def _inject(
         # PEFT takes OLoRA's start off the weights in place: not off those that the base shares.
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
-    stored = load_file(Path(folder) / WEIGHTS, device=str(model.device))
-    _resize(model, adapter, stored)
-    moved, left_out = _onto(model, stored)
-    if left_out and getattr(config, "modules_to_save", None):
-        kept = [
-            each for each in config.modules_to_save if any(n.endswith(each) for n, _ in model.named_modules())
-        ]
-        config.modules_to_save = kept or None
+    if fit.n_rows is not None:
+        resize(model, fit.n_rows)
+    adjust(config, fit, (path for path, _ in model.named_modules()))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # one adapter is on another
         wrapped = peft.PeftModel(model, config, adapter_name=name, autocast_adapter_dtype=False)
+    moved = {fit.moved[key]: tensor for key, tensor in stored.items() if key in fit.moved}
     for key, parameter in wrapped.named_parameters(remove_duplicate=False):  # tied ones have two names
         if key in moved:  # an embedding or a bias of the model itself, which the base shares
             parameter.data = parameter.data.clone()
     # Neither is from_pretrained, which warns of keys that are missing instead of saying which.
     if moved.keys() == stored.keys():
         device = str(model.device)
-        return (
-            wrapped,
-            wrapped.load_adapter(folder, name, torch_device=device, autocast_adapter_dtype=False),
-            [],
-        )
-    loaded = peft.set_peft_model_state_dict(wrapped, moved, adapter_name=name)
+        report = wrapped.load_adapter(folder, name, torch_device=device, autocast_adapter_dtype=False)
+        return wrapped, report
+    report = peft.set_peft_model_state_dict(wrapped, moved, adapter_name=name)
     prefix = peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
-    loaded.missing_keys[:] = [key for key in loaded.missing_keys if prefix in key and f".{name}" in key]
-    return wrapped, loaded, left_out
+    report.missing_keys[:] = [key for key in report.missing_keys if prefix in key and f".{name}" in key]
+    return wrapped, report
 
 
-def _onto(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """An adapter's tensors under the names that they have on this model, and those that it has no module for.
-
-    Of a class over the same blocks, the names differ by a prefix: `layers.0` and `model.layers.0`.
-    """
-    modules = {name for name, _ in model.named_modules()}
-    inner = model.base_model_prefix
-    moved, left_out = {}, []
-    for key, tensor in stored.items():
-        if ".original_module." in key:
-            continue  # the base's own, which PEFT saves with an embedding that was resized
-        path = key.removeprefix(_OUTER).replace(".modules_to_save.", ".")
-        module = _ADDED.split(path)[0]
-        forms = [module, f"{inner}.{module}", module.removeprefix(f"{inner}.")]
-        found = next((form for form in forms if form in modules), None)
-        if found is None and not re.search(_TUNER, path):
-            left_out.append(path)
-            continue
-        moved[_OUTER + path if found is None else _OUTER + found + path[len(module) :]] = tensor
-    return moved, left_out
-
-
-def _resize(model: PreTrainedModel, adapter: Source, stored: Mapping[str, Tensor]) -> None:
-    """Give the model as many rows of the vocabulary as the adapter's embedding or LM head has."""
-    table = model.get_input_embeddings()
-    n_rows = {t.shape[0] for key, t in stored.items() if _TABLE.search(key)}
-    n_rows |= {t.shape[1] for key, t in stored.items() if "lora_embedding_A" in key}
-    if len(n_rows) != 1 or not isinstance(table, nn.Embedding) or n_rows == {table.num_embeddings}:
-        return
-    if any(not any(p.stride()) and p.numel() > 1 for p in model.parameters()):
-        return  # weights that are not in memory have no rows to add to: PEFT says what does not fit
-    model.resize_token_embeddings(n_rows.pop(), mean_resizing=False)
-
-
-def _keys(path: Path) -> set[str]:
-    with safe_open(path, framework="pt") as tensors:
-        return set(tensors.keys())
+def _check_placed(adapter: Source, model: PreTrainedModel, report: Any) -> None:
+    """Refuse an adapter of which a tensor has no place, or that lacks one for a module it is put on."""
+    kind = type(model).__name__
+    if report.unexpected_keys:
+        raise AdapterError(
+            f"{adapter.name} does not fit {kind}: {len(report.unexpected_keys)} of its tensors have no "
+            f"counterpart, first {report.unexpected_keys[0]}. Put it on the model that it was trained on."
+        )
+    if report.missing_keys:
+        raise AdapterError(
+            f"{adapter.name} does not fit {kind}: it acts on modules there for which it has no tensors: "
+            f"{len(report.missing_keys)} are missing, first {report.missing_keys[0]}. Put it on the model "
+            "that it was trained on, or fetch it again if that is this one."
+        )
 
 
 def rewriting_start(settings: Mapping[str, object]) -> str | None:

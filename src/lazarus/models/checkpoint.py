@@ -1,4 +1,4 @@
-"""The tensors that a checkpoint stores, and transformers' own way from them to a model's parameters.
+"""transformers' own way from the tensors that a checkpoint stores to a model's parameters.
 
 What of transformers is used here and not public is used nowhere else. A checkpoint may name its tensors
 otherwise than the model does, and may store in pieces what the model holds in one (a mixture's experts). So a
@@ -8,20 +8,11 @@ parameter has a target, the name under which transformers collects its pieces, a
 from __future__ import annotations
 
 import copy
-import io
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
-from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -39,41 +30,11 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from lazarus.models.faults import ConversionError
 from lazarus.models.reference import Source
+from lazarus.models.stored import TORCH_TYPES, LazyTensor, StoredTensor
 from lazarus.models.wrappers import Wrappers, find_wrappers
 
-TORCH_TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-}
 _IN_ORDER = (Concatenate, MergeModulelist)
 """the steps that keep every stored tensor as it is, as a part of what they make"""
-_FLOATS = {"F64", "F32", "F16", "BF16"}
-_PREFIX = 4096
-_CHUNK = 2**22
-"""how many bytes, or numbers of another type, are compared at first, and then at once"""
-_ALIGNMENT = 64
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where one tensor is: `start` and `n_bytes` are of the file, and `dtype` is safetensors' name."""
-
-    path: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    n_bytes: int
 
 
 def find_files(source: Source, config: Any, head: Any, *, pickled: bool = False) -> list[str]:
@@ -94,129 +55,6 @@ def find_files(source: Source, config: Any, head: Any, *, pickled: bool = False)
     )
     more = [source.file(name) for name in getattr(head, "extra_files", ())]
     return list(dict.fromkeys([*(files or []), *(path for path in more if path is not None)]))
-
-
-def read_headers(files: Sequence[str]) -> dict[str, StoredTensor]:
-    """Every tensor of these files by its key; of two with one key, the later file's.
-
-    Raises:
-        SafetensorError: a file is damaged or cut short.
-        OSError: a file is missing.
-    """
-    stored: dict[str, StoredTensor] = {}
-    for path in files:
-        with safe_open(path, framework="pt"):  # it checks the header against the file
-            pass
-        with Path(path).open("rb") as file:
-            n_header = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(n_header))
-        for key, entry in header.items():
-            if key != "__metadata__":
-                begin, end = entry["data_offsets"]
-                shape = tuple(entry["shape"])
-                stored[key] = StoredTensor(path, entry["dtype"], shape, 8 + n_header + begin, end - begin)
-    return stored
-
-
-def same_numbers(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two tensors hold the same numbers, bit for bit; of two that do not, few are read as a rule.
-
-    Floating-point numbers of two types are compared in the wider one.
-
-    Raises:
-        OSError: a file is gone, or was cut short since its header was read.
-    """
-    if one.shape != other.shape:
-        return False
-    if one.dtype == other.dtype:
-        return _place(one) == _place(other) or _alike(one, other, (1, 1), bytes.__eq__)
-    if not {one.dtype, other.dtype} <= _FLOATS:
-        return False
-    types = TORCH_TYPES[one.dtype], TORCH_TYPES[other.dtype]
-    wider = torch.promote_types(*types)
-    bits = torch.int64 if wider.itemsize == 8 else torch.int32
-
-    def widened(part: bytes, dtype: torch.dtype) -> Tensor:
-        return torch.frombuffer(bytearray(part), dtype=dtype).to(wider).view(bits)
-
-    return _alike(
-        one,
-        other,
-        (types[0].itemsize, types[1].itemsize),
-        lambda ours, theirs: torch.equal(widened(ours, types[0]), widened(theirs, types[1])),
-    )
-
-
-def _place(stored: StoredTensor) -> tuple[str, int]:
-    return os.path.realpath(stored.path), stored.start
-
-
-def _alike(
-    one: StoredTensor, other: StoredTensor, units: tuple[int, int], same: Callable[[bytes, bytes], bool]
-) -> bool:
-    """Whether all parts of two tensors are the same; `units` are the bytes of what they have as many of."""
-    with Path(one.path).open("rb") as ours, Path(other.path).open("rb") as theirs:
-        ours.seek(one.start)
-        theirs.seek(other.start)
-        left, size = one.n_bytes // units[0], _PREFIX
-        while left:
-            size = min(size, left)
-            parts = ours.read(size * units[0]), theirs.read(size * units[1])
-            for stored, part, unit in zip((one, other), parts, units, strict=True):
-                if len(part) < size * unit:  # two files that end too soon are not the same for that
-                    raise OSError(f"{stored.path}: cut short")
-            if not same(*parts):
-                return False
-            left, size = left - size, _CHUNK
-    return True
-
-
-class _Lazy:
-    """A stored tensor that is read when it is indexed, as transformers does with safetensors' own slices.
-
-    Into memory of its own: a view of a mapped file stays in memory for as long as the file is open. But at
-    an address that is to a kernel what the view's would be, because sums depend on it in the last bit.
-    """
-
-    def __init__(self, stored: StoredTensor) -> None:
-        self.stored = stored
-
-    def __getitem__(self, _everything: object) -> Tensor:
-        stored, dtype = self.stored, TORCH_TYPES[self.stored.dtype]
-        memory = torch.empty(stored.n_bytes + 2 * _ALIGNMENT, dtype=torch.uint8)
-        shift = (stored.start - memory.data_ptr()) % _ALIGNMENT
-        taken = memory[shift : shift + stored.n_bytes]
-        with Path(stored.path).open("rb", buffering=0) as file:
-            file.seek(stored.start)
-            _fill(memoryview(taken.numpy().data), file)
-        return taken.view(dtype).view(stored.shape)
-
-
-def _fill(memory: memoryview, file: io.FileIO) -> None:
-    """Read until the memory is full: one call reads two gigabytes at most."""
-    done = 0
-    while done < len(memory):
-        n_read = file.readinto(memory[done:])
-        if not n_read:
-            raise OSError(f"{file.name}: cut short")
-        done += n_read
-
-
-def read_whole(stored: StoredTensor) -> Tensor:
-    """Return a stored tensor in its stored dtype."""
-    return _Lazy(stored)[...]
-
-
-def read_rows(stored: StoredTensor, rows: Sequence[int]) -> Tensor:
-    """Some rows of a stored matrix, [rows, columns], in its stored type."""
-    n_bytes = stored.n_bytes // stored.shape[0]
-    taken = bytearray()
-    with Path(stored.path).open("rb") as file:
-        for _, run in groupby(enumerate(rows), key=lambda item: item[1] - item[0]):  # neighbours at once
-            wanted = [row for _, row in run]
-            file.seek(stored.start + wanted[0] * n_bytes)
-            taken += file.read(len(wanted) * n_bytes)
-    return torch.frombuffer(taken, dtype=TORCH_TYPES[stored.dtype]).view(len(rows), *stored.shape[1:])
 
 
 def model_class(head: Any, config: Any) -> Any:
@@ -249,12 +87,16 @@ class KeyMap:
 
     `sources` has, for each target, the keys that are collected for it, and `made` all that comes of these:
     more than the targets, where one stored tensor is split. `mapping` is transformers' own. `names` stands in
-    for the model's state dict where an adapter has put modules around the model's own. `wrappers` is what was
-    taken off the keys first.
+    for the model's state dict where an adapter has put modules around the model's own. `wrappers` is what
+    is taken off the keys first; found where it is not given.
     """
 
     def __init__(
-        self, model: PreTrainedModel, keys: Iterable[str], names: Mapping[str, Any] | None = None
+        self,
+        model: PreTrainedModel,
+        keys: Iterable[str],
+        names: Mapping[str, Any] | None = None,
+        wrappers: Wrappers | None = None,
     ) -> None:
         # One list for all calls: some renamings hold only once an earlier key has been seen.
         self.mapping = get_model_conversion_mapping(model)
@@ -264,7 +106,11 @@ class KeyMap:
         self._converters: dict[str, WeightConverter] = {}
         self.made: set[str] = set()
         stored = sorted(keys, key=natural_key)
-        self.wrappers = find_wrappers(stored, self._names, partial(_count_made, model, self._names))
+        if wrappers is None:
+            wrappers = find_wrappers(
+                stored, self._names, lambda tried: len(KeyMap(model, tried, self._names, Wrappers()).made)
+            )
+        self.wrappers = wrappers
         self.sources = self._find_sources(stored)
 
     def is_plain(self, target: str) -> bool:
@@ -302,17 +148,6 @@ class KeyMap:
         return {target: tuple(found) for target, found in sources.items()}
 
 
-def _count_made(model: PreTrainedModel, names: Mapping[str, Any], keys: list[str]) -> int:
-    """The number of the model's names that some keys make, under transformers' renamings."""
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    prefix = model.base_model_prefix
-    return len(
-        {rename_source_key(key, renamings, converters, prefix, names)[0] for key in keys} & names.keys()
-    )
-
-
 class Conversion:
     """How stored tensors become the parameters of one model.
 
@@ -337,7 +172,7 @@ class Conversion:
             ConversionError: they do not make what the model wants.
         """
         strip = self.wrappers.strip
-        return self._into(model, {strip(key): _Lazy(self.stored[key]) for key in keys}, self.device)
+        return self._into(model, {strip(key): LazyTensor(self.stored[key]) for key in keys}, self.device)
 
     def check(self, model: PreTrainedModel) -> Any:
         """Put empty parameters of the type and shape that the checkpoint makes into an empty model.

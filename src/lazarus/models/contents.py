@@ -11,8 +11,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from lazarus.errors import WeightsError
-from lazarus.models.checkpoint import StoredTensor, read_headers, same_numbers
 from lazarus.models.reference import ADAPTER_FILES, INDEX, WEIGHTS, Source
+from lazarus.models.stored import StoredTensor, read_headers, same_numbers
 
 _WEIGHTS = (
     "*.safetensors",

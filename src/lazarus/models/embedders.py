@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lazarus.errors import ModelError
-from lazarus.models.checkpoint import read_headers, same_numbers
 from lazarus.models.faults import translated
 from lazarus.models.reference import Source
+from lazarus.models.stored import read_headers, same_numbers
 from lazarus.results import NotCompared
 
 _SETTINGS = ("config_sentence_transformers.json", "sentence_bert_config.json")

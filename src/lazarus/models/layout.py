@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lazarus.models.checkpoint import TORCH_TYPES, Conversion, names_loaded, same_numbers
+from lazarus.models.checkpoint import Conversion, names_loaded
 from lazarus.models.faults import translated
+from lazarus.models.stored import TORCH_TYPES, same_numbers
 from lazarus.models.tables import Place, Table
 
 SMALL_BYTES = 2**26

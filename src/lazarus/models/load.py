@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lazarus.errors import AdapterError, UnsupportedModelError, WeightsError
-from lazarus.models.adapters import put_all_on, refuse_virtual, share_storage
+from lazarus.models.adapters import Adapted, put_all_on, share_storage
 from lazarus.models.anatomy import Anatomy, dissect
-from lazarus.models.checkpoint import Conversion, build_empty, find_files, model_class, read_headers
+from lazarus.models.checkpoint import Conversion, build_empty, find_files, model_class
 from lazarus.models.contents import Unread
 from lazarus.models.design import same_config
 from lazarus.models.faults import translated
@@ -25,6 +25,7 @@ from lazarus.models.opening import LoadOptions, Opened, open_to_load, stored_dty
 from lazarus.models.pager import Pager
 from lazarus.models.reference import ModelReference, Source, adapter_base, adapter_settings
 from lazarus.models.sharing import load_over
+from lazarus.models.stored import read_headers
 from lazarus.models.whole import is_hooked, run_once_whole
 from lazarus.models.wrappers import may_be_wrapped, refuse_unmerged
 
@@ -40,6 +41,8 @@ class LoadedModel:
     source: Source | None = None
     tokenizer_sources: tuple[Source, ...] = ()
     adapter: str | None = None
+    left_out: Mapping[str, Tensor] = field(default_factory=dict)
+    """what an adapter brings and the model has no place for"""
     revision: str | None = None
     stored_dtype: str | None = None
     notes: tuple[str, ...] = ()
@@ -114,59 +117,6 @@ def load_one(reference: ModelReference, options: LoadOptions) -> LoadedModel:
     """
     source = reference.model or adapter_base(adapter_of(reference))
     return finish(reference, _load(open_to_load(source, options), options), options)
-
-
-def wrap_model(model: nn.Module, name: str, layers_path: str | None = None) -> LoadedModel:
-    """A model that the caller has in memory, an adapter's wrapper taken off its outside.
-
-    One in training mode runs as a second tree over the same weights, so that it stays as it is.
-    """
-    model, notes = _unwrapped(model, name)
-    unwrap = getattr(model, "get_base_model", None)
-    inner = unwrap() if callable(unwrap) else model
-    if not isinstance(inner, PreTrainedModel):
-        raise UnsupportedModelError(
-            f"{name}: {type(model).__name__} is not a transformers model. Give an id, a path, or a "
-            "PreTrainedModel."
-        )
-    adapter, of_adapters = _adapters_in(model, inner, name)
-    notes += of_adapters
-    if any(module.training for module in inner.modules()):
-        inner = share_storage(inner).eval()
-    anatomy = dissect(inner, layers_path)
-    notes += run_once_whole(inner, anatomy.stack, name)
-    dtype = str(inner.dtype).removeprefix("torch.")
-    notes += [f"{name}: {note}" for note in anatomy.notes]
-    return LoadedModel(
-        name, "loaded", inner, anatomy, adapter=adapter, stored_dtype=dtype, notes=tuple(notes)
-    )
-
-
-def _unwrapped(model: nn.Module, name: str) -> tuple[nn.Module, list[str]]:
-    """The model inside what torch.compile, or training in parallel, has put around it."""
-    notes = []
-    while not isinstance(model, PreTrainedModel):
-        # vars() only: a wrapper hands every attribute on, and PEFT's own have none of these.
-        inside = next(
-            (model._modules[each] for each in ("_orig_mod", "module") if model._modules.get(each)), None
-        )
-        if inside is None:
-            break
-        notes.append(f"{name}: taken out of its {type(model).__name__}, and run as it is inside")
-        model = inside
-    return model, notes
-
-
-def _adapters_in(model: Any, inner: PreTrainedModel, name: str) -> tuple[str | None, list[str]]:
-    """The adapters that run with a model in memory, and a note where PEFT put them into its base."""
-    configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
-    active = configs if inner is model else model.active_adapters
-    for each in active:
-        refuse_virtual(name, configs[each])
-    told = ", ".join(f"{each} ({configs[each].peft_type.value})" for each in active) or None
-    if told is None or inner is not model:
-        return told, []
-    return told, [f"{name} runs with the adapter that is in it: {told}"]
 
 
 def adapter_of(reference: ModelReference) -> Source:
@@ -256,7 +206,10 @@ def _load_unusual(opened: Opened, options: LoadOptions) -> Weights | None:
             return None
         report = conversion.finish(model, conversion.convert(model, conversion.stored))
     weights = Weights(opened, model.eval().requires_grad_(requires_grad=False), report)
-    weights.notes += [*wrapper_notes(source, conversion), *check_report(source, model, report, options)]
+    weights.notes += [
+        *conversion.wrappers.notes(source.name, conversion.stored),
+        *check_report(source, model, report, options),
+    ]
     return weights
 
 
@@ -270,11 +223,6 @@ def build(
     model = build_empty(kind, config, files, "auto" if options.dtype is None else options.dtype)
     model.config.name_or_path = model.name_or_path = opened.source.path
     return model, Conversion(model, read_headers(files), options.device)
-
-
-def wrapper_notes(source: Source, conversion: Conversion) -> list[str]:
-    """Return a note where a checkpoint's names were read without a wrapper's prefix."""
-    return [conversion.wrappers.note(source.name, conversion.stored)] if conversion.wrappers else []
 
 
 def _load_over(base: Weights, opened: Opened, options: LoadOptions) -> Weights | None:
@@ -369,31 +317,27 @@ def same_attention(base: PreTrainedModel, finetuned: PreTrainedModel) -> list[st
 
 def finish(reference: ModelReference, weights: Weights, options: LoadOptions) -> LoadedModel:
     """Put the adapter on, if there is one, and name the parts."""
-    model, adapter, notes = weights.model, None, [*weights.opened.notes, *weights.notes]
-    sources = [weights.source]
+    notes, sources = [*weights.opened.notes, *weights.notes], [weights.source]
+    adapted = Adapted(weights.model, "", (), {})
     if reference.adapters:
-        model, kinds = put_all_on(model, reference.adapters, notes)
-        adapter = " + ".join(_told(each, kind) for each, kind in zip(reference.adapters, kinds, strict=True))
+        adapted = put_all_on(weights.model, reference.adapters)
+        notes += adapted.notes
         for each in reference.adapters:
             notes += other_base(each, weights.source)
         sources = [*reversed(reference.adapters), *sources]
-    anatomy = dissect(model, options.layers_path)
+    anatomy = dissect(adapted.model, options.layers_path)
     return LoadedModel(
         name=reference.name,
-        kind="adapter" if adapter else weights.source.kind,
-        model=model,
+        kind="adapter" if reference.adapters else weights.source.kind,
+        model=adapted.model,
         anatomy=anatomy,
         source=weights.source,
         tokenizer_sources=tuple(sources),
-        adapter=adapter,
+        adapter=adapted.description or None,
+        left_out=adapted.left_out,
         revision=weights.source.revision,
         stored_dtype=stored_dtype(weights.opened),
         pager=weights.pager,
         unread=weights.opened.contents.unread,
         notes=(*notes, *(f"{reference.name}: {note}" for note in anatomy.notes)),
     )
-
-
-def _told(adapter: Source, kind: str) -> str:
-    commit = f", commit {adapter.revision}" if adapter.revision else ""
-    return f"{adapter.name} ({kind}{commit})"

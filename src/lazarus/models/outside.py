@@ -17,15 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from lazarus.models.checkpoint import (
-    TORCH_TYPES,
-    KeyMap,
-    StoredTensor,
-    find_files,
-    read_headers,
-    read_whole,
-    same_numbers,
-)
+from lazarus.models.checkpoint import KeyMap, find_files
 from lazarus.models.contents import Unread
 from lazarus.models.embedders import embedder_parts
 from lazarus.models.faults import translated
@@ -33,6 +25,7 @@ from lazarus.models.gguf.tensors import read_unplaced
 from lazarus.models.load import LoadedModel
 from lazarus.models.reference import Source
 from lazarus.models.settings import settings_that_differ
+from lazarus.models.stored import TORCH_TYPES, StoredTensor, read_headers, read_whole, same_numbers
 from lazarus.results import SETTING, NotCompared
 
 Held = StoredTensor | Tensor
@@ -135,6 +128,11 @@ def _same_files(one: Unread, other: Unread) -> bool:
 
 def _holdings(model: LoadedModel, compared: AbstractSet[str]) -> dict[str, Held]:
     """A model's tensors that are not compared, by their paths without what an adapter puts around them."""
+    return {**_held(model, compared), **{_plain(path): tensor for path, tensor in model.left_out.items()}}
+
+
+def _held(model: LoadedModel, compared: AbstractSet[str]) -> dict[str, Held]:
+    """The same without what an adapter brings and the model has no place for."""
     held: dict[str, Held]
     names = model.model.state_dict(keep_vars=True)
     if model.source is None or model.source.gguf_file:

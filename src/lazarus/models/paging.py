@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from lazarus.errors import UnsupportedModelError
 from lazarus.models.adapters import WEIGHTS, rewriting_start, share_storage
 from lazarus.models.anatomy import dissect
-from lazarus.models.checkpoint import Conversion, find_files, model_class, read_headers
+from lazarus.models.checkpoint import Conversion, find_files, model_class
 from lazarus.models.faults import translated
+from lazarus.models.fitting import find_fit
 from lazarus.models.load import (
     LoadedModel,
     Weights,
@@ -25,11 +26,11 @@ from lazarus.models.load import (
     finish,
     same_attention,
     source_under,
-    wrapper_notes,
 )
 from lazarus.models.opening import LoadOptions, Opened, open_checkpoint, open_to_load
 from lazarus.models.pager import Pager
 from lazarus.models.reference import ModelReference, Source, adapter_base, adapter_settings
+from lazarus.models.stored import read_headers
 
 _ADAPTERS = {"LORA", "IA3", "LOHA", "LOKR"}
 
@@ -72,7 +73,10 @@ def _open(opened: Opened, options: LoadOptions, base: Pager | None = None) -> We
         model, conversion = _build(opened, options)
         report = conversion.finish(model, conversion.check(model))
     model.eval().requires_grad_(requires_grad=False)
-    notes = [*wrapper_notes(source, conversion), *check_report(source, model, report, options)]
+    notes = [
+        *conversion.wrappers.notes(source.name, conversion.stored),
+        *check_report(source, model, report, options),
+    ]
     blocks = dissect(model, options.layers_path).blocks
     with translated(source.name):
         pager = Pager(model, blocks, conversion, base)
@@ -121,6 +125,7 @@ def _finish(reference: ModelReference, weights: Weights, options: LoadOptions) -
         brought = _brought_whole(adapter, settings)
         _check_adapter(adapter, settings)
         _check_brought(adapter, brought, pager)
+        _check_rows(adapter, pager)
         if brought or settings.get("trainable_token_indices"):
             pager.keep_embeddings()
     if not reference.adapters:
@@ -159,6 +164,15 @@ def _check_brought(adapter: Source, brought: set[str], pager: Pager) -> None:
     for module in sorted(brought):
         if any(name.endswith(f".{module}") for name in names):
             raise _refusal(adapter, f"it brings {module} of its model's blocks whole")
+
+
+def _check_rows(adapter: Source, pager: Pager) -> None:
+    """Refuse an adapter that was trained with another vocabulary: the tables are those of the files."""
+    if (path := adapter.file(WEIGHTS)) is not None:
+        with translated(adapter.name):
+            stored = read_headers([path])
+        if find_fit(adapter.name, pager.model, stored).n_rows is not None:
+            raise _refusal(adapter, "it brings a vocabulary of another size")
 
 
 def _refusal(source: Source, reason: str) -> UnsupportedModelError:

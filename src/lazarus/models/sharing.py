@@ -7,7 +7,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from lazarus.models.adapters import share_storage
-from lazarus.models.checkpoint import Conversion, StoredTensor, read_headers, same_numbers
+from lazarus.models.checkpoint import Conversion
+from lazarus.models.stored import StoredTensor, read_headers, same_numbers
 
 
 def load_over(

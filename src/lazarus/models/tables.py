@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lazarus.models.checkpoint import StoredTensor, read_rows
+from lazarus.models.stored import StoredTensor, read_rows
 
 Place = tuple[nn.Module, str]
 """a module, and the name of a parameter in it"""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from lazarus.errors import WeightsError
 
+_log = logging.getLogger(__name__)
 _DEEPEST = 6
 """how many wrappers may be around each other"""
 _ADAPTED = ".base_layer."
@@ -30,16 +32,23 @@ class Wrappers:
             key = ".".join(part for part in key.split(".") if part not in self.parts)
         return key.removeprefix(self.prefix)
 
-    def note(self, name: str, keys: Collection[str]) -> str:
-        """Return a note on how the keys of a checkpoint were read."""
+    def notes(self, name: str, keys: Collection[str]) -> list[str]:
+        """Return a note on how the keys of a checkpoint were read, if anything was taken off them.
+
+        It is logged as a warning too: with another tool than this one, the checkpoint may not load.
+        """
+        if not self:
+            return []
         wrapped = [key for key in keys if self.strip(key) != key]
         heads = {key.removesuffix(self.strip(key)) for key in wrapped}
         parts = " and ".join([*self.parts, *filter(None, [self.prefix])])
         told = f"begin with {heads.pop()}" if len(heads) == 1 else f"have {parts} in them"
-        return (
+        note = (
             f"{name}: {len(wrapped)} of its {len(keys)} tensor names {told} (a wrapped model was saved, such "
             "as a compiled one): they were read without it, and other tools need them renamed"
         )
+        _log.warning("Warning: %s.", note)
+        return [note]
 
 
 def may_be_wrapped(keys: Collection[str], own_prefix: str) -> bool:

@@ -37,14 +37,19 @@ def noise_floor(trials: Sequence[tuple[float, float]], dtype: str) -> Floor:
     return Floor(max(FACTOR * largest_l2, rounding), max(FACTOR**2 * largest_divergence, rounding**2 / 2))
 
 
-def find_verdict(seen: Mapping[S, float], floors: Mapping[S, Floor]) -> Verdict:
-    """`identical` where nothing differs by one bit; `changed` where a site is above its floor.
+def find_verdict(seen: Mapping[S, float], floors: Mapping[S, Floor]) -> Verdict | None:
+    """Return `identical` where nothing differs by one bit, and `changed` where a site is above its floor.
 
     `seen` is the mean relative L2 at every site and of the logits. It is not taken on the cosine: a change
-    of scale is a change. A site that could not be measured says nothing.
+    of scale is a change. A site that could not be measured says nothing. None where none could, or where the
+    only differences are at sites whose noise is not known.
     """
     measured = {site: value for site, value in seen.items() if not math.isnan(value)}
-    if all(value == 0 for value in measured.values()):
+    if not measured:
+        return None
+    differing = {site: value for site, value in measured.items() if value != 0}
+    if not differing:
         return "identical"
-    above = any(value > floors[site].relative_l2 for site, value in measured.items())
-    return "changed" if above else "within_noise"
+    if any(site in floors and value > floors[site].relative_l2 for site, value in differing.items()):
+        return "changed"
+    return "within_noise" if differing.keys() <= floors.keys() else None

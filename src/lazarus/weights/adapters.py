@@ -42,7 +42,7 @@ class _Effect:
 
 
 def put_adapter(checkpoint: Checkpoint, adapter: Source) -> tuple[Checkpoint, str]:
-    """The checkpoint as it is with an adapter, and the adapter's type.
+    """The checkpoint as it is with an adapter, and the adapter with its type and its commit.
 
     Raises:
         AdapterError: it does not fit the model, or works by virtual tokens instead of weights.
@@ -60,9 +60,10 @@ def put_adapter(checkpoint: Checkpoint, adapter: Source) -> tuple[Checkpoint, st
             f"{adapter.name}: its start ({start}) was taken off its model's weights, which takes the whole "
             "model to undo. Merge the adapter and compare the merged model."
         )
-    model, kind = put_on(_hollow_copy(empty, checkpoint), adapter)
-    layers = _Layers(model, checkpoint, _brought(model, empty), adapter)
-    return layers.applied(), kind
+    adapted = put_on(_hollow_copy(empty, checkpoint), adapter)
+    brought = {**_brought(adapted.model, empty), **{_path(n): t for n, t in adapted.left_out.items()}}
+    changed = _Layers(adapted.model, checkpoint, brought, adapter).applied()
+    return replace(changed, notes=(*changed.notes, *adapted.notes)), adapted.description
 
 
 def _hollow_copy(empty: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedModel:

@@ -149,7 +149,7 @@ def _read_files(structure: Structure, store: Store) -> tuple[list[Stored], set[s
         path, order, in_order = known.get(key, (wrappers.strip(key), _LAST, True))
         view = partial(store.view, key)
         stored.append(Stored(key, path, order, shape, store.dtypes[key], view, in_order))
-    return stored, made, [wrappers.note(name, store.shapes)] if wrappers else []
+    return stored, made, wrappers.notes(name, store.shapes)
 
 
 def _paths(model: PreTrainedModel, keys: KeyMap) -> dict[str, tuple[str, int, bool]]:

@@ -127,9 +127,8 @@ def _side(reference: ModelReference, checkpoint: Checkpoint) -> Side:
     names, notes = [], list[str]()
     changed = checkpoint
     for adapter in reference.adapters:
-        changed, kind = put_adapter(changed, adapter)
-        commit = f", commit {adapter.revision}" if adapter.revision else ""
-        names.append(f"{adapter.name} ({kind}{commit})")
+        changed, told = put_adapter(changed, adapter)
+        names.append(told)
         notes += other_base(adapter, checkpoint.source)
     return Side(reference, changed, " + ".join(names) or None, [*changed.notes, *notes])
 

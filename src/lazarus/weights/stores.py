@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from lazarus.errors import UnsupportedModelError, WeightsError
-from lazarus.models.checkpoint import find_files, read_headers
+from lazarus.models.checkpoint import find_files
 from lazarus.models.contents import Contents, Unread, look_for_weights, survey
 from lazarus.models.faults import translated
 from lazarus.models.opening import Opened
+from lazarus.models.stored import read_headers
 from lazarus.tokens import listed
 from lazarus.weights.parts import Take
 from lazarus.weights.views import MemoryView, StoredView, View, type_name

@@ -16,7 +16,7 @@ from jaxtyping import Float64, Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lazarus.models.checkpoint import TORCH_TYPES, StoredTensor
+from lazarus.models.stored import TORCH_TYPES, StoredTensor
 from lazarus.weights.parts import Layout, Take, as_matrix, lay_out, part_of
 
 MORE_TYPES = {

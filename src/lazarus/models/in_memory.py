@@ -1,0 +1,67 @@
+"""A model that the caller has in memory, as a loaded model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lazarus.errors import UnsupportedModelError
+from lazarus.models.adapters import refuse_virtual, share_storage
+from lazarus.models.anatomy import dissect
+from lazarus.models.load import LoadedModel
+from lazarus.models.whole import run_once_whole
+
+
+def wrap_model(model: nn.Module, name: str, layers_path: str | None = None) -> LoadedModel:
+    """A model that the caller has in memory, an adapter's wrapper taken off its outside.
+
+    One in training mode runs as a second tree over the same weights, so that it stays as it is.
+    """
+    model, notes = _unwrapped(model, name)
+    unwrap = getattr(model, "get_base_model", None)
+    inner = unwrap() if callable(unwrap) else model
+    if not isinstance(inner, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{name}: {type(model).__name__} is not a transformers model. Give an id, a path, or a "
+            "PreTrainedModel."
+        )
+    adapter, of_adapters = _adapters_in(model, inner, name)
+    notes += of_adapters
+    if any(module.training for module in inner.modules()):
+        inner = share_storage(inner).eval()
+    anatomy = dissect(inner, layers_path)
+    notes += run_once_whole(inner, anatomy.stack, name)
+    dtype = str(inner.dtype).removeprefix("torch.")
+    notes += [f"{name}: {note}" for note in anatomy.notes]
+    return LoadedModel(
+        name, "loaded", inner, anatomy, adapter=adapter, stored_dtype=dtype, notes=tuple(notes)
+    )
+
+
+def _unwrapped(model: nn.Module, name: str) -> tuple[nn.Module, list[str]]:
+    """The model inside what torch.compile, or training in parallel, has put around it."""
+    notes = []
+    while not isinstance(model, PreTrainedModel):
+        # vars() only: a wrapper hands every attribute on, and PEFT's own have none of these.
+        inside = next(
+            (model._modules[each] for each in ("_orig_mod", "module") if model._modules.get(each)), None
+        )
+        if inside is None:
+            break
+        notes.append(f"{name}: taken out of its {type(model).__name__}, and run as it is inside")
+        model = inside
+    return model, notes
+
+
+def _adapters_in(model: Any, inner: PreTrainedModel, name: str) -> tuple[str | None, list[str]]:
+    """The adapters that run with a model in memory, and a note where PEFT put them into its base."""
+    configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
+    active = configs if inner is model else model.active_adapters
+    for each in active:
+        refuse_virtual(name, configs[each])
+    told = ", ".join(f"{each} ({configs[each].peft_type.value})" for each in active) or None
+    if told is None or inner is not model:
+        return told, []
+    return told, [f"{name} runs with the adapter that is in it: {told}"]

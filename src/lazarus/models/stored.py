@@ -1,0 +1,170 @@
+"""The tensors that safetensors files store: where each is, reading it, and whether two are the same."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+TORCH_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+}
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+_PREFIX = 4096
+_CHUNK = 2**22
+"""how many bytes, or numbers of another type, are compared at first, and then at once"""
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor is: `start` and `n_bytes` are of the file, and `dtype` is safetensors' name."""
+
+    path: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    n_bytes: int
+
+
+def read_headers(files: Sequence[str]) -> dict[str, StoredTensor]:
+    """Every tensor of these files by its key; of two with one key, the later file's.
+
+    Raises:
+        SafetensorError: a file is damaged or cut short.
+        OSError: a file is missing.
+    """
+    stored: dict[str, StoredTensor] = {}
+    for path in files:
+        with safe_open(path, framework="pt"):  # it checks the header against the file
+            pass
+        with Path(path).open("rb") as file:
+            n_header = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(n_header))
+        for key, entry in header.items():
+            if key != "__metadata__":
+                begin, end = entry["data_offsets"]
+                shape = tuple(entry["shape"])
+                stored[key] = StoredTensor(path, entry["dtype"], shape, 8 + n_header + begin, end - begin)
+    return stored
+
+
+def same_numbers(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors hold the same numbers, bit for bit; of two that do not, few are read as a rule.
+
+    Floating-point numbers of two types are compared in the wider one.
+
+    Raises:
+        OSError: a file is gone, or was cut short since its header was read.
+    """
+    if one.shape != other.shape:
+        return False
+    if one.dtype == other.dtype:
+        return _place(one) == _place(other) or _alike(one, other, (1, 1), bytes.__eq__)
+    if not {one.dtype, other.dtype} <= _FLOATS:
+        return False
+    types = TORCH_TYPES[one.dtype], TORCH_TYPES[other.dtype]
+    wider = torch.promote_types(*types)
+    bits = torch.int64 if wider.itemsize == 8 else torch.int32
+
+    def widened(part: bytes, dtype: torch.dtype) -> Tensor:
+        return torch.frombuffer(bytearray(part), dtype=dtype).to(wider).view(bits)
+
+    return _alike(
+        one,
+        other,
+        (types[0].itemsize, types[1].itemsize),
+        lambda ours, theirs: torch.equal(widened(ours, types[0]), widened(theirs, types[1])),
+    )
+
+
+def _place(stored: StoredTensor) -> tuple[str, int]:
+    return os.path.realpath(stored.path), stored.start
+
+
+def _alike(
+    one: StoredTensor, other: StoredTensor, units: tuple[int, int], same: Callable[[bytes, bytes], bool]
+) -> bool:
+    """Whether all parts of two tensors are the same; `units` are the bytes of what they have as many of."""
+    with Path(one.path).open("rb") as ours, Path(other.path).open("rb") as theirs:
+        ours.seek(one.start)
+        theirs.seek(other.start)
+        left, size = one.n_bytes // units[0], _PREFIX
+        while left:
+            size = min(size, left)
+            parts = ours.read(size * units[0]), theirs.read(size * units[1])
+            for stored, part, unit in zip((one, other), parts, units, strict=True):
+                if len(part) < size * unit:  # two files that end too soon are not the same for that
+                    raise OSError(f"{stored.path}: cut short")
+            if not same(*parts):
+                return False
+            left, size = left - size, _CHUNK
+    return True
+
+
+class LazyTensor:
+    """A stored tensor that is read when it is indexed, as transformers does with safetensors' own slices.
+
+    Into memory of its own: a view of a mapped file stays in memory for as long as the file is open. But at
+    an address that is to a kernel what the view's would be, because sums depend on it in the last bit.
+    """
+
+    def __init__(self, stored: StoredTensor) -> None:
+        self.stored = stored
+
+    def __getitem__(self, _everything: object) -> Tensor:
+        stored, dtype = self.stored, TORCH_TYPES[self.stored.dtype]
+        memory = torch.empty(stored.n_bytes + 2 * _ALIGNMENT, dtype=torch.uint8)
+        shift = (stored.start - memory.data_ptr()) % _ALIGNMENT
+        taken = memory[shift : shift + stored.n_bytes]
+        with Path(stored.path).open("rb", buffering=0) as file:
+            file.seek(stored.start)
+            _fill(memoryview(taken.numpy().data), file)
+        return taken.view(dtype).view(stored.shape)
+
+
+def _fill(memory: memoryview, file: io.FileIO) -> None:
+    """Read until the memory is full: one call reads two gigabytes at most."""
+    done = 0
+    while done < len(memory):
+        n_read = file.readinto(memory[done:])
+        if not n_read:
+            raise OSError(f"{file.name}: cut short")
+        done += n_read
+
+
+def read_whole(stored: StoredTensor) -> Tensor:
+    """Return a stored tensor in its stored dtype."""
+    return LazyTensor(stored)[...]
+
+
+def read_rows(stored: StoredTensor, rows: Sequence[int]) -> Tensor:
+    """Some rows of a stored matrix, [rows, columns], in its stored type."""
+    n_bytes = stored.n_bytes // stored.shape[0]
+    taken = bytearray()
+    with Path(stored.path).open("rb") as file:
+        for _, run in groupby(enumerate(rows), key=lambda item: item[1] - item[0]):  # neighbours at once
+            wanted = [row for _, row in run]
+            file.seek(stored.start + wanted[0] * n_bytes)
+            taken += file.read(len(wanted) * n_bytes)
+    return torch.frombuffer(taken, dtype=TORCH_TYPES[stored.dtype]).view(len(rows), *stored.shape[1:])
