@@ -290,6 +290,6 @@ def test_files_that_were_not_read_are_told(tmp_path: Path) -> None:
     shutil.copy(folder / "model.safetensors", folder / "model.fp16.safetensors")
     (folder / "pytorch_model.bin").write_bytes(b"0")
     diff = compare(save_model(tmp_path / "base", tiny_llama(), tiny_tokenizer()), folder)
-    [note] = [note for note in diff.notes if "not read" in note]
+    [note] = [note for note in diff.notes if "weights were read from" in note]
     assert "model.fp16.safetensors" in note
     assert "pytorch_model.bin" in note

@@ -503,7 +503,7 @@ def test_tokens_of_two_ids_are_two_though_they_read_alike() -> None:
     assert same_token(pair, (1, 1), same_ids=True) is True
     assert same_token(pair, (None, 1), same_ids=True) is None
     assert [each.ids for each in find_tracked(pair, None, same_ids=True)] == [(0, 0), (1, 1)]
-    assert lens_pair(pair, Outcomes(3, None), (0, 0)).same_first_choice is False
+    assert lens_pair(pair, Outcomes(3, None, same_ids=True), (0, 0)).same_first_choice is False
 
 
 @pytest.mark.parametrize(("chosen", "bos"), [("model1", "<s>"), ("model2", "<|b|>")])

@@ -74,7 +74,7 @@ def test_where_the_end_mixes_in_earlier_blocks_each_layer_is_a_shorter_model(blo
     found = read_layers(wrapped, learn(wrapped, IDS, 100), IDS, told.append)
     assert told == [1, 1, 1, 1]
     assert found.notes == (
-        "the model: its end reads earlier blocks too, so each layer is the model cut after that block",
+        "the model: its end reads earlier blocks too: each layer is the model cut after that block",
     )
     for layer in range(4):
         shorter = inkling(layer + 1, blocks_a_bank)

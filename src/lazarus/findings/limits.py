@@ -74,8 +74,8 @@ def _noise(found: Findings) -> list[str]:
     if not unknown:
         return []
     return [
-        f"the noise could not be measured at {', '.join(unknown)} (states of base that are not finite, or zero, "
-        "in every trial): differences there make no verdict"
+        f"the noise could not be measured at {', '.join(unknown)} (states that are zero or not finite, in "
+        "every trial): differences there make no verdict"
     ]
 
 

@@ -20,12 +20,13 @@ from transformers import PretrainedConfig
 from lazarus.models.checkpoint import KeyMap, find_files
 from lazarus.models.contents import Unread
 from lazarus.models.embedders import embedder_parts
+from lazarus.models.equality import same_bits
 from lazarus.models.faults import translated
 from lazarus.models.gguf.tensors import read_unplaced
 from lazarus.models.load import LoadedModel
 from lazarus.models.reference import Source
 from lazarus.models.settings import settings_that_differ
-from lazarus.models.stored import TORCH_TYPES, StoredTensor, read_headers, read_whole, same_numbers
+from lazarus.models.stored import StoredTensor, read_headers, read_whole, same_numbers
 from lazarus.results import SETTING, NotCompared
 
 Held = StoredTensor | Tensor
@@ -216,11 +217,14 @@ def _same(ours: Held, theirs: Held) -> bool | None:
         if ours.dtype != theirs.dtype and not {ours.dtype, theirs.dtype} <= _FLOATS:
             return None  # codes of one quantisation, and elements of the other
         return same_numbers(ours, theirs)
-    one, other = (read_whole(t) if isinstance(t, StoredTensor) else t for t in (ours, theirs))
-    if type(one) not in _PLAIN_TENSORS or type(other) not in _PLAIN_TENSORS or one.is_meta or other.is_meta:
+    one, other = (read_whole(t) if isinstance(t, StoredTensor) else t.detach() for t in (ours, theirs))
+    if type(one) not in _PLAIN_TENSORS or type(other) not in _PLAIN_TENSORS:
+        return same_bits(one, other) if type(one) is type(other) else None
+    if one.is_floating_point() != other.is_floating_point():
         return None
-    return one.shape == other.shape and torch.equal(one.double().cpu(), other.double().cpu())
+    wider = torch.promote_types(one.dtype, other.dtype)
+    return same_bits(one.to(wider), other.to(wider))
 
 
-_FLOATS = {name for name in TORCH_TYPES if name in ("F64", "F32", "F16", "BF16")}
+_FLOATS = {"F64", "F32", "F16", "BF16"}
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
