@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,7 +13,7 @@ import httpx2
 import huggingface_hub.errors as hub
 from transformers import ViTConfig, ViTModel
 
-from bad_input.kind import BadInput, Prepare, change_json, compare, damaged, overwrite, typed
+from bad_input.kind import BadInput, Prepare, change_json, compare, damaged, overwrite, quantise, typed
 from factories import save_model, tiny_llama, tiny_tokenizer
 
 
@@ -208,7 +209,7 @@ CONFIGURATIONS = (
     BadInput(
         "quantised without its package",
         "a GPTQ checkpoint without the package that reads it",
-        _configured(quantization_config={"quant_method": "gptq", "bits": 4}),
+        damaged(partial(quantise, method="gptq")),
         ("damaged", "GPTQ", "a package is missing", "pip install optimum"),
         around=lambda: patch(
             "transformers.quantizers.quantizer_gptq.is_optimum_available", return_value=False
@@ -217,8 +218,14 @@ CONFIGURATIONS = (
     BadInput(
         "quantised in an unknown way",
         "a checkpoint whose `quant_method` transformers does not know",
-        _configured(quantization_config={"quant_method": "int3"}),
+        damaged(partial(quantise, method="int3")),
         ("damaged", "quantised by 'int3'", "cannot read", "unquantised checkpoint"),
+    ),
+    BadInput(
+        "quantised without a word",
+        "a quantised checkpoint with the `config.json` of the model that it was made from",
+        damaged(partial(quantise, method=None)),
+        ("damaged", "codes", "lm_head.qweight", "no quantization_config", "Fetch the config.json"),
     ),
 )
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from bad_input import adapters, checkpoints, models, outputs, pairs
-from bad_input.kind import BadInput, Prepare, damaged
+from bad_input.kind import BadInput, Prepare, damaged, quantise
 from factories import save_model, tiny_llama, tiny_tokenizer
 
 WEIGHTS = "model.safetensors"
@@ -143,15 +143,6 @@ def _other(**changes: int) -> Prepare:
     return prepare
 
 
-def _quantised(model: Path) -> None:
-    path = model / "config.json"
-    settings = {
-        **json.loads(path.read_text(encoding="utf-8")),
-        "quantization_config": {"quant_method": "gptq", "bits": 4},
-    }
-    path.write_text(json.dumps(settings), encoding="utf-8")
-
-
 WEIGHT_DIFF = (
     BadInput(
         "weight-diff: threshold",
@@ -204,8 +195,8 @@ WEIGHT_DIFF = (
     ),
     BadInput(
         "weight-diff: quantised weights",
-        "`-f damaged`, whose config.json says that its weights are quantised by GPTQ",
-        _damaged(_quantised),
+        "`-f damaged`, whose weights are quantised by GPTQ",
+        _damaged(partial(quantise, method="gptq")),
         ("damaged", "quantised (gptq)", "codes", "unquantised"),
     ),
     BadInput(

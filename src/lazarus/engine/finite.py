@@ -86,10 +86,10 @@ class Break:
                 f"finite, at tokens {listed(self.tokens)} of {text}; it does so in a wider dtype too, so its "
                 "computation is at fault"
             )
-        return (
-            f"{name}: its {what} are not finite {start}, and no weight was seen to hold NaN or infinity: if "
-            f"{dtype} is too narrow, float32 mends it ({_remedy(model, 'float32')})"
-        )
+        told = f"{name}: its {what} are not finite {start}, and no weight was seen to hold NaN or infinity"
+        if dtype in ("float32", "float64"):
+            return f"{told}: its numbers are too large for {dtype}, so use another checkpoint"
+        return f"{told}: if {dtype} is too narrow, float32 mends it ({_remedy(model, 'float32')})"
 
 
 def find_break(

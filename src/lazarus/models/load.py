@@ -152,6 +152,8 @@ def _load(opened: Opened, options: LoadOptions) -> Weights:
     source, arguments = opened.source, where(opened.source, options)
     if options.device.type != "cpu":
         arguments["device_map"] = {"": options.device}
+    if opened.left_over is not None:
+        arguments["config"] = opened.config
     with translated(source.name):
         if opened.gguf is not None:
             model, report = load_gguf(opened.gguf, opened.head, options.dtype, options.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,16 +13,16 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.quantizers.auto import AutoHfQuantizer
 
-from lazarus.errors import UnsupportedModelError
 from lazarus.models.checkpoint import find_files
 from lazarus.models.contents import NOTHING_BESIDE, Contents, look_for_weights, survey
 from lazarus.models.faults import translated
 from lazarus.models.formats import check_folder
 from lazarus.models.gguf.opening import OpenedGguf, open_gguf, usual_type
 from lazarus.models.gguf.parts import read_files
+from lazarus.models.quantised import check_claim, claimed_method, is_left_over
 from lazarus.models.reference import Source
+from lazarus.models.stored import read_headers
 
 _SAFETENSORS_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -44,13 +45,21 @@ class Opened:
     config: Any
     head: Any
     quantised: bool
+    left_over: str | None = None
+    """a quantisation that config.json claims, and that is not that of the stored weights"""
     gguf: OpenedGguf | None = None
     contents: Contents = NOTHING_BESIDE
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader must know of how the checkpoint was opened."""
-        return (*self.contents.notes, *(self.gguf.notes if self.gguf else ()))
+        notes = [*self.contents.notes, *(self.gguf.notes if self.gguf else ())]
+        if self.left_over is not None:
+            notes.append(
+                f"{self.source.name}: config.json claims that its weights are quantised ({self.left_over}), "
+                "and none of them is: it was read as it is stored"
+            )
+        return tuple(notes)
 
 
 def open_checkpoint(source: Source, options: LoadOptions) -> Opened:
@@ -65,7 +74,7 @@ def open_checkpoint(source: Source, options: LoadOptions) -> Opened:
     check_folder(source)
     with translated(source.name):
         config = AutoConfig.from_pretrained(source.path, **where(source, options))
-        return Opened(source, config, _head_class(config), _is_quantised(source, config))
+        return Opened(source, config, _head_class(config), claimed_method(config) is not None)
 
 
 def where(source: Source, options: LoadOptions) -> dict[str, Any]:
@@ -77,17 +86,6 @@ def where(source: Source, options: LoadOptions) -> dict[str, Any]:
     if source.subfolder:
         arguments["subfolder"] = source.subfolder
     return arguments
-
-
-def _is_quantised(source: Source, config: Any) -> bool:
-    """transformers reads a quantisation that it does not know as plain numbers, with a warning."""
-    settings = getattr(config, "quantization_config", None)
-    if settings is not None and not AutoHfQuantizer.supports_quant_method(settings):
-        raise UnsupportedModelError(
-            f"{source.name}: its weights are quantised by {settings.get('quant_method')!r}, which "
-            "transformers cannot read. Use an unquantised checkpoint."
-        )
-    return settings is not None
 
 
 def _head_class(config: Any) -> Any:
@@ -102,17 +100,40 @@ def _head_class(config: Any) -> Any:
 
 
 def open_to_load(source: Source, options: LoadOptions) -> Opened:
-    """Read a checkpoint's configuration, and look at what its folder holds besides its weights.
+    """Read a checkpoint's configuration, and look at what its folder holds.
 
     Raises:
-        ModelError: it cannot be read, asks for what is not installed, or holds two sets of weights.
+        ModelError: it cannot be read, asks for what is not installed, or does not hold what it says.
     """
     opened = open_checkpoint(source, options)
     if source.gguf_file:
         return opened
+    return find_weights(opened)[0]
+
+
+def find_weights(opened: Opened, *, pickled: bool = False) -> tuple[Opened, list[str]]:
+    """Find a checkpoint's files of weights, and hold what its configuration claims against them.
+
+    With `pickled`, .bin files do where there are no safetensors.
+
+    Raises:
+        ModelError: there are none, there are two sets, or what they hold is not what config.json says.
+    """
+    source = opened.source
     look_for_weights(source)
     with translated(source.name):
-        return replace(opened, contents=survey(source, find_files(source, opened.config, opened.head)))
+        files = find_files(source, opened.config, opened.head, pickled=pickled)
+        opened = replace(opened, contents=survey(source, files))
+        if not all(file.endswith(".safetensors") for file in files):
+            return opened, files
+        stored = read_headers(files)
+    if opened.quantised and is_left_over(stored):
+        config = copy.deepcopy(opened.config)
+        del config.quantization_config
+        left_over = claimed_method(opened.config)
+        return replace(opened, config=config, quantised=False, left_over=left_over), files
+    check_claim(source.name, opened.config, stored)
+    return opened, files
 
 
 def stored_dtype(opened: Opened) -> str | None:

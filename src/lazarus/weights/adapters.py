@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from lazarus.errors import UnsupportedModelError
 from lazarus.models import Source
 from lazarus.models.adapters import put_on, rewriting_start
+from lazarus.models.equality import is_one
 from lazarus.models.faults import translated
 from lazarus.models.layout import hollow, is_hollow
 from lazarus.models.reference import adapter_settings
@@ -302,7 +303,7 @@ def _same_tensor(one: Tensor | None, other: Tensor | None) -> bool:
     """Return whether both are the model's own, or PEFT has tied what the adapter brings."""
     if one is None or other is None:
         return one is other
-    return one.data_ptr() == other.data_ptr()
+    return is_one(one, other)
 
 
 def _same_update(one: _Effect | None, other: _Effect | None) -> bool:

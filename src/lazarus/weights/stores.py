@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from lazarus.errors import UnsupportedModelError, WeightsError
-from lazarus.models.checkpoint import find_files
-from lazarus.models.contents import Contents, Unread, look_for_weights, survey
+from lazarus.models.contents import Unread
 from lazarus.models.faults import translated
-from lazarus.models.opening import Opened
+from lazarus.models.opening import Opened, find_weights
+from lazarus.models.quantised import claimed_method, stored_codes
 from lazarus.models.stored import read_headers
 from lazarus.tokens import listed
 from lazarus.weights.parts import Take
@@ -49,26 +49,23 @@ def open_store(opened: Opened, *, allow_pickle: bool) -> Store:
         WeightsError: there are no weights, they are pickled, or a file is damaged.
     """
     source = opened.source
-    if opened.quantised:
-        settings = opened.config.quantization_config
-        method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
-        raise UnsupportedModelError(
-            f"{source.name}: its weights are quantised ({getattr(method, 'value', method)}): what is stored "
-            "are codes, whose differences mean nothing. Compare an unquantised checkpoint, or a GGUF file."
-        )
-    look_for_weights(source)
+    opened, files = find_weights(opened, pickled=True)
     with translated(source.name):
-        files = find_files(opened.source, opened.config, opened.head, pickled=True)
-        contents = survey(source, files)
         if all(file.endswith(".safetensors") for file in files):
             stored = read_headers(files)
+            if next(stored_codes(stored), None) is not None:
+                raise UnsupportedModelError(
+                    f"{source.name}: its weights are quantised ({claimed_method(opened.config)}): what is "
+                    "stored are codes, whose differences mean nothing. Compare an unquantised checkpoint, or "
+                    "a GGUF file."
+                )
             views = {key: StoredView(tensor) for key, tensor in stored.items()}
             return Store(
                 {key: tensor.shape for key, tensor in stored.items()},
                 {key: view.dtype for key, view in views.items()},
                 stored,
-                contents.notes,
-                contents.unread,
+                opened.notes,
+                opened.contents.unread,
             )
         if not allow_pickle:
             raise WeightsError(
@@ -76,13 +73,13 @@ def open_store(opened: Opened, *, allow_pickle: bool) -> Store:
                 "when it is read. Allow torch's reader of plain tensors with --allow-pickle, or load the "
                 "model where you trust it and write it again with save_pretrained."
             )
-        return _read_pickles(files, contents)
+        return _read_pickles(files, opened)
 
 
-def _read_pickles(files: Sequence[str], contents: Contents) -> Store:
+def _read_pickles(files: Sequence[str], opened: Opened) -> Store:
     """The tensors of .bin files, mapped into memory where the file allows; nothing else is unpickled."""
     tensors: dict[str, Tensor] = {}
-    notes = list(contents.notes)
+    notes = list(opened.notes)
     for file in files:
         found = _read_pickle(file)
         if not isinstance(found, dict):
@@ -97,7 +94,7 @@ def _read_pickles(files: Sequence[str], contents: Contents) -> Store:
         {key: type_name(tensor.dtype) for key, tensor in tensors.items()},
         tensors,
         tuple(notes),
-        contents.unread,
+        opened.contents.unread,
     )
 
 

@@ -1,0 +1,74 @@
+"""What a configuration claims of quantisation, held against the dtypes in which the weights are stored.
+
+The claim outlives a model that was dequantised and saved again, and it is lost where a configuration comes
+from elsewhere. transformers believes it in both cases.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from lazarus.errors import UnsupportedModelError, WeightsError
+from lazarus.models.stored import StoredTensor
+
+_NO_CODES = {"F64", "F32", "F16", "BF16", "C64", "BOOL", "I64"}
+"""dtypes in which no quantiser stores codes; whole numbers in 64 bits are indices"""
+_FLOAT8 = {"F8_E4M3", "F8_E5M2"}
+"""codes where there are scales beside them, elements where there are none"""
+_WEIGHT = re.compile(r"weight|qdata|W_q|_blocks$")
+"""in the name of a tensor of codes; a model may have other whole numbers of its own, such as tables"""
+_PARAMETER = re.compile(r"scale|zero_?point|qzeros|absmax|quant|g_idx|\bSCB$")
+"""in the name of what a quantiser stores beside its codes, or beside elements that it rounds as it runs"""
+
+
+def claimed_method(config: Any) -> str | None:
+    """Return the quantisation that a configuration claims, such as `gptq`; None where it claims none."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
+    return str(getattr(method, "value", method))
+
+
+def is_left_over(stored: Mapping[str, StoredTensor]) -> bool:
+    """Return whether a claim of quantisation is not true of these tensors: all are plain elements."""
+    return all(t.dtype in _NO_CODES and not _PARAMETER.search(key) for key, t in stored.items())
+
+
+def stored_codes(stored: Mapping[str, StoredTensor]) -> Iterator[str]:
+    """Return the keys of the weights that are stored as a quantiser's codes."""
+    scaled = {key.rpartition(".")[0] for key in stored if _PARAMETER.search(key)}
+    for key, tensor in stored.items():
+        may_be = len(tensor.shape) > 1 and _WEIGHT.search(key) and tensor.dtype not in _NO_CODES
+        if may_be and (tensor.dtype not in _FLOAT8 or key.rpartition(".")[0] in scaled):
+            yield key
+
+
+def check_claim(name: str, config: Any, stored: Mapping[str, StoredTensor]) -> None:
+    """Refuse a quantised checkpoint that does not say how, or in a way that transformers does not know.
+
+    transformers would read the codes as elements, with at most a warning.
+
+    Raises:
+        UnsupportedModelError: transformers does not know the quantisation.
+        WeightsError: there are codes, and the configuration has no `quantization_config`.
+    """
+    method = claimed_method(config)
+    if method is None:
+        codes = sorted(stored_codes(stored))
+        if codes:
+            dtype = stored[codes[0]].dtype
+            raise WeightsError(
+                f"{name}: {len(codes)} of its weights are stored as a quantiser's codes, first {codes[0]} "
+                f"({dtype}), and config.json has no quantization_config: what they stand for is not known. "
+                "Fetch the config.json that was saved with these weights."
+            )
+    elif not AutoHfQuantizer.supports_quant_method(config.quantization_config):
+        raise UnsupportedModelError(
+            f"{name}: its weights are quantised by {method!r}, which transformers cannot read. Use an "
+            "unquantised checkpoint."
+        )
