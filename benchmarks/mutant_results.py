@@ -11,13 +11,15 @@ from benchmarks import places
 
 _ENGINE = (
     "noise positions kept product work run resident side streamed pair replay prefix probe head recorder "
-    "past local"
+    "past local arguments coverage finite"
 )
 MODULES = (
     *(f"engine/{name}.py" for name in _ENGINE.split()),
     "statistics/verdict.py",
     "findings/numbers.py",
     "models/sameness.py",
+    "models/equality.py",
+    "models/adapted.py",
     "models/sharing.py",
     "weights/pairs.py",
     "weights/record.py",
