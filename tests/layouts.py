@@ -45,6 +45,15 @@ def addresses(model: nn.Module) -> dict[str, int]:
     return {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
 
 
+def store_codes(model: Path, **settings: Any) -> None:
+    """Store the LM head of a model as codes, and say in config.json how, if settings are given."""
+    if settings:
+        edit_json(model / "config.json", quantization_config=settings)
+    tensors = load_file(model / "model.safetensors")
+    codes = tensors.pop("lm_head.weight").to(torch.int8)
+    save_file({**tensors, "lm_head.qweight": codes}, model / "model.safetensors", {"format": "pt"})
+
+
 def edit_json(path: Path, **changes: Any) -> None:
     """Set fields of a JSON object in a file; None takes a field out."""
     values = {**json.loads(path.read_text(encoding="utf-8")), **changes}

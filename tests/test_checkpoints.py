@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from factories import notes_on_models, perturbed, save_model, tiny_llama, tiny_tokenizer
-from layouts import compare, edit_json, edit_weights, most, save_fp8, save_sentence_transformer
+from layouts import compare, edit_json, edit_weights, most, save_fp8, save_sentence_transformer, store_codes
 from lazarus import ActivationDiff
 from lazarus.errors import UnsupportedModelError, WeightsError
 
@@ -180,18 +180,10 @@ def test_a_quantisation_without_its_package_is_refused_by_name(
         pytest.skip(f"{module} is installed here")
     folder = tmp_path / "quantised"
     shutil.copytree(base_folder, folder)
-    edit_json(folder / "config.json", quantization_config=settings)
+    store_codes(folder, **settings)
     with pytest.raises(UnsupportedModelError, match=package) as refusal:
         compare(base_folder, folder)
     assert str(folder) in str(refusal.value)
-
-
-def test_a_quantisation_that_nobody_knows_is_refused(tmp_path: Path, base_folder: Path) -> None:
-    folder = tmp_path / "quantised"
-    shutil.copytree(base_folder, folder)
-    edit_json(folder / "config.json", quantization_config={"quant_method": "modelopt"})
-    with pytest.raises(UnsupportedModelError, match="modelopt"):
-        compare(base_folder, folder)
 
 
 # --- What the checkpoint says of itself

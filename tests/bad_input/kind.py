@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-
 Prepare = Callable[[Path], list[str]]
 
 
@@ -87,12 +84,3 @@ def change_json(path: Path, **changes: Any) -> None:
     """Write values into a JSON file; None takes one out."""
     values = {**json.loads(path.read_text(encoding="utf-8")), **changes}
     path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}), encoding="utf-8")
-
-
-def quantise(model: Path, method: str | None) -> None:
-    """Store the LM head of a model as codes, and say in config.json by what method if there is one."""
-    if method is not None:
-        change_json(model / "config.json", quantization_config={"quant_method": method, "bits": 4})
-    tensors = load_file(model / "model.safetensors")
-    codes = tensors.pop("lm_head.weight").to(torch.int8)
-    save_file({**tensors, "lm_head.qweight": codes}, model / "model.safetensors", {"format": "pt"})

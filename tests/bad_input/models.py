@@ -13,8 +13,9 @@ import httpx2
 import huggingface_hub.errors as hub
 from transformers import ViTConfig, ViTModel
 
-from bad_input.kind import BadInput, Prepare, change_json, compare, damaged, overwrite, quantise, typed
+from bad_input.kind import BadInput, Prepare, change_json, compare, damaged, overwrite, typed
 from factories import save_model, tiny_llama, tiny_tokenizer
+from layouts import store_codes
 
 
 def _hub_says(fault: type[hub.HfHubHTTPError], status: int) -> AbstractContextManager[Any]:
@@ -209,7 +210,7 @@ CONFIGURATIONS = (
     BadInput(
         "quantised without its package",
         "a GPTQ checkpoint without the package that reads it",
-        damaged(partial(quantise, method="gptq")),
+        damaged(partial(store_codes, quant_method="gptq", bits=4)),
         ("damaged", "GPTQ", "a package is missing", "pip install optimum"),
         around=lambda: patch(
             "transformers.quantizers.quantizer_gptq.is_optimum_available", return_value=False
@@ -218,13 +219,13 @@ CONFIGURATIONS = (
     BadInput(
         "quantised in an unknown way",
         "a checkpoint whose `quant_method` transformers does not know",
-        damaged(partial(quantise, method="int3")),
+        damaged(partial(store_codes, quant_method="int3")),
         ("damaged", "quantised by 'int3'", "cannot read", "unquantised checkpoint"),
     ),
     BadInput(
         "quantised without a word",
         "a quantised checkpoint with the `config.json` of the model that it was made from",
-        damaged(partial(quantise, method=None)),
+        damaged(store_codes),
         ("damaged", "codes", "lm_head.qweight", "no quantization_config", "Fetch the config.json"),
     ),
 )

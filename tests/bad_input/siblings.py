@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bad_input import adapters, checkpoints, models, outputs, pairs
-from bad_input.kind import BadInput, Prepare, damaged, quantise
+from bad_input.kind import BadInput, Prepare, damaged
 from factories import save_model, tiny_llama, tiny_tokenizer
+from layouts import store_codes
 
 WEIGHTS = "model.safetensors"
 SHARED = (
@@ -196,7 +197,7 @@ WEIGHT_DIFF = (
     BadInput(
         "weight-diff: quantised weights",
         "`-f damaged`, whose weights are quantised by GPTQ",
-        _damaged(partial(quantise, method="gptq")),
+        _damaged(partial(store_codes, quant_method="gptq", bits=4)),
         ("damaged", "quantised (gptq)", "codes", "unquantised"),
     ),
     BadInput(
