@@ -37,6 +37,7 @@ from benchmarks.trust_report import mutants_table
 
 FEWEST_TESTS = 12
 TEST_SECONDS = 20.0
+OWN = 5
 VARIANTS = 3
 """So many parameters of one test run before those of others: hundreds of architectures are much alike."""
 
@@ -101,17 +102,23 @@ class Picker:
     run: Run
 
     def pick(self, mutant: Mutant) -> list[Test]:
-        """The tests that run its statement, those first that are likely to fail, while the time allows."""
+        """Return the tests that run its statement, those first that are likely to fail, while time allows.
+
+        Tests of one file are much alike, so the fastest of each file come first, then the second ones, and so
+        on; of the module's own file, `OWN` at a time.
+        """
         own = {f"test_{Path(mutant.module).stem}", f"test_weight_{Path(mutant.module).stem}"}
         killers = self.run.killers(mutant)
-        found, variants = [], Counter[str]()
+        found, variants, seen = [], Counter[str](), Counter[str]()
         for test in sorted((test for test in self.tests if _runs(test, mutant)), key=lambda t: t.seconds):
             function = test.id.split("[")[0]
             variants[function] += 1
             is_own = Path(test.file).stem in own
             is_one_of_many = variants[function] > VARIANTS and not is_own
-            found.append((test.id not in killers, is_one_of_many, not is_own, test))
-        found.sort(key=lambda ranked: ranked[:3])
+            turn = seen[test.file] // (OWN if is_own else 1)
+            seen[test.file] += 1
+            found.append((test.id not in killers, is_one_of_many, turn, not is_own, test))
+        found.sort(key=lambda ranked: ranked[:4])
         picked: list[Test] = []
         seconds = 0.0
         for *_, test in found:
