@@ -59,5 +59,6 @@ def _run_head(head: Head, model: LoadedModel) -> tuple[int, set[nn.Module]]:
     finally:
         for handle in handles:
             handle.remove()
-    ran |= set(filter(None, [model.model.get_output_embeddings()]))
-    return n_logits, ran
+    # An adapter's parts, and the module that it stands in for, have no forward pass of their own.
+    own = model.model.get_output_embeddings()
+    return n_logits, ran if own is None else ran | set(own.modules())

@@ -38,7 +38,7 @@ from lazarus.models.equality import Equality, same_bits
 from lazarus.models.in_memory import wrap_model
 from lazarus.models.load import LoadedModel, load_one, load_pair
 from lazarus.models.opening import LoadOptions
-from lazarus.models.outside import Compared, find_beside, find_outside
+from lazarus.models.outside import Beside, Compared, find_beside, find_outside
 from lazarus.models.pager import Pager
 from lazarus.models.paging import Footprint, estimate, fits_surely, load_paged
 from lazarus.models.reference import ModelReference, Source, parse_model
@@ -48,6 +48,7 @@ from lazarus.models.tokenizer import find_tokenizer, load_tokenizer
 
 __all__ = [
     "Anatomy",
+    "Beside",
     "ChatTemplate",
     "Compared",
     "Equality",

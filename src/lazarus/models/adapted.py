@@ -122,7 +122,7 @@ def _part_adds_nothing(layer: Any, adapter: str, part: dict[str, Any]) -> bool |
     if adapter in getattr(layer, "lora_variant", {}) or under is None:
         return None
     if part.keys() <= _FACTORS:
-        return _has_zero_factor(part)
+        return _has_zero_factor(part, layer.scaling[adapter])
     [value, *others] = part.values()
     if others:
         return None
@@ -141,8 +141,11 @@ def _is_plain_lora(layer: Any, adapter: str, part: dict[str, Any]) -> bool:
     return part.keys() <= {*_FACTORS, _MAGNITUDE} and not is_variant
 
 
-def _has_zero_factor(part: dict[str, Any]) -> bool | None:
-    """Whether one factor of a product is zero, and no bias is added to it; None where 0 meets NaN or ∞."""
+def _has_zero_factor(part: dict[str, Any], scaling: float = 1.0) -> bool | None:
+    """Whether one factor of a product is zero, and no bias is added to it; None where 0 meets NaN or ∞.
+
+    The scaling is a factor of the product, and of the bias.
+    """
     zero, biases = [], []
     for factor in (value for name, value in part.items() if name in _FACTORS):
         tensors = {"weight": factor} if isinstance(factor, Tensor) else dict(factor.named_parameters())
@@ -150,4 +153,4 @@ def _has_zero_factor(part: dict[str, Any]) -> bool | None:
             return None
         zero.append(not any(t.any() for name, t in tensors.items() if not name.endswith("bias")))
         biases += [tensor for name, tensor in tensors.items() if name.endswith("bias")]
-    return any(zero) and not any(bias.any() for bias in biases)
+    return scaling == 0 or (any(zero) and not any(bias.any() for bias in biases))

@@ -8,20 +8,19 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lazarus.errors import AdapterError, MissingPackageError, ModelError, WeightsError
+from lazarus.errors import AdapterError, MissingPackageError, ModelError
+from lazarus.models.adapter_files import AdapterFiles, read_adapter
+from lazarus.models.contents import Unread
 from lazarus.models.faults import one_line, translated
-from lazarus.models.fitting import OUTER, Fit, adjust, find_fit, resize
+from lazarus.models.fitting import OUTER, Fit, adjust, find_fit, owner_of, resize
 from lazarus.models.reference import Source, adapter_settings
 
-WEIGHTS = "adapter_model.safetensors"
 _STARTS = {"true", "false", "gaussian", "eva", "orthogonal"}
 """how a LoRA may have begun without the weights of its model being changed"""
 _SIZE_MISMATCH = re.compile(r"size mismatch for (\S+): .*?torch\.Size\((.*?)\).*?torch\.Size\((.*?)\)")
@@ -57,6 +56,8 @@ class Adapted:
     notes: tuple[str, ...]
     left_out: Mapping[str, Tensor]
     """what has no place on the model, such as a score head, by the names that it had in training"""
+    unread: tuple[Unread, ...] = ()
+    """other weights in the folders of the adapters"""
 
 
 def put_all_on(model: PreTrainedModel, adapters: Sequence[Source]) -> Adapted:
@@ -80,7 +81,8 @@ def put_all_on(model: PreTrainedModel, adapters: Sequence[Source]) -> Adapted:
             layer.set_adapter([name for name in names if name in held])
     left_out = {path: tensor for each in found for path, tensor in each.left_out.items()}
     notes = tuple(note for each in found for note in each.notes)
-    return Adapted(model, " + ".join(each.description for each in found), notes, left_out)
+    unread = tuple(other for each in found for other in each.unread)
+    return Adapted(model, " + ".join(each.description for each in found), notes, left_out, unread)
 
 
 def put_on(model: PreTrainedModel, adapter: Source, name: str = "default") -> Adapted:
@@ -102,24 +104,18 @@ def put_on(model: PreTrainedModel, adapter: Source, name: str = "default") -> Ad
             "`pip install 'lazarus-introspect[adapters]'`."
         ) from error
     settings = adapter_settings(adapter)
-    weights = adapter.file(WEIGHTS)
-    if weights is None:
-        raise WeightsError(
-            f"{adapter.name}: no adapter_model.safetensors there. Pickled adapters (.bin) can run "
-            "code when they are read and are refused: save it again as safetensors."
-        )
     kind = settings.get("peft_type")
     _check_type(peft, adapter, kind)
-    with translated(adapter.name):
-        stored = load_file(weights, device=str(model.device))
-    fit = find_fit(adapter.name, model, stored)
-    notes = _notes(adapter, settings, model, fit)
+    files = read_adapter(adapter, model)
+    fit = find_fit(adapter.name, model, files.tensors)
+    notes = (*files.notes, *_notes(adapter, settings, model, fit))
     with _fitted(adapter, model), translated(adapter.name):
-        wrapped, report = _inject(peft, model, (adapter, str(Path(weights).parent), name), (fit, stored))
+        wrapped, report = _inject(peft, model, (adapter, name), (fit, files))
     _check_placed(adapter, model, report)
     commit = f", commit {adapter.revision}" if adapter.revision else ""
-    left_out = {key.removeprefix(OUTER): stored[key] for key in fit.left_out}
-    return Adapted(wrapped.get_base_model().eval(), f"{adapter.name} ({kind}{commit})", notes, left_out)
+    left_out = {key.removeprefix(OUTER): files.tensors[key] for key in fit.left_out}
+    description = f"{adapter.name} ({kind}{commit})"
+    return Adapted(wrapped.get_base_model().eval(), description, notes, left_out, files.unread)
 
 
 def _check_stack(adapters: Sequence[Source]) -> None:
@@ -163,11 +159,14 @@ def _notes(
 
 
 def _inject(
-    peft: Any, model: PreTrainedModel, place: tuple[Source, str, str], found: tuple[Fit, Mapping[str, Tensor]]
+    peft: Any,
+    model: PreTrainedModel,
+    place: tuple[Source, str],
+    found: tuple[Fit, AdapterFiles],
 ) -> tuple[Any, Any]:
     """The wrapped model, and PEFT's report of what is missing or has no place."""
-    (adapter, folder, name), (fit, stored) = place, found
-    config = peft.PeftConfig.from_pretrained(folder)
+    (adapter, name), (fit, files) = place, found
+    config = peft.PeftConfig.from_pretrained(files.folder)
     refuse_virtual(adapter.name, config)
     config.inference_mode = True
     if str(getattr(config, "init_lora_weights", "")).lower() == "olora":
@@ -180,14 +179,14 @@ def _inject(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # one adapter is on another
         wrapped = peft.PeftModel(model, config, adapter_name=name, autocast_adapter_dtype=False)
-    moved = {fit.moved[key]: tensor for key, tensor in stored.items() if key in fit.moved}
+    moved = {fit.moved[key]: tensor for key, tensor in files.tensors.items() if key in fit.moved}
     for key, parameter in wrapped.named_parameters(remove_duplicate=False):  # tied ones have two names
         if key in moved:  # an embedding or a bias of the model itself, which the base shares
             parameter.data = parameter.data.clone()
     # Neither is from_pretrained, which warns of keys that are missing instead of saying which.
-    if moved.keys() == stored.keys():
+    if files.is_as_stored and moved.keys() == files.tensors.keys():
         device = str(model.device)
-        report = wrapped.load_adapter(folder, name, torch_device=device, autocast_adapter_dtype=False)
+        report = wrapped.load_adapter(files.folder, name, torch_device=device, autocast_adapter_dtype=False)
         return wrapped, report
     report = peft.set_peft_model_state_dict(wrapped, moved, adapter_name=name)
     prefix = peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
@@ -198,6 +197,14 @@ def _inject(
 def _check_placed(adapter: Source, model: PreTrainedModel, report: Any) -> None:
     """Refuse an adapter of which a tensor has no place, or that lacks one for a module it is put on."""
     kind = type(model).__name__
+    modules = {path for path, _ in model.named_modules()}
+    unnamed = [key for key in report.unexpected_keys if owner_of(key) in modules]
+    if unnamed:
+        raise AdapterError(
+            f"{adapter.name}: {len(unnamed)} of its tensors, first {unnamed[0]}, act on modules that its "
+            "adapter_config.json does not name (target_modules). Configuration and tensors are not of one "
+            "adapter: fetch it again."
+        )
     if report.unexpected_keys:
         raise AdapterError(
             f"{adapter.name} does not fit {kind}: {len(report.unexpected_keys)} of its tensors have no "
@@ -244,6 +251,13 @@ def _fitted(adapter: Source, model: PreTrainedModel) -> Iterator[None]:
         fault = error.__cause__
         if fault is None or isinstance(fault, SafetensorError | ImportError):
             raise
+        text = one_line(fault)
+        is_of_the_fit = isinstance(fault, RuntimeError) or "arget modules" in text or "arget_modules" in text
+        if not is_of_the_fit:
+            raise AdapterError(
+                f"{adapter.name}: PEFT cannot use its adapter_config.json: {text[:400]}. Check the file, or "
+                "fetch the adapter again."
+            ) from error
         raise AdapterError(
             f"{adapter.name} does not fit {type(model).__name__}: {_misfit(fault)}. Put it on the "
             "model that it was trained on."

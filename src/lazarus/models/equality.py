@@ -38,7 +38,7 @@ _NOT_COMPARED = {
     # of training, saving and loading
     *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook", "_is_hf_initialized"),
     *("_state_dict_hooks", "_state_dict_pre_hooks"),
-    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "name_or_path"),
     # by the number of each hook, and that number is another one in each module
     *("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"),
 }

@@ -131,6 +131,11 @@ def _tuner() -> re.Pattern[str]:
     return re.compile(rf"\.(?:{'|'.join(sorted(prefixes))}|base_layer|token_adapter)")
 
 
+def owner_of(key: str) -> str:
+    """Return the path of the module that an adapter's tensor acts on, by the tensor's name."""
+    return _owner(key.removeprefix(OUTER))
+
+
 def _owner(path: str) -> str:
     """The path of the module that a tensor acts on, or belongs to."""
     found = _tuner().search(path)

@@ -50,6 +50,8 @@ class LoadedModel:
     """reads its blocks when they are needed; None where all of it is in memory"""
     unread: tuple[Unread, ...] = ()
     """other sets of weights in its folder"""
+    untaken: Mapping[str, Any] = field(default_factory=dict)
+    """settings of its GGUF file that it runs without"""
 
     @property
     def run_dtype(self) -> str:
@@ -340,6 +342,7 @@ def finish(reference: ModelReference, weights: Weights, options: LoadOptions) ->
         revision=weights.source.revision,
         stored_dtype=stored_dtype(weights.opened),
         pager=weights.pager,
-        unread=weights.opened.contents.unread,
+        untaken=weights.opened.untaken,
+        unread=(*weights.opened.contents.unread, *adapted.unread),
         notes=(*notes, *(f"{reference.name}: {note}" for note in anatomy.notes)),
     )

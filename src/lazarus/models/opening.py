@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,11 @@ class Opened:
     """a quantisation that config.json claims, and that is not that of the stored weights"""
     gguf: OpenedGguf | None = None
     contents: Contents = NOTHING_BESIDE
+
+    @property
+    def untaken(self) -> Mapping[str, Any]:
+        """The settings of a GGUF file that transformers has no place for."""
+        return self.gguf.untaken if self.gguf else {}
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import filecmp
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,19 +81,22 @@ def find_outside(
             n_tensors = sum(pair[side] is not None for pair in pairs)
             if n_tensors:
                 parts.append(NotCompared(what=_called(group, paths[0]), n_tensors=n_tensors, differs=differs))
-    beside = find_beside(
-        (base.source, finetuned.source),
-        (base.model.config, finetuned.model.config),
-        (base.unread, finetuned.unread),
-    )
+    beside = find_beside(*(Beside(m.source, m.model.config, m.unread, m.untaken) for m in (base, finetuned)))
     return [*sides[0], *beside[0]], [*sides[1], *beside[1]]
 
 
-def find_beside(
-    sources: tuple[Source | None, Source | None],
-    configs: tuple[PretrainedConfig, PretrainedConfig],
-    unread: tuple[Sequence[Unread], Sequence[Unread]] = ((), ()),
-) -> tuple[list[NotCompared], list[NotCompared]]:
+@dataclass(frozen=True)
+class Beside:
+    """What a checkpoint has beside its model's tensors."""
+
+    source: Source | None
+    config: PretrainedConfig
+    unread: Sequence[Unread]
+    untaken: Mapping[str, Any]
+    """settings of its file that are not in its configuration"""
+
+
+def find_beside(base: Beside, finetuned: Beside) -> tuple[list[NotCompared], list[NotCompared]]:
     """Return what two checkpoints have beside their model's tensors.
 
     That is: the modules of a sentence-transformers model, other weights in its folder, and settings in which
@@ -101,9 +105,10 @@ def find_beside(
     Raises:
         ModelError: the settings or the weights of such a module cannot be read.
     """
-    parts = embedder_parts(*sources)
-    parts += _unread_parts(*unread)
-    for setting in settings_that_differ(*configs):
+    parts = embedder_parts(base.source, finetuned.source)
+    parts += _unread_parts(base.unread, finetuned.unread)
+    parts += _untaken_parts(base.untaken, finetuned.untaken)
+    for setting in settings_that_differ(base.config, finetuned.config):
         part = NotCompared(what=f"{SETTING}{setting}", n_tensors=0, differs=True)
         parts.append((part, part))
     return [one for one, _ in parts if one], [other for _, other in parts if other]
@@ -120,6 +125,19 @@ def _unread_parts(
         is_same = all(each.is_copy for each in known) or (len(known) == 2 and _same_files(*known))
         part = NotCompared(what=f"weights in {name}", n_tensors=0, differs=False if is_same else None)
         yield (part if pair[0] else None), (part if pair[1] else None)
+
+
+def _untaken_parts(
+    base: Mapping[str, Any], finetuned: Mapping[str, Any]
+) -> Iterator[tuple[NotCompared | None, NotCompared | None]]:
+    """The settings of the files that neither model runs with; the same value in both is no difference."""
+    for name in dict.fromkeys([*base, *finetuned]):
+        ours, theirs = base.get(name), finetuned.get(name)
+        if ours is not None and ours == theirs:
+            continue
+        differs = None if ours is None or theirs is None else True
+        part = NotCompared(what=f"{SETTING}{name} of the file", n_tensors=0, differs=differs)
+        yield (part if name in base else None), (part if name in finetuned else None)
 
 
 def _same_files(one: Unread, other: Unread) -> bool:

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lazarus.errors import UnsupportedModelError
-from lazarus.models.adapters import WEIGHTS, rewriting_start, share_storage
+from lazarus.models.adapter_files import WEIGHTS
+from lazarus.models.adapters import rewriting_start, share_storage
 from lazarus.models.anatomy import dissect
 from lazarus.models.checkpoint import Conversion, find_files, model_class
 from lazarus.models.faults import translated

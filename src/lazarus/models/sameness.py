@@ -109,7 +109,12 @@ def _same_own(base: LoadedModel, finetuned: LoadedModel, equality: Equality) -> 
     if base.pager is not None and finetuned.pager is not None:
         same = finetuned.pager.has_weights_of(base.pager)
     else:
-        same = equality.same(*(dict(own_state(model)) for model in models))
+        ours, theirs = (dict(own_state(model)) for model in models)
+        if ours.keys() != theirs.keys() and type(models[0]) is not type(models[1]):
+            # Of another class over the same stack, such as one without an LM head.
+            stacks = (dict(own_state(model.anatomy.stack)) for model in (base, finetuned))
+            return False if equality.same(*stacks) is False else None
+        same = equality.same(ours, theirs)
     # A buffer that is no weight, such as the frequencies of a rotation, may have been changed in memory.
     return same and (equality.same(*map(computed_buffers, models)) or None)
 

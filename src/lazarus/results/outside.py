@@ -58,7 +58,7 @@ def outside_notes(base: Sequence[NotCompared], finetuned: Sequence[NotCompared])
     parts, settings = [], []
     for what, part in (ours | theirs).items():
         if what.startswith(SETTING):
-            settings.append(what.removeprefix(SETTING))
+            settings += [what.removeprefix(SETTING)] if part.differs else []
             continue
         where = (
             ""

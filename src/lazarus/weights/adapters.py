@@ -17,11 +17,11 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lazarus.errors import UnsupportedModelError
+from lazarus.errors import ModelError, UnsupportedModelError
 from lazarus.models import Source
 from lazarus.models.adapters import put_on, rewriting_start
 from lazarus.models.equality import is_one
-from lazarus.models.faults import translated
+from lazarus.models.faults import one_line, translated
 from lazarus.models.layout import hollow, is_hollow
 from lazarus.models.reference import adapter_settings
 from lazarus.weights.checkpoints import Checkpoint, Entry
@@ -64,7 +64,8 @@ def put_adapter(checkpoint: Checkpoint, adapter: Source) -> tuple[Checkpoint, st
     adapted = put_on(_hollow_copy(empty, checkpoint), adapter)
     brought = {**_brought(adapted.model, empty), **{_path(n): t for n, t in adapted.left_out.items()}}
     changed = _Layers(adapted.model, checkpoint, brought, adapter).applied()
-    return replace(changed, notes=(*changed.notes, *adapted.notes)), adapted.description
+    unread = (*changed.unread, *adapted.unread)
+    return replace(changed, notes=(*changed.notes, *adapted.notes), unread=unread), adapted.description
 
 
 def _hollow_copy(empty: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedModel:
@@ -287,8 +288,12 @@ class _Layers:
             before[attribute] = tensor
             setattr(base, attribute, nn.Parameter(tensor.to(dtype, copy=True), requires_grad=False))
         merging: Any = layer.double() if dtype == torch.float64 else layer
-        with torch.no_grad(), translated(self._adapter.name):
-            merging.merge(adapter_names=[ADAPTER])
+        try:
+            with torch.no_grad(), translated(self._adapter.name):
+                merging.merge(adapter_names=[ADAPTER])
+        except ModelError as error:
+            reason = one_line(error.__cause__ or error)
+            raise self._refusal(module, f"cannot be merged by PEFT ({reason})") from error
         merged = merging.base_layer  # LNTuning puts another one there
         return {name: getattr(merged, name).detach().double() - tensor for name, tensor in before.items()}
 

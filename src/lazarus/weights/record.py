@@ -11,7 +11,7 @@ import torch
 
 from lazarus import provenance
 from lazarus.errors import NoDataError
-from lazarus.models import ModelReference, find_beside
+from lazarus.models import Beside, ModelReference, find_beside
 from lazarus.options import WeightOptions
 from lazarus.results import (
     SCHEMA_VERSION,
@@ -80,11 +80,7 @@ def assemble(
         )
     rows = [_row(row, each, options.threshold) for row, each in zip(matched.rows, measured, strict=True)]
     limits = _limits(matched, rows, with_spectrum=options.spectrum)
-    ours, theirs = find_beside(
-        (base.checkpoint.source, finetuned.checkpoint.source),
-        (base.checkpoint.structure.opened.config, finetuned.checkpoint.structure.opened.config),
-        (base.checkpoint.unread, finetuned.checkpoint.unread),
-    )
+    ours, theirs = find_beside(*map(_beside, (base.checkpoint, finetuned.checkpoint)))
     limits += _by_number(matched, rows)
     limits += merge_notes([each.rounded for each in measured if each.rounded is not None])
     return WeightDiffRecord(
@@ -107,6 +103,11 @@ def assemble(
         ),
         copied_layers=[CopiedLayers(**asdict(run)) for run in matched.copies],
     )
+
+
+def _beside(checkpoint: Checkpoint) -> Beside:
+    opened = checkpoint.structure.opened
+    return Beside(checkpoint.source, opened.config, checkpoint.unread, opened.untaken)
 
 
 def _row(row: Row, measured: Measured, threshold: float) -> TensorRecord:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import PurePosixPath
+from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -24,6 +26,8 @@ class OpenedGguf:
     file: Gguf
     config: PretrainedConfig
     notes: tuple[str, ...]
+    untaken: Mapping[str, Any]
+    """the settings of the file that transformers has no place for"""
 
 
 def open_gguf(source: Source) -> OpenedGguf:
@@ -51,8 +55,8 @@ def open_gguf(source: Source) -> OpenedGguf:
     if len(file.paths) > 1:
         notes.append(f"{source.name}: all {len(file.paths)} parts of the GGUF model were read")
     with translated(source.name):
-        config, told = read_config(file)
-    return OpenedGguf(file, config, (*notes, *told))
+        found = read_config(file)
+    return OpenedGguf(file, found.config, (*notes, *found.notes), found.untaken)
 
 
 def usual_type(file: Gguf) -> str:

@@ -115,8 +115,19 @@ class _Plain:
         return next((name for name in known if name in self.entries), None)
 
 
-def read_config(file: Gguf) -> tuple[PretrainedConfig, list[str]]:
-    """Return the configuration that a file describes, and notes on what is not as in the file.
+@dataclass(frozen=True)
+class FileConfig:
+    """The configuration that a file describes."""
+
+    config: PretrainedConfig
+    notes: tuple[str, ...]
+    """on what is not as in the file"""
+    untaken: Mapping[str, Any]
+    """the settings that went into no entry and may change a hidden state; None for a table of rotations"""
+
+
+def read_config(file: Gguf) -> FileConfig:
+    """Return the configuration that a file describes.
 
     Raises:
         WeightsError: a size that is needed is not in the file, or is not that of its tensors.
@@ -136,7 +147,7 @@ def read_config(file: Gguf) -> tuple[PretrainedConfig, list[str]]:
     _refuse_missing(file, plain)
     taken, neutral = _INERT | _DERIVED.get(file.architecture, set()), _neutral(file)
     found: dict[str, Any] = {}
-    notes = [_unknown_rope(file, name) for name in (FACTORS, LONG, SHORT) if name in file.tensors]
+    tables = [name for name in (FACTORS, LONG, SHORT) if name in file.tensors]
     for key, entry, value in (*_stated(file, plain), *_implied(file, plain)):
         taken.add(key)
         if plain.entries[entry] != value and (plain.entries[entry], value) != (None, neutral.get(key)):
@@ -147,11 +158,13 @@ def read_config(file: Gguf) -> tuple[PretrainedConfig, list[str]]:
         if rope.rotated_share is not None:
             found["partial_rotary_factor"] = rope.rotated_share
         taken |= rope.taken
-        notes = [_unknown_rope(file, name) for name in rope.untaken]
+        tables = list(rope.untaken)
     kept = {key: value for key, value in settings.items() if key not in found}
     config = AutoConfig.for_model(kind, **kept, **found)
     _check_vocabulary(file, config)
-    return config, [*notes, *_untaken(file, taken), *_by_class(file, plain)]
+    left = _untaken(file, taken)
+    notes = (*(_unknown_rope(file, name) for name in tables), *_untaken_note(file, left))
+    return FileConfig(config, (*notes, *_by_class(file, plain)), {**left, **dict.fromkeys(tables)})
 
 
 def _lacks(file: Gguf, keys: list[str]) -> WeightsError:
@@ -267,22 +280,26 @@ def _unknown_rope(file: Gguf, tensor: str) -> str:
     )
 
 
-def _untaken(file: Gguf, taken: AbstractSet[str]) -> list[str]:
-    """A note on the keys of the architecture that went into no entry, and may change a hidden state."""
+def _untaken(file: Gguf, taken: AbstractSet[str]) -> dict[str, Any]:
+    """The keys of the architecture that went into no entry, and may change a hidden state."""
     prefix = file.key("")
     neutral = _neutral(file)
-    left = [
-        f"{full} = {_short(value)}"
+    return {
+        full: value
         for full, value in file.metadata.items()
         if full.startswith(prefix)
         and (key := full.removeprefix(prefix)) not in taken
         and (value or isinstance(value, bool))
         and value != neutral.get(key)
-    ]
+    }
+
+
+def _untaken_note(file: Gguf, left: Mapping[str, Any]) -> list[str]:
     if not left:
         return []
+    told = [f"{key} = {_short(value)}" for key, value in left.items()]
     return [
-        f"{file.name}: not taken from the file, because transformers has no setting for it: {some(left, 8)}. "
+        f"{file.name}: not taken from the file, because transformers has no setting for it: {some(told, 8)}. "
         "Differences from the model that it was converted from may come of that alone"
     ]
 

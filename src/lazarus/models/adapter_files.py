@@ -1,0 +1,123 @@
+"""What the folder of an adapter holds: its tensors under PEFT's names, and what else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lazarus.errors import AdapterError, WeightsError
+from lazarus.models.contents import Unread
+from lazarus.models.faults import translated
+from lazarus.models.fitting import OUTER
+from lazarus.models.reference import Source, adapter_settings
+
+WEIGHTS = "adapter_model.safetensors"
+_PICKLED = "adapter_model.bin"
+_WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.")
+"""what torch.compile, DDP and FSDP put into names"""
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter as it is stored."""
+
+    folder: str
+    tensors: Mapping[str, Tensor]
+    """by the names that PEFT gives them, each once"""
+    is_as_stored: bool
+    """whether the file has these names, and no others"""
+    notes: tuple[str, ...]
+    unread: tuple[Unread, ...]
+
+
+def read_adapter(adapter: Source, model: PreTrainedModel) -> AdapterFiles:
+    """Read the tensors of an adapter, for a model.
+
+    Raises:
+        AdapterError: its configuration names modules whose tensors are not there.
+        WeightsError: its weights are pickled, damaged or absent.
+    """
+    path = adapter.file(WEIGHTS)
+    if path is None:
+        raise WeightsError(
+            f"{adapter.name}: no adapter_model.safetensors there. Pickled adapters (.bin) can run "
+            "code when they are read and are refused: save it again as safetensors."
+        )
+    with translated(adapter.name):
+        stored = load_file(path, device=str(model.device))
+    named = {_peft_name(key, stored): key for key in stored}
+    tensors = _once(model, {name: stored[key] for name, key in named.items()})
+    _check_saved(adapter, tensors)
+    folder = str(Path(path).parent)
+    notes = [*_prefix_note(adapter, named), *_others_note(adapter, folder)]
+    return AdapterFiles(folder, tensors, tensors.keys() == stored.keys(), tuple(notes), _unread(adapter))
+
+
+def _peft_name(key: str, stored: Mapping[str, Tensor]) -> str:
+    """The name that PEFT gives a tensor, without what a wrapper has put into it."""
+    for wrapper in _WRAPPERS:
+        key = key.removeprefix(wrapper).replace(f".{wrapper}", ".") if wrapper != "module." else key
+    key = key.removeprefix("module.")
+    has_outer = any(OUTER in each for each in stored)
+    return key if has_outer else OUTER + key
+
+
+def _prefix_note(adapter: Source, named: Mapping[str, str]) -> list[str]:
+    other = [key for name, key in named.items() if name != key]
+    if not other:
+        return []
+    return [
+        f"{adapter.name}: {len(other)} of its {len(named)} tensor names are not those that PEFT gives, first "
+        f"{other[0]}: they were read without a wrapper's prefix, and other tools need them renamed"
+    ]
+
+
+def _others_note(adapter: Source, folder: str) -> list[str]:
+    others = sorted(path.parent.name for path in Path(folder).glob("*/adapter_config.json"))
+    if adapter.kind != "folder" or not others:
+        return []
+    return [
+        f"{adapter.name}: it holds other adapters besides, which were not put on: {', '.join(others)}. Name "
+        f"one as {adapter.name}/{others[0]}"
+    ]
+
+
+def _unread(adapter: Source) -> tuple[Unread, ...]:
+    path = adapter.file(_PICKLED) if adapter.kind == "folder" else None
+    return () if path is None else (Unread(f"{adapter.name}/{_PICKLED}", (path,)),)
+
+
+def _check_saved(adapter: Source, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse an adapter that lacks what it says to bring whole."""
+    named = adapter_settings(adapter).get("modules_to_save")
+    for module in named if isinstance(named, list) else ():
+        if not any(f".{module}." in key for key in tensors):
+            raise AdapterError(
+                f"{adapter.name}: adapter_config.json names {module} in modules_to_save, and {WEIGHTS} holds "
+                "no tensor of it. Fetch it again, or take the name out."
+            )
+
+
+def _once(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an adapter without those that it holds a second time, for the LM head of a tied model.
+
+    PEFT saves a change of a tied table under both of its names, and has one parameter for it when it loads.
+    """
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or getattr(head, "weight", None) is not getattr(table, "weight", head):
+        return dict(stored)
+    paths = {path: module for path, module in model.named_modules() if module in (table, head)}
+    own = next((path for path, module in paths.items() if module is table), "")
+    twin = next((path for path, module in paths.items() if module is head), "")
+    found = {}
+    for key, tensor in stored.items():
+        first = stored.get(key.replace(f"{OUTER}{twin}.", f"{OUTER}{own}.", 1))
+        if first is None or first is tensor or not torch.equal(first, tensor):
+            found[key] = tensor
+    return found
