@@ -13,7 +13,7 @@ import torch
 from lazarus import provenance
 from lazarus.engine import ModelPair, Site
 from lazarus.errors import NoDataError
-from lazarus.findings import Findings, break_notes, limits, trace_tokens
+from lazarus.findings import Findings, break_notes, broken_parts, limits, trace_tokens
 from lazarus.measure import Measured
 from lazarus.metrics import SiteMeasures
 from lazarus.options import Options
@@ -58,18 +58,20 @@ def assemble(
         NoDataError: no layer has one finite pair of states.
     """
     options, prompts = facts.options, reading.prompts
+    broken, broken_notes = broken_parts(pair)
+    outside = [*facts.outside[0], *broken[0]], [*facts.outside[1], *broken[1]]
     groups = [p.group for p in prompts]
-    found = Findings(pair, measured, options.threshold, groups, options.seed, facts.outside)
+    found = Findings(pair, measured, options.threshold, groups, options.seed, outside)
     if pair.same_width and not any(measured.sites[layer].means.n_rows.any() for layer in found.layers):
-        raise NoDataError(_why_no_data(break_notes(pair, measured, reading)))
+        raise NoDataError(_why_no_data([*broken_notes, *break_notes(pair, measured, reading)]))
     layers = [_layer(found, layer) for layer in found.layers]
     return ActivationDiffRecord(
         schema_version=SCHEMA_VERSION,
         command="activation-diff",
         tool=provenance.tool(),
         created=provenance.now(),
-        base=provenance.model_info(pair.base, pair.base_conventions, facts.outside[0]),
-        finetuned=provenance.model_info(pair.finetuned, pair.finetuned_conventions, facts.outside[1]),
+        base=provenance.model_info(pair.base, pair.base_conventions, outside[0]),
+        finetuned=provenance.model_info(pair.finetuned, pair.finetuned_conventions, outside[1]),
         settings=_settings(pair, facts, measured),
         environment=provenance.environment(facts.device, facts.matmul),
         prompts=_prompts(reading),
@@ -92,6 +94,7 @@ def assemble(
                     *pair.common_notes(),
                     *measured.notes,
                     *_exclusions(pair, measured.sites),
+                    *broken_notes,
                     *break_notes(pair, measured, reading),
                     *limits(found, layers),
                 ]

@@ -22,7 +22,7 @@ noise.py       base against base, with what ought not to matter changed
 """
 
 from lazarus.engine.coverage import Coverage, find_coverage
-from lazarus.engine.finite import Break, find_break
+from lazarus.engine.finite import Break, broken_weights, find_break, told_of_weights
 from lazarus.engine.head import NO_HEAD, Head
 from lazarus.engine.noise import NoisePlan, one_ulp_away, pick_sample, run_noise
 from lazarus.engine.pair import ModelPair, check_shapes, learn_pair
@@ -51,6 +51,7 @@ __all__ = [
     "StatePair",
     "Tagged",
     "Work",
+    "broken_weights",
     "check_positions",
     "check_shapes",
     "choose_product",
@@ -68,4 +69,5 @@ __all__ = [
     "run_noise",
     "run_pairs",
     "share_prefix",
+    "told_of_weights",
 ]

@@ -22,7 +22,7 @@ from lazarus.engine.head import MOST_LOGITS, Head
 from lazarus.engine.recorder import Recorder, Site, Take, calling, first_tensor
 from lazarus.engine.replay import StoppedError
 from lazarus.errors import DeviceError, UnsupportedModelError
-from lazarus.models import LoadedModel
+from lazarus.models import LoadedModel, holds_no_number, is_hollow
 from lazarus.tokens import listed
 
 _WIDER = {
@@ -65,7 +65,7 @@ class Break:
         }.get(str(self.site), f"from layer {self.site} on")
         dtype, name = model.run_dtype, model.name
         if self.weights:
-            return _told_of_weights(model, self.weights)
+            return told_of_weights(model, self.weights)
         overflows = self.in_wider == "finite" or (self.in_wider == "unknown" and not self.has_nan)
         if overflows and dtype == "float16":
             where = "" if self.site == "logits" else f" {start}"
@@ -134,13 +134,26 @@ def find_break(
 
 
 def broken_weights(model: LoadedModel, modules: Iterable[nn.Module] | None = None) -> list[str]:
-    """Return the names of the tensors in memory that hold NaN or infinity, of all or of some modules."""
+    """Return the names of the tensors that hold NaN or infinity, of all or of some modules.
+
+    Of a model that is read block by block they are those of the blocks that have been read, and of what is
+    in memory.
+    """
     among = None if modules is None else {id(p) for m in modules for p in m.parameters()}
     named = model.model.named_parameters()
-    return [name for name, p in named if (among is None or id(p) in among) and _holds_no_number(p)]
+    tables = () if model.pager is None else model.pager.tables
+    held = [
+        (name, p)
+        for name, p in named
+        if (among is None or id(p) in among) and name not in tables and not is_hollow(p)
+    ]
+    found = [name for name, p in held if holds_no_number(p)]
+    if modules is None and model.pager is not None:
+        found += [name for names in model.pager.seen.values() for name in names if name not in found]
+    return found
 
 
-def _told_of_weights(model: LoadedModel, names: Sequence[str]) -> str:
+def told_of_weights(model: LoadedModel, names: Sequence[str]) -> str:
     """Return what is wrong with weights that hold NaN or infinity, perhaps by their dtype alone."""
     infinite = dict(model.model.named_parameters())
     stored, run = model.stored_dtype, model.run_dtype
@@ -254,10 +267,3 @@ def _alone(block: nn.Module) -> nn.Module:
 
 def _is_finite(states: Tensor) -> bool:
     return bool(states.isfinite().all())
-
-
-def _holds_no_number(weight: Tensor) -> bool:
-    """Whether NaN or infinity is among the elements, as far as they can be read."""
-    if weight.is_meta or type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
-        return False
-    return not _is_finite(weight.float() if weight.element_size() == 1 else weight)

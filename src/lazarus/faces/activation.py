@@ -9,6 +9,7 @@ from lazarus.faces.face import Face, data_frame
 from lazarus.options import check_bound, check_gates
 from lazarus.render import figure, notebook, text
 from lazarus.results import (
+    BROKEN,
     ActivationDiffRecord,
     LayerRecord,
     PromptRecord,
@@ -151,6 +152,9 @@ class ActivationDiff(Face[ActivationDiffRecord]):
                     f"{gate}: {n_left_out} of {n_prompts} prompts have {what} that could not be compared; "
                     "see the notes."
                 )
+        for model in (self.record.base, self.record.finetuned):
+            if any(part.what.startswith(BROKEN) for part in model.not_compared):
+                raise GateNotMetError(f"{gate}: {model.id} has {BROKEN}; see the notes.")
 
     def _check_limit(self, limit: float) -> None:
         self._check_whole(f"--fail-above {limit:g}")

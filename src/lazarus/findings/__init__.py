@@ -8,7 +8,7 @@ breaks.py    which model gives states that are not finite, and why
 limits.py    what a reader must know of the numbers
 """
 
-from lazarus.findings.breaks import break_notes
+from lazarus.findings.breaks import break_notes, broken_parts
 from lazarus.findings.limits import limits
 from lazarus.findings.numbers import Findings
 from lazarus.findings.readout import read_differences
@@ -19,6 +19,7 @@ __all__ = [
     "Findings",
     "Rounded",
     "break_notes",
+    "broken_parts",
     "find_rounding",
     "limits",
     "read_differences",

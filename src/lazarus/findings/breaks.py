@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from lazarus.engine import ModelPair, Site, find_break
+from lazarus.engine import ModelPair, Site, broken_weights, find_break, told_of_weights
 from lazarus.measure import Measured
 from lazarus.models import LoadedModel
 from lazarus.reading import Reading
+from lazarus.results import BROKEN, NotCompared
 
 
 def break_notes(pair: ModelPair, measured: Measured, reading: Reading) -> list[str]:
@@ -34,12 +35,29 @@ def break_notes(pair: ModelPair, measured: Measured, reading: Reading) -> list[s
         if found is not None:
             notes.append(found.told(model, f"prompt {prompt}"))
             continue
+        if broken_weights(model):
+            continue  # which is told already
         what = "logits are" if first == "logits" else f"states are, from {_place(first)} on,"
         notes.append(
             f"{model.name}: its {what} not finite in a batch, and are where prompt {prompt} runs alone: try "
             "another --batch-tokens, or --dtype float32"
         )
     return notes
+
+
+def broken_parts(pair: ModelPair) -> tuple[tuple[list[NotCompared], list[NotCompared]], list[str]]:
+    """Return the weights that hold NaN or infinity, as what was not compared of each model, and notes.
+
+    Some kernels leave NaN out, and others do not: numbers that come of such weights are no measure.
+    """
+    parts: tuple[list[NotCompared], list[NotCompared]] = ([], [])
+    notes = []
+    for side, model in zip(parts, told_apart(pair), strict=True):
+        if names := broken_weights(model):
+            what = f"{BROKEN} ({names[0]})" if len(names) == 1 else f"{BROKEN} ({names[0]} and others)"
+            side.append(NotCompared(what=what, n_tensors=len(names), differs=None))
+            notes.append(told_of_weights(model, names))
+    return parts, notes
 
 
 def told_apart(pair: ModelPair) -> tuple[LoadedModel, LoadedModel]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol, Unpack, runtime_checkable
 
 from lazarus.blame import MemoryFaults
-from lazarus.engine import Conventions, learn
+from lazarus.engine import Conventions, broken_weights, learn, told_of_weights
 from lazarus.errors import PromptsError
 from lazarus.faces import Comparison
 from lazarus.lens.lens import Lens
@@ -91,6 +91,7 @@ def compare(
         lenses = _look(loaded.models, reading, watcher)
         models = loaded.models
         notes = [*found.notes, *loaded.notes, *models[0].notes, *models[1].notes, *reading.notes]
+        notes += [told_of_weights(m, names) for m in models if (names := broken_weights(m))]
         return Comparison(make_record(lenses, LensFacts(found.prompts[0].text, chosen, device, notes)))
 
 

@@ -34,8 +34,9 @@ anatomy.py     where a transformers model keeps its blocks, and how long its con
 from lazarus.models.anatomy import Anatomy, dissect
 from lazarus.models.chats import ChatTemplate, render_chats
 from lazarus.models.design import same_design
-from lazarus.models.equality import Equality, same_bits
+from lazarus.models.equality import Equality, holds_no_number, same_bits
 from lazarus.models.in_memory import wrap_model
+from lazarus.models.layout import is_hollow
 from lazarus.models.load import LoadedModel, load_one, load_pair
 from lazarus.models.opening import LoadOptions
 from lazarus.models.outside import Beside, Compared, find_beside, find_outside
@@ -66,6 +67,8 @@ __all__ = [
     "fits_surely",
     "free_bytes",
     "give_back",
+    "holds_no_number",
+    "is_hollow",
     "load_one",
     "load_paged",
     "load_pair",

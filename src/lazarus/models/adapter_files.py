@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def read_adapter(adapter: Source, model: PreTrainedModel) -> AdapterFiles:
         stored = load_file(path, device=str(model.device))
     named = {_peft_name(key, stored): key for key in stored}
     tensors = _once(model, {name: stored[key] for name, key in named.items()})
-    _check_saved(adapter, tensors)
+    _check_saved(adapter, tensors, [path for path, _ in model.named_modules()])
     folder = str(Path(path).parent)
     notes = [*_prefix_note(adapter, named), *_others_note(adapter, folder)]
     return AdapterFiles(folder, tensors, tensors.keys() == stored.keys(), tuple(notes), _unread(adapter))
@@ -93,11 +93,15 @@ def _unread(adapter: Source) -> tuple[Unread, ...]:
     return () if path is None else (Unread(f"{adapter.name}/{_PICKLED}", (path,)),)
 
 
-def _check_saved(adapter: Source, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse an adapter that lacks what it says to bring whole."""
+def _check_saved(adapter: Source, tensors: Mapping[str, Tensor], modules: Sequence[str]) -> None:
+    """Refuse an adapter that lacks what it says to bring whole of this model's modules.
+
+    PEFT names heads of several classes, such as `classifier` and `score`, of which a model has one.
+    """
     named = adapter_settings(adapter).get("modules_to_save")
     for module in named if isinstance(named, list) else ():
-        if not any(f".{module}." in key for key in tensors):
+        is_there = any(f".{path}".endswith(f".{module}") for path in modules)
+        if is_there and not any(f".{module}." in key for key in tensors):
             raise AdapterError(
                 f"{adapter.name}: adapter_config.json names {module} in modules_to_save, and {WEIGHTS} holds "
                 "no tensor of it. Fetch it again, or take the name out."
@@ -105,9 +109,9 @@ def _check_saved(adapter: Source, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _once(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an adapter without those that it holds a second time, for the LM head of a tied model.
+    """The tensors of an adapter without the trained tokens that it holds a second time, for a tied LM head.
 
-    PEFT saves a change of a tied table under both of its names, and has one parameter for it when it loads.
+    PEFT saves those of a tied table under both of its names, and has one parameter for them when it loads.
     """
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or getattr(head, "weight", None) is not getattr(table, "weight", head):
@@ -118,6 +122,7 @@ def _once(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> dict[str, Ten
     found = {}
     for key, tensor in stored.items():
         first = stored.get(key.replace(f"{OUTER}{twin}.", f"{OUTER}{own}.", 1))
-        if first is None or first is tensor or not torch.equal(first, tensor):
+        is_second = ".token_adapter." in key and first is not None and first is not tensor
+        if not is_second or first is None or not torch.equal(first, tensor):
             found[key] = tensor
     return found

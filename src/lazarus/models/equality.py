@@ -112,6 +112,19 @@ def _same_elements(one: Tensor, other: Tensor) -> bool | None:
     return torch.equal(ours, theirs.to(ours.device))
 
 
+def holds_no_number(weight: Tensor) -> bool:
+    """Return whether NaN or infinity is among the elements of a tensor, as far as they can be read.
+
+    One pass over the elements: neither can cancel in a sum. A sum that overflows is looked into.
+    """
+    if weight.is_meta or type(weight) not in _PLAIN_TENSORS or not weight.is_floating_point():
+        return False
+    if weight.element_size() == 1:
+        weight = weight.float()
+    total = weight.detach().sum(dtype=torch.promote_types(weight.dtype, torch.float32))
+    return not total.isfinite() and not bool(weight.isfinite().all())
+
+
 def is_one(one: Tensor, other: Tensor) -> bool:
     """Return whether two plain tensors are the same elements of the same memory."""
     places = (

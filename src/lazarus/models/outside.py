@@ -136,7 +136,7 @@ def _untaken_parts(
         if ours is not None and ours == theirs:
             continue
         differs = None if ours is None or theirs is None else True
-        part = NotCompared(what=f"{SETTING}{name} of the file", n_tensors=0, differs=differs)
+        part = NotCompared(what=f"{SETTING}{name}", n_tensors=0, differs=differs)
         yield (part if name in base else None), (part if name in finetuned else None)
 
 

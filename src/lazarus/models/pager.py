@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lazarus.models.checkpoint import Conversion
 from lazarus.models.design import same_design
-from lazarus.models.equality import Equality, every, inert, same_bits
+from lazarus.models.equality import Equality, every, holds_no_number, inert, same_bits
 from lazarus.models.layout import Comparison, Layout, Reader, hollow, lay_out, places_of
 
 
@@ -48,6 +48,8 @@ class Pager:
         self._same_blocks: dict[int, bool] = {}
         self._equality = Equality()
         self._loaded: set[int] = set()
+        self.seen: dict[int, tuple[str, ...]] = {}
+        """of each block that was read, the parameters that hold NaN or infinity"""
         self._keeps_head = False
         self._load_rest()
 
@@ -55,6 +57,11 @@ class Pager:
     def device(self) -> torch.device:
         """Where blocks are loaded to."""
         return self.conversion.device
+
+    @property
+    def tables(self) -> set[str]:
+        """The large embeddings, of which the rows that are needed are in memory, by their names."""
+        return set(self._layout.tables)
 
     @property
     def bytes_read(self) -> int:
@@ -84,6 +91,8 @@ class Pager:
 
     def put(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Fill block `index` with what `read` returned."""
+        if index not in self.seen:
+            self.seen[index] = tuple(name for name, tensor in tensors.items() if holds_no_number(tensor))
         self._assign(tensors)
         self._loaded.add(index)
 

@@ -24,7 +24,7 @@ _INERT = {
         "use_cache",
         "router_aux_loss_coef",
     ),
-    *("output_router_logits", "is_decoder", "task_specific_params", "finetuning_task", "tokenizer_class"),
+    *("output_router_logits", "task_specific_params", "finetuning_task", "tokenizer_class"),
     *("prefix", "pretraining_tp", "unsloth_version", "unsloth_fixed"),
 }
 """Entries of a configuration that change no hidden state of a model in evaluation mode."""
@@ -33,6 +33,13 @@ _COMMON = set(PretrainedConfig().to_dict())
 _INERT_NAMES = re.compile(
     r".*(_token_id|_token_ids|_token_index|dropout|dropout_prob|_pdrop|_dropout_rate|_loss)"
 )
+
+
+_COUNTING_FROM_PAD = re.compile(
+    r"roberta|camembert|data2vec|esm|ibert|longformer|luke|markuplm|mpnet|xlm-roberta|xmod|lilt|layoutlmv3"
+    r"|m2m_100|nllb|speech|fsmt|prophetnet|seamless|trocr|kosmos|altclip|bridgetower|clap|xglm|evolla"
+)
+"""Model types whose positions begin behind the padding's id: for them it is no setting of a tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,12 @@ def settings_that_differ(base: PretrainedConfig, finetuned: PretrainedConfig) ->
     An entry that is not known to be inert counts. A number that was stored in float32, as a GGUF file does,
     is equal to the one that it was rounded from. An entry that is absent is equal to None.
     """
-    return list(_differing(_whole(base), _whole(finetuned), ""))
+    found = list(_differing(_whole(base), _whole(finetuned), ""))
+    kind = str(getattr(base, "model_type", ""))
+    ours, theirs = (getattr(config.get_text_config(), "pad_token_id", None) for config in (base, finetuned))
+    if ours != theirs and _COUNTING_FROM_PAD.search(kind):
+        found.append(Setting("pad_token_id", ours, theirs))
+    return found
 
 
 def _whole(config: PretrainedConfig) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from lazarus.results.lens import (
     TokenEvolution,
 )
 from lazarus.results.lens_glossary import LENS_METRICS
-from lazarus.results.outside import SETTING, NotCompared, differing, outside_notes, told
+from lazarus.results.outside import BROKEN, SETTING, NotCompared, differing, outside_notes, told
 from lazarus.results.records import (
     SCHEMA_VERSION,
     ActivationDiffRecord,
@@ -62,6 +62,7 @@ from lazarus.results.weights import (
 )
 
 __all__ = [
+    "BROKEN",
     "LENS_METRICS",
     "METRICS",
     "RECORDS",

@@ -9,6 +9,8 @@ from msgspec import Meta
 
 from lazarus.results.rows import Record
 
+BROKEN = "weights that hold NaN or infinity"
+"""what a kernel makes of them is chance: they count as not compared"""
 SETTING = "setting "
 """What the name of a setting in which the two differ begins with."""
 MOST_TOLD = 8

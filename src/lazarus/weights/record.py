@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
+from torch import nn
 
 from lazarus import provenance
 from lazarus.errors import NoDataError
@@ -107,7 +108,20 @@ def assemble(
 
 def _beside(checkpoint: Checkpoint) -> Beside:
     opened = checkpoint.structure.opened
-    return Beside(checkpoint.source, opened.config, checkpoint.unread, opened.untaken)
+    untaken = {**opened.untaken, **_other_vocabulary(checkpoint)}
+    return Beside(checkpoint.source, opened.config, checkpoint.unread, untaken)
+
+
+def _other_vocabulary(checkpoint: Checkpoint) -> dict[str, int]:
+    """The configured size of the vocabulary, where the embedding has another number of rows."""
+    model = checkpoint.structure.model
+    table = getattr(model, "get_input_embeddings", lambda: None)()
+    if model is None or not isinstance(table, nn.Embedding):
+        return {}
+    path = next(name for name, module in model.named_modules() if module is table)
+    stored = next((e.view.shape[0] for e in checkpoint.entries.values() if e.path == f"{path}.weight"), None)
+    rows = table.num_embeddings
+    return {} if stored in (None, rows) else {f"vocab_size = {rows} beside {stored} rows": rows}
 
 
 def _row(row: Row, measured: Measured, threshold: float) -> TensorRecord:
