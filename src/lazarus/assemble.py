@@ -63,7 +63,9 @@ def assemble(
     groups = [p.group for p in prompts]
     found = Findings(pair, measured, options.threshold, groups, options.seed, outside)
     if pair.same_width and not any(measured.sites[layer].means.n_rows.any() for layer in found.layers):
-        raise NoDataError(_why_no_data([*broken_notes, *break_notes(pair, measured, reading)]))
+        raise NoDataError(
+            _why_no_data(list(dict.fromkeys([*broken_notes, *break_notes(pair, measured, reading)])))
+        )
     layers = [_layer(found, layer) for layer in found.layers]
     return ActivationDiffRecord(
         schema_version=SCHEMA_VERSION,

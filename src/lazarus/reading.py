@@ -74,6 +74,7 @@ def read_prompts(
     has_template = options.chat_template != "none"
     chat_template = ChatTemplate(tokenizers[side], owner, template) if has_template else None
     rendered, chat_notes = _rendered(prompts, chat_template)
+    chat_notes += _other_template(tokenizers, options)
     align: Literal["ids", "text"] = "text" if options.align == "text" else "ids"
     contexts = (models[0].anatomy.context, models[1].anatomy.context)
     token_options = TokenOptions(contexts, options.truncate, align)
@@ -115,6 +116,17 @@ def _rendered(prompts: Sequence[Prompt], template: ChatTemplate | None) -> tuple
         if indices
     ]
     return rendered, notes
+
+
+def _other_template(tokenizers: tuple[Any, Any], options: Options) -> list[str]:
+    """A note where both models bring a chat template, and not the same."""
+    ours, theirs = (getattr(tokenizer, "chat_template", None) for tokenizer in tokenizers)
+    if options.chat_template not in ("base", "finetuned") or not ours or not theirs or ours == theirs:
+        return []
+    return [
+        f"the two models bring different chat templates: both read the prompts in that of "
+        f"{'base' if options.chat_template == 'base' else 'fine-tuned'}"
+    ]
 
 
 def _check_vocabulary(model: LoadedModel, tokenized: Sequence[TokenizedPrompt]) -> None:

@@ -163,11 +163,21 @@ class ActivationDiff(Face[ActivationDiffRecord]):
                 raise GateNotMetError(
                     f"--fail-above {limit:g}: layer {layer.layer} could not be measured; see the notes."
                 )
+        n_theirs, n_compared = self.record.finetuned.n_layers, len({*self._counterparts()})
+        if n_compared < n_theirs:
+            raise GateNotMetError(
+                f"--fail-above {limit:g}: {n_theirs - n_compared} of {n_theirs} layers of fine-tuned have no "
+                "counterpart in base, and were not compared."
+            )
         worst = max(self.layers, key=lambda layer: layer.divergence or 0.0)
         if (worst.divergence or 0.0) > limit:
             raise GateNotMetError(
                 f"--fail-above {limit:g}: layer {worst.layer} has a divergence of {worst.divergence:.6g}."
             )
+
+    def _counterparts(self) -> list[int]:
+        """The layers of fine-tuned that were compared."""
+        return [r.layer if r.finetuned_layer is None else r.finetuned_layer for r in self.layers]
 
     def __str__(self) -> str:
         return text.page(self.record)

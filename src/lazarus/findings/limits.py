@@ -80,7 +80,15 @@ def _noise(found: Findings) -> list[str]:
 
 
 def _rounding(found: Findings) -> list[str]:
-    """How much of an adapter's update a merge in 16 bits has kept, where it is not nearly all."""
+    """How much of an adapter's update a merge in 16 bits has kept, or that a merge was not looked into."""
+    pair = found.pair
+    if found.verdict == "changed" and pair.base.pager is not None:
+        if (pair.base.adapter is None) == (pair.finetuned.adapter is None):
+            return []
+        return [
+            "whether one is the other one merged and rounded was not looked into: that takes both in memory. "
+            "weight-diff tells it from the files"
+        ]
     if found.verdict != "within_rounding" or found.rounding is None or found.rounding.kept is None:
         return []
     if abs(found.rounding.kept - 1) < LITTLE_LOST:

@@ -15,13 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lazarus.metrics.rounding import RoundingTest
-from lazarus.models import LoadedModel, same_design
+from lazarus.metrics.rounding import RoundingTest, unit_in_the_last_place
+from lazarus.models import LoadedModel, settings_that_differ
 
 _NARROW = (torch.bfloat16, torch.float16)
 _TYPES = (Tensor, nn.Parameter, nn.Buffer)
-Parts = tuple[Tensor, Tensor | None]
-"""a tensor without its adapter, and what the adapter adds to it, in float64; None where there is none"""
+Parts = tuple[Tensor, Tensor | None, Tensor | None]
+"""
+a tensor without its adapters, and what they add to it, in float64; None where there is none. Of several, the
+sum of what each adds without its sign
+"""
 
 
 class _UnmergeableError(Exception):
@@ -51,7 +54,10 @@ def find_rounding(base: LoadedModel, finetuned: LoadedModel) -> Rounded | None:
     Every tensor in which they differ must be the other model's, with its adapter, rounded to a 16-bit dtype
     (`RoundingTest`). Models that are read block by block are not tested.
     """
-    if base.pager is not None or finetuned.pager is not None or not same_design(base.model, finetuned.model):
+    models = base.model, finetuned.model
+    if base.pager is not None or finetuned.pager is not None or type(models[0]) is not type(models[1]):
+        return None
+    if settings_that_differ(models[0].config, models[1].config):
         return None
     try:
         return _test(finetuned, base) or _test(base, finetuned)
@@ -68,7 +74,7 @@ def _test(stored: LoadedModel, exact: LoadedModel) -> Rounded | None:
     dtype: torch.dtype | None = None
     with torch.no_grad():
         for name, read in found.items():
-            (x, own), (w, update) = read(), source[name]()
+            (x, own, _), (w, update, size) = read(), source[name]()
             if own is not None or type(x) not in _TYPES or type(w) not in _TYPES or x.shape != w.shape:
                 return None
             if update is None and (x.data_ptr() == w.data_ptr() or torch.equal(x, w.to(x.device))):
@@ -76,7 +82,7 @@ def _test(stored: LoadedModel, exact: LoadedModel) -> Rounded | None:
             dtype = dtype or _stored_dtype(stored.model)
             if dtype is None:
                 return None
-            tests.append(_tested(x, w, update, dtype))
+            tests.append(_tested((x, w, update), dtype, size))
             if tests[-1].result not in ("exact", "rounded"):
                 return None
     if dtype is None:
@@ -98,11 +104,16 @@ def _stored_dtype(model: nn.Module) -> torch.dtype | None:
     return None
 
 
-def _tested(stored: Tensor, base: Tensor, update: Tensor | None, dtype: torch.dtype) -> RoundingTest:
-    """Hold one tensor against base + update."""
+def _tested(
+    parts: tuple[Tensor, Tensor, Tensor | None], dtype: torch.dtype, size: Tensor | None
+) -> RoundingTest:
+    """Hold one stored tensor against base + update; of several adapters, each merge may have rounded."""
+    stored, base, update = parts
     test = RoundingTest(dtype)
     x, w = stored.double(), base.to(stored.device).double()
-    test.add(x, w, torch.zeros_like(w) if update is None else update.to(stored.device))
+    d = torch.zeros_like(w) if update is None else update.to(stored.device)
+    lost = None if size is None else unit_in_the_last_place(w.abs() + size.to(w.device), dtype)
+    test.add(x, w, d, lost)
     return test
 
 
@@ -118,7 +129,8 @@ def _effective(model: nn.Module) -> Iterator[tuple[str, Callable[[], Parts]]]:
         inside = name.removeprefix(f"{owner}.")
         if owner in layers and inside.startswith("base_layer."):
             attribute = inside.removeprefix("base_layer.")
-            yield f"{owner}.{attribute}", partial(_with_update, layers[owner], attribute, tensor)
+            path = owner.removesuffix(".token_adapter")  # PEFT wraps a table whose tokens are trained twice
+            yield f"{path}.{attribute}", partial(_with_update, layers[owner], attribute, tensor)
         elif owner in copied:
             for active in copied[owner].active_adapters:
                 if inside.startswith(f"modules_to_save.{active}."):
@@ -129,19 +141,29 @@ def _effective(model: nn.Module) -> Iterator[tuple[str, Callable[[], Parts]]]:
 
 
 def _plain(tensor: Tensor) -> Parts:
-    return tensor, None
+    return tensor, None, None
 
 
 def _with_update(layer: nn.Module, attribute: str, tensor: Tensor) -> Parts:
-    """A tensor under an adapter: what merging would add to it, computed on a copy in float64."""
+    """A tensor under adapters: what merging them adds to it, computed on a copy in float64.
+
+    Of several, with the sum of their sizes: one may have been merged and rounded before the next.
+    """
     merged: Any = copy.deepcopy(layer).double()
+
+    def held() -> Tensor:
+        tensor: Tensor = dict(merged.base_layer.named_parameters())[attribute]
+        return tensor.detach().clone()
+
+    first = before = held()
+    size = torch.zeros_like(before)
+    adapters = list(merged.active_adapters)
     try:
-        merged.merge()
-    except (
-        RuntimeError,
-        ValueError,
-        NotImplementedError,
-    ) as error:  # PEFT refuses, as for a bias of LoRA's own
+        for adapter in adapters:
+            merged.merge(adapter_names=[adapter])
+            after = held()
+            size += (after - before).abs()
+            before = after
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # PEFT refuses, as a bias of LoRA's own
         raise _UnmergeableError from error
-    whole: Tensor = dict(merged.base_layer.named_parameters())[attribute]
-    return tensor, whole.detach() - tensor.double()
+    return tensor, before - first, size if len(adapters) > 1 else None

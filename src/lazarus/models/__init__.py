@@ -45,6 +45,7 @@ from lazarus.models.paging import Footprint, estimate, fits_surely, load_paged
 from lazarus.models.reference import ModelReference, Source, parse_model
 from lazarus.models.room import free_bytes, give_back
 from lazarus.models.sameness import shared_blocks, weights_identical, why_the_same
+from lazarus.models.settings import settings_that_differ
 from lazarus.models.tokenizer import find_tokenizer, load_tokenizer
 
 __all__ = [
@@ -77,6 +78,7 @@ __all__ = [
     "render_chats",
     "same_bits",
     "same_design",
+    "settings_that_differ",
     "shared_blocks",
     "weights_identical",
     "why_the_same",

@@ -106,4 +106,4 @@ def _differ(one: _Module, other: _Module) -> bool | None:
 def _active(settings: Any) -> Any:
     if not isinstance(settings, Mapping):
         return settings
-    return {key: value for key, value in settings.items() if key not in _INERT}
+    return {key: value for key, value in settings.items() if key not in _INERT and value is not None}

@@ -28,7 +28,7 @@ _PARAMETER = re.compile(r"scale|zero_?point|qzeros|absmax|quant|g_idx|\bSCB$")
 def claimed_method(config: Any) -> str | None:
     """Return the quantisation that a configuration claims, such as `gptq`; None where it claims none."""
     settings = getattr(config, "quantization_config", None)
-    if settings is None:
+    if not settings:
         return None
     method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
     return str(getattr(method, "value", method))

@@ -12,6 +12,8 @@ from lazarus.errors import WeightsError
 _log = logging.getLogger(__name__)
 _DEEPEST = 6
 """how many wrappers may be around each other"""
+_INNER = {"language_model", "text_model"}
+"""modules in which a multimodal model keeps its text model"""
 _ADAPTED = ".base_layer."
 """what PEFT puts into the name of a tensor that an unmerged adapter acts on"""
 
@@ -53,7 +55,9 @@ class Wrappers:
 
 def may_be_wrapped(keys: Collection[str], own_prefix: str) -> bool:
     """Return whether the keys alone leave open that they are a wrapper's; `own_prefix` is the model's."""
-    return bool(_private(keys)) or any(name != own_prefix for name in _common(keys))
+    parts = {part for key in keys for part in key.split(".")}
+    inside = bool(_private(keys) or parts & _INNER)
+    return inside or any(name != own_prefix for name in _common(keys))
 
 
 def find_wrappers(keys: Sequence[str], names: Iterable[str], count: Callable[[list[str]], int]) -> Wrappers:
@@ -65,7 +69,8 @@ def find_wrappers(keys: Sequence[str], names: Iterable[str], count: Callable[[li
     names = list(names)
     own = {part for name in names for part in name.split(".")}
     first = {name.split(".")[0] for name in names}
-    found = Wrappers(tuple(sorted(_private(keys) - own)))
+    inner = {part for key in keys for part in key.split(".")} & _INNER
+    found = Wrappers(tuple(sorted((_private(keys) | inner) - own)))
     stripped = [found.strip(key) for key in keys]
     for _ in range(_DEEPEST):
         prefix = next(

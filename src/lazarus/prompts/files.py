@@ -162,6 +162,9 @@ def _csv_rows(text: str, name: str, separator: str) -> Rows:
             raise PromptsError(
                 f"-p @{name}: no column `prompt` or `text`; the columns are {columns}. Add a header line."
             )
+        twice = sorted({column for column in columns if column and columns.count(column) > 1})
+        if twice:
+            raise PromptsError(f"-p @{name}: two columns are called {twice[0]}. Rename or drop one of them.")
         for row in reader:
             place = f"-p @{name}, line {reader.line_num}"
             surplus = row.pop(None, [])

@@ -21,7 +21,10 @@ _FOR_THE_TEMPLATE = {
 }
 """what a chat template is given beside the messages, by the names that TRL's datasets use for it"""
 
-_NOT_READ = ("system", "system_prompt", "image", "images", "audio", "video", "videos")
+_NOT_READ = (
+    *("system", "system_prompt", "image", "images", "audio", "video", "videos"),
+    *("functions", "function_call", "add_generation_prompt", "continue_final_message"),
+)
 """fields that would change what a model reads: they belong into the messages, or are not text"""
 
 
@@ -89,13 +92,27 @@ def parse_json(text: str, place: str, advice: str) -> Any:
         PromptsError: it is not JSON, or more than Python's reader takes; it names `place`.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once)
+    except _TwiceError as error:
+        raise PromptsError(f"{place} an object has two keys {error}. Take one of them out.") from error
     except json.JSONDecodeError as error:
         raise PromptsError(f"{place} not JSON: {error}. {advice}") from error
     except (ValueError, RecursionError) as error:  # what Python's reader refuses of valid JSON
         raise PromptsError(
             f"{place} too many brackets within brackets, or a number of thousands of digits. {advice}"
         ) from error
+
+
+class _TwiceError(Exception):
+    """A key that an object has twice, of which Python's reader would drop the first without a word."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwiceError(repr(next(name for name in names if names.count(name) > 1)))
+    return found
 
 
 def _for_template(row: Mapping[str, Any], place: str) -> dict[str, Any]:

@@ -83,7 +83,8 @@ def assemble(
     limits = _limits(matched, rows, with_spectrum=options.spectrum)
     ours, theirs = find_beside(*map(_beside, (base.checkpoint, finetuned.checkpoint)))
     limits += _by_number(matched, rows)
-    limits += merge_notes([each.rounded for each in measured if each.rounded is not None])
+    if base.checkpoint.source.place != finetuned.checkpoint.source.place:  # else nothing was merged
+        limits += merge_notes([each.rounded for each in measured if each.rounded is not None])
     return WeightDiffRecord(
         schema_version=SCHEMA_VERSION,
         command="weight-diff",

@@ -14,7 +14,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from lazarus.errors import ModelError
-from lazarus.metrics.rounding import Rounding, RoundingTest
+from lazarus.metrics.rounding import Rounding, RoundingTest, unit_in_the_last_place
 from lazarus.weights.numbers import N_NUMBERS, Pair, ViewPair, rows_at_once, starts_and_stops
 from lazarus.weights.parallel import until
 from lazarus.weights.views import AddedView, Update, View, bits, open_rows
@@ -67,11 +67,16 @@ class Candidate:
             for start, stop in starts_and_stops(self.base.matrix[0], step):
                 below = base.read(start, stop).to(torch.float64, copy=True)
                 change, lost = torch.zeros_like(below), torch.zeros_like(below)
+                size = below.abs()
                 for rows, update in zip(updates, self.updates, strict=True):
-                    change += rows.read(start, stop)
+                    update_rows = rows.read(start, stop)
+                    change += update_rows
+                    size += update_rows.abs()
                     magnitude: Any = getattr(update, "magnitude", None)
                     if magnitude is not None:
                         lost += magnitude(start, stop) * _EPSILON
+                if len(self.updates) > 1:  # each merge but the last may have rounded what it was put on
+                    lost += (len(self.updates) - 1) * unit_in_the_last_place(size, self.dtype)
                 yield _Part(stored.read(start, stop).to(torch.float64, copy=True), below, change, lost)
 
     def merged_in_dtype(self) -> Candidate | None:
