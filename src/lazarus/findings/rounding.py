@@ -7,6 +7,7 @@ It shows in the hidden states, far above the noise. The weights tell it from a w
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -160,7 +161,9 @@ def _with_update(layer: nn.Module, attribute: str, tensor: Tensor) -> Parts:
     adapters = list(merged.active_adapters)
     try:
         for adapter in adapters:
-            merged.merge(adapter_names=[adapter])
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already following adapters were merged")
+                merged.merge(adapter_names=[adapter])
             after = held()
             size += (after - before).abs()
             before = after
