@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, RobertaConfig, RobertaForMaskedLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
 import lazarus
 from factories import save_model, tiny_llama, tiny_tokenizer
@@ -331,3 +338,24 @@ def test_names_of_a_multimodal_models_text_part_are_read(base: Path, tmp_path: P
     renamed = edit_weights(base, tmp_path / "renamed", rename)
     for run in (compare, lazarus.weight_diff):
         assert run(base, renamed).summary.verdict == "identical"
+
+
+def test_a_causal_mask_that_one_checkpoint_stores_is_no_difference(tmp_path: Path) -> None:
+    """As older versions of transformers stored it, in GPT-2 and GPT-NeoX."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+    plain = save_model(tmp_path / "plain", GPT2LMHeadModel(config).eval(), tiny_tokenizer())
+    mask = torch.tril(torch.ones(64, 64)).view(1, 1, 64, 64)
+    older = edit_weights(
+        plain, tmp_path / "older", lambda tensors: tensors.update({"transformer.h.0.attn.bias": mask})
+    )
+    compare(plain, older).check_gates(expect="identical")
+
+
+def test_compare_tells_where_one_vocabulary_is_read_in_two_ways(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "other")
+    path = tmp_path / "other" / "tokenizer.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**settings, "post_processor": None}), encoding="utf-8")
+    notes = lazarus.compare(base, tmp_path / "other", "Hello").notes
+    assert any("have one vocabulary and read the prompt as other ids" in note for note in notes)

@@ -141,12 +141,9 @@ def broken_weights(model: LoadedModel, modules: Iterable[nn.Module] | None = Non
     """
     among = None if modules is None else {id(p) for m in modules for p in m.parameters()}
     named = model.model.named_parameters()
-    tables = () if model.pager is None else model.pager.tables
-    held = [
-        (name, p)
-        for name, p in named
-        if (among is None or id(p) in among) and name not in tables and not is_hollow(p)
-    ]
+    held = [(name, p) for name, p in named if (among is None or id(p) in among) and not is_hollow(p)]
+    if model.pager is not None:
+        held = [(name, p) for name, p in held if not model.pager.is_table(p)]
     found = [name for name, p in held if holds_no_number(p)]
     if modules is None and model.pager is not None:
         found += [name for names in model.pager.seen.values() for name in names if name not in found]

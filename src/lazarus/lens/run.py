@@ -91,8 +91,21 @@ def compare(
         lenses = _look(loaded.models, reading, watcher)
         models = loaded.models
         notes = [*found.notes, *loaded.notes, *models[0].notes, *models[1].notes, *reading.notes]
+        notes += _other_ids(reading)
         notes += [told_of_weights(m, names) for m in models if (names := broken_weights(m))]
         return Comparison(make_record(lenses, LensFacts(found.prompts[0].text, chosen, device, notes)))
+
+
+def _other_ids(reading: Reading) -> list[str]:
+    """A note where one vocabulary was read in two ways, such as with a BOS token and without."""
+    base, finetuned = reading.tokenizers
+    ours, theirs = reading.base[0].ids, reading.finetuned[0].ids
+    if base is finetuned or ours == theirs or base.get_vocab() != finetuned.get_vocab():
+        return []
+    return [
+        f"the two tokenizers have one vocabulary and read the prompt as other ids ({len(ours)} tokens and "
+        f"{len(theirs)}): part of the difference may come of that alone"
+    ]
 
 
 def _one_prompt(prompt: str | Mapping[str, Any] | Prompt | PromptList, options: CompareOptions) -> PromptList:

@@ -216,7 +216,8 @@ def _called(group: str, path: str) -> str:
 
 def _counts(path: str, pair: tuple[Held | None, Held | None]) -> bool:
     """A buffer that one side alone stores, and that both compute, is no difference."""
-    return None not in pair or _COMPUTED.fullmatch(path) is None
+    is_mask = any(held is not None and len(held.shape) == 4 for held in pair) and path.endswith(".bias")
+    return None not in pair or not (is_mask or _COMPUTED.fullmatch(path))
 
 
 def _differ(pairs: Sequence[tuple[Held | None, Held | None]]) -> bool | None:

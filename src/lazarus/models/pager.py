@@ -58,10 +58,9 @@ class Pager:
         """Where blocks are loaded to."""
         return self.conversion.device
 
-    @property
-    def tables(self) -> set[str]:
-        """The large embeddings, of which the rows that are needed are in memory, by their names."""
-        return set(self._layout.tables)
+    def is_table(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is a large embedding, of which only the rows that are needed are there."""
+        return any(table.is_weight(tensor) for table in self._layout.tables.values())
 
     @property
     def bytes_read(self) -> int:

@@ -48,6 +48,10 @@ class Table:
             self._filled.update(rows)
             self.bytes_read += len(rows) * (self.stored.n_bytes // len(self._weight))
 
+    def is_weight(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is in the memory of this table."""
+        return tensor.untyped_storage().data_ptr() == self._weight.untyped_storage().data_ptr()
+
     def hold(self) -> None:
         """Fill all rows, until `release` has been called as often."""
         self._n_holders += 1
