@@ -26,7 +26,13 @@ import lazarus
 from factories import save_model, tiny_llama, tiny_tokenizer
 from ggufs import write_gguf
 from layouts import compare, edit_json, edit_weights
-from lazarus.errors import AdapterError, GateNotMetError, PromptsError, UnsupportedModelError
+from lazarus.errors import (
+    AdapterError,
+    GateNotMetError,
+    PromptsError,
+    UnsupportedModelError,
+    WeightsError,
+)
 
 NAN = float("nan")
 TEXTS = ["Hello", "What is AI?"]
@@ -359,3 +365,13 @@ def test_compare_tells_where_one_vocabulary_is_read_in_two_ways(base: Path, tmp_
     path.write_text(json.dumps({**settings, "post_processor": None}), encoding="utf-8")
     notes = lazarus.compare(base, tmp_path / "other", "Hello").notes
     assert any("have one vocabulary and read the prompt as other ids" in note for note in notes)
+
+
+@pytest.mark.parametrize("text", ["[]", '{"weight_map": []}'])
+def test_an_index_that_is_none_is_named(text: str, base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").unlink()
+    (tmp_path / "other" / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    for run in (compare, lazarus.weight_diff):
+        with pytest.raises(WeightsError, match=r"other: model\.safetensors\.index\.json"):
+            run(base, tmp_path / "other")

@@ -58,10 +58,13 @@ def look_for_weights(source: Source) -> None:
     """Refuse a local folder whose safetensors have names that are not looked for.
 
     Raises:
-        WeightsError: the weights are there under other names, or their index is not.
+        WeightsError: the weights are there under other names, or their index is not, or is none.
     """
     folder = Path(source.path, source.subfolder)
-    if source.kind != "folder" or source.weights_file or any(folder.glob("pytorch_model*.bin*")):
+    if source.kind != "folder":
+        return
+    _check_index(source, folder / INDEX)
+    if source.weights_file or any(folder.glob("pytorch_model*.bin*")):
         return
     found = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in ADAPTER_FILES)
     if not found or (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
@@ -75,6 +78,21 @@ def look_for_weights(source: Source) -> None:
         )
     names = ", ".join(f"{source.folder_name}/{name}" for name in (index or found)[:_MOST_TOLD])
     raise WeightsError(f"{source.name}: no {WEIGHTS} there. Name the file of weights: {names}.")
+
+
+def _check_index(source: Source, path: Path) -> None:
+    """Refuse an index that is none, before another library reads it."""
+    if not path.is_file():
+        return
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # told where it is read
+    if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+        raise WeightsError(
+            f"{source.name}: {INDEX} has no weight_map, which says in which file each tensor is. Fetch it "
+            "again."
+        )
 
 
 def survey(source: Source, read: Sequence[str]) -> Contents:
