@@ -26,6 +26,27 @@ MODULES = (
 )
 
 
+TESTED_BY = {
+    "engine/arguments.py": "replay prefix streamed",
+    "engine/coverage.py": "outside claims weight_diff",
+    "engine/finite.py": "finite gates claims",
+    "engine/pair.py": "engine align streamed repeats",
+    "engine/past.py": "prefix replay",
+    "engine/probe.py": "engine architectures",
+    "engine/recorder.py": "engine head finite",
+    "engine/resident.py": "engine streamed local",
+    "engine/side.py": "engine streamed prefix",
+    "models/adapted.py": "sameness claims adapters",
+    "models/equality.py": "equality sameness sharing replay",
+    "models/sameness.py": "sameness sharing paging",
+    "models/sharing.py": "sharing ties loading",
+    "findings/numbers.py": "gates verdict noise outside claims model_rounding",
+    "weights/pairs.py": "weight_diff weight_vocabulary weight_components",
+    "weights/record.py": "weight_diff weight_rounding outside gates claims",
+}
+"""the test files that hold a module, beside the one of its own name"""
+
+
 class Survivor(Struct, frozen=True):
     """A mutant that no test kills."""
 

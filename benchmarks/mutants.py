@@ -30,13 +30,13 @@ from msgspec import Struct
 from rich.console import Console
 
 from benchmarks import places
-from benchmarks.mutant_results import MODULES, Figures, Results, Survivor, read, save
+from benchmarks.mutant_results import MODULES, TESTED_BY, Figures, Results, Survivor, read, save
 from benchmarks.mutant_tests import SOURCE, Ran, Test, learn_tests, run_imported, run_swapped
 from benchmarks.mutations import Mutant, mutants
 from benchmarks.trust_report import mutants_table
 
 FEWEST_TESTS = 12
-TEST_SECONDS = 20.0
+TEST_SECONDS = 45.0
 OWN = 5
 VARIANTS = 3
 """So many parameters of one test run before those of others: hundreds of architectures are much alike."""
@@ -108,6 +108,7 @@ class Picker:
         on; of the module's own file, `OWN` at a time.
         """
         own = {f"test_{Path(mutant.module).stem}", f"test_weight_{Path(mutant.module).stem}"}
+        own |= {f"test_{name}" for name in TESTED_BY.get(mutant.module, "").split()}
         killers = self.run.killers(mutant)
         found, variants, seen = [], Counter[str](), Counter[str]()
         for test in sorted((test for test in self.tests if _runs(test, mutant)), key=lambda t: t.seconds):
