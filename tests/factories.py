@@ -107,3 +107,15 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 def notes_on_models(diff: Any) -> list[str]:
     """The notes of a result but those that follow from few or repeated prompts, or from toy states."""
     return [note for note in diff.notes if not any(part in note for part in OF_THE_RUN)]
+
+
+def let_head_see_tokens(model: Any) -> None:
+    """Let the logits depend on the token ids too: such a head cannot be run by itself."""
+    plain = model.forward
+
+    def peeking(input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        output = plain(input_ids=input_ids, **kwargs)
+        output.logits = output.logits + input_ids[..., None]
+        return output
+
+    model.forward = peeking

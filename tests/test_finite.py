@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import lazarus
-from factories import perturbed, save_model, tiny_llama, tiny_tokenizer, word_tokenizer
+from factories import let_head_see_tokens, perturbed, save_model, tiny_llama, tiny_tokenizer, word_tokenizer
 from lazarus.engine import find_break, learn
 from lazarus.engine.head import alike
 from lazarus.errors import NoDataError, UnsupportedModelError
@@ -266,14 +266,7 @@ def test_the_head_of_a_model_that_overflows_is_checked_on_other_states() -> None
 
 def test_a_head_that_looks_at_the_tokens_is_found_out_though_no_logit_is_finite() -> None:
     model = gemma().half()
-    plain = model.forward
-
-    def peeking(input_ids: torch.Tensor, **kwargs: Any) -> Any:
-        output = plain(input_ids=input_ids, **kwargs)
-        output.logits = output.logits + input_ids[..., None]
-        return output
-
-    model.forward = peeking
+    let_head_see_tokens(model)
     assert learn(wrap_model(model, "model"), IDS, 2).head_reads is None
 
 

@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
 
 import lazarus
 from architectures import CAUSAL, REFUSED, UNBUILDABLE, WITHOUT_HEAD, WITHOUT_READOUT, build
-from factories import perturbed, tiny_llama, word_tokenizer
+from factories import let_head_see_tokens, perturbed, tiny_llama, word_tokenizer
 from lazarus.engine.head import Head, head_alone, reads_blocks, run_with_head
 from lazarus.engine.recorder import Recorder
 from lazarus.errors import UnsupportedModelError, UsageError
@@ -102,14 +102,7 @@ def test_an_encoder_has_no_output_and_no_note_of_one() -> None:
 def test_a_head_that_cannot_be_run_by_itself_is_noted() -> None:
     """A head that adds what it sees in the token ids gives other logits without them."""
     model = tiny_llama()
-    plain = model.forward
-
-    def peeking(input_ids: torch.Tensor, **kwargs: Any) -> Any:
-        output = plain(input_ids=input_ids, **kwargs)
-        output.logits = output.logits + input_ids[..., None]
-        return output
-
-    model.forward = peeking
+    let_head_see_tokens(model)
     diff = compare(model, model)
     assert diff.record.output is None
     assert any("no next-token head that can be run by itself" in note for note in diff.notes)

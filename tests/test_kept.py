@@ -205,6 +205,8 @@ def test_files_that_are_gone_already_are_no_error_at_the_end(folder: Path) -> No
         kept.put("a", torch.zeros(2))
         for path in folder.iterdir():
             shutil.rmtree(path)
+        assert list(folder.iterdir()) == []
+    assert list(folder.iterdir()) == []  # and nothing was raised on the way out
 
 
 def test_nothing_is_written_before_something_has_to_be(folder: Path) -> None:

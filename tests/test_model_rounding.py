@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear
 
 from factories import perturbed, save_model, tiny_llama, tiny_tokenizer
 from layouts import compare
@@ -108,3 +109,20 @@ def test_an_update_that_rounding_loses_is_told(tmp_path: Path) -> None:
 def test_models_of_two_designs_are_no_rounding_of_each_other() -> None:
     model, other = tiny_llama(), tiny_llama(rms_norm_eps=1e-3).to(torch.bfloat16)
     assert find_rounding(wrap_model(model, "one"), wrap_model(other, "other")) is None
+
+
+@pytest.mark.parametrize("error", [ValueError("PEFT cannot"), MemoryError()])
+def test_a_merge_that_peft_refuses_is_not_known_and_a_lack_of_memory_passes(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama().to(torch.bfloat16)
+    tuned = adapted(model)
+    pair = wrap_model(tuned, "tuned"), wrap_model(merged(tuned), "merged")
+    names: dict[str, Any] = {"__name__": "peft.made_up", "error": error}
+    exec("def merge(self, *args, **kwargs):\n    raise error\n", names)
+    monkeypatch.setattr(Linear, "merge", names["merge"])
+    if isinstance(error, MemoryError):
+        with pytest.raises(MemoryError):
+            find_rounding(*pair)
+    else:
+        assert find_rounding(*pair) is None

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lazarus.blame import Translated
+from lazarus.errors import AdapterError
 from lazarus.metrics.rounding import RoundingTest, unit_in_the_last_place
 from lazarus.models import LoadedModel, settings_that_differ
 
@@ -26,10 +28,6 @@ Parts = tuple[Tensor, Tensor | None, Tensor | None]
 a tensor without its adapters, and what they add to it, in float64; None where there is none. Of several, the
 sum of what each adds without its sign
 """
-
-
-class _UnmergeableError(Exception):
-    """PEFT cannot merge a layer, so what its adapter adds is not known."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ def find_rounding(base: LoadedModel, finetuned: LoadedModel) -> Rounded | None:
         return None
     try:
         return _test(finetuned, base) or _test(base, finetuned)
-    except _UnmergeableError:
+    except AdapterError:  # what an adapter adds is not known
         return None
 
 
@@ -159,14 +157,16 @@ def _with_update(layer: nn.Module, attribute: str, tensor: Tensor) -> Parts:
     first = before = held()
     size = torch.zeros_like(before)
     adapters = list(merged.active_adapters)
-    try:
-        for adapter in adapters:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Already following adapters were merged")
-                merged.merge(adapter_names=[adapter])
-            after = held()
-            size += (after - before).abs()
-            before = after
-    except (RuntimeError, ValueError, NotImplementedError) as error:  # PEFT refuses, as a bias of LoRA's own
-        raise _UnmergeableError from error
+    for adapter in adapters:
+        # PEFT refuses some, as a bias of LoRA's own; a lack of memory is no refusal, and passes.
+        with warnings.catch_warnings(), Translated("merging an adapter", _refusal):
+            warnings.filterwarnings("ignore", "Already following adapters were merged")
+            merged.merge(adapter_names=[adapter])
+        after = held()
+        size += (after - before).abs()
+        before = after
     return tensor, before - first, size if len(adapters) > 1 else None
+
+
+def _refusal(error: Exception) -> AdapterError:
+    return AdapterError(f"PEFT does not merge it: {error}")

@@ -20,6 +20,7 @@ equality.py    whether two tensors, modules or other values are the same: yes, n
 tokenizer.py   the tokenizer that belongs to it, or another by its name
 chats.py       what its chat template makes of a chat
 adapters.py    PEFT adapters, and two module trees over one storage
+adapter_files.py  what the folder of an adapter holds: its tensors by PEFT's names, and what else
 fitting.py     where an adapter's tensors belong on a model of another class
 adapted.py     what an adapter has put on a model, and whether it changes anything
 formats.py     folders that hold a model in a form that is not read
