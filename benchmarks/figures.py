@@ -64,7 +64,7 @@ class Page(Struct, frozen=True):
 
     @property
     def marks(self) -> tuple[str, str]:
-        """What stands before and after the figures."""
+        """Return what stands before and after the figures."""
         return (
             f"<!-- figures of benchmarks.{self.results.removesuffix('.json')} -->",
             "<!-- end of figures -->",

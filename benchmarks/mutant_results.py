@@ -84,7 +84,7 @@ class Results(Struct, frozen=True):
 
 
 def read() -> Results:
-    """What is saved."""
+    """Return what is saved."""
     if not places.MUTANTS.exists():
         return Results([], [])
     return msgspec.json.decode(places.MUTANTS.read_bytes(), type=Results)

@@ -83,7 +83,7 @@ class Run:
         return {found.ran.killed_by for key, found in self.outcomes.items() if key.startswith(ours)}
 
     def is_done(self, mutant: Mutant, *, again: bool = False) -> bool:
-        """Whether the outcome on this very source is known."""
+        """Return whether the outcome on this very source is known."""
         known = self.outcomes.get(mutant.key)
         return known is not None and known.stamp == stamp(mutant) and bool(known.ran.killed_by or not again)
 

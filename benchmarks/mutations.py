@@ -221,7 +221,7 @@ def _cut(text: str) -> str:
 
 
 def _changes(node: ast.AST, parent: ast.AST, field: str) -> Iterator[Change]:
-    """What may stand in a node's place."""
+    """Yield what may stand in a node's place."""
     if isinstance(parent, ast.Raise):
         return
     for kind, change in _BY_KIND.items():

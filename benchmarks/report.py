@@ -29,7 +29,7 @@ class Target:
     at_least: bool = False
 
     def met(self, value: float) -> bool:
-        """Whether the value is on the right side."""
+        """Return whether the value is on the right side."""
         return value >= self.limit if self.at_least else value <= self.limit
 
     def text(self, form: str, unit: str) -> str:
@@ -50,7 +50,7 @@ class Figure:
 
     @property
     def missed(self) -> bool:
-        """Whether there is a target, and the median does not reach it."""
+        """Return whether there is a target, and the median does not reach it."""
         return self.target is not None and not self.target.met(self.spread.median)
 
     def cells(self) -> list[str]:
@@ -126,7 +126,7 @@ def _commands(dtype: str, rounds: list[CommandRound]) -> Iterator[Figure]:
 
 
 def _memory(runs: list[MemoryRun]) -> Iterator[Figure]:
-    """What many prompts cost over few, the numbers of the result taken off."""
+    """Yield what many prompts cost over few, the numbers of the result taken off."""
     if not runs:
         return
     few, many = ([r for r in runs if r.n_prompts == count] for count in sorted({r.n_prompts for r in runs}))

@@ -75,7 +75,7 @@ def report_of(shot: Shot, work: Path) -> Path:
 
 
 def picture(page: Page, shot: Shot) -> bytes:
-    """What the window shows, once the plots in it are drawn."""
+    """Return what the window shows, once the plots in it are drawn."""
     page.wait_for_selector("#curve[data-drawn]")
     if shot.section is not None:
         page.locator(f"#{shot.section}").evaluate("part => part.scrollIntoView({behavior: 'instant'})")

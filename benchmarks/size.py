@@ -89,7 +89,7 @@ def one_run(task: Task, *, limit: int | None = None, threads: int | None = None)
 
 @contextlib.contextmanager
 def memory_limited(limit: int | None) -> Iterator[Callable[[], None] | None]:
-    """What a child calls to be in a cgroup of so much memory."""
+    """Yield what a child calls to be in a cgroup of so much memory."""
     if limit is None:
         yield None
         return
@@ -162,7 +162,7 @@ def measure_once(n_runs: int, count: int = 200) -> Iterator[Figure]:
 
 
 def measure_check(n_runs: int) -> Iterator[Figure]:
-    """What looking for common tensors costs a pair that has none."""
+    """Yield what looking for common tensors costs a pair that has none."""
     prompts = str(numbered_prompts(200, benchmark_texts()))
     ratios = []
     for _ in range(n_runs):

@@ -65,7 +65,7 @@ class Benchmark:
 
     @property
     def saves(self) -> bool:
-        """Whether the results are those of all prompts, or parts of such results from this machine."""
+        """Return whether the results are those of all prompts, or parts of such results from this machine."""
         if self.chosen.prompts is not None:
             return False
         if not self.chosen.part:

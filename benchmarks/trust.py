@@ -148,7 +148,7 @@ def highest_ratio(diff: ActivationDiff) -> float:
 
 
 def measure_null(name: str, folder: Path, dtype: str, n_runs: int) -> Null:
-    """How often a function-preserving copy is called changed."""
+    """Return how often a function-preserving copy is called changed."""
     found = verdicts(folder, dtype, n_runs, permute_neurons)
     ratios = [highest_ratio(diff) for diff in found]
     n_changed = sum(diff.summary.verdict == "changed" for diff in found)
@@ -174,7 +174,7 @@ def measure_power(dtype: str, n_runs: int) -> list[Power]:
 
 
 def measure_coverage(dtype: str) -> Coverage:
-    """How often the interval of 100 prompts, drawn out of 1,000, holds the mean of all 1,000."""
+    """Return how often the interval of 100 prompts, drawn out of 1,000, holds the mean of all 1,000."""
     prose = [" ".join(paragraph.split()[:WORDS]) for paragraph in prose_split()[0]]
     prompts = random.Random(0).sample(prose, POPULATION)
     diff = activation_diff(
@@ -193,7 +193,7 @@ def measure_coverage(dtype: str) -> Coverage:
 
 
 def measure_readout(name: str, base: Path, finetuned: Path, prompts: Sequence[str]) -> list[ReadLayer]:
-    """What the mean difference promotes on prompts that have nothing to do with arithmetic."""
+    """Return what the mean difference promotes on prompts that have nothing to do with arithmetic."""
     found = []
     for position in READ_POSITIONS:
         diff = activation_diff(base, finetuned, prompts, device="cpu", readout="auto", position=position)

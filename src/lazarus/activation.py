@@ -213,7 +213,7 @@ def _begin(plan: Plan, facts: RunFacts, reading: Reading, pair: ModelPair) -> Pr
 def _facts(
     options: Options, device: torch.device, pair: ModelPair, reading: Reading, notes: Sequence[str]
 ) -> RunFacts:
-    """What `auto` comes to, and what is to be noted of the pair and of the position."""
+    """Return what `auto` comes to, and what is to be noted of the pair and of the position."""
     position, lengths = _position(options, pair), [len(prompt.ids) for prompt in reading.base]
     notes = [*notes, *reading.apart(), *pair.notes(max(lengths)), *check_positions(position, lengths)]
     return RunFacts(options, device, position, _batch_tokens(options, device), notes)

@@ -130,7 +130,7 @@ def _prompts(reading: Reading) -> list[PromptRecord]:
 
 
 def _exclusions(pair: ModelPair, sites: Mapping[Site, SiteMeasures]) -> list[str]:
-    """What was left out because a state was zero or not finite: which layers, which prompts."""
+    """Return what was left out because a state was zero or not finite: which layers, which prompts."""
     notes = []
     left_out = [(str(site), tuple(np.flatnonzero(sites[site].means.n_excluded))) for site in pair.sites]
     for prompts, places in groupby(left_out, key=lambda item: item[1]):

@@ -117,7 +117,7 @@ def make_batches(
 
 
 def _most_rows(lengths: Sequence[int], start: int, batch_tokens: int, padding: Padding) -> int:
-    """How many prompts may run together from `start` on."""
+    """Return how many prompts may run together from `start` on."""
     if padding == "one_by_one":
         return 1
     most = min(max(1, batch_tokens // lengths[start]), len(lengths) - start)

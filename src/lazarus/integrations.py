@@ -171,7 +171,7 @@ def copy_of_start(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def scalars(diff: ActivationDiff) -> dict[str, float]:
-    """What is logged of a result; what could not be measured is left out."""
+    """Return what is logged of a result; what could not be measured is left out."""
     found: dict[str, float | None] = {
         "max_divergence": diff.summary.max_divergence,
         "most_divergent_layer": diff.summary.most_divergent_layer,

@@ -187,7 +187,7 @@ class _Totals:
                     self.sites[each.site].update(each.prompts, each.base, each.finetuned, each.local)
 
     def state(self) -> State:
-        """What was seen."""
+        """Return what was seen."""
         found = within("output", self.output.state())
         if self.n_logits_not_finite.any():
             found |= within("not_finite", {"logits": self.n_logits_not_finite})
@@ -249,7 +249,7 @@ class Repeats:
 
     @property
     def notes(self) -> list[str]:
-        """How many there are; nothing where there are none."""
+        """Return how many there are; nothing where there are none."""
         n_repeats = sum(map(len, self.others.values()))
         if not n_repeats:
             return []
@@ -271,7 +271,7 @@ class Repeats:
     def copies(
         self, prompts: Int[Tensor, " rows"]
     ) -> Iterator[tuple[Int[Tensor, " copies"], Int[Tensor, " copies"]]]:
-        """Which rows come again, and whose they are then; those of a prompt stay together."""
+        """Yield which rows come again, and whose they are then; those of a prompt stay together."""
         if not self.others:
             return
         places: dict[int, list[int]] = {}

@@ -21,7 +21,7 @@ class Rank:
 
     @property
     def leads(self) -> bool:
-        """Whether it is the one that prints, saves and holds the gates."""
+        """Return whether it is the one that prints, saves and holds the gates."""
         return self.number == 0
 
 

@@ -30,7 +30,7 @@ class Reading:
 
     @property
     def pad_ids(self) -> tuple[int, int]:
-        """What each one's batches are padded with. Any id will do: it is masked and never compared."""
+        """Return what each one's batches are padded with. Any id will do: it is masked and never compared."""
         base, finetuned = (
             next((i for i in (t.pad_token_id, t.eos_token_id) if isinstance(i, int)), 0)
             for t in self.tokenizers

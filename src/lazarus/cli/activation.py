@@ -118,7 +118,7 @@ def _compare(
 
 
 def _observer(quiet: bool, debug: bool, *, saves: bool) -> ConsoleObserver:
-    """What shows how the run goes; from here on all that the run needs is imported."""
+    """Return what shows how the run goes; from here on all that the run needs is imported."""
     with heavy_imports():
         show = shows_progress(quiet, debug)
         import lazarus.activation  # noqa: F401

@@ -60,14 +60,14 @@ def _print(text: str) -> OSError | None:
 
 
 def leads() -> bool:
-    """Whether this process is the one, of several, that prints and saves."""
+    """Return whether this process is the one, of several, that prints and saves."""
     from lazarus.ranks import find_rank
 
     return find_rank().leads
 
 
 def shows_progress(quiet: bool, debug: bool) -> bool:
-    """Whether there are progress bars; the libraries below are told too, and of their logs."""
+    """Return whether there are progress bars; the libraries below are told too, and of their logs."""
     from lazarus.console import quieten
 
     show = sys.stderr.isatty() and not quiet and leads()

@@ -44,7 +44,7 @@ class _Held:
 
     @property
     def is_as_it_was(self) -> bool:
-        """Whether it still holds what it held then."""
+        """Return whether it still holds what it held then."""
         return self.tensor._version == self.version
 
 
@@ -128,7 +128,7 @@ def _written_into(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
 
 
 def _is_still(then: Any, now: Any) -> bool:
-    """Whether an entry, or each part of a layer of a cache, is the very object that it was."""
+    """Return whether an entry, or each part of a layer of a cache, is the very object that it was."""
     if isinstance(then, dict) and isinstance(now, dict):
         return then.keys() == now.keys() and all(then[name] is now[name] for name in now)
     return then is now

@@ -226,7 +226,7 @@ def _in_memory(model: LoadedModel, block: nn.Module) -> Iterator[None]:
 
 
 def _in_wider(model: LoadedModel, call: _Call) -> Literal["finite", "not finite", "unknown"]:
-    """What a block makes of the same arguments in a wider dtype, all by itself."""
+    """Return what a block makes of the same arguments in a wider dtype, all by itself."""
     dtype = first_tensor(call.output).dtype
     wider, entered = _WIDER.get(dtype), next(iter(call.args), None)
     is_plain = all(type(p) is nn.Parameter and p.is_floating_point() for p in call.block.parameters())

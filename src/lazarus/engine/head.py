@@ -79,7 +79,7 @@ class WholePass:
 
     @property
     def head_reads(self) -> type[ModelOutput]:
-        """What the stack hands to the head."""
+        """Return what the stack hands to the head."""
         return type(self.stack_output)
 
 
@@ -191,7 +191,7 @@ def _alike(logits: Tensor, expected: Tensor) -> bool | None:
 
 
 def alike(logits: Tensor, expected: Tensor, eps: float) -> bool | None:
-    """Whether logits are equal but for rounding to `eps`, on the scale of the largest: some are tiny.
+    """Return whether logits are equal but for rounding to `eps`, on the scale of the largest: some are tiny.
 
     Those that ought not to be finite say nothing; None where not one says anything.
     """

@@ -38,7 +38,7 @@ class NoisePlan:
     seed: int
 
     def copies(self, batch: TokenBatch) -> int:
-        """How often the prompts of a batch are run at once, within the tokens of one batch."""
+        """Return how often the prompts of a batch are run at once, within the tokens of one batch."""
         if self.padding == "one_by_one":
             return 1
         room = self.batch_tokens // (len(batch.members) * batch.padded_length)

@@ -40,12 +40,12 @@ class ModelPair:
 
     @property
     def same_width(self) -> bool:
-        """Whether a cosine between their states is defined."""
+        """Return whether a cosine between their states is defined."""
         return self.widths[0] == self.widths[1]
 
     @property
     def same_shape(self) -> bool:
-        """Whether they have as many blocks, of the same width."""
+        """Return whether they have as many blocks, of the same width."""
         return self.same_width and self.base_conventions.n_layers == self.finetuned_conventions.n_layers
 
     @property
@@ -58,7 +58,7 @@ class ModelPair:
 
     @property
     def shares_vocabulary(self) -> bool:
-        """Whether token i of both heads is the same token."""
+        """Return whether token i of both heads is the same token."""
         heads = (self.base_conventions.head_reads, self.finetuned_conventions.head_reads)
         return self.align == "ids" and None not in heads
 
@@ -73,7 +73,7 @@ class ModelPair:
         return next(p for p in ("one_by_one", "equal_lengths", "right") if p in needed)
 
     def notes(self, longest: int) -> list[str]:
-        """What a reader must know of how the two models run."""
+        """Return what a reader must know of how the two models run."""
         notes = [*self.base_conventions.notes, *self.finetuned_conventions.notes]
         if self.base.run_dtype != self.finetuned.run_dtype:
             notes.append(
@@ -98,7 +98,7 @@ class ModelPair:
         return notes + self._shape_notes()
 
     def common_notes(self) -> list[str]:
-        """What did not run a second time; of models that are streamed it is known after the run."""
+        """Return what did not run a second time; of models that are streamed it is known after the run."""
         n_common = self._n_streamed_alike() if self.streams else self.n_common
         if not n_common:
             return []
@@ -113,7 +113,7 @@ class ModelPair:
         return sum(1 for _ in takewhile(pager.same_as_base, range(pager.n_blocks)))
 
     def _shape_notes(self) -> list[str]:
-        """What two models of different shape cannot be asked."""
+        """Return what two models of different shape cannot be asked."""
         notes = []
         ours, theirs = self.base_conventions.n_layers, self.finetuned_conventions.n_layers
         if ours != theirs:
@@ -163,7 +163,7 @@ def learn_pair(
 
 
 def _streams(pair: ModelPair, ids: tuple[Sequence[int], Sequence[int]], pad_ids: tuple[int, int]) -> bool:
-    """Whether a pass of each model goes on after any number of its blocks without them."""
+    """Return whether a pass of each model goes on after any number of its blocks without them."""
     models = ((pair.base, pair.base_conventions), (pair.finetuned, pair.finetuned_conventions))
     n_models = 1 if pair.same_design else 2
     return all(

@@ -29,7 +29,7 @@ class Past:
     cache: DynamicCache | None = None
 
     def arguments(self, attention_mask: Int[Tensor, "batch time"]) -> dict[str, Any]:
-        """What a pass over a batch is given to go on from here, with a cache of its own.
+        """Return what a pass over a batch is given to go on from here, with a cache of its own.
 
         No positions are among it: the model counts on from its cache, in whichever way it counts.
         """
@@ -42,7 +42,7 @@ class Past:
 
 
 def holds_keys_and_values(cache: Any) -> bool:
-    """Whether a cache is keys and values of attention, and nothing else."""
+    """Return whether a cache is keys and values of attention, and nothing else."""
     return type(cache) is DynamicCache and all(
         type(layer) in (*_KEYS_AND_VALUES, DummyLayer) for layer in cache.layers
     )

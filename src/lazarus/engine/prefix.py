@@ -91,14 +91,14 @@ def _pick_checked(prompts: Sequence[TokenizedPrompt]) -> list[TokenizedPrompt]:
 
 
 def _pays(prompts: Sequence[TokenizedPrompt], checked: Sequence[TokenizedPrompt], n_tokens: int) -> bool:
-    """Whether so many fewer tokens run, when what the check runs is counted as well."""
+    """Return whether so many fewer tokens run, when what the check runs is counted as well."""
     saved = (len(prompts) - 1) * n_tokens
     spent = n_tokens + sum(2 * len(prompt.ids) - n_tokens for prompt in checked)
     return saved - spent >= SMALLEST_SAVING * sum(len(prompt.ids) for prompt in prompts)
 
 
 def _obstacle(pair: ModelPair, prompts: Sequence[TokenizedPrompt], plan: PrefixPlan) -> str | None:
-    """What in the run or in the models needs every prompt whole; None if nothing does."""
+    """Return what in the run or in the models needs every prompt whole; None if nothing does."""
     if plan.obstacle is not None:
         return plan.obstacle
     if pair.streams:
@@ -115,7 +115,7 @@ def _obstacle(pair: ModelPair, prompts: Sequence[TokenizedPrompt], plan: PrefixP
 def _difference(
     pair: ModelPair, checked: Sequence[TokenizedPrompt], n_tokens: int, plan: PrefixPlan
 ) -> str | None:
-    """What is not the same when these prompts go on from the prefix's cache; None if nothing is."""
+    """Return what is not the same when these prompts go on from the prefix's cache; None if nothing is."""
     whole = make_batches(checked, plan.batch_tokens, "right", plan.pad_id)
     expected = _states(pair, BatchPair.same(whole), plan.position)
     try:

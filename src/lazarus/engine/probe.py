@@ -144,7 +144,7 @@ def _texts(model: LoadedModel, ids: Sequence[int]) -> Iterator[Sequence[int]]:
 
 
 def head_reads_blocks(model: LoadedModel, ids: Sequence[int], pad_id: int) -> bool | None:
-    """Whether the head of this causal model can be run on what leaves a block, through the final norm.
+    """Return whether the head of this causal model can be run on what leaves a block, through the final norm.
 
     None where that is not known, because its logits are not finite.
     """
@@ -215,7 +215,7 @@ def _arranged(states: Tensor, axes: tuple[int, int]) -> Tensor:
 
 
 def _alike(one: Tensor, other: Tensor, limit: float) -> bool | None:
-    """Whether no row differs by more than `limit` of its norm; None where no row is finite in both."""
+    """Return whether no row differs by more than `limit` of its norm; None where no row is finite in both."""
     a, b = to_float64(one), to_float64(other)
     told = _finite(a) & _finite(b)
     if not told.any():
@@ -224,7 +224,7 @@ def _alike(one: Tensor, other: Tensor, limit: float) -> bool | None:
 
 
 def _finite(states: Tensor) -> Tensor:
-    """Which rows are finite."""
+    """Return which rows are finite."""
     return states.isfinite().all(-1)
 
 
@@ -247,7 +247,7 @@ def _other_pass_limit(states: Tensor) -> float:
 
 
 def _find_padding(recorder: Recorder, probe: _Probe) -> Padding | None:
-    """Whether a prompt's states in a padded batch are those it has alone: after a block of each kind.
+    """Return whether a prompt's states in a padded batch are those it has alone: after a block of each kind.
 
     None where that cannot be seen, because states are not finite.
     """

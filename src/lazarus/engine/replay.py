@@ -39,7 +39,7 @@ class Returned:
 
     @classmethod
     def of(cls, output: Any) -> Returned:
-        """What is kept of a block's return value."""
+        """Return what is kept of a block's return value."""
         if isinstance(output, Tensor):
             return cls(Tensor, None, ())
         if isinstance(output, Mapping):
@@ -90,7 +90,7 @@ class Passed:
         self.written.append(call.written)
 
     def parts(self) -> tuple[Any, ...]:
-        """What a later pass needs, as plain tuples and lists; the arguments are left out."""
+        """Return what a later pass needs, as plain tuples and lists; the arguments are left out."""
         last: Written = [{} for _ in self.written[0]]
         for each in self.written:
             last = [{**before, **items} for before, items in zip(last, each, strict=True)]
@@ -110,7 +110,7 @@ class Passed:
         return max((len(self.returned), *(layer + 1 for layer in layers)))
 
     def again(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What block `index` returned; what it had written is written again."""
+        """Return what block `index` returned; what it had written is written again."""
         assert self.states is not None
         write_again(args, kwargs, self.written[index])
         return self.returned[index].whole(self.states)
@@ -193,7 +193,7 @@ def stopping_before(block: nn.Module, received: list[Arguments]) -> Iterator[Non
 
 
 def can_replay(blocks: Sequence[nn.Module], run: Callable[[], Tensor], counts: Sequence[int]) -> bool:
-    """Whether a pass goes on after its first n blocks, for each n of `counts`, as if they had run.
+    """Return whether a pass goes on after its first n blocks, for each n of `counts`, as if they had run.
 
     `run` is a pass over a few tokens, and returns its last hidden states. Each later pass must call the next
     block with the very arguments of the first, and come to the same end, bit for bit. Only the first pass
@@ -214,7 +214,7 @@ def can_replay(blocks: Sequence[nn.Module], run: Callable[[], Tensor], counts: S
 
 
 def _goes_on(blocks: Sequence[nn.Module], passed: Passed, run: Callable[[], Tensor], expected: Call) -> bool:
-    """Whether the next block is called as it was when the blocks before it ran."""
+    """Return whether the next block is called as it was when the blocks before it ran."""
     index, received = len(passed.returned), list[Arguments]()
     try:
         with replaying(blocks[:index], passed, verify=True), stopping_before(blocks[index], received):

@@ -107,7 +107,7 @@ class Side:
         return self._run(batch, position, [])
 
     def prefix_of(self, batch: TokenBatch, position: Position) -> Prefix | None:
-        """What this model made of the prefix before a batch; None where none ran by itself."""
+        """Return what this model made of the prefix before a batch; None where none ran by itself."""
         return self._prefixes.get((batch.prefix, position))
 
     def _has_rows_of(self, begun: Begun, prefix: Prefix | None) -> bool:

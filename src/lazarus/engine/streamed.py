@@ -220,7 +220,7 @@ class _Stream:
 
     @property
     def state_bytes(self) -> int:
-        """What the states of all passes take, between two blocks."""
+        """Return what the states of all passes take, between two blocks."""
         passes = [*self.ours, *self.theirs, *(p for noise in self.noise for p in noise.passes)]
         return sum(p.state_bytes for p in passes)
 
@@ -240,7 +240,7 @@ class _Stream:
         self.n_done = counterpart + 1
 
     def ends(self) -> Iterator[Tagged]:
-        """What comes after the blocks: the final norm, and the heads."""
+        """Yield what comes after the blocks: the final norm, and the heads."""
         self._run_theirs(self.pair.finetuned_conventions.n_layers)
         with _heads_in_memory(self.pair):
             for ours, theirs in zip(self.ours, self.theirs, strict=True):
@@ -271,7 +271,7 @@ class _Stream:
         yield None, StatePair(layer, prompts, b.rows, rows, local[0] if local else None)
 
     def _is_same(self, layer: int) -> bool:
-        """Whether a block is the same in both models, and called on the same tokens."""
+        """Return whether a block is the same in both models, and called on the same tokens."""
         pager, pair = self.pair.finetuned.pager, self.pair
         if pager is None:
             return pair.align == "ids" and pair.same_blocks[layer]

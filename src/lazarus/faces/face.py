@@ -27,7 +27,7 @@ class Face(Generic[R]):
 
     @property
     def notes(self) -> list[str]:
-        """What was left out, what was assumed, what could not be measured."""
+        """Return what was left out, what was assumed, what could not be measured."""
         return self.record.notes
 
     def save(self, path: str | Path) -> list[str]:

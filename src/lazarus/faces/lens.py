@@ -23,12 +23,12 @@ class Comparison(Face[CompareRecord]):
 
     @property
     def models(self) -> tuple[LensModel, LensModel]:
-        """What each model's lens reads: top tokens a layer, tracked tokens and where they emerge."""
+        """Return what each model's lens reads: top tokens a layer, tracked tokens and where they emerge."""
         return self.record.model1, self.record.model2
 
     @property
     def layers(self) -> list[LensPair]:
-        """How far apart the two lenses are, one record a layer of model 1."""
+        """Return how far apart the two lenses are, one record a layer of model 1."""
         return self.record.layers
 
     @property

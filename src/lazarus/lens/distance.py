@@ -91,7 +91,7 @@ def lens_pair(lenses: tuple[Lens, Lens], outcomes: Outcomes, layers: tuple[int, 
 def same_token(
     lenses: tuple[Lens, Lens], choices: tuple[int | None, int | None], *, same_ids: bool
 ) -> bool | None:
-    """Whether two tokens are one: by their ids where these mean the same, else by their texts."""
+    """Return whether two tokens are one: by their ids where these mean the same, else by their texts."""
     ours, theirs = choices
     if ours is None or theirs is None:
         return None
@@ -101,7 +101,7 @@ def same_token(
 
 
 def distance_notes(pairs: Sequence[LensPair]) -> list[str]:
-    """Where KL is infinite: one model gives no probability at all to what the other can give."""
+    """Return where KL is infinite: one model gives no probability at all to what the other can give."""
     notes = []
     for one, other, name in ((1, 2, "kl_1_2"), (2, 1, "kl_2_1")):
         infinite = [pair.layer for pair in pairs if pair.js is not None and getattr(pair, name) is None]

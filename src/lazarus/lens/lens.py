@@ -36,7 +36,7 @@ class Lens:
 
     @cached_property
     def valid(self) -> list[bool]:
-        """Whether each layer has a distribution."""
+        """Return whether each layer has a distribution."""
         flags: list[bool] = self.log_totals.isfinite().tolist()
         return flags
 

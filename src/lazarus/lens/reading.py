@@ -28,7 +28,7 @@ class LayerLogits:
 def read_layers(
     model: LoadedModel, conventions: Conventions, ids: Sequence[int], advanced: Callable[[int], None]
 ) -> LayerLogits:
-    """What the model would say if it stopped after each block (logit lens, nostalgebraist 2020).
+    """Return what the model would say if it stopped after each block (logit lens, nostalgebraist 2020).
 
     A block's output at the last token takes the place of the last block's, and all that the model does
     after that is done to it; the last row must then be the model's own logits. Where it is not, because the

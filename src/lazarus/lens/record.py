@@ -139,7 +139,7 @@ def _summary(pairs: Sequence[LensPair], *, same_vocabulary: bool) -> LensSummary
 
 
 def _lens_notes(lenses: Lenses) -> list[str]:
-    """What a reader must know of how the two ran, and of the layers where nothing is read."""
+    """Return what a reader must know of how the two ran, and of the layers where nothing is read."""
     one, other = (lens.model for lens in lenses)
     depths = [len(lens.logits) for lens in lenses]
     notes = [note for lens in lenses for note in (*lens.conventions.notes, *lens.notes)]

@@ -83,7 +83,7 @@ def evolution(lens: Lens, tracked: str, token_id: int | None) -> TokenEvolution:
 
 
 def tracking_notes(lenses: Lenses, tracked: Sequence[Tracked]) -> list[str]:
-    """Which tracked texts a model has no token for, and of which it has the beginning alone."""
+    """Return which tracked texts a model has no token for, and of which it has the beginning alone."""
     notes = []
     for each in tracked:
         for lens, token_id in zip(lenses, each.ids, strict=True):

@@ -99,7 +99,7 @@ class Directions:
         return self.shift / max(self.n_prompts, 1)
 
     def static_share(self) -> float:
-        """How much of the change is one shift, the same for every prompt: ‖μ‖² / mean_p ‖δ̄_p‖².
+        """Return how much of the change is one shift, the same for every prompt: ‖μ‖² / mean_p ‖δ̄_p‖².
 
         ‖μ‖² = ‖δ̄‖² − Σ_p ‖δ̄_p − δ̄‖² / (P(P − 1)) is unbiased for the squared length of the expected
         difference; negative means that none was detected. At most 1; NaN for less than two prompts or

@@ -94,7 +94,7 @@ class SiteMeasures:
         return merged
 
     def state(self) -> State:
-        """What all of them have seen."""
+        """Return what all of them have seen."""
         found = {"n_unlike": np.asarray(self.n_unlike)}
         if self.n_unmeasured.any():
             found["n_unmeasured"] = self.n_unmeasured

@@ -133,7 +133,7 @@ class Rows:
 
     @cached_property
     def valid(self) -> Bool[Tensor, " rows"]:
-        """Where both states are finite and not zero."""
+        """Return where both states are finite and not zero."""
         total = self.base_length + self.finetuned_length
         return (self.base_length > 0) & (self.finetuned_length > 0) & total.isfinite()
 
@@ -223,7 +223,7 @@ class PromptMeans:
         return merged
 
     def state(self) -> State:
-        """What was seen, of the prompts that were seen."""
+        """Return what was seen, of the prompts that were seen."""
         prompts = np.flatnonzero(self.n_rows + self.n_excluded)
         counts = {"n_rows": self.n_rows[prompts], "n_excluded": self.n_excluded[prompts]}
         return {"prompts": prompts, "sums": self.sums[prompts], **counts}

@@ -136,7 +136,7 @@ def _part_adds_nothing(layer: Any, adapter: str, part: dict[str, Any]) -> bool |
 
 
 def _is_plain_lora(layer: Any, adapter: str, part: dict[str, Any]) -> bool:
-    """Whether an adapter adds a product to what a layer gives, and perhaps scales that (DoRA)."""
+    """Return whether an adapter adds a product to what a layer gives, and perhaps scales that (DoRA)."""
     is_variant = adapter in getattr(layer, "lora_variant", {}) and _MAGNITUDE not in part
     return part.keys() <= {*_FACTORS, _MAGNITUDE} and not is_variant
 

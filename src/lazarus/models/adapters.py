@@ -141,7 +141,7 @@ def _check_type(peft: Any, adapter: Source, kind: object) -> None:
 def _notes(
     adapter: Source, settings: Mapping[str, object], model: PreTrainedModel, fit: Fit
 ) -> tuple[str, ...]:
-    """What of an adapter is left out, and what it takes to put it on."""
+    """Return what of an adapter is left out, and what it takes to put it on."""
     notes = []
     if fit.left_out:
         kind = f"as {settings['task_type']}" if settings.get("task_type") else "on another class of model"
@@ -244,7 +244,7 @@ def refuse_virtual(name: str, config: Any) -> None:
 
 @contextmanager
 def _fitted(adapter: Source, model: PreTrainedModel) -> Iterator[None]:
-    """What goes wrong inside is the fit of the adapter, unless its file or a package is at fault."""
+    """Yield what goes wrong inside is the fit of the adapter, unless its file or a package is at fault."""
     try:
         yield
     except ModelError as error:

@@ -114,7 +114,7 @@ class KeyMap:
         self.sources = self._find_sources(stored)
 
     def is_plain(self, target: str) -> bool:
-        """Whether a target is one stored tensor as it is, but for its name and type."""
+        """Return whether a target is one stored tensor as it is, but for its name and type."""
         return target not in self._converters and len(self.sources[target]) == 1
 
     def is_in_order(self, target: str) -> bool:
@@ -208,7 +208,7 @@ class Conversion:
         return dict(model._finalize_model_loading(model, config, report).to_dict())
 
     def is_plain(self, target: str) -> bool:
-        """Whether a target is one stored tensor as it is, but for its name and type."""
+        """Return whether a target is one stored tensor as it is, but for its name and type."""
         return self._keys.is_plain(target)
 
     def n_bytes(self, keys: Iterable[str]) -> int:

@@ -13,12 +13,12 @@ _NOT_STORED = ("_attn_implementation", "_experts_implementation")
 
 
 def same_design(base: PreTrainedModel, finetuned: PreTrainedModel) -> bool:
-    """Whether both are of one class and one configuration: then the blocks of both behave alike."""
+    """Return whether both are of one class and one configuration: then the blocks of both behave alike."""
     return type(base) is type(finetuned) and same_config(base.config, finetuned.config)
 
 
 def same_config(base: PretrainedConfig, finetuned: PretrainedConfig) -> bool:
-    """Whether two configurations are equal in all that shapes the computation."""
+    """Return whether two configurations are equal in all that shapes the computation."""
     return _shaping(base) == _shaping(finetuned)
 
 

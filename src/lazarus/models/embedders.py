@@ -32,7 +32,7 @@ class _Module:
 
     @property
     def n_tensors(self) -> int:
-        """How many tensors its file holds; 1 of a pickled one, which is not opened."""
+        """Return how many tensors its file holds; 1 of a pickled one, which is not opened."""
         if self.weights is None:
             return 0
         return len(read_headers([self.weights])) if self.weights.endswith(".safetensors") else 1
@@ -91,7 +91,7 @@ def _json(source: Source, path: str) -> Any:
 
 
 def _differ(one: _Module, other: _Module) -> bool | None:
-    """Whether two modules compute something else; None where pickled weights are not the same file."""
+    """Return whether two modules compute something else; None where pickled weights are not the same file."""
     if _active(one.settings) != _active(other.settings):
         return True
     if one.weights is None or other.weights is None:

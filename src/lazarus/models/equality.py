@@ -212,7 +212,7 @@ class Equality:
 
 
 def _version(value: object) -> int:
-    """How often a tensor was written to in place, where it counts that."""
+    """Return how often a tensor was written to in place, where it counts that."""
     return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 

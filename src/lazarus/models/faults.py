@@ -231,5 +231,5 @@ def _of_the_files(name: str, error: BaseException) -> ModelError:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line and without its full stop."""
+    """Return what an error says, on one line and without its full stop."""
     return " ".join(str(error).split()).rstrip(".")

@@ -124,7 +124,7 @@ def resize(model: PreTrainedModel, n_rows: int) -> None:
 
 @cache
 def _tuner() -> re.Pattern[str]:
-    """Where PEFT's own part begins in the name of a tensor that acts on a module."""
+    """Return where PEFT's own part begins in the name of a tensor that acts on a module."""
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
     prefixes = {re.escape(prefix) for prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values() if prefix}

@@ -68,7 +68,7 @@ class Comparison:
         self._known: dict[str, bool] = {}
 
     def is_same(self, target: str) -> bool:
-        """Whether the sources of a target are the same, bit for bit.
+        """Return whether the sources of a target are the same, bit for bit.
 
         Raises:
             WeightsError: a file is gone, or was cut short since its header was read.
@@ -209,7 +209,7 @@ def hollow(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def is_hollow(tensor: Tensor) -> bool:
-    """Whether a tensor was made by `hollow`."""
+    """Return whether a tensor was made by `hollow`."""
     two = 2 * tensor.element_size()
     lone = tensor.storage_offset() == 1 and tensor.untyped_storage().nbytes() == two
     return lone and not any(tensor.stride())

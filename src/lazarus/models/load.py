@@ -60,7 +60,7 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """Return where it runs."""
         return self.model.device if self.pager is None else self.pager.device
 
 
@@ -79,7 +79,7 @@ class Weights:
 
     @property
     def source(self) -> Source:
-        """Where it was loaded from."""
+        """Return where it was loaded from."""
         return self.opened.source
 
 

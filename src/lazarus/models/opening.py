@@ -58,7 +58,7 @@ class Opened:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader must know of how the checkpoint was opened."""
+        """Return what a reader must know of how the checkpoint was opened."""
         notes = [*self.contents.notes, *(self.gguf.notes if self.gguf else ())]
         if self.left_over is not None:
             notes.append(
@@ -84,7 +84,7 @@ def open_checkpoint(source: Source, options: LoadOptions) -> Opened:
 
 
 def where(source: Source, options: LoadOptions) -> dict[str, Any]:
-    """How transformers finds a source's files."""
+    """Return how transformers finds a source's files."""
     arguments: dict[str, Any] = {
         "revision": source.revision,
         "trust_remote_code": options.trust_remote_code,

@@ -208,7 +208,7 @@ def _groups(paths: Iterable[str], modules: AbstractSet[str]) -> dict[str, list[s
 
 
 def _called(group: str, path: str) -> str:
-    """What a group is usually called, by its name or by the path of its first tensor."""
+    """Return what a group is usually called, by its name or by the path of its first tensor."""
     kinds = (name for text in (group, path) for pattern, name in _KINDS if re.search(pattern, text))
     kind = next(kinds, None)
     return group if kind is None else f"{kind} ({group})"

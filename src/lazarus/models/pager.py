@@ -55,7 +55,7 @@ class Pager:
 
     @property
     def device(self) -> torch.device:
-        """Where blocks are loaded to."""
+        """Return where blocks are loaded to."""
         return self.conversion.device
 
     def is_table(self, tensor: Tensor) -> bool:
@@ -64,7 +64,7 @@ class Pager:
 
     @property
     def bytes_read(self) -> int:
-        """What has been read of the files, as stored; what was read twice counts twice."""
+        """Return what has been read of the files, as stored; what was read twice counts twice."""
         tables = [] if self._is_twin else self._layout.tables.values()
         return self._reader.bytes_read + sum(table.bytes_read for table in tables)
 
@@ -136,7 +136,7 @@ class Pager:
         }
 
     def has_weights_of(self, other: Pager) -> bool | None:
-        """Whether both models run on the same weights, bit for bit, however their files are laid out.
+        """Return whether both models run on the same weights, bit for bit, however their files are laid out.
 
         It stops at the first block that differs; None where a tensor cannot be looked into.
         """
@@ -264,7 +264,7 @@ class Pager:
         self._assign(self._reader.read(target for target in rest if target not in shared))
 
     def _from_base(self, index: int) -> dict[str, Tensor]:
-        """What base holds of a block, if it is the same in both files."""
+        """Return what base holds of a block, if it is the same in both files."""
         if self.base is None or self._comparison is None:
             return {}
         held, unit = dict(self.base._held.get(index, {})), self._layout.units[index]

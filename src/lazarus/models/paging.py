@@ -199,7 +199,7 @@ class Footprint:
 
 
 def estimate(base: ModelReference, finetuned: ModelReference, options: LoadOptions) -> Footprint | None:
-    """What a pair will take in memory, from its files' headers and its configurations alone.
+    """Return what a pair will take in memory, from its files' headers and its configurations alone.
 
     None where one of the two cannot be read block by block.
 
@@ -217,7 +217,7 @@ def estimate(base: ModelReference, finetuned: ModelReference, options: LoadOptio
 
 
 def fits_surely(base: ModelReference, finetuned: ModelReference, options: LoadOptions, room: int) -> bool:
-    """Whether a pair fits into so many bytes in any type, by its files' sizes; False if not known."""
+    """Return whether a pair fits into so many bytes in any type, by its files' sizes; False if not known."""
     sources = {base.model or adapter_base(adapter_of(base)), source_under(finetuned, base)}
     n_bytes = 0
     for source in sources:

@@ -45,7 +45,7 @@ class Source:
 
     @property
     def place(self) -> tuple[str, str | None, str]:
-        """What makes two sources the same weights, however they are spelled."""
+        """Return what makes two sources the same weights, however they are spelled."""
         path = os.path.join(self.path, self.gguf_file) if self.gguf_file else self.path
         return path if self.is_on_hub else os.path.realpath(path), self.revision, self._inside
 
@@ -62,7 +62,7 @@ class Source:
 
     @property
     def is_on_hub(self) -> bool:
-        """Whether its files are those of a repository, in the cache or not."""
+        """Return whether its files are those of a repository, in the cache or not."""
         return self.kind == "hub" or (self.gguf_file is not None and not os.path.isabs(self.gguf_file))
 
     def file(self, name: str) -> str | None:
@@ -173,7 +173,7 @@ def _own_weights(source: Source) -> str | None:
 
 
 def _ways_to_say(source: Source, own: str) -> str:
-    """What to type for a model, for the adapter beside it, and for both."""
+    """Return what to type for a model, for the adapter beside it, and for both."""
     name = source.name.rstrip("/")
     both = f"{name}+{name} for the model with the adapter on it"
     if source.kind == "hub":

@@ -53,7 +53,7 @@ def shared_blocks(base: LoadedModel, finetuned: LoadedModel) -> list[bool]:
 
 
 def _one_module(base: nn.Module, finetuned: nn.Module, equality: Equality) -> bool:
-    """Whether two modules are the same layers over the same weights."""
+    """Return whether two modules are the same layers over the same weights."""
     if base is finetuned:
         return True
     ours, theirs = ({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (base, finetuned))
@@ -63,7 +63,7 @@ def _one_module(base: nn.Module, finetuned: nn.Module, equality: Equality) -> bo
 
 
 def _one_tensor(base: Tensor, finetuned: Tensor) -> bool:
-    """Whether two tensors are one in memory, or small buffers of the same bits."""
+    """Return whether two tensors are one in memory, or small buffers of the same bits."""
     if base is finetuned:
         return True
     plain = type(base) in (Tensor, nn.Parameter) and type(finetuned) in (Tensor, nn.Parameter)
@@ -74,7 +74,7 @@ def _one_tensor(base: Tensor, finetuned: Tensor) -> bool:
 
 
 def why_the_same(base: LoadedModel, finetuned: LoadedModel, identical: bool | None) -> list[str]:
-    """What can be checked of the causes for which a fine-tune changes nothing, most likely first."""
+    """Return what can be checked of the causes for which a fine-tune changes nothing, most likely first."""
     if _same_files(base, finetuned):
         return ["both names are the same files"]
     if _one_in_memory(base, finetuned):
@@ -89,14 +89,14 @@ def why_the_same(base: LoadedModel, finetuned: LoadedModel, identical: bool | No
 
 
 def _same_files(base: LoadedModel, finetuned: LoadedModel) -> bool:
-    """Whether both were loaded from the same files, adapters included."""
+    """Return whether both were loaded from the same files, adapters included."""
     if base.source is None or finetuned.source is None:
         return False
     return base.source.place == finetuned.source.place and base.adapter == finetuned.adapter
 
 
 def _one_in_memory(base: LoadedModel, finetuned: LoadedModel) -> bool:
-    """Whether the caller gave one model twice; one in training mode runs as a tree of its own."""
+    """Return whether the caller gave one model twice; one in training mode runs as a tree of its own."""
     if base.kind != "loaded" or finetuned.kind != "loaded":
         return False
     same = same_design(base.model, finetuned.model)
@@ -104,7 +104,7 @@ def _one_in_memory(base: LoadedModel, finetuned: LoadedModel) -> bool:
 
 
 def _same_own(base: LoadedModel, finetuned: LoadedModel, equality: Equality) -> bool | None:
-    """Whether all that both models have without their adapters is the same."""
+    """Return whether all that both models have without their adapters is the same."""
     models = base.model, finetuned.model
     if base.pager is not None and finetuned.pager is not None:
         same = finetuned.pager.has_weights_of(base.pager)
@@ -120,7 +120,7 @@ def _same_own(base: LoadedModel, finetuned: LoadedModel, equality: Equality) -> 
 
 
 def _same_adapters(base: LoadedModel, finetuned: LoadedModel, equality: Equality) -> bool | None:
-    """Whether the adapters of both change the same: nothing, or what the same tensors make."""
+    """Return whether the adapters of both change the same: nothing, or what the same tensors make."""
     layers = [layer for model in (base, finetuned) for layer in adapter_layers(model.model)]
     nothing = every(adds_nothing(layer) for layer in layers)
     if nothing is True:

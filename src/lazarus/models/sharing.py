@@ -46,7 +46,7 @@ def _same_keys(ours: dict[str, StoredTensor], theirs: dict[str, StoredTensor]) -
 
 
 def _ties_what_is_stored(model: PreTrainedModel, conversion: Conversion) -> bool:
-    """Whether two tied weights are both stored: whether they are tied then depends on their values."""
+    """Return whether two tied weights are both stored: whether they are tied then depends on their values."""
     return any(
         {target, source} <= conversion.sources.keys()
         for target, source in model.all_tied_weights_keys.items()

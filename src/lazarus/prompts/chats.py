@@ -87,7 +87,7 @@ def _is_entry(item: Any) -> bool:
 
 
 def _what_is_wrong(message: Any) -> str | None:
-    """What keeps this from being a message, if anything does."""
+    """Return what keeps this from being a message, if anything does."""
     if not isinstance(message, dict):
         return f"is {message!r:.40}"
     if not isinstance(message.get("role"), str) or not message["role"]:

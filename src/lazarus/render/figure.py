@@ -165,7 +165,7 @@ def plot_heatmap(record: ActivationDiffRecord, axes: Axes | None, *, sort: bool)
 
 
 def title(record: ActivationDiffRecord | WeightDiffRecord) -> str:
-    """What stands above every figure: the two models."""
+    """Return what stands above every figure: the two models."""
     base, finetuned = (drawable(model.id, NAME_CHARACTERS) for model in (record.base, record.finetuned))
     return f"{base} → {finetuned}"
 

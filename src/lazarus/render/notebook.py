@@ -71,7 +71,7 @@ def to_html(record: ActivationDiffRecord) -> str:
 
 @cache
 def template() -> Template:
-    """What every result is put into, whichever command it is of."""
+    """Return what every result is put into, whichever command it is of."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -98,7 +98,7 @@ def _curve(record: ActivationDiffRecord) -> Any:
 
 
 def picture(size: tuple[float, float], draw: Callable[[Figure], None], label: str) -> Any:
-    """What `draw` puts into a figure as an element of SVG, empty where matplotlib is not installed."""
+    """Return what `draw` puts into a figure as an element of SVG, empty where matplotlib is not installed."""
     from markupsafe import Markup
 
     try:

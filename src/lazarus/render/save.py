@@ -158,7 +158,7 @@ def check_outputs(paths: Sequence[str], command: str, inputs: Sequence[str] = ()
 
 
 def _is_ours(path: str) -> bool:
-    """Whether a file in a model's folder may be an earlier output, and not a part of the model.
+    """Return whether a file in a model's folder may be an earlier output, and not a part of the model.
 
     What has no suffix of another format is JSON.
     """
@@ -228,7 +228,7 @@ def save(record: AnyRecord, path: str) -> list[str]:
 
 
 def _rows_beside(record: AnyRecord, path: str) -> str | None:
-    """Where the rows go that a page leaves out; None where the output is complete in itself."""
+    """Return where the rows go that a page leaves out; None where the output is complete in itself."""
     is_page = Path(path).suffix.lower() == ".html" and not _is_special(path)
     if not is_page or not isinstance(record, ActivationDiffRecord):
         return None

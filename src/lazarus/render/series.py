@@ -51,7 +51,7 @@ class LayerSeries:
 
 
 def measured(values: Values) -> bool:
-    """Whether there is anything to draw.
+    """Return whether there is anything to draw.
 
     >>> measured([None, 0.5]), measured([None, None])
     (True, False)

@@ -22,7 +22,7 @@ def loading(role: str, name: str) -> str:
 
 
 def prompts(texts: Sequence[str]) -> str:
-    """How many prompts there are, and the first characters of the first ones."""
+    """Return how many prompts there are, and the first characters of the first ones."""
     count = "1 prompt" if len(texts) == 1 else f"{len(texts)} prompts"
     lines = [f"Testing {count}", ""]
     lines += [f"Prompt: {escaped(text[:PROMPT_CHARACTERS])}..." for text in texts[:PROMPTS_SHOWN]]
@@ -44,7 +44,7 @@ def table(record: ActivationDiffRecord) -> str:
 
 
 def summary(record: ActivationDiffRecord) -> str:
-    """What a reader needs besides the table, in at most eight lines, and then the notes."""
+    """Return what a reader needs besides the table, in at most eight lines, and then the notes."""
     lines = [*summary_lines(record), *(f"Note: {escaped(note)}" for note in record.notes)]
     return "\n".join(lines)
 

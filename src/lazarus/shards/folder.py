@@ -95,7 +95,7 @@ class WorkFolder:
             yield ours
 
     def read(self, number: int) -> State | None:
-        """What a shard came to; None where its file is absent or damaged."""
+        """Return what a shard came to; None where its file is absent or damaged."""
         path = self._shard(number)
         if not path.exists():
             return None

@@ -56,7 +56,7 @@ def run_shards(
 
 
 def states(folder: WorkFolder, shards: Sequence[Shard]) -> Iterator[State]:
-    """What the shards came to, in their order.
+    """Yield what the shards came to, in their order.
 
     Raises:
         SaveError: a file that was there cannot be read any more.

@@ -83,7 +83,7 @@ def _contrast(names: tuple[str, str], members: dict[str, Floats], floor: Floats,
 
 
 def _columns(divergence: Floats, floor: Floats) -> Floats:
-    """What is summed over a group, [3, prompts, layers]: presence, divergence, log divergence.
+    """Return what is summed over a group, [3, prompts, layers]: presence, divergence, log divergence.
 
     The logs are rounded to a grid on which sums are exact in any order: deals that tie, tie.
     """

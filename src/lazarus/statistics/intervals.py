@@ -110,7 +110,7 @@ def _studentised(relative: Floats, lowest: Floats, random: np.random.Generator) 
 
 
 def _resamples(n_prompts: int, random: np.random.Generator) -> Iterator[Floats]:
-    """How often each resample holds each prompt, [replicates, prompts], block by block."""
+    """Yield how often each resample holds each prompt, [replicates, prompts], block by block."""
     block = max(1, BLOCK // n_prompts)
     for start in range(0, N_REPLICATES, block):
         size = min(block, N_REPLICATES - start)

@@ -142,7 +142,7 @@ class _Layers:
         return None if tensor is None else MemoryView(tensor, type_name(tensor.dtype), take)
 
     def _new_entries(self) -> dict[Place, Entry]:
-        """What the adapter brings of the model that the files do not hold."""
+        """Return what the adapter brings of the model that the files do not hold."""
         found = {}
         for path in self._brought.keys() - self._by_path.keys() - self._owners.keys():
             tensor = self._brought[path]
@@ -161,7 +161,7 @@ class _Layers:
             yield place, replace(entry, view=AddedView(entry.view, update))
 
     def _components(self, path: str, shape: tuple[int, ...]) -> list[tuple[Place, Take | None]]:
-        """Where the components of a parameter are, and which part of it each is.
+        """Return where the components of a parameter are, and which part of it each is.
 
         The files may hold it as one tensor, or in pieces: each projection of each expert.
 
@@ -274,11 +274,11 @@ class _Layers:
         return whole
 
     def _merged(self, name: str, attribute: str, dtype: torch.dtype) -> Float64[Tensor, ...]:
-        """What merging one layer adds to one of its tensors."""
+        """Return what merging one layer adds to one of its tensors."""
         return self._merge(name, dtype)[attribute]
 
     def _merge_layer(self, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What merging one layer in a dtype adds to each of its tensors, in float64."""
+        """Return what merging one layer in a dtype adds to each of its tensors, in float64."""
         layer, module = copy.deepcopy(self._layers[name]), _path(name)
         base: Any = layer.base_layer
         before = {}

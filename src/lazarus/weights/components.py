@@ -83,7 +83,7 @@ class Namer:
         return [Part(Place(place.layer, name), take) for name, take in found] or [Part(place, None)]
 
     def is_named(self, path: str) -> bool:
-        """Whether a rule knows the tensor; its component is its path otherwise."""
+        """Return whether a rule knows the tensor; its component is its path otherwise."""
         named = self._named(path)
         return named.by_rule and named.place not in self._shared
 

@@ -39,7 +39,7 @@ class Layout:
     sizes: tuple[tuple[str, int], ...]
 
     def fits(self, n: int) -> bool:
-        """Whether the parts are all of an axis of length n."""
+        """Return whether the parts are all of an axis of length n."""
         return self.n_groups * sum(size for _, size in self.sizes) == n
 
     @property
@@ -94,7 +94,7 @@ def _cut(bare: str, suffix: str, shape: tuple[int, ...], holder: Holder) -> list
 
 
 def _n_experts(group: str, bare: str, shape: tuple[int, ...], holder: Holder) -> int:
-    """How many experts' tensors are in one; 0 where it is one tensor."""
+    """Return how many experts' tensors are in one; 0 where it is one tensor."""
     if group == "experts" and len(shape) == 2:
         width = getattr(holder.owner, "ffn_hidden_size", None)
         if width is None:

@@ -68,11 +68,11 @@ class GgufFile:
 
     @property
     def rule(self) -> object:
-        """What decides how transformers lays the tensors out."""
+        """Return what decides how transformers lays the tensors out."""
         return self._translation.rule
 
     def data(self, key: str, expert: int | None) -> NDArray[Any]:
-        """What is stored of a tensor, or of one expert of a stack."""
+        """Return what is stored of a tensor, or of one expert of a stack."""
         data = self._tensors[key].data()
         return data if expert is None else data[expert]
 
@@ -104,7 +104,7 @@ class _GgufRows:
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
-        """What it is once it is dequantised."""
+        """Return what it is once it is dequantised."""
         if self.data.dtype != np.uint8:
             return self.data.shape
         import gguf
@@ -124,7 +124,7 @@ class _GgufRows:
         return self._numbers(rows).reshape(stop - start, -1)
 
     def same_codes(self, other: object) -> bool:
-        """Whether the same is stored; if not, the numbers may still be equal."""
+        """Return whether the same is stored; if not, the numbers may still be equal."""
         return isinstance(other, _GgufRows) and self.kind == other.kind and _same(self.data, other.data)
 
     def everything(self) -> Tensor:
@@ -150,7 +150,7 @@ class _WholeView:
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
-        """What it is, after the take."""
+        """Return what it is, after the take."""
         return self._view().shape
 
     @cached_property
@@ -180,7 +180,7 @@ class _WholeView:
 
 
 def _same(one: NDArray[Any], other: NDArray[Any]) -> bool:
-    """Whether two arrays hold the same, a few rows at a time."""
+    """Return whether two arrays hold the same, a few rows at a time."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     step = max(1, _N_BYTES * len(one) // max(one.nbytes, 1))

@@ -68,7 +68,7 @@ class Pair(Protocol):
         ...
 
     def identical(self) -> bool:
-        """Whether they are known to have the same bits, without arithmetic."""
+        """Return whether they are known to have the same bits, without arithmetic."""
         ...
 
     def chunks(self, n_numbers: int) -> Iterator[Chunk]:
@@ -114,7 +114,7 @@ class ViewPair:
         return self.finetuned.dtype
 
     def identical(self) -> bool:
-        """Whether they have the same bits.
+        """Return whether they have the same bits.
 
         Raises:
             OSError: a file is missing or too short.
@@ -188,7 +188,7 @@ class UpdatePair:
 
 
 def rows_at_once(matrix: tuple[int, int], n_numbers: int) -> int:
-    """How many rows of a matrix have about so many elements; at least one, where there is one."""
+    """Return how many rows of a matrix have about so many elements; at least one, where there is one."""
     return min(matrix[0], max(1, n_numbers // max(matrix[1], 1)))
 
 
@@ -311,7 +311,7 @@ class _Sums:
         return self.base + 2 * self.cross + self.change
 
     def safe(self) -> bool:
-        """Whether no square overflowed or vanished, and f·f did not cancel."""
+        """Return whether no square overflowed or vanished, and f·f did not cancel."""
         whole = math.isfinite(self.base) and math.isfinite(self.change)
         small = self.base < _TINY or self.change < _TINY
         return whole and not small and self.finetuned > _CANCELLED * self.base

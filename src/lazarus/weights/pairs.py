@@ -164,7 +164,7 @@ def _unmatched(place: Place, base: Entry | None, finetuned: Entry | None) -> Unm
 
 
 def _tied_notes(base: Checkpoint, finetuned: Checkpoint) -> list[str]:
-    """Which components use another's tensor, in both or in one of the two."""
+    """Return which components use another's tensor, in both or in one of the two."""
     notes = []
     for place in dict.fromkeys([*base.tied, *finetuned.tied]):
         ours, theirs = base.tied.get(place), finetuned.tied.get(place)

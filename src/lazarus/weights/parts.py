@@ -41,7 +41,7 @@ class Layout:
     column_stride: int
 
     def place(self, row: int) -> int:
-        """Where a row begins."""
+        """Return where a row begins."""
         left, index = divmod(row, self.inner[0])
         place = self.offset + index * self.inner[1]
         for length, stride in reversed(self.outer):
@@ -63,7 +63,7 @@ class Layout:
 
 
 def lay_out(shape: tuple[int, ...], take: Take | None, dtype: torch.dtype) -> Layout:
-    """Where the rows of a tensor of this shape and type are, or those of a part of it.
+    """Return where the rows of a tensor of this shape and type are, or those of a part of it.
 
     Raises:
         ValueError: `take` does not fit the shape.

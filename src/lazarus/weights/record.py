@@ -241,7 +241,7 @@ def _causes(sides: tuple[Side, Side]) -> list[str]:
 
 
 def _limits(matched: Matched, rows: Sequence[TensorRecord], *, with_spectrum: bool) -> list[str]:
-    """What a reader must know of the numbers."""
+    """Return what a reader must know of the numbers."""
     changed = [row for row in rows if row.n_changed]
     undefined = [row for row in rows if row.relative_change is None]
     matrices = [row for row, pair in zip(rows, matched.rows, strict=True) if min(pair.pair.matrix) > 1]

@@ -101,7 +101,7 @@ def _norms_what_attention_adds(block: Block) -> bool:
 
 
 def _sublayer(index: str, block: Block) -> str:
-    """Which sublayer T5's `layer.N` is: what else is in it says so."""
+    """Return which sublayer T5's `layer.N` is: what else is in it says so."""
     inside = f"layer.{index}."
     if block.has(r"^EncDecAttention", inside):
         return "cross_attn"
@@ -121,7 +121,7 @@ def _in_owner(tokens: list[str], block: Block) -> str | None:
 
 
 def _enter(owner: _Owner, tokens: list[str], depth: int, block: Block) -> _Owner | None:
-    """What a tensor lies in once a container more is known; None where that token is no container."""
+    """Return what a tensor lies in once a container more is known; None where that token is no container."""
     token, is_leaf = tokens[depth], depth == len(tokens) - 1
     inside = ".".join(tokens[: depth + 1]) + "."
     if owner.kind == "mlp" and _is_router(token, inside, block):
@@ -170,7 +170,7 @@ def _kind(token: str, inside: str, leaf: str, block: Block) -> str | None:
 
 
 def _mixer(token: str, inside: str, block: Block) -> str:
-    """What mixes tokens in a block, or is there in its place, by what it is made of."""
+    """Return what mixes tokens in a block, or is there in its place, by what it is made of."""
     if block.has(r"^time_decay$", inside):
         return "time_mix"
     if block.has(r"^(rg_lru\.|linear_x\.)", inside):
@@ -195,7 +195,7 @@ def _named(owner: _Owner, leaf: str, block: Block) -> str:
 
 
 def _own_name(prefix: str, leaf: str) -> str:
-    """What no table knows has its own name behind its owner's, without a word said twice."""
+    """Return what no table knows has its own name behind its owner's, without a word said twice."""
     last = prefix.rpartition("_")[2]
     return f"{prefix}_{_tidy(leaf).removeprefix(last + '_')}"
 
@@ -255,5 +255,5 @@ def head(path: str) -> str | None:
 
 
 def own_name(path: str) -> str:
-    """What no rule knows keeps its path, without `.weight`."""
+    """Return what no rule knows keeps its path, without `.weight`."""
     return path.removesuffix(".weight")

@@ -134,7 +134,7 @@ def _side(reference: ModelReference, checkpoint: Checkpoint) -> Side:
 
 
 def _tokenizers(side: Side) -> list[Source]:
-    """Where its tokenizer may be: beside an adapter, or beside the weights."""
+    """Return where its tokenizer may be: beside an adapter, or beside the weights."""
     adapters = side.reference.adapters
     return [*reversed(adapters), side.checkpoint.source]
 

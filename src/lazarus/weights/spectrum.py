@@ -137,7 +137,7 @@ def _smallest_normal(dtype: str) -> float:
 
 
 def _beyond(matrix: tuple[int, int]) -> float:
-    """How far beyond the edge the largest σ of noise may be, as a factor (Johnstone 2001)."""
+    """Return how far beyond the edge the largest σ of noise may be, as a factor (Johnstone 2001)."""
     rows, columns = (math.sqrt(side) for side in matrix)
     width = (1 / rows + 1 / columns) ** (1 / 3) / (rows + columns)
     return math.sqrt(1 + _TRACY_WIDOM * width)

@@ -115,7 +115,7 @@ def _plain(file: str, key: str, tensor: Tensor) -> Tensor:
 
 
 def _read_pickle(file: str) -> Any:
-    """What one file holds.
+    """Return what one file holds.
 
     Raises:
         WeightsError: it holds more than plain tensors.

@@ -39,7 +39,7 @@ class Structure:
         return str(next(iter(self.opened.config.architectures or ()), "unknown"))
 
     def parts(self, path: str, shape: tuple[int, ...]) -> list[Part]:
-        """What one stored tensor holds: a component, or several that are fused."""
+        """Return what one stored tensor holds: a component, or several that are fused."""
         if self.namer is None:
             return [Part(name_by_path(path), None)]
         return self.namer.parts(path, shape)

@@ -142,7 +142,7 @@ class Merged:
         return nullcontext(MemoryView(self._whole(), "float64"))
 
     def merged_in(self, dtype: torch.dtype) -> Merged:
-        """What a merge in `dtype` adds, which rounds at every step of the adapter's rule."""
+        """Return what a merge in `dtype` adds, which rounds at every step of the adapter's rule."""
         return Merged(self.merge, self.shape, dtype)
 
     def _whole(self) -> Tensor:

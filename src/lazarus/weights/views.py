@@ -48,7 +48,7 @@ class View(Rows, Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """What it is."""
+        """Return what it is."""
         ...
 
     @property
@@ -99,7 +99,7 @@ class StoredView:
 
     @cached_property
     def layout(self) -> Layout:
-        """Where its rows are."""
+        """Return where its rows are."""
         return lay_out(self.stored.shape, self.take, self.torch_type)
 
     @property
@@ -109,7 +109,7 @@ class StoredView:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """What it is, after the take."""
+        """Return what it is, after the take."""
         return self.layout.shape
 
     @property
@@ -206,12 +206,12 @@ class MemoryView:
 
     @cached_property
     def part(self) -> Tensor:
-        """What is taken."""
+        """Return what is taken."""
         return part_of(self.tensor.detach(), self.take)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """What it is, after the take."""
+        """Return what it is, after the take."""
         return tuple(self.part.shape)
 
     @property

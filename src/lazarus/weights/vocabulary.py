@@ -33,7 +33,7 @@ class Alignment:
 
     @property
     def n_moved(self) -> int:
-        """How many rows are at another place."""
+        """Return how many rows are at another place."""
         return int(np.count_nonzero(self.base != self.finetuned))
 
 

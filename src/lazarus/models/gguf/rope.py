@@ -86,7 +86,7 @@ def _one_rope(file: Gguf, plain: Mapping[str, Any], head_dim: int) -> Rope:
 
 
 def _is_proportional(file: Gguf, parameters: Mapping[str, Any], head_dim: int) -> bool:
-    """Whether the file turns as many dimensions as the configuration does, and no others."""
+    """Return whether the file turns as many dimensions as the configuration does, and no others."""
     if FACTORS not in file.tensors:
         return True
     factors = _factors(file, FACTORS)

@@ -71,7 +71,7 @@ class Translation(Protocol):
 
     @property
     def rule(self) -> object:
-        """What decides how tensors are laid out: two files with equal ones are laid out alike."""
+        """Return what decides how tensors are laid out: two files with equal ones are laid out alike."""
         ...
 
     def target(self, key: str) -> str | None:
@@ -83,7 +83,7 @@ class Translation(Protocol):
         ...
 
     def is_untouched(self, key: str, shape: tuple[int, ...]) -> bool:
-        """Whether transformers takes a tensor as it is."""
+        """Return whether transformers takes a tensor as it is."""
         ...
 
     def state_dict(self, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -103,7 +103,7 @@ class _Processed:
 
     @property
     def rule(self) -> object:
-        """What decides how tensors are laid out: two files with equal ones are laid out alike."""
+        """Return what decides how tensors are laid out: two files with equal ones are laid out alike."""
         return type(self._processor), self._processor.config
 
     def target(self, key: str) -> str | None:
@@ -123,7 +123,7 @@ class _Processed:
         return np.asarray(result.weights)
 
     def is_untouched(self, key: str, shape: tuple[int, ...]) -> bool:
-        """Whether transformers takes a tensor as it is: then so it takes the numbers of its rows."""
+        """Return whether transformers takes a tensor as it is: then so it takes the numbers of its rows."""
         numbers = np.arange(1.0, shape[0] + 1)
         numbers = numbers if len(shape) == 1 else numbers.reshape(-1, *[1] * (len(shape) - 1))
         return np.array_equal(self.processed(key, numbers), numbers)
@@ -163,7 +163,7 @@ class _Converted:
 
     @property
     def rule(self) -> object:
-        """What decides how tensors are laid out: two files with equal ones are laid out alike."""
+        """Return what decides how tensors are laid out: two files with equal ones are laid out alike."""
         return self._rule
 
     def target(self, key: str) -> str | None:
@@ -178,7 +178,7 @@ class _Converted:
         return np.asarray(self._convert(converter, found))
 
     def is_untouched(self, key: str, shape: tuple[int, ...]) -> bool:
-        """Whether transformers takes a tensor as it is; some conversions change columns alone."""
+        """Return whether transformers takes a tensor as it is; some conversions change columns alone."""
         return self._places[key][2] is None
 
     def state_dict(self, dtype: torch.dtype) -> dict[str, Tensor]:

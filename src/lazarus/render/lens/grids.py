@@ -124,7 +124,7 @@ def _at_layer(found: TokenEvolution, i: int) -> Cell:
 
 
 def distances(record: CompareRecord) -> Table:
-    """How far apart the two lenses are, layer by layer."""
+    """Return how far apart the two lenses are, layer by layer."""
     kl, js, same = (LENS_METRICS[name] for name in ("kl_1_2", "js", "same_first_choice"))
     differ = record.model1.info.n_layers != record.model2.info.n_layers
     counterpart = [Heading("Model 2's layer", "at the same relative depth")] if differ else []

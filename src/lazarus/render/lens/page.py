@@ -29,7 +29,7 @@ def write_html(record: CompareRecord, stream: IO[bytes]) -> None:
 
 
 def headline(record: CompareRecord) -> str:
-    """Whether both end with the same token."""
+    """Return whether both end with the same token."""
     one, other = last_choice(record.model1), last_choice(record.model2)
     match record.summary.same_first_choice:
         case True if one is not None:
@@ -43,7 +43,7 @@ def headline(record: CompareRecord) -> str:
 
 
 def answers(record: CompareRecord) -> list[Answer]:
-    """How sure each is, when each settled, and where the two part."""
+    """Return how sure each is, when each settled, and where the two part."""
     return [_how_sure(record), _when(record), _where(record)]
 
 

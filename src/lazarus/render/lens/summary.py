@@ -28,13 +28,13 @@ def last_choice(model: LensModel) -> LensToken | None:
 
 
 def names(record: CompareRecord) -> tuple[str, str]:
-    """What the two models are called, told apart where they bear the same name."""
+    """Return what the two models are called, told apart where they bear the same name."""
     one, other = (escaped(model.info.id) for model in (record.model1, record.model2))
     return (f"{one} (1)", f"{other} (2)") if one == other else (one, other)
 
 
 def first_choices(record: CompareRecord) -> str:
-    """Whether both end with the same token, and which."""
+    """Return whether both end with the same token, and which."""
     one, other = last_choice(record.model1), last_choice(record.model2)
     if record.summary.same_first_choice is None or one is None or other is None:
         return "First choice: not known, since not every final probability is finite"

@@ -26,13 +26,13 @@ def body(record: CompareRecord) -> str:
 
 
 def predictions(record: CompareRecord) -> str:
-    """What each model's lens reads after the last block: its first choice."""
+    """Return what each model's lens reads after the last block: its first choice."""
     rows = [_prediction(model) for model in (record.model1, record.model2)]
     return "\n".join(["=== Final Predictions ===", HEADER, RULE, *rows])
 
 
 def evolution(record: CompareRecord) -> str:
-    """Where each tracked token emerges, in each of the models."""
+    """Return where each tracked token emerges, in each of the models."""
     blocks = [
         "\n".join([f"Token {quoted_token(title(record, index))}:", *_evolutions(record, index)])
         for index in range(len(record.tracked))
@@ -41,7 +41,7 @@ def evolution(record: CompareRecord) -> str:
 
 
 def summary(record: CompareRecord) -> str:
-    """What a reader needs besides the rows, and then the notes."""
+    """Return what a reader needs besides the rows, and then the notes."""
     return "\n".join([*summary_lines(record), *(f"Note: {escaped(note)}" for note in record.notes)])
 
 

@@ -48,7 +48,7 @@ class Shown:
 
 
 def _context(record: ActivationDiffRecord) -> dict[str, Any]:
-    """What the template says of the result, whatever part of it the page has."""
+    """Return what the template says of the result, whatever part of it the page has."""
     return {
         "command": "activation difference",
         "record": record,
@@ -86,7 +86,7 @@ def _shown(record: ActivationDiffRecord) -> Shown:
 
 
 def _absent(record: ActivationDiffRecord) -> list[str]:
-    """What was not measured, and what would measure it."""
+    """Return what was not measured, and what would measure it."""
     shown = _shown(record)
     reasons = (
         (shown.divergence, "the divergence (the two models have states of different width)"),

@@ -48,12 +48,12 @@ class Sample:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every prompt of the result is there."""
+        """Return whether every prompt of the result is there."""
         return len(self.indexes) == self.n_prompts
 
     @property
     def n_worst(self) -> int:
-        """How many of them were chosen for their divergence, and not drawn."""
+        """Return how many of them were chosen for their divergence, and not drawn."""
         return len(self.indexes) // 2
 
 
@@ -69,12 +69,12 @@ class TokenSample:
 
 
 def is_sampled(record: ActivationDiffRecord) -> bool:
-    """Whether the report has room for a part of the prompts only."""
+    """Return whether the report has room for a part of the prompts only."""
     return room(record) < len(record.prompts)
 
 
 def room(record: ActivationDiffRecord) -> int:
-    """How many prompts a report of this result can hold."""
+    """Return how many prompts a report of this result can hold."""
     n_prompts = len(record.prompts)
     size = sum(_size(prompt.text[:LEAST_CHARACTERS]) for prompt in record.prompts)
     fit = n_prompts if size <= MOST_TEXT_BYTES else n_prompts * MOST_TEXT_BYTES // size

@@ -85,7 +85,7 @@ def contrasts(record: ActivationDiffRecord) -> Table | None:
 
 
 def output(record: ActivationDiffRecord) -> Table | None:
-    """What became of the next token."""
+    """Return what became of the next token."""
     if record.output is None:
         return None
     return Table(

@@ -42,7 +42,7 @@ def write_html(record: WeightDiffRecord, stream: IO[bytes]) -> None:
 
 
 def _context(record: WeightDiffRecord, grid: Grid, kept: Kept) -> dict[str, Any]:
-    """What the template says of the result, whatever part of it the page has."""
+    """Return what the template says of the result, whatever part of it the page has."""
     return {
         "command": "weight difference",
         "record": record,
@@ -69,7 +69,7 @@ def _context(record: WeightDiffRecord, grid: Grid, kept: Kept) -> dict[str, Any]
 
 
 def _left_out(record: WeightDiffRecord, kept: Kept) -> list[str]:
-    """What there is no room for; the most changed is there."""
+    """Return what there is no room for; the most changed is there."""
     places = (
         (len(kept.components), kept.n_components, "components in the map"),
         (len(kept.tensors), len(record.results), "tensors in the table"),

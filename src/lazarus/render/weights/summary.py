@@ -65,13 +65,13 @@ def _reasons(record: WeightDiffRecord) -> str:
 
 
 def differ(record: WeightDiffRecord) -> str:
-    """How many tensors differ: `3 of 272 tensors differ`."""
+    """Return how many tensors differ: `3 of 272 tensors differ`."""
     changed, whole = record.summary.n_changed_tensors, record.summary.n_tensors
     return f"{changed:,} of {counted(whole, 'tensor')} differ{'s' if changed == 1 else ''}"
 
 
 def place(row: TensorRecord | UnmatchedTensor) -> str:
-    """Where a tensor is: `layer 11 mlp_down`, or `embed`."""
+    """Return where a tensor is: `layer 11 mlp_down`, or `embed`."""
     component = cut(row.component)
     return component if row.layer is None else f"layer {row.layer} {component}"
 
@@ -87,7 +87,7 @@ def cut(name: str) -> str:
 
 
 def without_counterpart(count: int) -> str:
-    """How many tensors could not be compared, or not in full."""
+    """Return how many tensors could not be compared, or not in full."""
     return f"{counted(count, 'tensor')} {'has' if count == 1 else 'have'} no counterpart of the same shape"
 
 
@@ -97,7 +97,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def n_elements(row: TensorRecord) -> int:
-    """How many numbers a tensor has."""
+    """Return how many numbers a tensor has."""
     return math.prod(row.shape)
 
 
@@ -107,7 +107,7 @@ def spectra(record: WeightDiffRecord) -> list[Spectrum]:
 
 
 def update(record: WeightDiffRecord) -> str:
-    """Whether the changed matrices look like a low-rank adapter's; there is at least one spectrum."""
+    """Return whether the changed matrices look like a low-rank adapter's; there is at least one spectrum."""
     known = [s for s in spectra(record) if s.rounding_norm is not None]
     n_quantised = len(spectra(record)) - len(known)
     if not known:

@@ -68,7 +68,7 @@ def others(record: WeightDiffRecord) -> Bars | None:
 
 
 def unmatched(record: WeightDiffRecord) -> Table | None:
-    """What only one of the two has, or what has another shape; None without any."""
+    """Return what only one of the two has, or what has another shape; None without any."""
     found = record.unmatched
     if not found:
         return None

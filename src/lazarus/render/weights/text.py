@@ -16,7 +16,7 @@ TOP = "Top 5 divergent components:"
 
 
 def detected(families: tuple[str, str], n_layers: int) -> str:
-    """What the two models are, and how much there is to compare."""
+    """Return what the two models are, and how much there is to compare."""
     base, finetuned = map(escaped, families)
     told = base if base == finetuned else f"{base} (base), {finetuned} (fine-tuned)"
     return f"Detected model family: {told}\n\nComparing {n_layers} layer{'' if n_layers == 1 else 's'}..."
