@@ -10,7 +10,7 @@ from msgspec import Struct
 from benchmarks import places
 
 _ENGINE = (
-    "noise positions kept product work run resident side streamed pair replay prefix probe head recorder "
+    "noise positions kept work run resident side streamed pair replay prefix probe head recorder "
     "past local arguments coverage finite"
 )
 MODULES = (

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from benchmarks import places
-from lazarus.render.report import write_html
+from lazarus.render.activation.page import write_html
 
 sys.path.insert(0, str(places.ROOT / "tests"))
 

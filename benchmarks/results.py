@@ -106,29 +106,6 @@ class Help(Struct, frozen=True):
     imported: list[str]
 
 
-class Way(Struct, frozen=True):
-    """Seconds of each round with one product and one size of batches."""
-
-    path: str
-    batch_tokens: int
-    seconds: list[float]
-
-
-class ProductRuns(Struct, frozen=True):
-    """What each way took, and what the choice rests on."""
-
-    chosen: str
-    gflops: dict[str, float]
-    errors: dict[str, float]
-    ways: list[Way]
-    worst_divergence: float
-    """the largest difference between two ways' divergences, over prompts and layers"""
-
-    def ratios(self, way: Way) -> list[float]:
-        """A way's time over that of the first, torch's default with the fewest tokens, a round each."""
-        return [ours / theirs for ours, theirs in zip(way.seconds, self.ways[0].seconds, strict=True)]
-
-
 class PrefixRuns(Struct, frozen=True):
     """Seconds of each round, with the prefix run once and with every prompt; and what came of it."""
 

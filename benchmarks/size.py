@@ -27,7 +27,7 @@ from benchmarks import places
 from benchmarks.commands import ENVIRONMENT, compare_models, measure, python_module, run_module
 from benchmarks.figures import Figure, Page, run_parts
 from benchmarks.one_run import OneRun, Task
-from benchmarks.results import PrefixRuns, ProductRuns
+from benchmarks.results import PrefixRuns
 from lazarus.demo import BASE as DEMO_BASE
 from lazarus.demo import FINETUNED as DEMO_FINETUNED
 
@@ -184,26 +184,6 @@ def measure_prefix(n_runs: int) -> Iterator[Figure]:
         yield Figure("prefix", f"{what}, largest difference of a divergence", [found.worst_divergence], "")
 
 
-def measure_product(n_runs: int) -> Iterator[Figure]:
-    """The float32 product: torch's default, oneDNN's, and which of them is chosen."""
-    prompts = numbered_prompts(200, benchmark_texts())
-    said = run_module("benchmarks.product", places.BASE, places.finetuned(), prompts, str(n_runs))
-    found = msgspec.json.decode(said, type=ProductRuns)
-    first, *others = found.ways
-    for way in others:
-        what = (
-            f"float32: {way.path}, {way.batch_tokens:,} tokens / {first.path}, {first.batch_tokens:,} tokens"
-        )
-        yield Figure("product", f"{what}, seconds", found.ratios(way))
-    worst = "float32: largest difference of a divergence between these ways"
-    yield Figure("product", worst, [found.worst_divergence], "")
-    for path, gflops in found.gflops.items():
-        chosen = " (chosen)" if path == found.chosen else ""
-        yield Figure("product", f"float32: {path}{chosen}, products of one thread", [gflops], "GFLOP/s")
-        error = "largest error of a row against float64"
-        yield Figure("product", f"float32: {path}, {error}", [found.errors[path]], "", most=1e-6)
-
-
 def measure_ranks(n_runs: int) -> Iterator[Figure]:
     """Two ranks of one thread against one process of two."""
     prompts = numbered_prompts(600, benchmark_texts())
@@ -301,7 +281,6 @@ PARTS: dict[str, Callable[[int], Iterator[Figure]]] = {
     "once-1000": partial(measure_once, count=1000),
     "check": measure_check,
     "prefix": measure_prefix,
-    "product": measure_product,
     "ranks": measure_ranks,
     "kills": measure_kills,
     "many": measure_many,

@@ -11,7 +11,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from lazarus.metrics import Directions, KeptRows, PromptMeans, SiteMeasures
+
 M = TypeVar("M", bound=PreTrainedModel)
+A = TypeVar("A", PromptMeans, KeptRows, Directions, SiteMeasures)
 
 OF_THE_RUN = (
     "ran once for both",
@@ -107,6 +110,14 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 def notes_on_models(diff: Any) -> list[str]:
     """The notes of a result but those that follow from few or repeated prompts, or from toy states."""
     return [note for note in diff.notes if not any(part in note for part in OF_THE_RUN)]
+
+
+def joined(one: A, *others: A) -> A:
+    """Return an accumulator that has seen what all of these have seen, from their states."""
+    found = copy.deepcopy(one)
+    for other in others:
+        found.add(other.state())
+    return found
 
 
 def let_head_see_tokens(model: Any) -> None:

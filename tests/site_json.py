@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lazarus.results import LENS_METRICS, METRICS, RECORDS, WEIGHT_METRICS, json_schema
+from lazarus.commands import commands
+from lazarus.results import LENS_METRICS, METRICS, WEIGHT_METRICS, json_schema
 
 HEAD = """# JSON format
 
@@ -177,7 +178,7 @@ NULL_WHEN = {
     "ActivationDiffRecord.readout": "without `--readout`",
     "ActivationDiffRecord.groups": "no prompt has a group",
     "ActivationDiffRecord.tokens": "`position` is not `all`, the widths differ, or none was kept",
-    "Environment.matmul": "nothing was chosen: the run was short, or not in float32 on a CPU",
+    "Environment.matmul": "never, in a result of this version",
     "GroupContrast.p_value": "as `layer`, or a group has fewer than 2 measured prompts",
     "GroupContrast.layer": "both groups are within the noise at every layer",
     "kl_base_finetuned": _NOT_FINITE,
@@ -250,7 +251,7 @@ def json_page() -> str:
     """The page: each command's whole result, and then each record in the order in which it is met."""
     page = [HEAD]
     records, names = _records(), dict[str, None]()
-    for command in RECORDS:
+    for command in commands():
         names |= dict.fromkeys(_in_order(records, json_schema(command)["$ref"]))
     for name in names:
         page += [f"## {name}", "", _sentence(records[name]["description"]), ""]
@@ -262,7 +263,7 @@ def json_page() -> str:
 
 def _records() -> dict[str, Any]:
     """Every record of every command, by its name."""
-    return {name: told for command in RECORDS for name, told in json_schema(command)["$defs"].items()}
+    return {name: told for command in commands() for name, told in json_schema(command)["$defs"].items()}
 
 
 def described_fields() -> dict[str, dict[str, Any]]:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
+from factories import joined
 from lazarus.metrics import FEWEST_FOR_CKA, KeptRows, debiased_cka
 from reference import biased_cka, prompt_means, unbiased_cka
 
@@ -125,7 +126,7 @@ def test_any_order_and_split_by_prompts_and_any_merge_give_the_same(
         rows = [row for prompt in prompts for row in range(len(OWNERS)) if OWNERS[row] == prompt]
         index = torch.tensor(rows, dtype=torch.long)
         updated.update(torch.tensor(OWNERS)[index], pair[0][index], pair[1][index])
-        merged = merged.merge(kept(rows, *pair))
+        merged.add(kept(rows, *pair).state())
     whole = kept(range(len(OWNERS)), *pair).cka()
     assert updated.cka() == merged.cka() == whole
 
@@ -136,10 +137,10 @@ def test_merging_leaves_its_parts_alone_and_empty_is_neutral() -> None:
     assert OWNERS[half] != OWNERS[half - 1]
     left, right = kept(range(half), *pair), kept(range(half, len(OWNERS)), *pair)
     seen = left.seen.copy()
-    whole = left.merge(right)
-    assert whole.cka() == right.merge(left).cka() == pytest.approx(expected(*pair), rel=1e-6)
-    assert whole.merge(KeptRows(SLOTS)).cka() == KeptRows(SLOTS).merge(whole).cka() == whole.cka()
-    alone = left.merge(KeptRows(SLOTS))
+    whole = joined(left, right)
+    assert whole.cka() == joined(right, left).cka() == pytest.approx(expected(*pair), rel=1e-6)
+    assert joined(whole, KeptRows(SLOTS)).cka() == joined(KeptRows(SLOTS), whole).cka() == whole.cka()
+    alone = joined(KeptRows(SLOTS), left)
     alone.update(torch.tensor([N - 1]), pair[0][-1:], pair[1][-1:])
     assert (left.seen == seen).all()
     assert left.base is not None
@@ -155,7 +156,7 @@ def test_only_the_prompts_that_have_a_place_are_kept() -> None:
     assert store.base is not None
     assert store.base.shape == (50, 6)
     assert store.cka() == pytest.approx(expected(*pair, rows), rel=1e-6)
-    assert KeptRows({}).merge(kept(range(9), *pair, slots={})).base is None
+    assert joined(KeptRows({}), kept(range(9), *pair, slots={})).base is None
 
 
 def test_below_fifty_prompts_there_is_none() -> None:

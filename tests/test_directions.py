@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import reference
+from factories import joined
 from lazarus.metrics import Directions, Rows, divergence, normalized_divergence
 
 OWNERS = [0, 0, 0, 1, 2, 2, 2, 2, 3, 3]
@@ -88,7 +89,7 @@ def test_two_parts_merge_into_one_pass_and_stay_as_they_were(cut: int, seed: int
     left, right = (seen(OWNERS[part], base[part], finetuned[part]) for part in (slice(cut), slice(cut, None)))
     before = [quantities(part) for part in (left, right)]
     whole = quantities(seen(OWNERS, base, finetuned))
-    for merged in (left.merge(right), right.merge(left), left.merge(Directions()).merge(right)):
+    for merged in (joined(left, right), joined(right, left), joined(left, Directions(), right)):
         assert_same(quantities(merged), whole)
         merged.update(torch.tensor([9]), Rows.of(base[:1], finetuned[:1]))
     for part, old in zip((left, right), before, strict=True):

@@ -15,6 +15,7 @@ import typer.main
 
 import lazarus
 from lazarus.cli import app
+from lazarus.commands import commands
 from lazarus.options import (
     CompareArguments,
     CompareOptions,
@@ -23,7 +24,7 @@ from lazarus.options import (
     WeightArguments,
     WeightOptions,
 )
-from lazarus.results import LENS_METRICS, METRICS, WEIGHT_METRICS, Output, Readout
+from lazarus.results import METRICS, WEIGHT_METRICS, Output, Readout
 from lazarus.statistics import FACTOR
 
 ROOT = Path(__file__).parents[1]
@@ -46,11 +47,12 @@ def reference() -> str:
         lines += ["", f"## `{path}`", "", (command.help or "").strip().split("\n")[0], ""]
         lines += ["| Option | Meaning | Default |", "|---|---|---|"]
         lines += [_row(parameter) for parameter in command.params]
-    lines += ["", "## Metrics", "", "| Name | Formula | Range | What it is |", "|---|---|---|---|"]
-    lines += [f"| `{m.name}` | {m.formula} | {m.range} | {m.source} |" for m in METRICS.values()]
-    for title, metrics in (("weight-diff", WEIGHT_METRICS), ("compare", LENS_METRICS)):
-        lines += ["", f"### Of {title}", "", "| Name | Formula | Range | What it is |", "|---|---|---|---|"]
-        lines += [f"| `{m.name}` | {m.formula} | {m.range} | {m.source} |" for m in metrics.values()]
+    lines += ["", "## Metrics"]
+    for number, found in enumerate(commands().values()):
+        lines += ["", f"### Of {found.name}"] if number else []
+        lines += ["", "| Name | Formula | Range | What it is |", "|---|---|---|---|"]
+        metrics = found.load("metrics").values()
+        lines += [f"| `{m.name}` | {m.formula} | {m.range} | {m.source} |" for m in metrics]
     return "\n".join(lines) + "\n"
 
 

@@ -25,8 +25,15 @@ from PIL import Image
 import lazarus
 from drawn import drawn, of_widths, with_groups, with_layers, with_local
 from lazarus.errors import MissingPackageError
-from lazarus.render.curve import BLUE, DIVERGENCE, MOST_GROUPS, VERMILLION, drawable
-from lazarus.render.figure import MOST_PROMPTS_LABELLED, compose, draw_curve, draw_heatmap, write_figure
+from lazarus.render.activation.curve import DIVERGENCE, MOST_GROUPS
+from lazarus.render.activation.figure import (
+    MOST_PROMPTS_LABELLED,
+    compose,
+    draw_curve,
+    draw_heatmap,
+    write_figure,
+)
+from lazarus.render.base.figure import BLUE, VERMILLION, drawable
 from lazarus.results import ActivationDiffRecord, ResultRows, flag_above, write_json
 
 Format = Literal["png", "svg", "pdf"]
@@ -266,7 +273,8 @@ def test_models_of_other_depth_are_numbered_by_base() -> None:
 def test_a_figure_is_written_without_pyplot_or_torch() -> None:
     code = (
         f"import io, sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from drawn import drawn;"
-        "from lazarus.render.figure import write_figure; write_figure(drawn(), io.BytesIO(), 'pdf');"
+        "from lazarus.render.activation.figure import write_figure;"
+        "write_figure(drawn(), io.BytesIO(), 'pdf');"
         "sys.exit(sorted({'matplotlib.pyplot', 'torch', 'transformers'} & set(sys.modules)) or 0)"
     )
     strict = ("-W", "error", "-W", "ignore::DeprecationWarning")

@@ -23,11 +23,11 @@ from msgspec.structs import replace
 from PIL import Image
 
 from lazarus.faces import Comparison, load_result
+from lazarus.render.base import assets
 from lazarus.render.lens import figure, page, plots, table, text
 from lazarus.render.lens.summary import names, summary_lines, title
 from lazarus.render.lens.tokens import MOST_CHARACTERS, shortened
-from lazarus.render.report import assets
-from lazarus.render.save import FORMATS
+from lazarus.render.save import formats_of, writer_of
 from lazarus.results import CompareRecord, LensModel, json_schema
 from lazarus.results.lens_glossary import LENS_METRICS
 from made_lens import PROMPT, hostile_record, lens_record, unmeasured_record
@@ -205,7 +205,7 @@ def test_csv_parquet_and_pandas_hold_every_token_of_every_layer(name: str, tmp_p
 def test_tokens_that_cannot_be_stored_are_written_out() -> None:
     record = hostile_record()
     stored = {}
-    for name, write in (("csv", table.write_csv), ("parquet", table.write_parquet)):
+    for name, write in (("csv", writer_of("compare", ".csv")), ("parquet", writer_of("compare", ".parquet"))):
         stream = io.BytesIO()
         write(record, stream)
         stored[name] = stream.getvalue()
@@ -260,7 +260,7 @@ def test_json_is_valid_and_read_back(name: str, tmp_path: Path) -> None:
 
 def test_every_format_of_the_contract_is_written(tmp_path: Path) -> None:
     suffixes = [".json", ".csv", ".parquet", ".md", ".html", ".png", ".svg", ".pdf"]
-    assert list(FORMATS["compare"]) == suffixes
+    assert formats_of("compare") == suffixes
     for suffix in suffixes:
         Comparison(unmeasured_record()).save(tmp_path / f"x{suffix}")
     begins = {suffix: (tmp_path / f"x{suffix}").read_bytes()[:8] for suffix in suffixes}

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from factories import joined
 from lazarus.metrics import (
     LOCAL_METRICS,
     ROW_METRICS,
@@ -189,17 +190,18 @@ def test_two_halves_merge_into_one_pass_and_empty_is_neutral() -> None:
     whole.update(prompts, rows)
     left.update(prompts[:5], RowValues(rows.values[:5], rows.valid[:5]))
     right.update(prompts[5:], RowValues(rows.values[5:], rows.valid[5:]))
-    for merged in (left.merge(right), right.merge(left), whole.merge(PromptMeans(ROW_METRICS, 4))):
+    for merged in (joined(left, right), joined(right, left), joined(whole, PromptMeans(ROW_METRICS, 4))):
         for name in ("divergence", "relative_l2", "norm_ratio"):
             np.testing.assert_allclose(merged.means()[name], whole.means()[name], rtol=1e-13)
         assert merged.n_rows.tolist() == [3, 2, 4, 3]
 
 
 def test_merging_leaves_its_parts_alone() -> None:
-    left = accumulated(list(range(12)), [])
-    before = left.sums.copy()
-    left.merge(accumulated(list(range(12)), [], seed=9))
-    np.testing.assert_array_equal(left.sums, before)
+    left, right = accumulated(list(range(12)), []), accumulated(list(range(12)), [], seed=9)
+    before = right.sums.copy()
+    left.add(right.state())
+    left.add(right.state())
+    np.testing.assert_array_equal(right.sums, before)
 
 
 def test_the_prompt_is_the_unit() -> None:
@@ -303,7 +305,7 @@ def test_two_parts_of_a_site_merge_into_one_pass() -> None:
     states, local = pair(16), pair(17)[0]
     whole = site(slice(None), states, local)
     left, right = site(slice(5), states, local), site(slice(5, None), states, local)
-    for merged in (left.merge(right), right.merge(left), whole.merge(SiteMeasures(PLAN))):
+    for merged in (joined(left, right), joined(right, left), joined(whole, SiteMeasures(PLAN))):
         assert_same_site(merged, whole)
         assert merged.plan == PLAN
     assert_same_site(left, site(slice(5), states, local))

@@ -13,8 +13,8 @@ from peft.tuners.lora import Linear
 
 from factories import perturbed, save_model, tiny_llama, tiny_tokenizer
 from layouts import compare
+from lazarus.activation.rounding import find_rounding
 from lazarus.errors import GateNotMetError
-from lazarus.findings import find_rounding
 from lazarus.models import wrap_model
 
 TARGETS = ["q_proj", "down_proj"]

@@ -16,9 +16,10 @@ import lazarus
 from architectures import build
 from factories import perturbed, tiny_llama, word_tokenizer
 from lazarus.batches import Padding, TokenBatch
-from lazarus.engine import NoisePlan, Position, learn_pair, one_ulp_away, pick_sample, run_noise
+from lazarus.engine import NoisePlan, learn_pair, one_ulp_away, pick_sample, run_noise
 from lazarus.engine.noise import nudged
 from lazarus.models import wrap_model
+from lazarus.sites import Position
 from lazarus.tokens import TokenizedPrompt
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -229,10 +230,10 @@ def test_in_each_trial_every_token_is_nudged_before_the_first_block(position: Po
     passed: list[int] = []
     found = list(run_noise(pair, batches, plan, passed.append))
     assert passed == [sum(batch.lengths) for batch in batches]
-    after_first = [(trial, states) for trial, states in found if states.site == 0]
-    assert [trial for trial, _ in after_first] == [0, 1, 0, 1]
-    assert [states.prompts.tolist() for _, states in after_first] == [[0, 1, 2]] * 2 + [[3]] * 2
-    for _, states in after_first:
+    after_first = [states for states in found if states.site == 0]
+    assert [states.trial for states in after_first] == [0, 1, 0, 1]
+    assert [states.prompts.tolist() for states in after_first] == [[0, 1, 2]] * 2 + [[3]] * 2
+    for states in after_first:
         assert (states.base != states.finetuned).any(dim=1).all()
         torch.testing.assert_close(states.base, states.finetuned, rtol=1e-5, atol=1e-5)
 

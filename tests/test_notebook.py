@@ -20,7 +20,7 @@ from nbclient import NotebookClient
 
 import lazarus
 from drawn import drawn, of_widths, with_groups, with_layers, with_local
-from lazarus.render.table import SHOWN
+from lazarus.render.activation.table import SHOWN
 from lazarus.results import METRICS, ActivationDiffRecord
 
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "notebook.ipynb"

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from factories import joined
 from lazarus.metrics import OUTPUT_METRICS, PromptMeans, RowValues, compare_logits
 from reference import output_metrics
 
@@ -165,6 +166,6 @@ def test_each_row_is_by_itself_and_halves_merge() -> None:
     whole.update(prompts, compare_logits(base, finetuned))
     left.update(prompts[::2], compare_logits(base[::2], finetuned[::2]))
     right.update(prompts[1::2], compare_logits(base[1::2], finetuned[1::2]))
-    merged = left.merge(right).means()
+    merged = joined(left, right).means()
     for name, values in whole.means().items():
         np.testing.assert_allclose(merged[name], values, rtol=1e-13, err_msg=name)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from lazarus.batches import TokenBatch
 from lazarus.engine import check_positions
-from lazarus.engine.positions import RowPicker, compared_tokens
+from lazarus.engine.positions import RowPicker
 from lazarus.errors import PositionError, UnsupportedModelError
+from lazarus.sites import compared_tokens
 from lazarus.tokens import TokenizedPrompt
 
 

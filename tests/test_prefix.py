@@ -33,7 +33,6 @@ from lazarus.batches import BatchPair, make_batches
 from lazarus.cli import app
 from lazarus.engine import (
     ModelPair,
-    Position,
     PrefixPlan,
     SharedPrefix,
     common_prefix,
@@ -43,6 +42,7 @@ from lazarus.engine import (
 )
 from lazarus.metrics import relative_l2
 from lazarus.models import dissect, wrap_model
+from lazarus.sites import Position
 from lazarus.tokens import TokenizedPrompt
 
 PREFIX = [5, 17, 80, 3, 41, 9, 33, 12, 77, 31, 64, 27, 50, 23, 8, 91, 36, 70]

@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import lazarus
 from layouts import save_adapter
-from lazarus.findings import find_rounding
+from lazarus.activation.rounding import find_rounding
 from lazarus.models import dissect, wrap_model
 from reference import block_outputs, cosine, recorded_states
 

@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 import lazarus
-import lazarus.measure
 from factories import perturbed, tiny_llama, word_tokenizer
-from lazarus.measure import Plan, Repeats
+from lazarus.activation import repeats
+from lazarus.activation.runplan import RunPlan
 from lazarus.prompts import make_prompts
 from lazarus.tokens import TokenOptions, tokenize_pair
 from reference import unbiased_cka
@@ -130,15 +130,15 @@ def test_texts_that_only_one_of_two_tokenizers_reads_alike_are_no_repeats() -> N
         {f"t{i}": i for i in range(100) if i != 5}, unk_token="t0"
     )
     apart = _plan_of(word_tokenizer(), reads_t5_as_t0, ["t1 t5", "t1 t0", "t1 t5"])
-    assert Repeats.among(apart).distinct == [0, 1]
+    assert apart.repeats.distinct == [0, 1]
     same = _plan_of(reads_t5_as_t0, reads_t5_as_t0, ["t1 t5", "t1 t0", "t1 t5"])
-    assert Repeats.among(same).distinct == [0]
+    assert same.repeats.distinct == [0]
 
 
-def _plan_of(base: Any, finetuned: Any, texts: list[str]) -> Plan:
+def _plan_of(base: Any, finetuned: Any, texts: list[str]) -> RunPlan:
     prompts = make_prompts(texts, no_split=True).prompts
     ours, theirs, _ = tokenize_pair(prompts, base, finetuned, TokenOptions(align="text"))
-    return Plan(ours, theirs, (0, 0), 512, "last", False, False, 0)
+    return RunPlan(ours, theirs, (0, 0), 512, "last", False, False, 0)
 
 
 @pytest.mark.parametrize("most_rows", [1, 7])
@@ -146,7 +146,7 @@ def test_portions_of_any_size_give_the_same(
     models: Any, most_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = compare(models, TEXTS, position="all")
-    monkeypatch.setattr(lazarus.measure, "MOST_ROWS", most_rows)
+    monkeypatch.setattr(repeats, "MOST_ROWS", most_rows)
     portions = compare(models, TEXTS, position="all")
     np.testing.assert_array_equal(portions.results.column("divergence"), whole.results.column("divergence"))
     for ours, theirs in zip(portions.layers, whole.layers, strict=True):

@@ -22,7 +22,7 @@ import lazarus
 from architectures import CAUSAL, ENCODER_DECODERS, ENCODERS, MULTIMODAL, REFUSED, UNBUILDABLE, build
 from factories import perturbed, tiny_llama, word_tokenizer
 from lazarus.batches import BatchPair, make_batches
-from lazarus.engine import ModelPair, StatePair, learn_pair, run_pairs
+from lazarus.engine import ModelPair, learn_pair, run_pairs
 from lazarus.engine.arguments import Arguments
 from lazarus.engine.probe import passes_go_on
 from lazarus.engine.recorder import Recorder, Take
@@ -38,6 +38,7 @@ from lazarus.engine.replay import (
 from lazarus.errors import UnsupportedModelError
 from lazarus.models import Equality, dissect, wrap_model
 from lazarus.models.adapters import share_storage
+from lazarus.sites import StatePair
 from lazarus.tokens import TokenizedPrompt
 
 IDS = [[5, 17, 80, 3, 41], [9], [12, 77, 31], [64, 27, 50, 23, 8, 91, 36, 70, 19]]

@@ -16,12 +16,13 @@ import msgspec
 import numpy as np
 import pytest
 
-from lazarus.render import report
-from lazarus.render.report import assets, cells, sample, tables
-from lazarus.render.report.answers import answers
-from lazarus.render.report.payload import payload
-from lazarus.render.report.sample import choose, choose_tokens
-from lazarus.render.summary import summary_lines
+from lazarus.render.activation import page, sample, tables
+from lazarus.render.activation.answers import answers
+from lazarus.render.activation.payload import payload
+from lazarus.render.activation.sample import choose, choose_tokens
+from lazarus.render.activation.summary import summary_lines
+from lazarus.render.base import assets, cells
+from lazarus.render.base.script import in_script
 from lazarus.results import METRICS, ActivationDiffRecord, GroupCurve, Groups, Measures
 from made_records import HOSTILE, cka_record, divergences, record_of, settings, token_trace, whole_record
 
@@ -62,7 +63,7 @@ class Markup(HTMLParser):
 
 def written(record: ActivationDiffRecord, rows_file: str | None = None) -> bytes:
     stream = io.BytesIO()
-    report.write_html(record, stream, rows_file)
+    page.write_html(record, stream, rows_file)
     return stream.getvalue()
 
 
@@ -160,18 +161,19 @@ def test_the_library_is_the_published_one() -> None:
 
 
 def test_every_script_of_the_folder_is_in_the_page() -> None:
-    names = {path.stem for path in (assets.HERE / "js").glob("*.js")}
-    assert names == set(assets.SCRIPTS)
+    own = Path(page.__file__).parent / "js"
+    names = {path.stem for folder in (own, assets.HERE / "js") for path in folder.glob("*.js")}
+    assert names == set(page.SCRIPTS)
 
 
 @pytest.mark.parametrize("n_layers", [80, 33, 1])
 def test_a_large_result_stays_small_and_says_what_it_lacks(n_layers: int) -> None:
     n_prompts = 1000 if n_layers == 80 else 20_000
     record = record_of(divergences(n_prompts, n_layers), long_texts(n_prompts, 300))
-    page = written(record, "result.rows.parquet")
-    assert len(page) < MOST_BYTES
-    assert report.is_sampled(record) == (n_layers != 80)
-    markup = Markup(page.decode("utf-8"))
+    content = written(record, "result.rows.parquet")
+    assert len(content) < MOST_BYTES
+    assert page.is_sampled(record) == (n_layers != 80)
+    markup = Markup(content.decode("utf-8"))
     kept = script_data(markup)["prompts"]["index"]
     if n_layers == 80:
         assert kept == list(range(n_prompts))
@@ -243,9 +245,7 @@ def test_texts_are_cut_no_more_than_they_must_be() -> None:
     texts = long_texts(1000, 1000)
     many = sample.choose(record_of(divergences(1000, 2), texts))
     assert many.is_whole
-    size = sum(
-        len(sample.in_script(t[: many.characters + 1]).encode()) + sample.BYTES_A_PROMPT for t in texts
-    )
+    size = sum(len(in_script(t[: many.characters + 1]).encode()) + sample.BYTES_A_PROMPT for t in texts)
     assert size > sample.MOST_TEXT_BYTES
 
 

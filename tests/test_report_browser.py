@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from browser import LAPTOP, PHONE, Opened, chromium, opened
-from lazarus.render import report
-from lazarus.render.report import assets
+from lazarus.render.activation import page as report
+from lazarus.render.base import assets
 from lazarus.results import ActivationDiffRecord
 from made_records import HOSTILE, cka_record, divergences, record_of, whole_record
 

@@ -14,7 +14,8 @@ import pytest
 
 import lazarus
 from lazarus.errors import ResultFileError, SaveError
-from lazarus.render import save, text
+from lazarus.render import save
+from lazarus.render.base.escape import escaped
 from lazarus.results import ResultRow, ResultRows, json_schema
 
 MEASURES = {"noise_floor", "normalized_divergence", "relative_l2", "norm_ratio", "interval", "local"}
@@ -117,8 +118,8 @@ def test_a_device_is_written_to_and_not_replaced(diff: lazarus.ActivationDiff) -
 
 def test_control_characters_stay_on_their_line(diff: lazarus.ActivationDiff) -> None:
     assert "Prompt: Hello\\n\\x1b[0m..." in str(diff).splitlines()
-    assert text.escaped("a\u2028b\u202ec\ud800") == "a\\u2028b\\u202ec\\ud800"
-    assert text.escaped("naïve 日本 👩‍💻") == "naïve 日本 👩‍💻"
+    assert escaped("a\u2028b\u202ec\ud800") == "a\\u2028b\\u202ec\\ud800"
+    assert escaped("naïve 日本 👩‍💻") == "naïve 日本 👩‍💻"
 
 
 def test_to_pandas_has_a_row_a_prompt_and_layer(diff: lazarus.ActivationDiff) -> None:

@@ -284,9 +284,7 @@ def test_an_empty_name_is_no_folder() -> None:
         lazarus.activation_diff("no/such-model", "no/such-model", FEW, work_dir="")
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"fingerprint": {}, "most_shards": "x", "choices": {}}']
-)
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"fingerprint": {}, "most_shards": "x"}'])
 def test_a_damaged_manifest_is_refused_before_anything_is_loaded(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(UsageError, match=r"manifest\.json cannot be read: .*Give another --work-dir"):
@@ -294,19 +292,6 @@ def test_a_damaged_manifest_is_refused_before_anything_is_loaded(tmp_path: Path,
 
 
 # The folder
-
-
-def test_the_first_process_chooses_and_the_others_are_told(tmp_path: Path) -> None:
-    def never() -> dict[str, Any]:
-        raise AssertionError("the choice was made before")
-
-    first, second = (WorkFolder.open(str(tmp_path), Rank(i, 2)) for i in range(2))
-    assert first.begin({"a": 1}, lambda: {"path": "fast", "batch_tokens": 512}) == {
-        "path": "fast",
-        "batch_tokens": 512,
-    }
-    assert second.begin({"a": 1}, never) == {"path": "fast", "batch_tokens": 512}
-    assert first.most_shards == second.most_shards == 64
 
 
 def test_many_processes_have_more_shards_and_the_first_says_how_many(tmp_path: Path) -> None:
@@ -564,7 +549,7 @@ PARTS = (_seen(1, [0, 0, 3, 4]), _seen(2, [5, 7, 7]), _seen(3, [8]))
 def test_what_is_written_and_read_back_is_what_was_seen(
     make: Callable[..., Any], n_parts: int, tmp_path: Path
 ) -> None:
-    """Bit for bit against `merge`, which never leaves the memory."""
+    """Bit for bit against the states that never leave the memory."""
     folder = WorkFolder.open(str(tmp_path), Rank())
     found, expected = make(), make()
     for number, seen in enumerate(PARTS[:n_parts]):
@@ -572,7 +557,7 @@ def test_what_is_written_and_read_back_is_what_was_seen(
         read = folder.read(number)
         assert read is not None
         found.add(read)
-        expected = expected.merge(make(seen))
+        expected.add(make(seen).state())
     assert found.state().keys() == expected.state().keys()
     for name, array in expected.state().items():
         assert found.state()[name].dtype == array.dtype

@@ -28,7 +28,8 @@ from factories import save_model, tiny_llama, tiny_tokenizer
 from layouts import publish, save_adapter, save_gguf
 from lazarus import activation_diff
 from lazarus.cli import app
-from lazarus.results import RECORDS, json_schema
+from lazarus.commands import commands
+from lazarus.results import json_schema
 from site_examples import ROOT, Block, Step, Terminal, blocks_of, matches, steps_of
 from site_json import MEANINGS, NULL_WHEN, described_fields, is_nullable, json_page, meaning, null_when
 
@@ -215,7 +216,7 @@ def check_json(block: Block) -> None:
     if block.title and block.title.endswith(".jsonl"):
         assert all(isinstance(json.loads(line), dict) for line in block.text.splitlines())
         return
-    schemas, found = [json_schema(command) for command in RECORDS], json.loads(block.text)
+    schemas, found = [json_schema(command) for command in commands()], json.loads(block.text)
     kinds = ({**schema, "$ref": f"#/$defs/{name}"} for schema in schemas for name in schema["$defs"])
     assert any(jsonschema.Draft202012Validator(kind).is_valid(found) for kind in kinds), (
         "no record of a result"

@@ -22,21 +22,12 @@ from transformers import PreTrainedModel
 from architectures import CAUSAL, ENCODER_DECODERS, ENCODERS, MULTIMODAL, REFUSED, UNBUILDABLE, build
 from factories import perturbed, tiny_llama
 from lazarus.batches import BatchPair, TokenBatch, make_batches
-from lazarus.engine import (
-    ModelPair,
-    NoisePlan,
-    Position,
-    StatePair,
-    Tagged,
-    Work,
-    learn_pair,
-    run_noise,
-    run_pairs,
-)
+from lazarus.engine import ModelPair, NoisePlan, Work, learn_pair, run_noise, run_pairs
 from lazarus.engine.streamed import KEPT_SHARE, run_streamed
 from lazarus.errors import SaveError
 from lazarus.models import dissect, wrap_model
 from lazarus.models.adapters import share_storage
+from lazarus.sites import Position, StatePair
 from lazarus.tokens import TokenizedPrompt
 
 NOT_STREAMED = ("albert:masked", "dory", "hrm_text", "inkling2_loop_text", "inkling2_text")
@@ -99,15 +90,14 @@ def streamed(pair: ModelPair, work: Work) -> Pairs:
 
 def resident(pair: ModelPair, work: Work) -> Pairs:
     pairs = run_pairs(pair, work.batches, work.position, lambda _: None, localize=work.localize)
-    tagged: list[Tagged] = [(None, states) for states in pairs]
-    return by_site([*tagged, *run_noise(pair, work.sample, work.noise, lambda _: None)])
+    return by_site([*pairs, *run_noise(pair, work.sample, work.noise, lambda _: None)])
 
 
-def by_site(pairs: Iterable[Tagged]) -> Pairs:
+def by_site(pairs: Iterable[StatePair]) -> Pairs:
     """Each trial's pairs at each site of each batch, whatever the order in which they come."""
     found: Pairs = {}
-    for trial, states in pairs:
-        found.setdefault((trial, states.site, tuple(states.prompts.tolist())), []).append(states)
+    for states in pairs:
+        found.setdefault((states.trial, states.site, tuple(states.prompts.tolist())), []).append(states)
     return found
 
 
@@ -374,7 +364,7 @@ def test_so_they_are_when_it_is_ended_early(folder: Path, site: Any, keeping: Ca
     work = work_for(pair, "mean")
     keeping(0)
     running: Any = run_streamed(pair, work, lambda _: None)
-    next(states for _, states in running if states.site == site)
+    next(states for states in running if states.site == site)
     assert list(folder.iterdir()) != []
     running.close()
     assert list(folder.iterdir()) == []

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 import lazarus
 from factories import perturbed, save_model, tiny_llama, tiny_tokenizer, word_tokenizer
-from lazarus import measure
+from lazarus.activation import runplan
 from lazarus.errors import UsageError
 from lazarus.tokens import token_text
 from reference import block_outputs, cosine
@@ -69,12 +69,12 @@ def test_auto_takes_the_most_divergent_and_no_repeats(models: Any) -> None:
 def test_of_very_many_tokens_the_first_prompts_are_chosen_from(
     models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure, "MOST_TRACED_TOKENS", 9)
+    monkeypatch.setattr(runplan, "MOST_TRACED_TOKENS", 9)
     diff = compare(models)
     assert list(traces(diff)) == [0, 1, 2]
     assert any("the first 3 of 5 prompts" in note and "--token-prompts" in note for note in diff.notes)
     assert list(traces(compare(models, token_prompts="3"))) == [3]
-    monkeypatch.setattr(measure, "MOST_TRACED_TOKENS", 4)
+    monkeypatch.setattr(runplan, "MOST_TRACED_TOKENS", 4)
     none = compare(models)
     assert none.record.tokens is None
     assert any("no prompt's tokens are kept" in note for note in none.notes)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from browser import LAPTOP, PHONE, Opened, chromium, opened
-from lazarus.render.report import assets
+from lazarus.render.base import assets
 from lazarus.render.weights import page as weight_page
 from lazarus.render.weights import payload as weight_payload
 from lazarus.render.weights.answers import answers

@@ -17,26 +17,52 @@ from typing import TYPE_CHECKING, Any
 from lazarus.version import __version__
 
 if TYPE_CHECKING:
-    from lazarus.activation import activation_diff
+    from lazarus.activation import (
+        Accumulation,
+        ModelFacts,
+        PairFacts,
+        Plan,
+        StatePair,
+        WeightFacts,
+        activation_diff,
+        conclude,
+        iter_state_pairs,
+    )
     from lazarus.errors import LazarusError
     from lazarus.faces import ActivationDiff, Comparison, WeightDiff, load_result
     from lazarus.lens import compare
     from lazarus.weights import weight_diff
 
 __all__ = [
+    "Accumulation",
     "ActivationDiff",
     "Comparison",
     "LazarusError",
+    "ModelFacts",
+    "PairFacts",
+    "Plan",
+    "StatePair",
     "WeightDiff",
+    "WeightFacts",
     "__version__",
     "activation_diff",
     "compare",
+    "conclude",
+    "iter_state_pairs",
     "load_result",
     "weight_diff",
 ]
 
 _HOMES = {
+    "Accumulation": "lazarus.activation",
+    "ModelFacts": "lazarus.activation",
+    "PairFacts": "lazarus.activation",
+    "Plan": "lazarus.activation",
+    "StatePair": "lazarus.activation",
+    "WeightFacts": "lazarus.activation",
     "activation_diff": "lazarus.activation",
+    "conclude": "lazarus.activation",
+    "iter_state_pairs": "lazarus.activation",
     "compare": "lazarus.lens",
     "weight_diff": "lazarus.weights",
     "ActivationDiff": "lazarus.faces",

@@ -21,7 +21,8 @@ from rich.progress import (
 )
 
 from lazarus.prompts import Prompt
-from lazarus.render import text
+from lazarus.render.activation import text
+from lazarus.render.base import words
 from lazarus.render.lens import text as lens_text
 from lazarus.render.weights import text as weight_text
 
@@ -83,7 +84,7 @@ class ConsoleObserver(_Console):
 
     def loading(self, role: Literal["base", "finetuned"], name: str) -> None:
         """Print which model is loaded; transformers draws the bar of its weights."""
-        self._print(text.loading(role, name))
+        self._print(words.loading(role, name))
 
     def testing(self, prompts: Sequence[Prompt]) -> None:
         """Print the prompts."""
@@ -103,7 +104,7 @@ class WeightObserver(_Console):
 
     def loading(self, role: Literal["base", "finetuned"], name: str) -> None:
         """Print which checkpoint is opened."""
-        self._print(text.loading(role, name))
+        self._print(words.loading(role, name))
 
     def detected(self, families: tuple[str, str], n_layers: int) -> None:
         """Print what the two are."""

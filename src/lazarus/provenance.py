@@ -1,18 +1,14 @@
-"""What a record says of its own making: the program, the models as they ran, the software and the machine."""
+"""What a record says of its own making: the program, the time, the software and the machine."""
 
 from __future__ import annotations
 
 import datetime
 import platform
-from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import transformers
 
-from lazarus.engine import Conventions
-from lazarus.models import LoadedModel
-from lazarus.results import Environment, ModelInfo, NotCompared, Tool
+from lazarus.results import Environment, Tool
 from lazarus.version import __version__
 
 
@@ -26,28 +22,9 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def model_info(
-    model: LoadedModel, conventions: Conventions, outside: Sequence[NotCompared] = ()
-) -> ModelInfo:
-    """Describe one of the two models as it was run, and what it holds `outside` of what was compared."""
-    return ModelInfo(
-        id=model.name,
-        revision=model.revision,
-        kind=model.kind,
-        architecture=type(model.model).__name__,
-        n_layers=conventions.n_layers,
-        hidden_size=model.anatomy.hidden_size,
-        stored_dtype=model.stored_dtype,
-        run_dtype=model.run_dtype,
-        attention=getattr(model.model.config, "_attn_implementation", None),
-        adapter=model.adapter,
-        not_compared=list(outside),
-    )
-
-
-def environment(device: torch.device, matmul: Literal["default", "onednn"] | None = None) -> Environment:
-    """The software and the hardware; `matmul` is how float32 matrices were multiplied, if chosen."""
-    on_gpu = device.type == "cuda"
+def environment(device: torch.device | None = None) -> Environment:
+    """Return the software of this process, and the hardware of a device: of the CPU, if none is given."""
+    on_gpu = device is not None and device.type == "cuda"
     return Environment(
         python=platform.python_version(),
         platform=platform.platform(),
@@ -55,5 +32,4 @@ def environment(device: torch.device, matmul: Literal["default", "onednn"] | Non
         transformers=transformers.__version__,
         device_name=torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
         n_threads=torch.get_num_threads(),
-        matmul=matmul,
     )

@@ -11,7 +11,11 @@ output.py      outputs that are checked first and saved last
 reporting.py   how a command ends
 """
 
-from lazarus.cli import activation, lens, saved, weights
+from lazarus.cli import saved
 from lazarus.cli.app import app, main
+from lazarus.commands import commands
 
-__all__ = ["activation", "app", "lens", "main", "saved", "weights"]
+for command in commands().values():
+    command.load("cli")
+
+__all__ = ["app", "main", "saved"]

@@ -106,7 +106,7 @@ def _compare(
 ) -> None:
     """Run, print, save, and then hold the gate; of several processes, the first does so for all."""
     from lazarus.activation import activation_diff as run
-    from lazarus.render import text
+    from lazarus.render.activation import text
 
     with observer:
         diff = run(base, finetuned, found, observer=observer, **options)

@@ -32,7 +32,7 @@ def print_and_save(body: str, result: Any, outputs: Sequence[str]) -> None:
         LazarusError: an output could not be written; the messages of all others are printed.
         OSError: standard output could not be written.
     """
-    from lazarus.render import text
+    from lazarus.render.base.words import saved
 
     unread, faults = _print(body), []
     for path in outputs:
@@ -41,7 +41,7 @@ def print_and_save(body: str, result: Any, outputs: Sequence[str]) -> None:
         except LazarusError as fault:
             faults.append(fault)
         else:
-            unread = unread or _print("\n".join(map(text.saved, files)))
+            unread = unread or _print("\n".join(map(saved, files)))
     for other in faults if unread else faults[:-1]:
         typer.echo(f"Error: {other}", err=True)
     if unread:

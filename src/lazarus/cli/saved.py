@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,14 +13,12 @@ from lazarus.cli import arguments as a
 from lazarus.cli.app import app
 from lazarus.cli.output import check_outputs, print_and_save
 from lazarus.cli.reporting import reported
+from lazarus.commands import commands
 
-
-class Command(StrEnum):
-    """The commands that write JSON, each with a schema."""
-
-    activation_diff = "activation-diff"
-    weight_diff = "weight-diff"
-    compare = "compare"
+if TYPE_CHECKING:
+    CommandName = str
+else:  # typer lists the choices of an enumeration; a type checker cannot read one that is made of a registry
+    CommandName = StrEnum("CommandName", [(name.replace("-", "_"), name) for name in commands()])
 
 
 @app.command()
@@ -43,15 +41,15 @@ def show(
     """
     with reported(debug):
         from lazarus.errors import UsageError
-        from lazarus.faces import Comparison, load_result
+        from lazarus.faces import load_result
 
-        found = load_result(Path(result).expanduser())
+        found: Any = load_result(Path(result).expanduser())
         check_outputs(output or [], found.record.command, [result])
-        if isinstance(found, Comparison):
+        if not found.has_gates:
             if (threshold, fail_above, expect, only_compared) != (None, None, None, False):
                 raise UsageError(
-                    f"{result}: a result of compare, which has no threshold and no gates. Leave --threshold, "
-                    "--fail-above, --expect and --only-compared out."
+                    f"{result}: a result of {found.record.command}, which has no threshold and no gates. "
+                    "Leave --threshold, --fail-above, --expect and --only-compared out."
                 )
             print_and_save(str(found), found, output or [])
             return
@@ -64,9 +62,9 @@ def show(
 
 @app.command()
 def schema(
-    command: Annotated[Command, typer.Argument(help="The command whose JSON it describes.")],
+    command: Annotated[CommandName, typer.Argument(help="The command whose JSON it describes.")],
 ) -> None:
     """Print the JSON Schema of what a command saves."""
     from lazarus.results import json_schema
 
-    typer.echo(json.dumps(json_schema(command.value), indent=2, ensure_ascii=False))
+    typer.echo(json.dumps(json_schema(str(command)), indent=2, ensure_ascii=False))

@@ -17,7 +17,6 @@ streamed.py    a block of each model in memory at a time, over all batches
 kept.py        what passes hold between two blocks, in memory or in files
 run.py         either of the two, on a piece of work (work.py)
 prefix.py      whether a prefix that all prompts have in common runs once
-product.py     how float32 matrices are multiplied on a CPU
 noise.py       base against base, with what ought not to matter changed
 """
 
@@ -26,14 +25,12 @@ from lazarus.engine.finite import Break, broken_weights, find_break, told_of_wei
 from lazarus.engine.head import NO_HEAD, Head
 from lazarus.engine.noise import NoisePlan, one_ulp_away, pick_sample, run_noise
 from lazarus.engine.pair import ModelPair, check_shapes, learn_pair
-from lazarus.engine.positions import Position, check_positions, compared_tokens
+from lazarus.engine.positions import check_positions
 from lazarus.engine.prefix import PrefixPlan, SharedPrefix, common_prefix, share_prefix
 from lazarus.engine.probe import Conventions, head_reads_blocks, learn
-from lazarus.engine.product import Product, choose_product, confirm_product
-from lazarus.engine.recorder import Site, StatePair
 from lazarus.engine.resident import run_pairs
 from lazarus.engine.run import run
-from lazarus.engine.work import Tagged, Work
+from lazarus.engine.work import Work
 
 __all__ = [
     "NO_HEAD",
@@ -43,21 +40,13 @@ __all__ = [
     "Head",
     "ModelPair",
     "NoisePlan",
-    "Position",
     "PrefixPlan",
-    "Product",
     "SharedPrefix",
-    "Site",
-    "StatePair",
-    "Tagged",
     "Work",
     "broken_weights",
     "check_positions",
     "check_shapes",
-    "choose_product",
     "common_prefix",
-    "compared_tokens",
-    "confirm_product",
     "find_break",
     "find_coverage",
     "head_reads_blocks",

@@ -19,9 +19,10 @@ from transformers.utils import ModelOutput
 
 from lazarus.blame import is_out_of_memory, is_own
 from lazarus.engine.head import MOST_LOGITS, Head
-from lazarus.engine.recorder import Recorder, Site, Take, calling, first_tensor
+from lazarus.engine.recorder import Recorder, Take, calling, first_tensor
 from lazarus.engine.replay import StoppedError
 from lazarus.errors import DeviceError, UnsupportedModelError
+from lazarus.facts import Site
 from lazarus.models import LoadedModel, holds_no_number, is_hollow
 from lazarus.tokens import listed
 

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from lazarus.batches import Padding, TokenBatch
 from lazarus.engine.pair import ModelPair
-from lazarus.engine.positions import Position
-from lazarus.engine.recorder import StatePair
 from lazarus.engine.side import Side, joined, logit_pairs
+from lazarus.sites import Position, StatePair
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -78,7 +77,7 @@ def run_noise(
     batches: Sequence[TokenBatch],
     plan: NoisePlan,
     advanced: Callable[[int], None],
-) -> Iterator[tuple[int, StatePair]]:
+) -> Iterator[StatePair]:
     """Base against base with what ought not to matter changed; yields each trial's number and pairs.
 
     Each trial runs the same prompts in other batches, with other padding where padding is right for the
@@ -101,9 +100,8 @@ def run_noise(
             for other in joined(moved).split(plan.copies(batch)):
                 trial = next(trials)
                 for site, b, f in zip(pair.sites, plain.sites, other.sites, strict=False):
-                    yield trial, StatePair(site, plain.prompts, b, f)
-                for states in logit_pairs(base.head, base.head, plain, other):
-                    yield trial, states
+                    yield StatePair(site, plain.prompts, b, f, trial=trial)
+                yield from logit_pairs(base.head, base.head, plain, other, trial)
         advanced(batch.n_tokens)
 
 

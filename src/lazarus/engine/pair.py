@@ -9,14 +9,14 @@ from typing import Literal
 
 from lazarus.batches import Padding
 from lazarus.engine.probe import Conventions, learn, passes_go_on
-from lazarus.engine.recorder import Site
 from lazarus.errors import ShapeMismatchError
+from lazarus.facts import PairShape
 from lazarus.models import LoadedModel, shared_blocks
 from lazarus.models import same_design as have_same_design
 
 
 @dataclass(frozen=True)
-class ModelPair:
+class ModelPair(PairShape):
     """Two models, and how the blocks of each behave."""
 
     base: LoadedModel
@@ -39,22 +39,14 @@ class ModelPair:
         return self.base_conventions.width, self.finetuned_conventions.width
 
     @property
-    def same_width(self) -> bool:
-        """Return whether a cosine between their states is defined."""
-        return self.widths[0] == self.widths[1]
+    def n_layers(self) -> tuple[int, int]:
+        """The number of blocks of each model."""
+        return self.base_conventions.n_layers, self.finetuned_conventions.n_layers
 
     @property
-    def same_shape(self) -> bool:
-        """Return whether they have as many blocks, of the same width."""
-        return self.same_width and self.base_conventions.n_layers == self.finetuned_conventions.n_layers
-
-    @property
-    def matched(self) -> list[int]:
-        """For each block of base, the fine-tuned model's block at the same relative depth."""
-        ours, theirs = self.base_conventions.n_layers, self.finetuned_conventions.n_layers
-        if ours == 1:  # first and last at once; what it ends with is what is compared
-            return [theirs - 1]
-        return [round(i * (theirs - 1) / (ours - 1)) for i in range(ours)]
+    def have_final_norm(self) -> bool:
+        """Return whether both models have a norm after their last block."""
+        return self.base_conventions.has_final_norm and self.finetuned_conventions.has_final_norm
 
     @property
     def shares_vocabulary(self) -> bool:
@@ -115,7 +107,7 @@ class ModelPair:
     def _shape_notes(self) -> list[str]:
         """Return what two models of different shape cannot be asked."""
         notes = []
-        ours, theirs = self.base_conventions.n_layers, self.finetuned_conventions.n_layers
+        ours, theirs = self.n_layers
         if ours != theirs:
             notes.append(
                 f"{self.base.name} has {ours} layers, {self.finetuned.name} has {theirs}: they are matched "
@@ -127,13 +119,6 @@ class ModelPair:
                 "given instead"
             )
         return notes
-
-    @property
-    def sites(self) -> list[Site]:
-        """Every site in the order in which the states reach it."""
-        layers: list[Site] = list(range(self.base_conventions.n_layers))
-        normed = self.base_conventions.has_final_norm and self.finetuned_conventions.has_final_norm
-        return ["embedding", *layers, "final_norm"] if normed else ["embedding", *layers]
 
 
 def learn_pair(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -13,8 +12,7 @@ from torch import Tensor
 from lazarus.batches import TokenBatch
 from lazarus.errors import PositionError, UnsupportedModelError
 from lazarus.metrics import to_float64
-
-Position = Literal["auto", "last", "mean", "all"] | int
+from lazarus.sites import Position, compared_tokens
 
 
 def check_positions(position: Position, lengths: Sequence[int]) -> list[str]:
@@ -36,16 +34,6 @@ def check_positions(position: Position, lengths: Sequence[int]) -> list[str]:
             "is left out of the others: it is an attention sink and hardly depends on the text"
         ]
     return []
-
-
-def compared_tokens(position: Position, length: int) -> range:
-    """The indices that are compared in a prompt of this many tokens."""
-    if isinstance(position, int):
-        index = position % length
-        return range(index, index + 1)
-    if position == "last":
-        return range(length - 1, length)
-    return range(min(1, length - 1), length)
 
 
 @dataclass(frozen=True)

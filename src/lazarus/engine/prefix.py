@@ -20,10 +20,10 @@ from torch import Tensor
 
 from lazarus.batches import BatchPair, make_batches
 from lazarus.engine.pair import ModelPair
-from lazarus.engine.positions import Position
 from lazarus.engine.resident import run_pairs
 from lazarus.errors import DeviceError, UnsupportedModelError
 from lazarus.metrics import relative_l2
+from lazarus.sites import Position
 from lazarus.tokens import TokenizedPrompt
 
 FEWEST_TOKENS = 16

@@ -7,33 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lazarus.blame import Translated
 from lazarus.engine.past import Past
 from lazarus.errors import DeviceError, LazarusError, UnsupportedModelError
 from lazarus.models import LoadedModel
-
-Site = int | Literal["embedding", "final_norm", "logits"]
-
-
-@dataclass(frozen=True)
-class StatePair:
-    """The two models' states at one site: row i of both is the same token of prompt `prompts[i]`.
-
-    All of a prompt's rows come in one pair, but for those of the site `logits`, which may come in parts.
-    """
-
-    site: Site
-    prompts: Int[Tensor, " rows"]
-    base: Float[Tensor, "rows base_width"]
-    finetuned: Float[Tensor, "rows finetuned_width"]
-    local: Float[Tensor, "rows base_width"] | None = None
-    """what the fine-tuned model's block makes of base's states, where that was asked for"""
 
 
 @dataclass(frozen=True)

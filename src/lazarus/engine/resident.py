@@ -10,10 +10,10 @@ from torch import Tensor
 from lazarus.batches import BatchPair
 from lazarus.engine.local import beside
 from lazarus.engine.pair import ModelPair
-from lazarus.engine.positions import Position, RowPicker
-from lazarus.engine.recorder import StatePair
+from lazarus.engine.positions import RowPicker
 from lazarus.engine.replay import Passed, recording
 from lazarus.engine.side import Begun, Side, logit_pairs
+from lazarus.sites import Position, StatePair
 
 
 def run_pairs(

@@ -8,10 +8,11 @@ from lazarus.engine.noise import run_noise
 from lazarus.engine.pair import ModelPair
 from lazarus.engine.resident import run_pairs
 from lazarus.engine.streamed import run_streamed
-from lazarus.engine.work import Tagged, Work
+from lazarus.engine.work import Work
+from lazarus.sites import StatePair
 
 
-def run(pair: ModelPair, work: Work, advanced: Callable[[int], None]) -> Iterator[Tagged]:
+def run(pair: ModelPair, work: Work, advanced: Callable[[int], None]) -> Iterator[StatePair]:
     """Yield every pair of states, in whichever order suits the engine.
 
     `advanced` is told of tokens as they pass.
@@ -23,6 +24,5 @@ def run(pair: ModelPair, work: Work, advanced: Callable[[int], None]) -> Iterato
     if pair.streams:
         yield from run_streamed(pair, work, advanced)
         return
-    for states in run_pairs(pair, work.batches, work.position, advanced, localize=work.localize):
-        yield None, states
+    yield from run_pairs(pair, work.batches, work.position, advanced, localize=work.localize)
     yield from run_noise(pair, work.sample, work.noise, advanced)

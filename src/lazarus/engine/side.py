@@ -12,12 +12,13 @@ from torch import Tensor
 from lazarus.batches import TokenBatch
 from lazarus.engine.head import MOST_LOGITS, Head
 from lazarus.engine.past import Past, holds_keys_and_values
-from lazarus.engine.positions import Position, RowPicker
+from lazarus.engine.positions import RowPicker
 from lazarus.engine.probe import Conventions
-from lazarus.engine.recorder import Recorder, StatePair, Take
+from lazarus.engine.recorder import Recorder, Take
 from lazarus.engine.replay import Passed, UnlikeError, replaying
 from lazarus.errors import UnsupportedModelError
 from lazarus.models import LoadedModel, same_bits
+from lazarus.sites import Position, StatePair
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def joined(parts: Sequence[States]) -> States:
 
 
 def logit_pairs(
-    base: Head | None, finetuned: Head | None, ours: States, theirs: States
+    base: Head | None, finetuned: Head | None, ours: States, theirs: States, trial: int | None = None
 ) -> Iterator[StatePair]:
     """Both models' logits at the rows that the heads read, a few rows at a time, each over its own tokens."""
     if base is None or finetuned is None:
@@ -171,4 +172,4 @@ def logit_pairs(
     for start in range(0, len(ours.head_rows), n_rows):
         part = slice(start, start + n_rows)
         b, f = base.logits(ours.head_rows[part]), finetuned.logits(theirs.head_rows[part])
-        yield StatePair("logits", ours.head_prompts[part], b, f)
+        yield StatePair("logits", ours.head_prompts[part], b, f, trial=trial)

@@ -18,8 +18,8 @@ from lazarus.engine.kept import KeptStates, check_room
 from lazarus.engine.local import beside
 from lazarus.engine.noise import NoisePlan, nudged
 from lazarus.engine.pair import ModelPair
-from lazarus.engine.positions import Position, RowPicker
-from lazarus.engine.recorder import StatePair, Take
+from lazarus.engine.positions import RowPicker
+from lazarus.engine.recorder import Take
 from lazarus.engine.replay import (
     Call,
     Passed,
@@ -29,8 +29,9 @@ from lazarus.engine.replay import (
     stopping_before,
 )
 from lazarus.engine.side import Side, States, joined, logit_pairs
-from lazarus.engine.work import Tagged, Work
+from lazarus.engine.work import Work
 from lazarus.models import Equality, LoadedModel, free_bytes, give_back
+from lazarus.sites import Position, StatePair
 
 _NOTHING: AbstractContextManager[Any] = nullcontext()
 
@@ -143,9 +144,9 @@ class _NoisePass:
         """All of them."""
         return [self.plain, *(part for parts in self.moved for part in parts)]
 
-    def step(self, index: int, generator: torch.Generator) -> Iterator[Tagged]:
+    def step(self, index: int, generator: torch.Generator) -> Iterator[StatePair]:
         """Run block `index` in every trial."""
-        plain = self.plain.step(index)
+        plain, prompts = self.plain.step(index), self.plain.picker.prompts
         trials = count()
         for parts in self.moved:
             block = self.side.model.anatomy.blocks[0]
@@ -157,10 +158,10 @@ class _NoisePass:
                 trial = next(trials)
                 if embedding is not None:
                     assert plain.embedding is not None
-                    yield trial, StatePair("embedding", self.plain.picker.prompts, plain.embedding, embedding)
-                yield trial, StatePair(index, self.plain.picker.prompts, plain.rows, other)
+                    yield StatePair("embedding", prompts, plain.embedding, embedding, trial=trial)
+                yield StatePair(index, prompts, plain.rows, other, trial=trial)
 
-    def ends(self, has_final_norm: bool) -> Iterator[Tagged]:
+    def ends(self, has_final_norm: bool) -> Iterator[StatePair]:
         """The pairs after the final norm and at the logits."""
         plain = self.plain.end()
         trials = count()
@@ -168,9 +169,8 @@ class _NoisePass:
             for other in joined([part.end() for part in parts]).split(self.n_copies):
                 trial = next(trials)
                 if has_final_norm:
-                    yield trial, StatePair("final_norm", plain.prompts, plain.sites[0], other.sites[0])
-                for states in logit_pairs(self.side.head, self.side.head, plain, other):
-                    yield trial, states
+                    yield StatePair("final_norm", plain.prompts, plain.sites[0], other.sites[0], trial=trial)
+                yield from logit_pairs(self.side.head, self.side.head, plain, other, trial)
 
 
 class _Blocks:
@@ -224,7 +224,7 @@ class _Stream:
         passes = [*self.ours, *self.theirs, *(p for noise in self.noise for p in noise.passes)]
         return sum(p.state_bytes for p in passes)
 
-    def layer(self, layer: int, advanced: Callable[[int], None]) -> Iterator[Tagged]:
+    def layer(self, layer: int, advanced: Callable[[int], None]) -> Iterator[StatePair]:
         """Run one block of base over all batches, and the fine-tuned model up to its counterpart."""
         counterpart = self.pair.matched[layer]
         self._run_theirs(counterpart)
@@ -239,21 +239,20 @@ class _Stream:
                 advanced(_share(noise.plain.batch.n_tokens, layer, len(self.pair.matched)))
         self.n_done = counterpart + 1
 
-    def ends(self) -> Iterator[Tagged]:
+    def ends(self) -> Iterator[StatePair]:
         """Yield what comes after the blocks: the final norm, and the heads."""
         self._run_theirs(self.pair.finetuned_conventions.n_layers)
         with _heads_in_memory(self.pair):
             for ours, theirs in zip(self.ours, self.theirs, strict=True):
                 b, f = ours.end(), theirs.end()
                 if "final_norm" in self.pair.sites:
-                    yield None, StatePair("final_norm", b.prompts, b.sites[0], f.sites[0])
+                    yield StatePair("final_norm", b.prompts, b.sites[0], f.sites[0])
                 if self.pair.shares_vocabulary:
-                    for states in logit_pairs(*self.heads, b, f):
-                        yield None, states
+                    yield from logit_pairs(*self.heads, b, f)
             for noise in self.noise:
                 yield from noise.ends("final_norm" in self.pair.sites)
 
-    def _pair(self, layer: int, ours: _Pass, theirs: _Pass, is_new: bool) -> Iterator[Tagged]:
+    def _pair(self, layer: int, ours: _Pass, theirs: _Pass, is_new: bool) -> Iterator[StatePair]:
         local: list[Tensor] = []
         same, prompts, pick = self._is_same(layer), ours.picker.prompts, ours.side.picking(ours.picker)
         runs_beside = self.work.localize and not same
@@ -267,8 +266,8 @@ class _Stream:
             f = theirs.step_as(counterpart, b.call) if same else theirs.step(counterpart)
             rows = f.rows
             if b.embedding is not None and f.embedding is not None:
-                yield None, StatePair("embedding", prompts, b.embedding, f.embedding)
-        yield None, StatePair(layer, prompts, b.rows, rows, local[0] if local else None)
+                yield StatePair("embedding", prompts, b.embedding, f.embedding)
+        yield StatePair(layer, prompts, b.rows, rows, local[0] if local else None)
 
     def _is_same(self, layer: int) -> bool:
         """Return whether a block is the same in both models, and called on the same tokens."""
@@ -286,7 +285,7 @@ class _Stream:
         self.n_done = max(self.n_done, until)
 
 
-def run_streamed(pair: ModelPair, work: Work, advanced: Callable[[int], None]) -> Iterator[Tagged]:
+def run_streamed(pair: ModelPair, work: Work, advanced: Callable[[int], None]) -> Iterator[StatePair]:
     """Run every batch through both models, block by block; yields each site's pairs, and those of the noise.
 
     Each block's weights are read once, whatever the number of batches. `advanced` is told of tokens as they

@@ -7,11 +7,7 @@ from dataclasses import dataclass
 
 from lazarus.batches import BatchPair, TokenBatch
 from lazarus.engine.noise import NoisePlan
-from lazarus.engine.positions import Position
-from lazarus.engine.recorder import StatePair
-
-Tagged = tuple[int | None, StatePair]
-"""the number of a trial of the noise, None for base against fine-tuned; and the pair"""
+from lazarus.sites import Position
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lazarus.commands import commands
 from lazarus.faces.activation import ActivationDiff
 from lazarus.faces.face import Face, read_record
 from lazarus.faces.lens import Comparison
 from lazarus.faces.weights import WeightDiff
-from lazarus.results import ActivationDiffRecord, CompareRecord, WeightDiffRecord
 
 __all__ = ["ActivationDiff", "Comparison", "Face", "WeightDiff", "load_result"]
 
@@ -25,10 +25,6 @@ def load_result(path: str | Path) -> ActivationDiff | WeightDiff | Comparison:
     Raises:
         ResultFileError: it cannot be read, or is no result of this schema version.
     """
-    match read_record(path):
-        case ActivationDiffRecord() as record:
-            return ActivationDiff(record)
-        case WeightDiffRecord() as weights:
-            return WeightDiff(weights)
-        case CompareRecord() as lens:
-            return Comparison(lens)
+    record = read_record(path)
+    result: ActivationDiff | WeightDiff | Comparison = commands()[record.command].load("result")(record)
+    return result

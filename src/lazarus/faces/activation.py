@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from lazarus.errors import GateNotMetError
 from lazarus.faces.face import Face, data_frame
 from lazarus.options import check_bound, check_gates
-from lazarus.render import figure, notebook, text
+from lazarus.render.activation import figure, notebook, text
+from lazarus.render.activation.summary import verdict
 from lazarus.results import (
     BROKEN,
     ActivationDiffRecord,
@@ -33,6 +34,7 @@ class ActivationDiff(Face[ActivationDiffRecord]):
     """
 
     kind = ActivationDiffRecord
+    has_gates = True
 
     @property
     def layers(self) -> list[LayerRecord]:
@@ -65,7 +67,7 @@ class ActivationDiff(Face[ActivationDiffRecord]):
         Raises:
             MissingPackageError: pandas is not installed.
         """
-        from lazarus.render.table import columns
+        from lazarus.render.activation.table import columns
 
         return data_frame(columns(self.record))
 
@@ -129,15 +131,15 @@ class ActivationDiff(Face[ActivationDiffRecord]):
         check_gates(fail_above, expect)
         if fail_above is not None:
             self._check_limit(fail_above)
-        verdict = self.summary.verdict
-        if expect is not None and (verdict is None or (verdict == "changed") != (expect == "changed")):
-            raise GateNotMetError(f"--expect {expect}: {text.verdict(self.record)}")
+        found = self.summary.verdict
+        if expect is not None and (found is None or (found == "changed") != (expect == "changed")):
+            raise GateNotMetError(f"--expect {expect}: {verdict(self.record)}")
         if expect == "identical":
             self._check_whole("--expect identical")
             others = differing(self.record.base.not_compared, self.record.finetuned.not_compared)
             if others and not only_compared:
                 raise GateNotMetError(
-                    f"--expect identical: {text.verdict(self.record)}. --only-compared leaves that out."
+                    f"--expect identical: {verdict(self.record)}. --only-compared leaves that out."
                 )
 
     def _check_whole(self, gate: str) -> None:

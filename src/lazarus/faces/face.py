@@ -4,16 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 from lazarus.errors import MissingPackageError, ResultFileError
 from lazarus.render import save
-from lazarus.results import AnyRecord, read_json
+from lazarus.results import read_json
 
 if TYPE_CHECKING:
     import pandas
 
-R = TypeVar("R", bound=AnyRecord)
+
+class Record(Protocol):
+    """What every command's record has."""
+
+    @property
+    def command(self) -> str:
+        """Return the command that it is a result of."""
+
+    @property
+    def notes(self) -> list[str]:
+        """Return what was left out, what was assumed, what could not be measured."""
+
+
+R = TypeVar("R", bound=Record)
 
 
 class Face(Generic[R]):
@@ -21,6 +34,8 @@ class Face(Generic[R]):
 
     kind: ClassVar[type[Any]]
     """the record that it is a face of"""
+    has_gates: ClassVar[bool] = False
+    """whether it has a threshold, and gates that `show` holds it against"""
 
     def __init__(self, record: R) -> None:
         self.record = record
@@ -59,7 +74,7 @@ class Face(Generic[R]):
         return cls(record)
 
 
-def read_record(path: str | Path) -> AnyRecord:
+def read_record(path: str | Path) -> Any:
     """The record in a file that was saved as JSON.
 
     Raises:

@@ -26,6 +26,7 @@ class WeightDiff(Face[WeightDiffRecord]):
     """
 
     kind = WeightDiffRecord
+    has_gates = True
 
     @property
     def results(self) -> list[TensorRecord]:

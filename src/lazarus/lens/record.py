@@ -93,7 +93,7 @@ def _matched(lenses: Lenses) -> list[tuple[int, int]]:
 def _model(lens: Lens, facts: LensFacts, tracked: Sequence[Tracked], side: int) -> LensModel:
     vocabulary = lens.vocabulary
     return LensModel(
-        info=provenance.model_info(lens.model, lens.conventions),
+        info=lens.model.info(lens.conventions.n_layers),
         n_vocabulary=vocabulary.n_tokens,
         prompt_tokens=[vocabulary.text(i) for i in lens.prompt.ids],
         rendered=lens.prompt.rendered,

@@ -85,15 +85,6 @@ class KeptRows:
         store[places] = (sums / counts[:, None]).float()
         return store
 
-    def merge(self, other: KeptRows) -> KeptRows:
-        """A new one that holds what both hold; they kept different prompts."""
-        merged = KeptRows(self.slots)
-        merged.seen = self.seen | other.seen
-        for name in ("base", "finetuned"):
-            parts = [part for part in (getattr(self, name), getattr(other, name)) if part is not None]
-            setattr(merged, name, sum(parts) if parts else None)
-        return merged
-
     def state(self) -> State:
         """The rows that are kept, each model's, and their places."""
         if self.base is None or self.finetuned is None:

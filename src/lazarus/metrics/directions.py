@@ -20,7 +20,7 @@ class Directions:
     """Accumulates one site over all prompts.
 
     An update brings whole prompts: what is summed within a prompt is summed there. Updates may otherwise
-    come in any order, and two accumulators merge.
+    come in any order, and one accumulator may take in what another has seen (`state`, `add`).
     """
 
     def __init__(self) -> None:
@@ -53,13 +53,6 @@ class Directions:
         self.shift = self.shift + _numpy(shifts.sum(0))
         self.shift_squares += float(shifts.square().sum())
         self.n_prompts += len(counts)
-
-    def merge(self, other: Directions) -> Directions:
-        """A new accumulator that has seen what both have seen."""
-        merged = Directions()
-        for name, value in vars(self).items():
-            setattr(merged, name, value + getattr(other, name))
-        return merged
 
     def state(self) -> State:
         """The sums and the counts."""

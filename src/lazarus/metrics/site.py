@@ -42,7 +42,7 @@ class SitePlan:
 
 
 class SiteMeasures:
-    """The accumulators of one site. An update brings whole prompts, in any order; two of them merge."""
+    """The accumulators of one site. An update brings whole prompts, in any order."""
 
     def __init__(self, plan: SitePlan) -> None:
         self.plan = plan
@@ -82,16 +82,6 @@ class SiteMeasures:
         self.directions.update(prompts, rows)
         if local is not None:
             self.local.update(prompts, compare_local(Rows.of(base, local)))
-
-    def merge(self, other: SiteMeasures) -> SiteMeasures:
-        """New accumulators that have seen what both have seen."""
-        merged = SiteMeasures(self.plan)
-        for name in _PARTS:
-            setattr(merged, name, getattr(self, name).merge(getattr(other, name)))
-        merged.n_unlike = self.n_unlike + other.n_unlike
-        merged.n_unmeasured = self.n_unmeasured + other.n_unmeasured
-        merged.n_not_finite = self.n_not_finite + other.n_not_finite
-        return merged
 
     def state(self) -> State:
         """Return what all of them have seen."""

@@ -196,8 +196,8 @@ class PromptMeans:
     """Accumulates, for each prompt, the sum of each metric over its rows, and their number.
 
     The prompt is the unit: averages go over a prompt's tokens first, then over prompts. Updates may
-    come in any order and split, and two accumulators that saw different pairs merge into one that saw
-    both; `means` does not depend on it beyond the rounding of a prompt's own sum.
+    come in any order and split, and one accumulator may take in what another has seen (`state`, `add`);
+    `means` does not depend on it beyond the rounding of a prompt's own sum.
     """
 
     def __init__(self, metrics: Sequence[str], n_prompts: int) -> None:
@@ -213,14 +213,6 @@ class PromptMeans:
         np.add.at(self.sums, index[valid], rows.values.cpu().numpy()[valid])
         np.add.at(self.n_rows, index[valid], 1)
         np.add.at(self.n_excluded, index[~valid], 1)
-
-    def merge(self, other: PromptMeans) -> PromptMeans:
-        """A new accumulator that has seen what both have seen."""
-        merged = PromptMeans(self.metrics, len(self.n_rows))
-        merged.sums = self.sums + other.sums
-        merged.n_rows = self.n_rows + other.n_rows
-        merged.n_excluded = self.n_excluded + other.n_excluded
-        return merged
 
     def state(self) -> State:
         """Return what was seen, of the prompts that were seen."""

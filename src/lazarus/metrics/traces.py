@@ -33,12 +33,6 @@ class TokenTraces:
         for prompt in self.traced.intersection(owners.tolist()):
             self.of_prompt[prompt] = values[owners == prompt]
 
-    def merge(self, other: TokenTraces) -> TokenTraces:
-        """A new one that holds what both hold; they saw different prompts."""
-        merged = TokenTraces(self.traced)
-        merged.of_prompt = self.of_prompt | other.of_prompt
-        return merged
-
     def state(self) -> State:
         """The prompts that were seen, in order, how many tokens each has, and all their values in a row."""
         prompts = sorted(self.of_prompt)

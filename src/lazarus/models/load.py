@@ -28,6 +28,7 @@ from lazarus.models.sharing import load_over
 from lazarus.models.stored import read_headers
 from lazarus.models.whole import is_hooked, run_once_whole
 from lazarus.models.wrappers import may_be_wrapped, refuse_unmerged
+from lazarus.results import ModelInfo, NotCompared
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,22 @@ class LoadedModel:
     def device(self) -> torch.device:
         """Return where it runs."""
         return self.model.device if self.pager is None else self.pager.device
+
+    def info(self, n_layers: int, not_compared: Sequence[NotCompared] = ()) -> ModelInfo:
+        """Describe it as it was run, for a result: with its number of blocks, and what was not compared."""
+        return ModelInfo(
+            id=self.name,
+            revision=self.revision,
+            kind=self.kind,
+            architecture=type(self.model).__name__,
+            n_layers=n_layers,
+            hidden_size=self.anatomy.hidden_size,
+            stored_dtype=self.stored_dtype,
+            run_dtype=self.run_dtype,
+            attention=getattr(self.model.config, "_attn_implementation", None),
+            adapter=self.adapter,
+            not_compared=list(not_compared),
+        )
 
 
 @dataclass

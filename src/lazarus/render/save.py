@@ -11,15 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any
 
+from lazarus.commands import commands
 from lazarus.errors import MissingPackageError, OutputError, SaveError
-from lazarus.render import table
-from lazarus.render.lens import table as lens_table
-from lazarus.render.weights import table as weight_table
-from lazarus.results import ActivationDiffRecord, AnyRecord, CompareRecord, WeightDiffRecord, write_json
+from lazarus.render.base.rows import write_csv, write_parquet
+from lazarus.results import write_json
 
-Writer = Callable[[Any, IO[bytes]], None]
+Writer = Callable[..., None]
 
 LEAST_FREE_BYTES = 1 << 20
 TEMPORARY = ".lazarus-"
@@ -27,112 +26,70 @@ TEMPORARY = ".lazarus-"
 
 @dataclass(frozen=True)
 class Format:
-    """A file format: what writes it, and the package and extra that it needs."""
+    """A file format: the module of a command's renderers that writes it, and the package that it needs."""
 
-    write: Writer
+    renderer: str
     package: str | None = None
     extra: str | None = None
 
 
-def _picture(kind: Literal["png", "svg", "pdf"]) -> Format:
-    def write(record: ActivationDiffRecord, stream: IO[bytes]) -> None:
-        from lazarus.render.figure import write_figure
-
-        write_figure(record, stream, kind)
-
-    return Format(write, "matplotlib", "plot")
-
-
-def _write_report(record: ActivationDiffRecord, stream: IO[bytes], rows_file: str | None = None) -> None:
-    from lazarus.render.report import write_html
-
-    write_html(record, stream, rows_file)
-
-
-def _lens_picture(kind: Literal["png", "svg", "pdf"]) -> Format:
-    def write(record: CompareRecord, stream: IO[bytes]) -> None:
-        from lazarus.render.lens.figure import write_figure
-
-        write_figure(record, stream, kind)
-
-    return Format(write, "matplotlib", "plot")
-
-
-def _write_lens_page(record: CompareRecord, stream: IO[bytes]) -> None:
-    from lazarus.render.lens.page import write_html
-
-    write_html(record, stream)
-
-
-def _weight_picture(kind: Literal["png", "svg", "pdf"]) -> Format:
-    def write(record: WeightDiffRecord, stream: IO[bytes]) -> None:
-        from lazarus.render.weights.figure import write_figure
-
-        write_figure(record, stream, kind)
-
-    return Format(write, "matplotlib", "plot")
-
-
-def _write_weight_page(record: WeightDiffRecord, stream: IO[bytes]) -> None:
-    from lazarus.render.weights.page import write_html
-
-    write_html(record, stream)
-
-
-FORMATS: dict[str, dict[str, Format]] = {
-    "activation-diff": {
-        ".json": Format(write_json),
-        ".csv": Format(table.write_csv),
-        ".parquet": Format(table.write_parquet, "pyarrow", "parquet"),
-        ".md": Format(table.write_markdown),
-        ".html": Format(_write_report),
-        ".png": _picture("png"),
-        ".svg": _picture("svg"),
-        ".pdf": _picture("pdf"),
-    },
-    "weight-diff": {
-        ".json": Format(write_json),
-        ".csv": Format(weight_table.write_csv),
-        ".parquet": Format(weight_table.write_parquet, "pyarrow", "parquet"),
-        ".md": Format(weight_table.write_markdown),
-        ".html": Format(_write_weight_page),
-        ".png": _weight_picture("png"),
-        ".svg": _weight_picture("svg"),
-        ".pdf": _weight_picture("pdf"),
-    },
-    "compare": {
-        ".json": Format(write_json),
-        ".csv": Format(lens_table.write_csv),
-        ".parquet": Format(lens_table.write_parquet, "pyarrow", "parquet"),
-        ".md": Format(lens_table.write_markdown),
-        ".html": Format(_write_lens_page),
-        ".png": _lens_picture("png"),
-        ".svg": _lens_picture("svg"),
-        ".pdf": _lens_picture("pdf"),
-    },
+FORMATS: dict[str, Format] = {
+    ".json": Format(""),
+    ".csv": Format("table"),
+    ".parquet": Format("table", "pyarrow", "parquet"),
+    ".md": Format("table"),
+    ".html": Format("page"),
+    ".png": Format("figure", "matplotlib", "plot"),
+    ".svg": Format("figure", "matplotlib", "plot"),
+    ".pdf": Format("figure", "matplotlib", "plot"),
 }
-"""The formats of each command's results."""
-
-_KNOWN = {suffix for formats in FORMATS.values() for suffix in formats}
+"""The formats of results."""
 
 
-def format_of(path: str, command: str) -> Format:
-    """The format that the suffix names; any other suffix, or none, is JSON.
+def formats_of(command: str) -> list[str]:
+    """Return the suffixes of the formats in which a command's results are written."""
+    found = commands()[command]
+    return [suffix for suffix, kind in FORMATS.items() if not kind.renderer or found.renderer(kind.renderer)]
+
+
+def format_of(path: str, command: str) -> str:
+    """Return the suffix of the format that a path names; any other suffix, or none, is JSON.
 
     Raises:
         OutputError: it is the suffix of a format that this command's results are not written in.
         MissingPackageError: the package that the format needs is not installed.
     """
-    suffix, formats = Path(path).suffix.lower(), FORMATS[command]
-    if suffix in _KNOWN and suffix not in formats:
-        raise OutputError(f"-o {path}: {command} writes no {suffix}. Choose one of {', '.join(formats)}.")
-    chosen = formats.get(suffix, formats[".json"])
-    if chosen.package and importlib.util.find_spec(chosen.package) is None:
+    suffix, known = Path(path).suffix.lower(), formats_of(command)
+    if suffix in FORMATS and suffix not in known:
+        raise OutputError(f"-o {path}: {command} writes no {suffix}. Choose one of {', '.join(known)}.")
+    chosen = suffix if suffix in known else ".json"
+    package, extra = FORMATS[chosen].package, FORMATS[chosen].extra
+    if package and importlib.util.find_spec(package) is None:
         raise MissingPackageError(
-            f"-o {path}: {suffix} needs the package {chosen.package}. Install it with "
-            f"`pip install 'lazarus-introspect[{chosen.extra}]'`."
+            f"-o {path}: {suffix} needs the package {package}. Install it with "
+            f"`pip install 'lazarus-introspect[{extra}]'`."
         )
     return chosen
+
+
+def writer_of(command: str, suffix: str) -> Writer:
+    """Return what writes a command's record in the format of a suffix."""
+    if suffix == ".json":
+        return write_json
+    found = commands()[command]
+    renderer = found.renderer(FORMATS[suffix].renderer)
+    match suffix:
+        case ".csv":
+            return lambda record, stream: write_csv(renderer.columns(record), stream)
+        case ".parquet":
+            return lambda record, stream: write_parquet(renderer.columns(record), renderer.KINDS, stream)
+        case ".md":
+            write: Writer = renderer.write_markdown
+        case ".html":
+            write = renderer.write_html
+        case _:
+            write = partial(renderer.write_figure, format=suffix[1:])
+    return write
 
 
 def check_outputs(paths: Sequence[str], command: str, inputs: Sequence[str] = ()) -> None:
@@ -163,7 +120,7 @@ def _is_ours(path: str) -> bool:
     What has no suffix of another format is JSON.
     """
     file, suffix = Path(path), Path(path).suffix.lower()
-    if suffix in _KNOWN - {".json"} or not file.is_file():
+    if suffix in FORMATS.keys() - {".json"} or not file.is_file():
         return file.name != "README.md"
     with file.open("rb") as stream:
         return b'"schema_version"' in stream.read(200)
@@ -208,7 +165,7 @@ def _check_place(path: str) -> None:
         raise OutputError(f"-o {path}: {free} bytes are free on that disk. Make room first.")
 
 
-def save(record: AnyRecord, path: str) -> list[str]:
+def save(record: Any, path: str) -> list[str]:
     """Write a record, and return the files that it is in.
 
     A page that cannot hold all rows has them in a file of its own, written first: `NAME.rows.parquet`, or
@@ -217,29 +174,28 @@ def save(record: AnyRecord, path: str) -> list[str]:
     Raises:
         SaveError: the disk gave out; whatever was there before is as it was.
     """
-    write = format_of(path, record.command).write
+    write = writer_of(record.command, format_of(path, record.command))
     rows = _rows_beside(record, path)
     if rows is None:
         _save_one(record, path, write)
         return [path]
-    _save_one(record, rows, format_of(rows, record.command).write)
-    _save_one(record, path, partial(_write_report, rows_file=Path(rows).name))
+    _save_one(record, rows, writer_of(record.command, format_of(rows, record.command)))
+    _save_one(record, path, partial(write, rows_file=Path(rows).name))
     return [rows, path]
 
 
-def _rows_beside(record: AnyRecord, path: str) -> str | None:
+def _rows_beside(record: Any, path: str) -> str | None:
     """Return where the rows go that a page leaves out; None where the output is complete in itself."""
-    is_page = Path(path).suffix.lower() == ".html" and not _is_special(path)
-    if not is_page or not isinstance(record, ActivationDiffRecord):
+    if Path(path).suffix.lower() != ".html" or _is_special(path):
         return None
-    from lazarus.render.report import is_sampled
-
+    page = commands()[record.command].renderer("page")
+    if not hasattr(page, "is_sampled") or not page.is_sampled(record):
+        return None
     has_parquet = importlib.util.find_spec("pyarrow") is not None
-    suffix = ".rows.parquet" if has_parquet else ".rows.csv"
-    return str(Path(path).with_suffix(suffix)) if is_sampled(record) else None
+    return str(Path(path).with_suffix(".rows.parquet" if has_parquet else ".rows.csv"))
 
 
-def _save_one(record: AnyRecord, path: str, write: Writer) -> None:
+def _save_one(record: Any, path: str, write: Writer) -> None:
     """Write to a file beside the target, then rename it into its place."""
     try:
         if _is_special(path):
@@ -255,7 +211,7 @@ def _save_one(record: AnyRecord, path: str, write: Writer) -> None:
         ) from error
 
 
-def _write_and_rename(record: AnyRecord, target: Path, write: Writer) -> None:
+def _write_and_rename(record: Any, target: Path, write: Writer) -> None:
     target = Path(os.path.realpath(target))  # a link stays a link
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=TEMPORARY)
     temporary = Path(name)

@@ -10,7 +10,7 @@ document.py   the record as JSON, and the JSON Schema
 flags.py      which layers are above a threshold
 """
 
-from lazarus.results.document import RECORDS, AnyRecord, json_schema, read_json, write_json
+from lazarus.results.document import json_schema, read_json, write_json
 from lazarus.results.flags import flag_above
 from lazarus.results.glossary import METRICS, WEIGHT_METRICS, Metric
 from lazarus.results.lens import (
@@ -65,12 +65,10 @@ __all__ = [
     "BROKEN",
     "LENS_METRICS",
     "METRICS",
-    "RECORDS",
     "SCHEMA_VERSION",
     "SETTING",
     "WEIGHT_METRICS",
     "ActivationDiffRecord",
-    "AnyRecord",
     "CheckpointInfo",
     "CompareRecord",
     "CopiedLayers",

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import IO, Any
 
 import msgspec
 
+from lazarus.commands import commands
 from lazarus.errors import ResultFileError
-from lazarus.results.lens import CompareRecord
-from lazarus.results.records import SCHEMA_VERSION, ActivationDiffRecord, LayerRecord, SiteRecord, Tool
+from lazarus.results.records import SCHEMA_VERSION, LayerRecord, SiteRecord, Tool
 from lazarus.results.rows import ResultRow, ResultRows
-from lazarus.results.weights import WeightDiffRecord
-
-AnyRecord = ActivationDiffRecord | WeightDiffRecord | CompareRecord
-
-RECORDS: dict[str, type[AnyRecord]] = {
-    "activation-diff": ActivationDiffRecord,
-    "weight-diff": WeightDiffRecord,
-    "compare": CompareRecord,
-}
-"""What each command saves."""
 
 
 class _Head(msgspec.Struct):
@@ -31,7 +22,7 @@ class _Head(msgspec.Struct):
     tool: Tool
 
 
-def write_json(record: AnyRecord, stream: IO[bytes]) -> None:
+def write_json(record: Any, stream: IO[bytes]) -> None:
     """Write the record as JSON, one row a line, without ever holding the whole text."""
     encoder = msgspec.json.Encoder()
     separator = b"{\n"
@@ -49,7 +40,7 @@ def write_json(record: AnyRecord, stream: IO[bytes]) -> None:
     stream.write(b"\n}\n")
 
 
-def read_json(text: bytes) -> AnyRecord:
+def read_json(text: bytes) -> Any:
     """Read a record back, checking every field; one that an earlier version did not measure is null.
 
     Raises:
@@ -57,8 +48,8 @@ def read_json(text: bytes) -> AnyRecord:
     """
     try:
         head = msgspec.json.decode(text, type=_Head)
-        if head.schema_version == SCHEMA_VERSION and head.command in RECORDS:
-            return _DECODERS[head.command].decode(text)
+        if head.schema_version == SCHEMA_VERSION and head.command in commands():
+            return _decoder(head.command).decode(text)
     except msgspec.DecodeError as error:
         raise ResultFileError(
             f"not a result of schema version {SCHEMA_VERSION}: {error}. Give a file that lazarus saved with "
@@ -66,15 +57,15 @@ def read_json(text: bytes) -> AnyRecord:
         ) from error
     raise ResultFileError(
         f"a result of {head.command}, schema version {head.schema_version}, saved by {head.tool.name} "
-        f"{head.tool.version}; this version reads {', '.join(RECORDS)} of schema version {SCHEMA_VERSION}. "
-        "Read it with the version that saved it, or compare again."
+        f"{head.tool.version}; this version reads {', '.join(commands())} of schema version "
+        f"{SCHEMA_VERSION}. Read it with the version that saved it, or compare again."
     )
 
 
 def json_schema(command: str = "activation-diff") -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of what a command's `-o FILE.json` writes."""
     (reference,), components = msgspec.json.schema_components(
-        [RECORDS[command]], schema_hook=_rows_schema, ref_template="#/$defs/{name}"
+        [commands()[command].load("record")], schema_hook=_rows_schema, ref_template="#/$defs/{name}"
     )
     if command == "activation-diff":
         _, rows = msgspec.json.schema_components([ResultRow], ref_template="#/$defs/{name}")
@@ -106,6 +97,6 @@ def _rows_from_json(kind: type, rows: Any) -> ResultRows:
     return ResultRows.from_rows(msgspec.convert(rows, list[ResultRow]))
 
 
-_DECODERS: dict[str, msgspec.json.Decoder[AnyRecord]] = {
-    command: msgspec.json.Decoder(record, dec_hook=_rows_from_json) for command, record in RECORDS.items()
-}
+@cache
+def _decoder(command: str) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(commands()[command].load("record"), dec_hook=_rows_from_json)

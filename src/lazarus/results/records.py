@@ -79,8 +79,8 @@ class Environment(Record, frozen=True, kw_only=True):
     matmul: Annotated[
         Literal["default", "onednn"] | None,
         Meta(
-            description="how float32 matrices were multiplied on a CPU: by torch's default, or by oneDNN "
-            "where that was measured to be faster; null where nothing was chosen"
+            description="in results of earlier versions: how float32 matrices were multiplied on a CPU; null "
+            "for torch's default"
         ),
     ] = None
 

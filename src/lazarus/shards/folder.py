@@ -62,13 +62,8 @@ class WorkFolder:
             folder._read_manifest()
         return folder
 
-    def begin(
-        self, fingerprint: Mapping[str, Any], choose: Callable[[], Mapping[str, Any]] = dict
-    ) -> Mapping[str, Any]:
-        """Take up the run, and come back with what was chosen for it.
-
-        The first process calls `choose` and writes what it returns, values that JSON can hold; all others,
-        and every later one, are given that. So what is chosen by measuring is the same in all of them.
+    def begin(self, fingerprint: Mapping[str, Any]) -> None:
+        """Begin the run, or take it up where another process has begun it.
 
         Raises:
             UsageError: the folder belongs to another run.
@@ -77,12 +72,10 @@ class WorkFolder:
         with self._locked(MANIFEST):
             if not self._manifest.exists():
                 shards = max(FEWEST_SHARDS, SHARDS_A_PROCESS * self.rank.world)
-                self._write_manifest({"fingerprint": fingerprint, "most_shards": shards, "choices": choose()})
+                self._write_manifest({"fingerprint": fingerprint, "most_shards": shards})
             found = self._read_manifest()
         self._check_same(found["fingerprint"], json.loads(json.dumps(fingerprint)))
         self.most_shards = found["most_shards"]
-        choices: Mapping[str, Any] = found["choices"]
-        return choices
 
     @contextmanager
     def claimed(self, number: int) -> Iterator[bool]:
@@ -142,7 +135,7 @@ class WorkFolder:
     def _read_manifest(self) -> dict[str, Any]:
         try:
             found = json.loads(self._manifest.read_text(encoding="utf-8"))
-            kinds = {"fingerprint": dict, "most_shards": int, "choices": dict}
+            kinds = {"fingerprint": dict, "most_shards": int}
             if all(isinstance(found[name], kind) for name, kind in kinds.items()):
                 return dict(found)
             fault: object = "it is not what lazarus writes"

@@ -6,8 +6,14 @@ from typing import IO, TYPE_CHECKING, Literal
 
 import numpy as np
 
-from lazarus.render.curve import LAYER_STEPS, VERMILLION, drawable
-from lazarus.render.figure import NAME_CHARACTERS, WIDTH_INCHES, write_picture
+from lazarus.render.base.figure import (
+    LAYER_STEPS,
+    NAME_CHARACTERS,
+    VERMILLION,
+    WIDTH_INCHES,
+    drawable,
+    write_picture,
+)
 from lazarus.render.lens.summary import last_choice, names
 from lazarus.render.lens.tokens import quoted, shown
 from lazarus.results import CompareRecord, LensModel

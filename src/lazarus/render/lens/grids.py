@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import msgspec
 
+from lazarus.render.base.cells import Cell, Heading, Row, Table, cell, plain, run_tables
+from lazarus.render.base.cells import shown as number
 from lazarus.render.lens.summary import last_choice, names, title
 from lazarus.render.lens.text import emergence
 from lazarus.render.lens.tokens import quoted_token, shown
-from lazarus.render.report.cells import Cell, Heading, Row, Table, cell, plain, run_tables
-from lazarus.render.report.cells import shown as number
 from lazarus.results import CompareRecord, LensModel, LensToken, TokenEvolution
 from lazarus.results.lens_glossary import LENS_METRICS
 

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lazarus.render.escape import escaped
+from lazarus.render.base.escape import escaped
 from lazarus.render.lens import grids
 from lazarus.render.lens.summary import names, summary_lines
 from lazarus.render.lens.tokens import quoted, shortened

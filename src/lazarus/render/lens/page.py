@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
-from lazarus.render.escape import escaped
+from lazarus.render.base.escape import escaped
+from lazarus.render.base.frame import Answer, Kit, unsaid, write_page
 from lazarus.render.lens import grids, plots
 from lazarus.render.lens.summary import LEAST_JS, last_choice, names, place, summary_lines, title
 from lazarus.render.lens.text import emergence
 from lazarus.render.lens.tokens import quoted, quoted_token, shown
-from lazarus.render.report.frame import Answer, Kit, unsaid, write_page
 from lazarus.results import CompareRecord, LensModel
 from lazarus.results.lens_glossary import LENS_METRICS
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lazarus.render.curve import LAYER_STEPS
+from lazarus.render.base.figure import LAYER_STEPS
 
 WIDTH, HEIGHT = 340, 170
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 34

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lazarus.render.escape import escaped
+from lazarus.render.base.escape import escaped
 from lazarus.render.lens.tokens import quoted_token
 from lazarus.results import CompareRecord, LensModel, LensPair, LensToken
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Iterable
 from typing import IO, Any
 
-from lazarus.render.escape import code, escaped
+from lazarus.render.base.escape import code, escaped
+from lazarus.render.base.rows import Kind
 from lazarus.render.lens.summary import last_choice, names, summary_lines, title
 from lazarus.render.lens.text import emergence
 from lazarus.render.lens.tokens import quoted, quoted_token
@@ -37,28 +36,16 @@ def columns(record: CompareRecord) -> dict[str, list[Any]]:
     return found
 
 
-def write_csv(record: CompareRecord, stream: IO[bytes]) -> None:
-    """One row a model, layer and rank, RFC 4180; a probability that is not finite is empty."""
-    text = io.TextIOWrapper(
-        stream, encoding="utf-8", errors="backslashreplace", newline="", write_through=True
-    )
-    writer, table = csv.writer(text), columns(record)
-    writer.writerow(table)
-    writer.writerows(zip(*table.values(), strict=True))
-    text.detach()
-
-
-def write_parquet(record: CompareRecord, stream: IO[bytes]) -> None:
-    """The same rows as Parquet; a probability that is not finite is null."""
-    import pyarrow
-    from pyarrow import parquet
-
-    texts, table = ("model_id", "token"), columns(record)
-    whole = {name: [_storable(text) for text in table[name]] for name in texts}
-    types = dict.fromkeys(table, pyarrow.int64()) | dict.fromkeys(texts, pyarrow.string())
-    types["probability"] = pyarrow.float64()
-    arrays = {name: pyarrow.array(whole.get(name, table[name]), type=types[name]) for name in table}
-    parquet.write_table(pyarrow.table(arrays), stream)
+KINDS: dict[str, Kind] = {
+    "model": "int64",
+    "model_id": "string",
+    "layer": "int64",
+    "rank": "int64",
+    "token": "string",
+    "token_id": "int64",
+    "probability": "float64",
+}
+"""the types of the columns"""
 
 
 def write_markdown(record: CompareRecord, stream: IO[bytes]) -> None:
@@ -116,7 +103,3 @@ def _plain(text: str) -> str:
     a\_b \<i\>
     """
     return re.sub(r"([\\`*_{}\[\]<>#|&$~])", r"\\\1", text)
-
-
-def _storable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()

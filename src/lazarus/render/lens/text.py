@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lazarus.render.escape import escaped
+from lazarus.render.base.escape import escaped
 from lazarus.render.lens.summary import last_choice, summary_lines, title
 from lazarus.render.lens.tokens import quoted, quoted_token, shortened
 from lazarus.results import CompareRecord, LensModel, TokenEvolution

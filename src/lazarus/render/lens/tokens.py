@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 
-from lazarus.render.escape import escaped
+from lazarus.render.base.escape import escaped
 
 EMPTY = "(empty)"
 MOST_CHARACTERS = 1000

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lazarus.render.escape import escaped
-from lazarus.render.report.frame import Answer
-from lazarus.render.summary import short
+from lazarus.render.base.escape import escaped
+from lazarus.render.base.frame import Answer
+from lazarus.render.base.words import short
 from lazarus.render.weights.grid import kind_of, pooled_change
 from lazarus.render.weights.summary import counted, cut, differ, spectra, update, verdict, without_counterpart
 from lazarus.results import TensorRecord, WeightDiffRecord, differing

@@ -10,8 +10,16 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lazarus.render.curve import LAYER_STEPS, MOST_LAYER_TICKS, drawable
-from lazarus.render.figure import LARGER, WIDTH_INCHES, new_figure, title, write_picture
+from lazarus.render.base.figure import (
+    LARGER,
+    LAYER_STEPS,
+    MOST_LAYER_TICKS,
+    WIDTH_INCHES,
+    drawable,
+    new_figure,
+    title,
+    write_picture,
+)
 from lazarus.render.weights.grid import Grid, kind_of, outside
 from lazarus.render.weights.table import most_changed_first
 from lazarus.results import WeightDiffRecord

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lazarus.render.escape import escaped
-from lazarus.render.notebook import MARK, MOST_ROWS_OPEN, Row, number, picture, template
+from lazarus.render.base.escape import escaped
+from lazarus.render.base.notebook import MARK, MOST_ROWS_OPEN, Row, number, picture, template
 from lazarus.render.weights.figure import Map, compose, figure_size
 from lazarus.render.weights.summary import counted, place, summary_lines, verdict
 from lazarus.render.weights.table import most_changed_first, shown_names, value_of

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import IO, Any
 
-from lazarus.render.escape import escaped
-from lazarus.render.report.cells import base_and_finetuned, run_tables
-from lazarus.render.report.frame import Kit, unsaid, write_page
+from lazarus.render.base.cells import base_and_finetuned, run_tables
+from lazarus.render.base.escape import escaped
+from lazarus.render.base.frame import Kit, unsaid, write_page
 from lazarus.render.weights import tables
 from lazarus.render.weights.answers import answers, headline
 from lazarus.render.weights.grid import Grid

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from lazarus.render.report.payload import matrix
+from lazarus.render.base.script import matrix
 from lazarus.render.weights.grid import Grid
 from lazarus.render.weights.summary import shape_text
 from lazarus.render.weights.table import most_changed_first

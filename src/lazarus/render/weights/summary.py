@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from statistics import median
 
-from lazarus.render.escape import escaped
-from lazarus.render.summary import short
+from lazarus.render.base.escape import escaped
+from lazarus.render.base.words import short
 from lazarus.results import Spectrum, TensorRecord, UnmatchedTensor, WeightDiffRecord, differing, told
 
 MOST_LINES = 8

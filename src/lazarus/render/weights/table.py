@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
-from lazarus.render.escape import code, escaped
-from lazarus.render.report.cells import shown
+from lazarus.render.base.cells import shown
+from lazarus.render.base.escape import code, escaped
+from lazarus.render.base.rows import Kind
 from lazarus.render.weights.summary import counted, shape_text, summary_lines
 from lazarus.results import Spectrum, TensorRecord, WeightDiffRecord
 from lazarus.results.glossary import WEIGHT_METRICS
@@ -18,11 +18,15 @@ MOST_MARKDOWN_ROWS = 400
 INTEGERS = ("layer", "spectrum_n_singular_values", "spectrum_rank_90", "spectrum_adapter_rank")
 """columns of whole numbers that may be empty"""
 
-_KINDS: dict[str, Sequence[str]] = {
+_KINDS: dict[Kind, Sequence[str]] = {
     "int64": (*INTEGERS, "n_changed"),
     "string": ("component", "name", "shape", "base_dtype", "finetuned_dtype", "spectrum_method"),
     "bool_": ("flagged", "rounding"),
 }
+KINDS: Mapping[str, Kind] = defaultdict(
+    lambda: "float64", {name: kind for kind, names in _KINDS.items() for name in names}
+)
+"""the types of the columns"""
 _SHOWN = ("relative_change", "cosine_similarity", "max_abs_change", "share_changed")
 _OF_SPECTRUM = ("effective_rank", "rank_90", "adapter_rank")
 
@@ -40,30 +44,6 @@ def columns(record: WeightDiffRecord) -> dict[str, list[Any]]:
         if field != "singular_values":
             table[f"spectrum_{field}"] = [getattr(row.spectrum, field, None) for row in rows]
     return table
-
-
-def write_csv(record: WeightDiffRecord, stream: IO[bytes]) -> None:
-    """One row a tensor, RFC 4180; a value that there is none of is empty."""
-    text = io.TextIOWrapper(stream, encoding="utf-8", errors="replace", newline="", write_through=True)
-    writer = csv.writer(text)
-    table = columns(record)
-    writer.writerow(table)
-    for row in zip(*table.values(), strict=True):
-        writer.writerow([_written(value) for value in row])
-    text.detach()
-
-
-def write_parquet(record: WeightDiffRecord, stream: IO[bytes]) -> None:
-    """The same rows as Parquet; a value that there is none of is null."""
-    import pyarrow
-    from pyarrow import parquet
-
-    kinds = {name: kind for kind, names in _KINDS.items() for name in names}
-    arrays = {
-        name: pyarrow.array(_encodable(values), type=getattr(pyarrow, kinds.get(name, "float64"))())
-        for name, values in columns(record).items()
-    }
-    parquet.write_table(pyarrow.table(arrays), stream)
 
 
 def write_markdown(record: WeightDiffRecord, stream: IO[bytes]) -> None:
@@ -141,14 +121,3 @@ def _prose(text: str) -> str:
     for mark in "\\`*_<>[]|":
         text = text.replace(mark, f"\\{mark}")
     return text
-
-
-def _written(value: Any) -> Any:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "" if value is None else value
-
-
-def _encodable(values: Sequence[Any]) -> list[Any]:
-    """Half a surrogate has no place in UTF-8."""
-    return [v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for v in values]

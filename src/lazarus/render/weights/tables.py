@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from lazarus.render.report.cells import Cell, Heading, Row, Table, cell, plain
+from lazarus.render.base.cells import Cell, Heading, Row, Table, cell, plain
 from lazarus.render.weights.grid import kind_of, outside
 from lazarus.render.weights.summary import cut, place, shape_text
 from lazarus.render.weights.table import most_changed_first, shown_names, value_of

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lazarus.render.escape import escaped
-from lazarus.render.text import loading
+from lazarus.render.base.escape import escaped
+from lazarus.render.base.words import loading
 from lazarus.render.weights.summary import place, summary_lines, verdict
 from lazarus.results import TensorRecord, WeightDiffRecord
 

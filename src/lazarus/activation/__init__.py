@@ -1,0 +1,42 @@
+"""activation-diff: the same prompts through both models, compared at every layer.
+
+run.py           the use case: from options and models to a result
+prepare.py       from what the caller gave to two models that are loaded and known
+runplan.py       what is run: prompts, batches, repeats (repeats.py)
+scope.py         what of two models is compared, and what is left out
+measure.py       run all batches, in one process or shared by many
+accumulation.py  pairs of states go in, sums stay
+findings.py      from sums to numbers: means, references beside them, verdict, summary
+traces.py        every token of a few prompts
+limits.py        what a reader must know of the numbers
+record.py        the result
+live.py          what live models add to it: facts, and a look at their weights (rounding.py)
+breaks.py        which model gives states that are not finite, and why
+readout.py       the mean difference, read as tokens
+
+accumulation.py, repeats.py, findings.py, traces.py, limits.py and record.py need no model: whoever has pairs
+of states from another runtime gives them `PairFacts` and a `Plan`.
+"""
+
+from lazarus.activation.accumulation import Accumulation, Plan
+from lazarus.activation.prepare import Observer
+from lazarus.activation.record import About, conclude
+from lazarus.activation.run import Prompts, StatePairs, activation_diff, iter_state_pairs
+from lazarus.facts import ModelFacts, PairFacts, WeightFacts
+from lazarus.sites import StatePair
+
+__all__ = [
+    "About",
+    "Accumulation",
+    "ModelFacts",
+    "Observer",
+    "PairFacts",
+    "Plan",
+    "Prompts",
+    "StatePair",
+    "StatePairs",
+    "WeightFacts",
+    "activation_diff",
+    "conclude",
+    "iter_state_pairs",
+]

@@ -1,0 +1,174 @@
+"""The accumulators of a comparison: pairs of states go in and are forgotten, numbers come out at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lazarus.activation.repeats import Repeats
+from lazarus.facts import PairFacts, Site
+from lazarus.metrics import (
+    MOST_KEPT,
+    OUTPUT_METRICS,
+    ROW_METRICS,
+    Outcomes,
+    PromptMeans,
+    Rows,
+    RowValues,
+    SiteMeasures,
+    SitePlan,
+    State,
+    compare_logits,
+    compare_rows,
+    count_by_prompt,
+    has_distribution,
+    parts_of,
+    within,
+)
+from lazarus.results import PromptRecord, Settings
+from lazarus.sites import StatePair
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared, and how it is summed up."""
+
+    prompts: Sequence[PromptRecord]
+    settings: Settings
+    traced: Sequence[int] = ()
+    """the prompts of which every token is kept"""
+    outcomes: Outcomes | None = None
+    """which next tokens both models have; None where every id is the same token in both"""
+    repeats: Repeats | None = None
+    """the prompts whose states come once for several; None where each prompt has its own"""
+
+    @classmethod
+    def of(
+        cls, facts: PairFacts, texts: Sequence[str], n_tokens: Sequence[int] | None = None, **settings: object
+    ) -> Plan:
+        """Return the plan of a comparison whose states come from elsewhere, with the default settings.
+
+        Args:
+            facts: the pair.
+            texts: the prompts.
+            n_tokens: how many tokens each has, where that is known; 1 otherwise.
+            settings: those that differ, such as `position="mean"` or `threshold=0.05`.
+        """
+        counts = [1] * len(texts) if n_tokens is None else n_tokens
+        prompts = [
+            PromptRecord(index=i, text=text, group=None, n_tokens=count, rendered=None)
+            for i, (text, count) in enumerate(zip(texts, counts, strict=True))
+        ]
+        known = {"dtype": facts.base.info.run_dtype, "align": facts.align, **settings}
+        return cls(prompts, Settings(**{**_DEFAULTS, **known}))  # type: ignore[arg-type]
+
+
+_DEFAULTS = {
+    "position": "last",
+    "threshold": 0.1,
+    "device": "cpu",
+    "batch_tokens": 0,
+    "chat_template": "none",
+    "memory": "resident",
+    "localize": False,
+    "noise_floor": False,
+    "fail_above": None,
+    "expect": None,
+    "no_split": True,
+    "truncate": False,
+    "layers_path": None,
+    "seed": 0,
+    "trust_remote_code": False,
+}
+
+
+@dataclass
+class Accumulation:
+    """The sums of a comparison, or of a part of it. The order in which pairs come does not matter."""
+
+    facts: PairFacts
+    plan: Plan
+    sites: dict[Site, SiteMeasures] = field(init=False)
+    """the accumulators of each site of the residual stream"""
+    output: PromptMeans = field(init=False)
+    """those of the next-token distributions"""
+    noise: list[dict[Site, PromptMeans]] = field(init=False)
+    """those of each trial of the noise"""
+    n_logits_not_finite: np.ndarray = field(init=False)
+    """the rows of logits that are not finite, [2, prompts]: in base, and in the fine-tuned model"""
+
+    def __post_init__(self) -> None:
+        self.n_prompts = len(self.plan.prompts)
+        self.repeats = self.plan.repeats or Repeats.none(self.n_prompts)
+        centered = self.facts.base.uses_layer_norm and self.facts.finetuned.uses_layer_norm
+        kept = _kept(self.n_prompts, self.plan.settings.seed)
+        site_plan = SitePlan(self.n_prompts, centered, kept, self.plan.traced)
+        self.sites = {site: SiteMeasures(site_plan) for site in self.facts.sites}
+        self.output = PromptMeans(OUTPUT_METRICS, self.n_prompts)
+        self.noise = []
+        self.n_logits_not_finite = np.zeros((2, self.n_prompts), dtype=np.int64)
+
+    def take(self, pairs: Iterable[StatePair]) -> Accumulation:
+        """Take in every pair, for each of the prompts that it stands for; returns itself."""
+        for pair in pairs:
+            if pair.trial is not None:
+                values = compare_rows(Rows.of(pair.base, pair.finetuned), centered=False)
+                self._trial(pair.trial, pair.site).update(pair.prompts, values)
+            elif pair.site == "logits":
+                self._take_logits(pair)
+            else:
+                for each in self.repeats.spread(pair):
+                    self.sites[each.site].update(each.prompts, each.base, each.finetuned, each.local)
+        return self
+
+    def state(self) -> State:
+        """Return what was seen, as arrays by their names."""
+        found = within("output", self.output.state())
+        if self.n_logits_not_finite.any():
+            found |= within("not_finite", {"logits": self.n_logits_not_finite})
+        for site, measures in self.sites.items():
+            found |= within(f"sites/{site}", measures.state())
+        for trial, noise in enumerate(self.noise):
+            for site, means in noise.items():
+                found |= within(f"noise/{trial}/{site}", means.state())
+        return found
+
+    def add(self, state: State) -> None:
+        """Take in what another one has seen, from its `state`."""
+        parts = parts_of(state)
+        named: dict[str, Site] = {str(site): site for site in (*self.facts.sites, "logits")}
+        self.output.add(parts["output"])
+        self.n_logits_not_finite += parts.get("not_finite", {}).get("logits", 0)
+        for site, measures in parts_of(parts["sites"]).items():
+            self.sites[named[site]].add(measures)
+        for trial, noise in parts_of(parts.get("noise", {})).items():
+            for site, means in parts_of(noise).items():
+                self._trial(int(trial), named[site]).add(means)
+
+    def _take_logits(self, pair: StatePair) -> None:
+        values = compare_logits(pair.base, pair.finetuned, self.plan.outcomes)
+        device, not_finite = values.values.device, list[Tensor]()
+        if not values.valid.all():
+            not_finite = [~has_distribution(logits) for logits in (pair.base, pair.finetuned)]
+        everything = torch.arange(len(pair.prompts)), pair.prompts
+        for rows, prompts in (everything, *self.repeats.copies(pair.prompts)):
+            at = rows.to(device)
+            self.output.update(prompts, RowValues(values.values[at], values.valid[at]))
+            count_by_prompt(self.n_logits_not_finite, prompts, [side[rows] for side in not_finite])
+
+    def _trial(self, trial: int, site: Site) -> PromptMeans:
+        while len(self.noise) <= trial:
+            self.noise.append({})
+        return self.noise[trial].setdefault(site, PromptMeans(ROW_METRICS, self.n_prompts))
+
+
+def _kept(n_prompts: int, seed: int) -> dict[int, int]:
+    """The prompts whose rows are kept for CKA, a place each: all, or a seeded sample of many."""
+    if n_prompts <= MOST_KEPT:
+        return {prompt: prompt for prompt in range(n_prompts)}
+    chosen = np.random.default_rng(seed).choice(n_prompts, MOST_KEPT, replace=False)
+    return {int(prompt): place for place, prompt in enumerate(np.sort(chosen))}

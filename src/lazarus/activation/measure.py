@@ -1,0 +1,106 @@
+"""Run all batches of a comparison, in one process or shared by many, and accumulate what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+
+from lazarus.activation.accumulation import Accumulation
+from lazarus.activation.runplan import RunPlan
+from lazarus.batches import BatchPair, TokenBatch
+from lazarus.engine import ModelPair, NoisePlan, Work, run
+from lazarus.metrics import State
+from lazarus.shards import Shard, WorkFolder, run_shards, states
+from lazarus.sites import StatePair
+
+FEWER_IF_STREAMED = 8
+
+
+def measure(
+    job: Job, folder: WorkFolder | None, totals: Accumulation, running: Callable[[int], None]
+) -> list[str]:
+    """Run all prompts through both models, and a sample of them through base again for the noise.
+
+    `running` is told the number of tokens in all. Returns notes.
+
+    Raises:
+        SaveError: the work is kept in a folder, and the disk gave out.
+    """
+    running(job.whole.n_tokens)
+    if folder is not None:
+        return _measure_shared(job, folder, totals)
+    totals.take(job.run_all())
+    return []
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of the work: batches of the comparison, and of the noise."""
+
+    batches: Sequence[BatchPair]
+    sample: Sequence[TokenBatch]
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(b.base.n_tokens for b in self.batches) + sum(b.n_tokens for b in self.sample)
+
+    @property
+    def prompts(self) -> list[int]:
+        return [i for b in (*(pair.base for pair in self.batches), *self.sample) for i in b.prompts]
+
+    def cut(self, most: int) -> list[_Part]:
+        """At most so many runs of consecutive batches, and the noise, which is one piece of work."""
+        edges = np.linspace(0, len(self.batches), min(len(self.batches), most) + 1).astype(int).tolist()
+        runs = [_Part(self.batches[start:end], []) for start, end in pairwise(edges)]
+        return [*runs, _Part([], self.sample)] if self.sample else runs
+
+
+@dataclass(frozen=True)
+class Job:
+    """The work of a run; `advanced` is told the tokens of each batch when it is done."""
+
+    pair: ModelPair
+    plan: RunPlan
+    advanced: Callable[[int], None]
+
+    @cached_property
+    def whole(self) -> _Part:
+        """All of it."""
+        return _Part(self.plan.batches(self.pair), self.plan.noise_batches(self.pair))
+
+    def run_all(self) -> Iterator[StatePair]:
+        """Yield every pair of states; prompts of the same ids run once."""
+        return self.run(self.whole)
+
+    def run(self, part: _Part) -> Iterator[StatePair]:
+        """Yield every pair of states of a part."""
+        plan = self.plan
+        noise = NoisePlan(
+            n_prompts=sum(len(batch.members) for batch in part.sample),
+            batch_tokens=plan.batch_tokens,
+            position=plan.position,
+            padding=self.pair.padding(plan.longest),
+            seed=plan.seed,
+        )
+        work = Work(part.batches, part.sample, noise, plan.position, plan.localize)
+        return run(self.pair, work, self.advanced)
+
+
+def _measure_shared(job: Job, folder: WorkFolder, totals: Accumulation) -> list[str]:
+    """Run the work in parts, each kept in the folder, by however many processes."""
+    # Each shard of a streamed run reads all weights again.
+    most = folder.most_shards // FEWER_IF_STREAMED if job.pair.streams else folder.most_shards
+    parts = job.whole.cut(most)
+    shards = [Shard(i, part.prompts, part.n_tokens) for i, part in enumerate(parts)]
+
+    def run_shard(shard: Shard) -> State:
+        return Accumulation(totals.facts, totals.plan).take(job.run(parts[shard.number])).state()
+
+    n_before = run_shards(folder, shards, run_shard, job.advanced)
+    for state in states(folder, shards):
+        totals.add(state)
+    return [f"{n_before} of {len(shards)} shards were already in {folder.path}"] if n_before else []

@@ -1,0 +1,196 @@
+"""From what the caller gave to two models that are loaded and known, and what is run through them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+
+from lazarus.activation.accumulation import Plan
+from lazarus.activation.live import pair_facts
+from lazarus.activation.runplan import RunPlan
+from lazarus.activation.scope import find_scope
+from lazarus.blame import MemoryFaults
+from lazarus.engine import ModelPair, PrefixPlan, check_positions, check_shapes, learn_pair, share_prefix
+from lazarus.facts import PairFacts
+from lazarus.loading import Loaded, Model, Role, less_memory, load_models
+from lazarus.metrics import FEWEST_FOR_CKA
+from lazarus.options import Options, parse_position, parse_token_prompts
+from lazarus.prompts import Prompt, PromptList
+from lazarus.reading import Reading, read_prompts
+from lazarus.results import PromptRecord, Settings
+from lazarus.shards import WorkFolder
+from lazarus.sites import Position
+
+CPU_BATCH_TOKENS = 512
+GPU_BATCH_TOKENS = 8192
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """What is told how far a run has come."""
+
+    def loading(self, role: Role, name: str) -> None:
+        """A model is about to be loaded."""
+
+    def testing(self, prompts: Sequence[Prompt]) -> None:
+        """Both models are there, and these are the prompts."""
+
+    def running(self, n_tokens: int) -> None:
+        """The batches begin: so many tokens in all."""
+
+    def advanced(self, n_tokens: int) -> None:
+        """So many tokens more have been through both models."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a run was given, beside the models."""
+
+    options: Options
+    prompts: PromptList
+    template: str | None
+    tokenizer: Any | None
+    folder: WorkFolder | None
+    """where the work is kept, and shared with other processes"""
+    device: torch.device
+    can_stream: bool
+    """whether the models may be read block by block: both were named"""
+
+    @property
+    def batch_tokens(self) -> int:
+        """How many tokens make a batch, padding included."""
+        if self.options.batch_tokens is not None:
+            return self.options.batch_tokens
+        return CPU_BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
+
+    def memory_faults(self, *more: str) -> MemoryFaults:
+        """Return a context that tells of a lack of memory, with the options that help: `more` first."""
+        can_stream = self.can_stream and self.options.memory != "stream"
+        return MemoryFaults([*more, *less_memory(self.options.dtype, self.device, can_stream=can_stream)])
+
+    def running(self) -> MemoryFaults:
+        """Return the same for what runs in batches."""
+        return self.memory_faults(f"a --batch-tokens below {self.batch_tokens}")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Two models that are loaded and known, and what is run through them."""
+
+    given: Given
+    pair: ModelPair
+    reading: Reading
+    run: RunPlan
+    facts: PairFacts
+    plan: Plan
+    notes: Sequence[str]
+
+
+def prepare(given: Given, base: Model, finetuned: Model, watcher: Observer) -> Prepared:
+    """Load two models, read the prompts, and learn how the models behave.
+
+    Raises:
+        LazarusError: as `activation_diff`.
+    """
+    with given.memory_faults():
+        loaded = load_models(base, finetuned, given.options, given.device, watcher.loading)
+    with given.running():
+        return _learn(given, loaded, watcher)
+
+
+def _learn(given: Given, loaded: Loaded, watcher: Observer) -> Prepared:
+    options, found, models = given.options, given.prompts, loaded.models
+    watcher.testing(found.prompts)
+    reading = read_prompts(models, given.tokenizer, found.prompts, given.template, options)
+    pair = learn_pair(*models, reading.samples, reading.pad_ids, reading.align)
+    check_shapes(pair, len(found.prompts), FEWEST_FOR_CKA, localize=options.localize)
+    run = _run_plan(given, pair, reading)
+    lengths = [len(prompt.ids) for prompt in reading.base]
+    position_notes = check_positions(run.position, lengths)
+    twice = "--localize runs blocks twice, and a cache takes a token in once" if run.localize else None
+    prefix_plan = PrefixPlan(run.position, run.batch_tokens, reading.pad_ids[0], twice)
+    prefix = share_prefix(pair, reading.base, prefix_plan)
+    run = replace(run, n_prefix=prefix.n_tokens)
+    scope = find_scope(pair, reading)
+    notes = [*found.notes, *loaded.notes, *models[0].notes, *models[1].notes, *reading.notes]
+    notes += [*reading.apart(), *pair.notes(max(lengths)), *position_notes, *prefix.notes, *scope.notes]
+    settings = _settings(given, pair, run)
+    plan = Plan(_prompts(reading), settings, run.traced, scope.outcomes, run.repeats)
+    return Prepared(given, pair, reading, run, pair_facts(pair, scope), plan, notes)
+
+
+def _run_plan(given: Given, pair: ModelPair, reading: Reading) -> RunPlan:
+    """What is run, with what `auto` comes to."""
+    options, position = given.options, _position(given.options, pair)
+    return RunPlan(
+        base_prompts=reading.base,
+        finetuned_prompts=reading.finetuned,
+        pad_ids=reading.pad_ids,
+        batch_tokens=given.batch_tokens,
+        position=position,
+        localize=options.localize,
+        noise_floor=not options.no_noise_floor and pair.same_width,
+        seed=options.seed,
+        token_prompts=_token_prompts(options, position, pair),
+    )
+
+
+def _position(options: Options, pair: ModelPair) -> Literal["last", "mean", "all"] | int:
+    position = parse_position(options.position)
+    if position == "auto":
+        return "last" if pair.base_conventions.causal else "mean"
+    return position
+
+
+def _token_prompts(options: Options, position: Position, pair: ModelPair) -> Literal["auto"] | list[int]:
+    """The prompts of which every token is kept, where every token is compared."""
+    found = parse_token_prompts(options.token_prompts)
+    return [] if position != "all" or found == "none" or not pair.same_width else found
+
+
+def _prompts(reading: Reading) -> list[PromptRecord]:
+    apart = reading.align == "text"
+    return [
+        PromptRecord(
+            index=index,
+            text=prompt.text,
+            group=prompt.group,
+            n_tokens=len(base.ids),
+            rendered=base.rendered,
+            finetuned_n_tokens=len(finetuned.ids) if apart else None,
+        )
+        for index, (prompt, base, finetuned) in enumerate(
+            zip(reading.prompts, reading.base, reading.finetuned, strict=True)
+        )
+    ]
+
+
+def _settings(given: Given, pair: ModelPair, run: RunPlan) -> Settings:
+    """Every option that the run used."""
+    options = given.options
+    return Settings(
+        position=str(run.position),
+        threshold=options.threshold,
+        dtype=pair.base.run_dtype,
+        device=str(given.device),
+        batch_tokens=run.batch_tokens,
+        chat_template=options.chat_template,
+        memory="resident" if pair.base.pager is None else "stream",
+        align=pair.align,
+        localize=options.localize,
+        readout=options.readout,
+        noise_floor=run.noise_floor,
+        fail_above=options.fail_above,
+        expect=options.expect,
+        only_compared=options.only_compared,
+        no_split=options.no_split,
+        truncate=options.truncate,
+        layers_path=options.layers_path,
+        seed=options.seed,
+        trust_remote_code=options.trust_remote_code,
+        work_dir=options.work_dir,
+        token_prompts=options.token_prompts if run.position == "all" else None,
+    )

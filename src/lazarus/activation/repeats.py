@@ -1,0 +1,85 @@
+"""Prompts that are the same for both models: each runs once, and counts as often as it was given."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from lazarus.sites import StatePair
+from lazarus.tokens import TokenizedPrompt
+
+MOST_ROWS = 2048
+"""How many rows of repeated prompts are taken in at once, whole prompts at least."""
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Which prompts have the ids of an earlier one, for both models: they do not run, and count the same."""
+
+    distinct: Sequence[int]
+    others: Mapping[int, Sequence[int]]
+    """of each prompt that is repeated, the later ones that repeat it"""
+
+    @classmethod
+    def none(cls, n_prompts: int) -> Repeats:
+        """Return that no prompt is a repeat."""
+        return cls(range(n_prompts), {})
+
+    @classmethod
+    def among(cls, base: Sequence[TokenizedPrompt], finetuned: Sequence[TokenizedPrompt]) -> Repeats:
+        """Compare the ids of the prompts, as each model reads them."""
+        first: dict[tuple[bytes, ...], int] = {}
+        others: dict[int, list[int]] = {}
+        for index, (ours, theirs) in enumerate(zip(base, finetuned, strict=True)):
+            readings = (ours,) if ours is theirs else (ours, theirs)
+            same = first.setdefault(tuple(array("q", p.ids).tobytes() for p in readings), index)
+            if same != index:
+                others.setdefault(same, []).append(index)
+        return cls(list(first.values()), others)
+
+    @property
+    def notes(self) -> list[str]:
+        """How many there are; nothing where there are none."""
+        n_repeats = sum(map(len, self.others.values()))
+        if not n_repeats:
+            return []
+        n_prompts = len(self.distinct) + n_repeats
+        return [f"{n_repeats} of {n_prompts} prompts are repeats of others: each text ran once"]
+
+    def spread(self, found: StatePair) -> Iterator[StatePair]:
+        """Yield the pair, and its rows again for the prompts that repeat its own, a portion at a time."""
+        yield found
+        for rows, prompts in self.copies(found.prompts):
+            base, finetuned, local = (
+                None if states is None else states[rows.to(states.device)]
+                for states in (found.base, found.finetuned, found.local)
+            )
+            assert base is not None
+            assert finetuned is not None
+            yield replace(found, prompts=prompts, base=base, finetuned=finetuned, local=local)
+
+    def copies(
+        self, prompts: Int[Tensor, " rows"]
+    ) -> Iterator[tuple[Int[Tensor, " copies"], Int[Tensor, " copies"]]]:
+        """Yield which rows come again, and whose they are then; those of a prompt stay together."""
+        if not self.others:
+            return
+        places: dict[int, list[int]] = {}
+        for row, prompt in enumerate(prompts.tolist()):
+            if prompt in self.others:
+                places.setdefault(prompt, []).append(row)
+        rows, owners = list[int](), list[int]()
+        for prompt, own in places.items():
+            for other in self.others[prompt]:
+                if rows and len(rows) + len(own) > MOST_ROWS:
+                    yield torch.tensor(rows), torch.tensor(owners)
+                    rows, owners = [], []
+                rows += own
+                owners += [other] * len(own)
+        if rows:
+            yield torch.tensor(rows), torch.tensor(owners)

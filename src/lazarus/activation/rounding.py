@@ -1,0 +1,155 @@
+"""Two models of which one is the other, rounded to the dtype in which it is stored.
+
+A right merge of an adapter is stored in 16 bits as a rule, and differs from base + adapter by that rounding.
+It shows in the hidden states, far above the noise. The weights tell it from a wrong merge.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lazarus.blame import Translated
+from lazarus.errors import AdapterError
+from lazarus.facts import Rounded
+from lazarus.metrics.rounding import RoundingTest, unit_in_the_last_place
+from lazarus.models import LoadedModel, settings_that_differ
+
+_NARROW = (torch.bfloat16, torch.float16)
+_TYPES = (Tensor, nn.Parameter, nn.Buffer)
+Parts = tuple[Tensor, Tensor | None, Tensor | None]
+"""
+a tensor without its adapters, and what they add to it, in float64; None where there is none. Of several, the
+sum of what each adds without its sign
+"""
+
+
+def find_rounding(base: LoadedModel, finetuned: LoadedModel) -> Rounded | None:
+    """Return which model is the other one, rounded; None where neither is, or it cannot be known.
+
+    Every tensor in which they differ must be the other model's, with its adapter, rounded to a 16-bit dtype
+    (`RoundingTest`). Models that are read block by block are not tested.
+    """
+    models = base.model, finetuned.model
+    if base.pager is not None or finetuned.pager is not None or type(models[0]) is not type(models[1]):
+        return None
+    if settings_that_differ(models[0].config, models[1].config):
+        return None
+    try:
+        return _test(finetuned, base) or _test(base, finetuned)
+    except AdapterError:  # what an adapter adds is not known
+        return None
+
+
+def _test(stored: LoadedModel, exact: LoadedModel) -> Rounded | None:
+    """Test whether `stored` is `exact`, rounded."""
+    found, source = dict(_effective(stored.model)), dict(_effective(exact.model))
+    if found.keys() != source.keys():
+        return None
+    tests: list[RoundingTest] = []
+    dtype: torch.dtype | None = None
+    with torch.no_grad():
+        for name, read in found.items():
+            (x, own, _), (w, update, size) = read(), source[name]()
+            if own is not None or type(x) not in _TYPES or type(w) not in _TYPES or x.shape != w.shape:
+                return None
+            if update is None and (x.data_ptr() == w.data_ptr() or torch.equal(x, w.to(x.device))):
+                continue
+            dtype = dtype or _stored_dtype(stored.model)
+            if dtype is None:
+                return None
+            tests.append(_tested((x, w, update), dtype, size))
+            if tests[-1].result not in ("exact", "rounded"):
+                return None
+    if dtype is None:
+        return None
+    square = sum(test.update_square for test in tests)
+    kept = sum(test.update_stored for test in tests) / square if square else None
+    return Rounded(stored.name, exact.name, str(dtype).removeprefix("torch."), len(tests), kept)
+
+
+def _stored_dtype(model: nn.Module) -> torch.dtype | None:
+    """The 16-bit dtype that holds every weight of a model; None where none does.
+
+    One tensor does not tell: a norm's weights, all 1, are numbers of every dtype.
+    """
+    weights = [weight for weight in model.parameters() if weight.is_floating_point()]
+    for dtype in _NARROW:
+        if all(torch.equal(weight.to(dtype).to(weight.dtype), weight) for weight in weights):
+            return dtype
+    return None
+
+
+def _tested(
+    parts: tuple[Tensor, Tensor, Tensor | None], dtype: torch.dtype, size: Tensor | None
+) -> RoundingTest:
+    """Hold one stored tensor against base + update; of several adapters, each merge may have rounded."""
+    stored, base, update = parts
+    test = RoundingTest(dtype)
+    x, w = stored.double(), base.to(stored.device).double()
+    d = torch.zeros_like(w) if update is None else update.to(stored.device)
+    lost = None if size is None else unit_in_the_last_place(w.abs() + size.to(w.device), dtype)
+    test.add(x, w, d, lost)
+    return test
+
+
+def _effective(model: nn.Module) -> Iterator[tuple[str, Callable[[], Parts]]]:
+    """A model's tensors by their names without an adapter, each as it acts with the adapter."""
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}
+    copied = {name: module for name, module in model.named_modules() if hasattr(module, "modules_to_save")}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        owner = next((path for path in (*copied, *layers) if name.startswith(f"{path}.")), None)
+        if owner is None:
+            yield name, partial(_plain, tensor)
+            continue
+        inside = name.removeprefix(f"{owner}.")
+        if owner in layers and inside.startswith("base_layer."):
+            attribute = inside.removeprefix("base_layer.")
+            path = owner.removesuffix(".token_adapter")  # PEFT wraps a table whose tokens are trained twice
+            yield f"{path}.{attribute}", partial(_with_update, layers[owner], attribute, tensor)
+        elif owner in copied:
+            for active in copied[owner].active_adapters:
+                if inside.startswith(f"modules_to_save.{active}."):
+                    yield (
+                        f"{owner}.{inside.removeprefix(f'modules_to_save.{active}.')}",
+                        partial(_plain, tensor),
+                    )
+
+
+def _plain(tensor: Tensor) -> Parts:
+    return tensor, None, None
+
+
+def _with_update(layer: nn.Module, attribute: str, tensor: Tensor) -> Parts:
+    """A tensor under adapters: what merging them adds to it, computed on a copy in float64.
+
+    Of several, with the sum of their sizes: one may have been merged and rounded before the next.
+    """
+    merged: Any = copy.deepcopy(layer).double()
+
+    def held() -> Tensor:
+        tensor: Tensor = dict(merged.base_layer.named_parameters())[attribute]
+        return tensor.detach().clone()
+
+    first = before = held()
+    size = torch.zeros_like(before)
+    adapters = list(merged.active_adapters)
+    for adapter in adapters:
+        # PEFT refuses some, as a bias of LoRA's own; a lack of memory is no refusal, and passes.
+        with warnings.catch_warnings(), Translated("merging an adapter", _refusal):
+            warnings.filterwarnings("ignore", "Already following adapters were merged")
+            merged.merge(adapter_names=[adapter])
+        after = held()
+        size += (after - before).abs()
+        before = after
+    return tensor, before - first, size if len(adapters) > 1 else None
+
+
+def _refusal(error: Exception) -> AdapterError:
+    return AdapterError(f"PEFT does not merge it: {error}")

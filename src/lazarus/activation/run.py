@@ -1,0 +1,213 @@
+"""activation_diff: the same prompts through both models, compared block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Unpack
+
+from torch import nn
+
+from lazarus.activation.accumulation import Accumulation, Plan
+from lazarus.activation.breaks import break_notes
+from lazarus.activation.live import weight_facts, with_broken_weights
+from lazarus.activation.measure import Job, measure
+from lazarus.activation.prepare import Given, Observer, Prepared, prepare
+from lazarus.activation.readout import read_differences, readable_layers
+from lazarus.activation.record import About, conclude
+from lazarus.errors import UsageError
+from lazarus.faces import ActivationDiff
+from lazarus.facts import PairFacts
+from lazarus.loading import Model, Role, pick_device
+from lazarus.models import find_tokenizer
+from lazarus.options import OptionArguments, Options, check_token_prompts, make_options, read_template
+from lazarus.prompts import Prompt, PromptList, check_chats, make_prompts
+from lazarus.provenance import environment
+from lazarus.ranks import Rank, find_rank
+from lazarus.reading import Reading
+from lazarus.shards import WorkFolder, fingerprint
+from lazarus.sites import Position, StatePair, compared_tokens
+from lazarus.tokens import token_text
+
+Prompts = str | Path | Mapping[str, Any] | Prompt | Iterable[str | Mapping[str, Any] | Prompt] | PromptList
+
+
+class _Silence:
+    def loading(self, role: Role, name: str) -> None: ...
+    def testing(self, prompts: Sequence[Prompt]) -> None: ...
+    def running(self, n_tokens: int) -> None: ...
+    def advanced(self, n_tokens: int) -> None: ...
+
+
+def activation_diff(
+    base: Model,
+    finetuned: Model,
+    prompts: Prompts,
+    *,
+    tokenizer: Any | None = None,
+    observer: Observer | None = None,
+    rank: Rank | None = None,
+    **options: Unpack[OptionArguments],
+) -> ActivationDiff:
+    """Run the same prompts through two models and compare their hidden states layer by layer.
+
+    Args:
+        base: a Hub id, a folder, a `.gguf` file, MODEL+ADAPTER, or a transformers model in memory.
+        finetuned: the same; an adapter alone runs on top of `base`.
+        prompts: texts, or mappings with the fields of a `.jsonl` row (`prompt`, `text` or `messages`,
+            and `group`). One string is read as the command line's `-p`, a `Path` as a file of prompts.
+        tokenizer: the tokenizer of models in memory, or a folder or Hub id that holds it; it stands in for
+            both models' own.
+        observer: is told how far the run has come.
+        rank: which of several processes this one is, instead of what the environment says (torchrun, Slurm).
+        options: the command line's options, with underscores: `position="last"`, `batch_tokens=512`.
+
+    Returns:
+        The cosine similarity and the divergence (1 − cosine, 0 to 2) of the two residual streams after
+        each block, averaged over prompts, each prompt's own values, and notes on what was assumed.
+
+    Raises:
+        UsageError: an option or the prompts are wrong, or the folder of `work_dir` belongs to another run.
+        ModelError: a model cannot be loaded or has no blocks that can be found.
+        PairError: the two differ in tokenizer, depth or width.
+        PromptDataError: a prompt does not fit the models or the position.
+        NoDataError: not one pair of states is finite.
+        DeviceError: memory ran out, or the device lacks an operator.
+    """
+    watcher = observer or _Silence()
+    given = _given((base, finetuned), prompts, tokenizer, rank or find_rank(), options)
+    prepared = prepare(given, base, finetuned, watcher)
+    with given.running():
+        return _compare(prepared, watcher)
+
+
+def iter_state_pairs(
+    base: Model,
+    finetuned: Model,
+    prompts: Prompts,
+    *,
+    tokenizer: Any | None = None,
+    with_noise: bool = False,
+    **options: Unpack[OptionArguments],
+) -> StatePairs:
+    """Run the same prompts through two models and yield the states of both, site by site.
+
+    Args:
+        base: as for `activation_diff`, and so are `finetuned`, `prompts`, `tokenizer` and `options`.
+        with_noise: whether trials of the noise come too: base against base, with their number as `trial`.
+
+    Returns:
+        What can be iterated once: a `StatePair` for each batch and site, [rows, width] of each model, in the
+        dtype of the run and on its device. The order is that of the batches, or of the layers where the
+        models are streamed. `facts` and `plan` are what `Accumulation` takes.
+
+    Raises:
+        LazarusError: as `activation_diff`; also while it is iterated.
+    """
+    given = _given((base, finetuned), prompts, tokenizer, Rank(), options)
+    prepared = prepare(given, base, finetuned, _Silence())
+
+    def pairs() -> Iterator[StatePair]:
+        with given.running():
+            for pair in Job(prepared.pair, run, lambda _: None).run_all():
+                yield from run.repeats.spread(pair) if pair.trial is None else [pair]
+
+    run = replace(prepared.run, noise_floor=with_noise and prepared.run.noise_floor)
+    return StatePairs(prepared.facts, replace(prepared.plan, repeats=None), pairs())
+
+
+@dataclass(frozen=True)
+class StatePairs:
+    """Pairs of states that come while two models run, and what is known of them before."""
+
+    facts: PairFacts
+    plan: Plan
+    _pairs: Iterator[StatePair]
+
+    def __iter__(self) -> Iterator[StatePair]:
+        return self._pairs
+
+
+def _given(
+    models: tuple[Model, Model],
+    prompts: Prompts,
+    tokenizer: Any | None,
+    rank: Rank,
+    options: OptionArguments,
+) -> Given:
+    """Check what the caller has given, before anything is loaded."""
+    chosen = make_options(**options)
+    found = make_prompts(prompts, no_split=chosen.no_split)
+    template = read_template(chosen)
+    check_chats(found.prompts, chosen.chat_template)
+    check_token_prompts(chosen.token_prompts, len(found.prompts))
+    folder = _open_folder(chosen, rank)
+    device = pick_device(chosen.device, rank)
+    tokenizer = find_tokenizer(tokenizer, trust_remote_code=chosen.trust_remote_code)
+    by_name = not any(isinstance(model, nn.Module) for model in models)
+    return Given(chosen, found, template, tokenizer, folder, device, by_name)
+
+
+def _compare(prepared: Prepared, watcher: Observer) -> ActivationDiff:
+    """Run two models that are prepared, and conclude."""
+    given, pair, reading = prepared.given, prepared.pair, prepared.reading
+    layers = readable_layers(given.options, pair, reading)
+    _take_up(prepared)
+    seen = Accumulation(prepared.facts, prepared.plan)
+    job = Job(pair, prepared.run, watcher.advanced)
+    run_notes = measure(job, given.folder, seen, watcher.running)
+    seen.facts, broken_notes = with_broken_weights(pair, seen.facts)
+    about = About(
+        environment=environment(given.device),
+        notes=[*prepared.notes, *pair.common_notes(), *prepared.run.notes, *run_notes],
+        breaks=[*broken_notes, *break_notes(pair, seen, reading)],
+        readout=read_differences(pair, seen, layers, reading.tokenizers) if layers else None,
+        read=partial(_compared, reading, prepared.run.position),
+        chooses_prompts=given.options.token_prompts == "auto",
+    )
+    return conclude(seen, weight_facts(pair, seen), about)
+
+
+def _open_folder(options: Options, rank: Rank) -> WorkFolder | None:
+    """The folder of `work_dir`, before anything is loaded.
+
+    Raises:
+        UsageError: it is not given and there are several processes, or it cannot be used.
+    """
+    if options.work_dir is not None:
+        return WorkFolder.open(options.work_dir, rank)
+    if rank.world > 1:
+        raise UsageError(
+            f"this is one of {rank.world} processes, and there is no folder in which they share the work. "
+            "Give one that all of them see: --work-dir DIR. To run this one alone, unset RANK, WORLD_SIZE, "
+            "SLURM_PROCID and SLURM_NTASKS."
+        )
+    return None
+
+
+def _take_up(prepared: Prepared) -> None:
+    """Take up the run of the folder of `work_dir`, if there is one.
+
+    Raises:
+        UsageError: the folder belongs to another run.
+    """
+    given, plan, reading, pair = prepared.given, prepared.run, prepared.reading, prepared.pair
+    if given.folder is None:
+        return
+    settings = {
+        "position": str(plan.position),
+        "device": given.device.type,
+        "prefix": str(plan.n_prefix),
+        "padding": pair.padding(plan.longest),
+    }
+    models, prompts = (pair.base, pair.finetuned), (reading.base, reading.finetuned)
+    given.folder.begin(fingerprint(models, prompts, given.options, settings))
+
+
+def _compared(reading: Reading, position: Position, prompt: int) -> tuple[list[int], list[str]]:
+    """Which tokens of a prompt are compared, and what they say."""
+    ids, tokenizer = reading.base[prompt].ids, reading.tokenizers[0]
+    positions = list(compared_tokens(position, len(ids)))
+    return positions, [token_text(tokenizer, ids[i]) for i in positions]

@@ -1,0 +1,92 @@
+"""What is run through two models: the prompts, how they are batched, and of which every token is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, takewhile
+from typing import Literal
+
+from lazarus.activation.repeats import Repeats
+from lazarus.batches import BatchPair, TokenBatch, make_batches
+from lazarus.engine import ModelPair, pick_sample
+from lazarus.sites import Position
+from lazarus.tokens import TokenizedPrompt
+
+MOST_TRACED_TOKENS = 16_384
+"""Tokens of which every one is kept until the end, where the run chooses among their prompts."""
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What is run through the models, and how."""
+
+    base_prompts: Sequence[TokenizedPrompt]
+    finetuned_prompts: Sequence[TokenizedPrompt]
+    pad_ids: tuple[int, int]
+    batch_tokens: int
+    position: Position
+    localize: bool
+    noise_floor: bool
+    seed: int
+    n_prefix: int = 0
+    """how many first tokens, the same in all prompts, run once"""
+    token_prompts: Literal["auto"] | Sequence[int] = ()
+    """the prompts of which every token is kept; auto leaves the choice to what they turn out to be"""
+
+    @property
+    def longest(self) -> int:
+        """The tokens of the longest prompt."""
+        return max(len(p.ids) for p in (*self.base_prompts, *self.finetuned_prompts))
+
+    @cached_property
+    def repeats(self) -> Repeats:
+        """The prompts that are the same for both models."""
+        return Repeats.among(self.base_prompts, self.finetuned_prompts)
+
+    def batches(self, pair: ModelPair) -> list[BatchPair]:
+        """Return the batches of the prompts that differ, for both models."""
+        padding = pair.padding(self.longest)
+        distinct = [self.base_prompts[i] for i in self.repeats.distinct]
+        batches = make_batches(distinct, self.batch_tokens, padding, self.pad_ids[0], self.n_prefix)
+        if pair.align == "ids":
+            return BatchPair.same(batches)
+        return BatchPair.of(batches, self.finetuned_prompts, self.pad_ids[1])
+
+    def noise_batches(self, pair: ModelPair) -> list[TokenBatch]:
+        """Return the batches of a sample of them, on which the noise is measured."""
+        if not self.noise_floor:
+            return []
+        distinct = [self.base_prompts[i] for i in self.repeats.distinct]
+        sample = [distinct[i] for i in pick_sample(len(distinct), self.seed)]
+        padding = pair.padding(self.longest)
+        return make_batches(sample, self.batch_tokens, padding, self.pad_ids[0], self.n_prefix)
+
+    @property
+    def traced(self) -> Sequence[int]:
+        """The prompts of which every token is kept: those named, or the first ones that there is room for."""
+        if self.token_prompts != "auto":
+            return self.token_prompts
+        ends = accumulate(len(self.base_prompts[i].ids) for i in self.repeats.distinct)
+        n_prompts = len(list(takewhile(lambda n_tokens: n_tokens <= MOST_TRACED_TOKENS, ends)))
+        return self.repeats.distinct[:n_prompts]
+
+    @property
+    def notes(self) -> list[str]:
+        """What ran once for several prompts, and of which prompts no token is kept."""
+        n_distinct, n_traced = len(self.repeats.distinct), len(self.traced)
+        notes = self.repeats.notes
+        if self.token_prompts != "auto" or n_traced == n_distinct:
+            return notes
+        if n_traced == 0:
+            return [
+                *notes,
+                f"no prompt's tokens are kept: the first prompt alone has more than {MOST_TRACED_TOKENS:,}; "
+                "--token-prompts names others",
+            ]
+        return [
+            *notes,
+            f"tokens are kept of the most divergent of the first {n_traced} of {n_distinct} prompts, for "
+            "which there is room; --token-prompts names others",
+        ]

@@ -1,0 +1,14 @@
+"""What activation-diff shows: pure functions of its record.
+
+summary.py   what the numbers say together, in sentences
+text.py      standard output
+table.py     rows as columns, and Markdown
+series.py    what every plot shows
+page.py      one page of HTML that opens anywhere, offline (page.html, js/)
+payload.py   the numbers that the page's scripts draw
+sample.py    which prompts, texts and tokens the page has room for
+answers.py   what a reader must know in ten seconds
+tables.py    the tables that need no script
+figure.py    the curve for a paper (curve.py draws it)
+notebook.py  how a result shows itself in a notebook
+"""

@@ -1,0 +1,122 @@
+"""The curve as a file, for a paper; the curve, and prompts × layers, as plots in a notebook."""
+
+from __future__ import annotations
+
+from typing import IO, TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lazarus.render.activation.curve import DIVERGENCE, draw_curve, draw_local, number_layers
+from lazarus.render.activation.series import LayerSeries, measured
+from lazarus.render.base.figure import LARGER, WIDTH_INCHES, drawable, new_figure, title, write_picture
+from lazarus.results import ActivationDiffRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["compose", "draw_curve", "draw_heatmap", "draw_local", "figure_size", "write_figure"]
+
+HEIGHT_INCHES = 3.0
+HEIGHT_WITH_LOCAL_INCHES = 4.2
+PROMPT_CHARACTERS = 40
+MOST_PROMPTS_LABELLED = 40
+
+
+def write_figure(
+    record: ActivationDiffRecord, stream: IO[bytes], format: Literal["png", "svg", "pdf"]
+) -> None:
+    """The curve as a figure 6.8 inches wide, two columns of most papers; 300 dots an inch in PNG.
+
+    A reader's own settings of matplotlib have no part in it, and none of them is changed.
+    """
+    write_picture(figure_size(record), lambda figure: compose(record, figure), stream, format)
+
+
+def figure_size(record: ActivationDiffRecord) -> tuple[float, float]:
+    """Width and height in inches: a local change has a panel of its own."""
+    has_local = measured(LayerSeries.of(record).local)
+    return WIDTH_INCHES, HEIGHT_WITH_LOCAL_INCHES if has_local else HEIGHT_INCHES
+
+
+def compose(record: ActivationDiffRecord, figure: Figure) -> Axes:
+    """Draw the curve into an empty figure, the local change below it where it was measured.
+
+    Returns:
+        The axes of the curve.
+    """
+    axes: Axes
+    if not measured(LayerSeries.of(record).local):
+        axes = figure.subplots()
+        draw_curve(record, axes)
+    else:
+        axes, below = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [2.2, 1]})
+        draw_curve(record, axes)
+        draw_local(record, below)
+        axes.set_xlabel("")
+        figure.align_ylabels()
+    axes.set_title(title(record), loc="left", fontsize="medium", parse_math=False)
+    return axes
+
+
+def draw_heatmap(record: ActivationDiffRecord, axes: Axes, *, sort: bool = False) -> None:
+    """Draw the divergence of every prompt at every layer, with a colour bar; grey is not measured.
+
+    Args:
+        record: the result.
+        axes: where to draw.
+        sort: the most divergent prompt first, by its mean over layers; else in the order of the prompts.
+    """
+    import matplotlib
+
+    divergence = record.results.column("divergence")
+    order = _most_divergent_first(divergence) if sort else np.arange(len(divergence))
+    image = axes.imshow(
+        np.ma.masked_invalid(divergence[order]),
+        aspect="auto",
+        cmap=matplotlib.colormaps["cividis"].with_extremes(bad="#C0C0C0"),
+        vmin=0.0,
+        vmax=float(np.nanmax(divergence, initial=0.0)) or 1.0,
+    )
+    number_layers(record, axes)
+    if len(order) <= MOST_PROMPTS_LABELLED:
+        labels = [drawable(record.prompts[i].text, PROMPT_CHARACTERS) for i in order]
+        axes.set_yticks(range(len(order)), labels, fontsize="small", parse_math=False)
+    else:
+        axes.set_ylabel("Prompt, most divergent first" if sort else "Prompt")
+    axes.figure.colorbar(image, ax=axes, label=DIVERGENCE)
+
+
+def plot_curve(record: ActivationDiffRecord, axes: Axes | None) -> Axes:
+    """Draw the curve on these axes; without, in a new figure of pyplot's, local change included.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    if axes is None:
+        width, height = figure_size(record)
+        return compose(record, new_figure("plot", (LARGER * width, LARGER * height)))
+    draw_curve(record, axes)
+    return axes
+
+
+def plot_heatmap(record: ActivationDiffRecord, axes: Axes | None, *, sort: bool) -> Axes:
+    """Draw prompts × layers on these axes, or in a new figure of pyplot's.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    if axes is None:
+        n_labelled = min(len(record.prompts), MOST_PROMPTS_LABELLED)
+        figure = new_figure("heatmap", (WIDTH_INCHES, max(2.4, 0.8 + 0.17 * n_labelled)))
+        axes = figure.subplots()
+        axes.set_title(title(record), loc="left", fontsize="medium", parse_math=False)
+    draw_heatmap(record, axes, sort=sort)
+    return axes
+
+
+def _most_divergent_first(divergence: NDArray[np.float64]) -> NDArray[np.intp]:
+    is_measured = ~np.isnan(divergence)
+    sums = np.where(is_measured, divergence, 0.0).sum(axis=1)
+    return np.argsort(-sums / np.maximum(1, is_measured.sum(axis=1)), kind="stable")

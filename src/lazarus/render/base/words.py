@@ -1,0 +1,21 @@
+"""Lines and numbers that every command writes alike."""
+
+from __future__ import annotations
+
+from lazarus.render.base.escape import escaped
+
+
+def loading(role: str, name: str) -> str:
+    """The line that is printed before a model is loaded; `role` is `base` or `finetuned`."""
+    return f"Loading {'fine-tuned' if role == 'finetuned' else role} model: {escaped(name)}"
+
+
+def saved(path: str) -> str:
+    """The line that tells where a result is."""
+    return f"Results saved to: {path}"
+
+
+def short(value: float | None) -> str:
+    """Four decimals, or as many digits as a small number needs to be told from zero."""
+    value = float("nan") if value is None else value
+    return f"{value:.4f}" if value == 0 or value >= 0.0001 else f"{value:.1e}"

@@ -1,0 +1,48 @@
+"""Which states of two models are compared: the tokens of a prompt, and pairs of states at a site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lazarus.facts import Site
+
+Position = Literal["auto", "last", "mean", "all"] | int
+"""the tokens of a prompt that are compared"""
+
+
+@dataclass(frozen=True)
+class StatePair:
+    """The states of two models at one site: row i of both is the same token of prompt `prompts[i]`.
+
+    All rows of a prompt come in one pair, but for those of the site `logits`, which may come in parts.
+    """
+
+    site: Site
+    prompts: Int[Tensor, " rows"]
+    base: Float[Tensor, "rows base_width"]
+    finetuned: Float[Tensor, "rows finetuned_width"]
+    local: Float[Tensor, "rows base_width"] | None = None
+    """what the fine-tuned model's block makes of base's states, where that was asked for"""
+    trial: int | None = None
+    """the number of a trial of the noise, in which `finetuned` is base once more; None otherwise"""
+
+    @classmethod
+    def of(cls, site: Site, prompts: Any, base: Any, finetuned: Any, trial: int | None = None) -> StatePair:
+        """Return a pair from arrays that NumPy can read, or from lists: [rows] and [rows, width]."""
+        owners = torch.as_tensor(prompts, dtype=torch.int64)
+        return cls(site, owners, torch.as_tensor(base), torch.as_tensor(finetuned), trial=trial)
+
+
+def compared_tokens(position: Position, length: int) -> range:
+    """Return the indices that are compared in a prompt of this many tokens."""
+    if isinstance(position, int):
+        index = position % length
+        return range(index, index + 1)
+    if position == "last":
+        return range(length - 1, length)
+    return range(min(1, length - 1), length)

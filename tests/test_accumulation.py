@@ -1,0 +1,107 @@
+"""The seam for other runtimes: pairs of states go in, from wherever, and a result comes out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import lazarus
+from factories import perturbed, tiny_llama, tiny_tokenizer
+from lazarus import (
+    Accumulation,
+    ModelFacts,
+    PairFacts,
+    Plan,
+    StatePair,
+    WeightFacts,
+    conclude,
+    iter_state_pairs,
+)
+
+TEXTS = ["Hello", "What is AI?", "Hello", "The capital", "Calculate 2 + 2", "a list"]
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[Any, Any]:
+    return tiny_llama(), perturbed(tiny_llama())
+
+
+def as_arrays(pairs: Any) -> list[StatePair]:
+    """The pairs as NumPy arrays, which know nothing of torch."""
+    return [
+        StatePair.of(p.site, p.prompts.numpy(), p.base.numpy(), p.finetuned.numpy(), p.trial) for p in pairs
+    ]
+
+
+@pytest.mark.parametrize("position", ["last", "mean", "all"])
+def test_states_from_arrays_give_the_result_of_a_run(position: str, models: tuple[Any, Any]) -> None:
+    options: dict[str, Any] = {"tokenizer": tiny_tokenizer(), "position": position}
+    expected = lazarus.activation_diff(*models, TEXTS, **options).record
+    pairs = iter_state_pairs(*models, TEXTS, **options, with_noise=True)
+    seen = Accumulation(pairs.facts, pairs.plan).take(as_arrays(pairs))
+    found = conclude(seen, WeightFacts(identical=False)).record
+    assert found.summary == expected.summary
+    assert found.settings == expected.settings
+    for name in ("base", "finetuned", "prompts", "layers", "sites", "output"):
+        assert getattr(found, name) == getattr(expected, name), name
+    for column in ("divergence", "relative_l2", "norm_ratio"):
+        ours, theirs = (record.results.column(column) for record in (found, expected))
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_parts_that_went_to_a_file_and_back_are_the_whole(models: tuple[Any, Any]) -> None:
+    pairs = iter_state_pairs(*models, TEXTS, tokenizer=tiny_tokenizer(), batch_tokens=16)
+    every = list(pairs)
+    whole = Accumulation(pairs.facts, pairs.plan).take(every)
+    joined = Accumulation(pairs.facts, pairs.plan)
+    for part in (every[::2], every[1::2]):
+        joined.add(Accumulation(pairs.facts, pairs.plan).take(part).state())
+    for ours, theirs in zip(conclude(joined).layers, conclude(whole).layers, strict=True):
+        assert ours.divergence == theirs.divergence
+        assert ours.relative_l2 == theirs.relative_l2
+        assert ours.unrelated_similarity == pytest.approx(theirs.unrelated_similarity, rel=1e-12)
+
+
+def test_every_prompt_comes_with_its_own_rows(models: tuple[Any, Any]) -> None:
+    """A prompt that is repeated runs once, and its rows come again under its own number."""
+    owners: dict[Any, list[int]] = {}
+    for pair in iter_state_pairs(*models, TEXTS, tokenizer=tiny_tokenizer()):
+        assert pair.trial is None
+        assert len(pair.base) == len(pair.finetuned) == len(pair.prompts)
+        owners.setdefault(pair.site, []).extend(pair.prompts.tolist())
+    assert list(owners) == ["embedding", 0, 1, 2, 3, "final_norm", "logits"]
+    assert all(sorted(found) == list(range(len(TEXTS))) for found in owners.values())
+
+
+def facts_of(n_layers: int = 2, width: int = 8) -> PairFacts:
+    base, finetuned = (ModelFacts.of(name, n_layers, width) for name in ("one", "two"))
+    return PairFacts(base, finetuned)
+
+
+def test_without_noise_and_weights_nothing_is_claimed_but_identity() -> None:
+    facts, states = facts_of(), np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
+    for change, verdict in ((0.0, "identical"), (1e-3, None)):
+        seen = Accumulation(facts, Plan.of(facts, ["a", "b", "c"]))
+        seen.take(StatePair.of(site, [0, 1, 2], states, states + np.float32(change)) for site in facts.sites)
+        summary = conclude(seen).summary
+        assert (summary.verdict, summary.weights_identical) == (verdict, None)
+
+
+def test_a_trial_of_the_noise_is_the_floor() -> None:
+    facts, random = facts_of(), np.random.default_rng(0)
+    states = random.normal(size=(3, 8))
+    near, far = (states + size * random.normal(size=(3, 8)) for size in (1e-6, 1e-3))
+    for other, verdict in ((near, "within_noise"), (far, "changed")):
+        seen = Accumulation(facts, Plan.of(facts, ["a", "b", "c"]))
+        seen.take(StatePair.of(site, [0, 1, 2], states, other) for site in facts.sites)
+        seen.take(StatePair.of(site, [0, 1, 2], states, near, trial=0) for site in facts.sites)
+        assert conclude(seen).summary.verdict == verdict
+
+
+def test_lists_and_other_dtypes_are_taken() -> None:
+    pair = StatePair.of(0, (0, 1), [[1.0, 2.0], [3.0, 4.0]], np.ones((2, 2), np.float16))
+    assert pair.prompts.dtype == torch.int64
+    assert pair.finetuned.dtype == torch.float16
