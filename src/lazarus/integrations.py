@@ -13,7 +13,7 @@ from lazarus.activation import Prompts, activation_diff
 from lazarus.errors import GateNotMetError, LazarusError, UsageError
 from lazarus.faces import ActivationDiff
 from lazarus.models import find_tokenizer
-from lazarus.options import OptionArguments, make_options
+from lazarus.options import OptionArguments, Options
 from lazarus.prompts import make_prompts
 from lazarus.ranks import Rank
 
@@ -71,7 +71,7 @@ class ActivationDiffCallback(TrainerCallback):  # type: ignore[misc]  # transfor
         save_dir: str | Path | None = None,
         **options: Unpack[OptionArguments],
     ) -> None:
-        chosen = make_options(**options)
+        chosen = Options.make(**options)
         if every < 1:
             raise UsageError(f"every={every}: give a number of steps of at least 1.")
         self.trainer, self.every, self.base = trainer, every, base

@@ -22,7 +22,7 @@ from lazarus.faces import ActivationDiff
 from lazarus.facts import PairFacts
 from lazarus.loading import Model, Role, pick_device
 from lazarus.models import find_tokenizer
-from lazarus.options import OptionArguments, Options, check_token_prompts, make_options, read_template
+from lazarus.options import OptionArguments, Options, check_token_prompts, read_template
 from lazarus.prompts import Prompt, PromptList, check_chats, make_prompts
 from lazarus.provenance import environment
 from lazarus.ranks import Rank, find_rank
@@ -138,7 +138,7 @@ def _given(
     options: OptionArguments,
 ) -> Given:
     """Check what the caller has given, before anything is loaded."""
-    chosen = make_options(**options)
+    chosen = Options.make(**options)
     found = make_prompts(prompts, no_split=chosen.no_split)
     template = read_template(chosen)
     check_chats(found.prompts, chosen.chat_template)

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from lazarus.cli import arguments as a
 from lazarus.cli.app import app, introspect
 from lazarus.cli.imports import heavy_imports
 from lazarus.cli.output import check_outputs, leads, print_and_save, shows_progress
 from lazarus.cli.reporting import reported
+from lazarus.options import Options
 
 if TYPE_CHECKING:
     from lazarus.console import ConsoleObserver
@@ -21,35 +20,16 @@ if TYPE_CHECKING:
 
 
 @introspect.command("activation-diff")
+@a.takes(Options)
 def activation_diff(
-    context: typer.Context,
     base: a.Base,
     finetuned: a.Finetuned,
     prompts: a.Prompts,
     output: a.Outputs = None,
-    position: a.Position = "auto",
-    threshold: a.Threshold = 0.1,
-    align: a.Align = "ids",
-    localize: a.Localize = False,
-    readout: a.ReadoutLayers = None,
-    token_prompts: a.TokenPrompts = "auto",
-    no_noise_floor: a.NoNoiseFloor = False,
-    fail_above: a.FailAbove = None,
-    expect: a.Expect = None,
-    only_compared: a.OnlyCompared = False,
-    chat_template: a.ChatTemplate = "none",
-    no_split: a.NoSplit = False,
-    truncate: a.Truncate = False,
-    dtype: a.Dtype = "auto",
-    device: a.Device = "auto",
-    batch_tokens: a.BatchTokens = None,
-    memory: a.Memory = "auto",
-    layers_path: a.LayersPath = None,
-    seed: a.Seed = 0,
-    trust_remote_code: a.TrustRemoteCode = False,
-    work_dir: a.WorkDir = None,
+    *,
     quiet: a.Quiet = False,
     debug: a.Debug = False,
+    **options: Any,
 ) -> None:
     """Compare activation divergence between two models.
 
@@ -60,20 +40,17 @@ def activation_diff(
 
     lazarus introspect activation-diff -b org/base -f org/tuned -p "Hello,How are you" -o diff.json
     """
-    from lazarus.options import OptionArguments
-
-    options = {name: context.params[name] for name in OptionArguments.__annotations__}
     with reported(debug):
-        from lazarus.options import check_token_prompts, make_options
+        from lazarus.options import check_token_prompts
         from lazarus.prompts import check_chats, parse_prompts
 
-        make_options(**options)
+        Options(**options)
         output = (output or []) if leads() else []
         files = [value[1:] for value in prompts if value[:1] == "@" and value[:2] != "@@"]
-        check_outputs(output, "activation-diff", [*files, chat_template, base, finetuned])
-        found = parse_prompts(prompts, no_split=no_split)
-        check_chats(found.prompts, chat_template)
-        check_token_prompts(token_prompts, len(found.prompts))
+        check_outputs(output, "activation-diff", [*files, options["chat_template"], base, finetuned])
+        found = parse_prompts(prompts, no_split=options["no_split"])
+        check_chats(found.prompts, options["chat_template"])
+        check_token_prompts(options["token_prompts"], len(found.prompts))
         observer = _observer(quiet, debug, saves=bool(output))
         _compare(base, finetuned, found, output, observer, **options)
 

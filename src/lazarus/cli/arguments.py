@@ -1,16 +1,64 @@
-"""Every option as the user types it: its names, its help and the panel of the help it stands in."""
+"""What a command takes as a user types it: its models, prompts and outputs, and each option of its record.
+
+An option is described in `lazarus.options`; here it becomes one of typer's.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import inspect
+from collections.abc import Callable
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import typer
 
-RUN, COMPARE, READ, SHOW = "How it runs", "What is compared", "How prompts are read", "What it shows"
+from lazarus.options import Options
+from lazarus.options.option import Described, described
+
+SHOW = "What it shows"
 
 
 def _option(*names: str, panel: str | None = None, **settings: Any) -> Any:
     return typer.Option(*names, rich_help_panel=panel, **settings)
+
+
+def as_option(found: Described, **settings: Any) -> Any:
+    """Return an option as typer's, with its help."""
+    option = found.option
+    told = {"metavar": option.metavar, "help": option.help, "panel": option.panel}
+    shown = {} if option.shown_default is None else {"show_default": option.shown_default}
+    return _option("--" + found.name.replace("_", "-"), **{**told, **shown, **settings})
+
+
+def _typed(kind: Any) -> Any:
+    """Return a type as typer takes it: what is neither a number nor a switch is text."""
+    members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    plain = next((member for member in members if member in (bool, int, float)), str)
+    plain = plain if set(members) <= {plain, type(None)} else str
+    return plain | None if type(None) in members else plain
+
+
+def takes(kind: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of a record, each in the place of `**options`."""
+
+    def with_options(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        own = [found for found in signature.parameters.values() if found.kind is not found.VAR_KEYWORD]
+        added = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=found.default,
+                annotation=Annotated[_typed(found.type), as_option(found)],
+            )
+            for name, found in described(kind).items()
+        ]
+        first = [found for found in own if found.kind is not found.KEYWORD_ONLY]
+        last = own[len(first) :]
+        setattr(command, "__signature__", signature.replace(parameters=[*first, *added, *last]))  # noqa: B010
+        return command
+
+    return with_options
 
 
 Base = Annotated[
@@ -46,190 +94,8 @@ Outputs = Annotated[
     ),
 ]
 Result = Annotated[str, typer.Argument(metavar="RESULT.json", help="What a command saved with -o FILE.json.")]
-Position = Annotated[
-    str,
-    _option(
-        panel=COMPARE,
-        metavar="auto|last|mean|all|N",
-        help="Which tokens are compared: the last one; the mean of the hidden states; every token, averaged "
-        "within a prompt; or index N. auto is last for a causal model, mean for an encoder.",
-    ),
-]
-Threshold = Annotated[float, _option(panel=COMPARE, metavar="X", help="The divergence that *** marks.")]
-AnotherThreshold = Annotated[
-    float | None,
-    _option(
-        "--threshold",
-        panel=COMPARE,
-        metavar="X",
-        help="The divergence that *** marks.",
-        show_default="that of the run",
-    ),
-]
-Align = Annotated[
-    str,
-    _option(
-        panel=COMPARE,
-        metavar="ids|text",
-        help="The same token ids for both, refused where the tokenizers differ on these prompts; or each "
-        "model reads the text with its own tokenizer, compared where the text ends.",
-    ),
-]
-Localize = Annotated[
-    bool,
-    _option(
-        "--localize",
-        panel=COMPARE,
-        help="Also measure what each block itself adds, apart from what it inherits.",
-    ),
-]
-ReadoutLayers = Annotated[
-    str | None,
-    _option(
-        "--readout",
-        panel=COMPARE,
-        metavar="auto|all|LAYERS",
-        help="Read the mean difference at these layers (7,15,-1) as the tokens that it promotes and "
-        "suppresses.",
-        show_default="off",
-    ),
-]
-TokenPrompts = Annotated[
-    str,
-    _option(
-        "--token-prompts",
-        panel=COMPARE,
-        metavar="auto|none|N,M,...",
-        help="With --position all, the prompts (counted from 0) of which every token is kept; auto is the "
-        "most divergent ones.",
-    ),
-]
-NoNoiseFloor = Annotated[
-    bool,
-    _option("--no-noise-floor", panel=COMPARE, help="Leave out the measurement of the numerical noise."),
-]
-Expect = Annotated[
-    str | None,
-    _option(
-        panel=COMPARE,
-        metavar="identical|changed",
-        help="Exit 3 where the two models are not that, beyond the noise.",
-        show_default="off",
-    ),
-]
-OnlyCompared = Annotated[
-    bool,
-    _option(
-        "--only-compared",
-        panel=COMPARE,
-        help="Gates look at what was compared, and not at what else the two checkpoints hold.",
-    ),
-]
-FailAbove = Annotated[
-    float | None,
-    _option(
-        panel=COMPARE, metavar="X", help="Exit 3 where a layer's divergence is above X.", show_default="off"
-    ),
-]
-ChatTemplate = Annotated[
-    str,
-    _option(
-        panel=READ,
-        metavar="none|base|finetuned|FILE",
-        help="Wrap each prompt as a user turn, the same text for both models.",
-    ),
-]
-NoSplit = Annotated[bool, _option("--no-split", panel=READ, help="Each -p is one prompt.")]
-Truncate = Annotated[
-    bool,
-    _option("--truncate", panel=READ, help="Cut prompts at the models' context instead of refusing them."),
-]
-Dtype = Annotated[
-    str,
-    _option(
-        panel=RUN,
-        metavar="auto|float32|bfloat16|float16",
-        help="What the models run in; auto is float32 on a CPU, the stored type on a GPU.",
-    ),
-]
-Device = Annotated[str, _option(panel=RUN, metavar="auto|cpu|cuda[:N]|mps", help="Where the models run.")]
-BatchTokens = Annotated[
-    int | None, _option(panel=RUN, metavar="N", help="Tokens in one batch.", show_default="auto")
-]
-Memory = Annotated[
-    str,
-    _option(
-        panel=RUN,
-        metavar="auto|resident|stream",
-        help="Both models in memory, or a block of each at a time, read from disk.",
-    ),
-]
-LayersPath = Annotated[
-    str | None,
-    _option(
-        panel=RUN,
-        metavar="PATH",
-        help="Where the blocks are, such as model.layers, when they cannot be found.",
-        show_default="found",
-    ),
-]
-Seed = Annotated[int, _option(panel=RUN, metavar="N", help="Of every random choice.")]
-TrustRemoteCode = Annotated[
-    bool, _option("--trust-remote-code", panel=RUN, help="Allow a model's own Python code.")
-]
-WorkDir = Annotated[
-    str | None,
-    _option(
-        panel=RUN,
-        metavar="DIR",
-        help="Keep what is done in this folder, so that an interrupted run goes on where it was, and several "
-        "processes share the work.",
-        show_default="off",
-    ),
-]
 Quiet = Annotated[bool, _option("-q", "--quiet", panel=SHOW, help="No progress bars, no logs.")]
 Debug = Annotated[bool, _option("--debug", panel=SHOW, help="Tracebacks and logs.")]
-
-WeightThreshold = Annotated[
-    float, _option("--threshold", panel=COMPARE, metavar="X", help="The relative change that *** marks.")
-]
-SpectrumOption = Annotated[
-    bool,
-    _option(
-        "--spectrum",
-        panel=COMPARE,
-        help="Also each update's singular values: its rank, and whether it looks like an adapter's.",
-    ),
-]
-WeightFailAbove = Annotated[
-    float | None,
-    _option(
-        "--fail-above",
-        panel=COMPARE,
-        metavar="X",
-        help="Exit 3 where a tensor's relative change is above X.",
-        show_default="off",
-    ),
-]
-WeightExpect = Annotated[
-    str | None,
-    _option(
-        "--expect",
-        panel=COMPARE,
-        metavar="identical|changed",
-        help="Exit 3 where the two checkpoints are not that, bit for bit.",
-        show_default="off",
-    ),
-]
-AllowPickle = Annotated[
-    bool,
-    _option(
-        "--allow-pickle",
-        panel=RUN,
-        help="Read .bin checkpoints too, by torch's loader of plain tensors (weights_only).",
-    ),
-]
-
 Model1 = Annotated[
     str,
     _option(
@@ -262,30 +128,9 @@ OnePrompt = Annotated[
         "prompt in it, or @- for standard input.",
     ),
 ]
-TopK = Annotated[
-    int, _option("--top-k", panel=COMPARE, metavar="N", help="How many tokens are kept of each layer.")
-]
-Track = Annotated[
-    str | None,
-    _option(
-        "--track",
-        panel=COMPARE,
-        metavar="TOKENS",
-        help='Tokens that are followed through the layers: "42, Paris". A word is its first token, with or '
-        "without a space before it.",
-        show_default="the first choices of both",
-    ),
-]
-LensChatTemplate = Annotated[
-    str,
-    _option(
-        "--chat-template",
-        panel=READ,
-        metavar="none|model1|model2|FILE",
-        help="Wrap the prompt as a user turn, the same text for both models.",
-    ),
-]
-LensTruncate = Annotated[
-    bool,
-    _option("--truncate", panel=READ, help="Cut the prompt at the models' context instead of refusing it."),
-]
+
+_OF_RUN = described(Options)
+AnotherThreshold = Annotated[float | None, as_option(_OF_RUN["threshold"], show_default="that of the run")]
+FailAbove = Annotated[float | None, as_option(_OF_RUN["fail_above"])]
+Expect = Annotated[str | None, as_option(_OF_RUN["expect"])]
+OnlyCompared = Annotated[bool, as_option(_OF_RUN["only_compared"])]

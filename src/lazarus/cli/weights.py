@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import typer
+from typing import Any
 
 from lazarus.cli import arguments as a
 from lazarus.cli.app import introspect
 from lazarus.cli.imports import heavy_imports
 from lazarus.cli.output import check_outputs, leads, print_and_save, shows_progress
 from lazarus.cli.reporting import reported
+from lazarus.options import WeightOptions
 
 
 @introspect.command("weight-diff")
+@a.takes(WeightOptions)
 def weight_diff(
-    context: typer.Context,
     base: a.Base,
     finetuned: a.Finetuned,
     output: a.Outputs = None,
-    threshold: a.WeightThreshold = 0.1,
-    spectrum: a.SpectrumOption = False,
-    fail_above: a.WeightFailAbove = None,
-    expect: a.WeightExpect = None,
-    only_compared: a.OnlyCompared = False,
-    layers_path: a.LayersPath = None,
-    seed: a.Seed = 0,
-    allow_pickle: a.AllowPickle = False,
-    trust_remote_code: a.TrustRemoteCode = False,
+    *,
     quiet: a.Quiet = False,
     debug: a.Debug = False,
+    **options: Any,
 ) -> None:
     """Compare the weights of two models, tensor by tensor.
 
@@ -38,11 +32,7 @@ def weight_diff(
 
     lazarus introspect weight-diff -b org/base -f org/tuned -o weights.html
     """
-    from lazarus.options import WeightArguments
-
-    options = {name: context.params[name] for name in WeightArguments.__annotations__}
     with reported(debug):
-        from lazarus.options import WeightOptions
         from lazarus.render.weights import text
 
         WeightOptions(**options)
@@ -57,4 +47,4 @@ def weight_diff(
             diff = run(base, finetuned, observer=observer, **options)
         if leads():
             print_and_save(f"\n{text.table(diff.record)}\n\n{text.summary(diff.record)}", diff, output)
-        diff.check_gates(fail_above=fail_above, expect=expect, only_compared=only_compared)
+        diff.check_gates(**{name: options[name] for name in ("fail_above", "expect", "only_compared")})

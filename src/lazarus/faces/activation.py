@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lazarus.errors import GateNotMetError
 from lazarus.faces.face import Face, data_frame
-from lazarus.options import check_bound, check_gates
+from lazarus.options import Options, check
 from lazarus.render.activation import figure, notebook, text
 from lazarus.render.activation.summary import verdict
 from lazarus.results import (
@@ -101,7 +101,7 @@ class ActivationDiff(Face[ActivationDiffRecord]):
         Raises:
             UsageError: it is no divergence.
         """
-        check_bound("threshold", threshold)
+        check(Options, threshold=threshold)
         return ActivationDiff(flag_above(self.record, threshold))
 
     @staticmethod
@@ -111,7 +111,7 @@ class ActivationDiff(Face[ActivationDiffRecord]):
         Raises:
             UsageError: it names the gate.
         """
-        check_gates(fail_above, expect)
+        check(Options, fail_above=fail_above, expect=expect)
 
     def check_gates(
         self, *, fail_above: float | None = None, expect: str | None = None, only_compared: bool = False
@@ -128,7 +128,7 @@ class ActivationDiff(Face[ActivationDiffRecord]):
                 prompt; or the models are not what was expected of them, beyond the noise, or no verdict
                 could be given.
         """
-        check_gates(fail_above, expect)
+        check(Options, fail_above=fail_above, expect=expect)
         if fail_above is not None:
             self._check_limit(fail_above)
         found = self.summary.verdict

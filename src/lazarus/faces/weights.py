@@ -8,8 +8,7 @@ from msgspec.structs import replace
 
 from lazarus.errors import GateNotMetError
 from lazarus.faces.face import Face, data_frame
-from lazarus.options import check_weight_gates
-from lazarus.options.checks import check_change
+from lazarus.options import WeightOptions, check
 from lazarus.render.weights import figure, notebook, table, text
 from lazarus.results import TensorRecord, WeightDiffRecord, WeightLayerRecord, WeightSummary, differing
 
@@ -80,7 +79,7 @@ class WeightDiff(Face[WeightDiffRecord]):
         Raises:
             UsageError: it is no relative change.
         """
-        check_change("threshold", threshold)
+        check(WeightOptions, threshold=threshold)
         return WeightDiff(_flag_above(self.record, threshold))
 
     @staticmethod
@@ -90,7 +89,7 @@ class WeightDiff(Face[WeightDiffRecord]):
         Raises:
             UsageError: it names the gate.
         """
-        check_weight_gates(fail_above, expect)
+        check(WeightOptions, fail_above=fail_above, expect=expect)
 
     def check_gates(
         self, *, fail_above: float | None = None, expect: str | None = None, only_compared: bool = False
@@ -105,7 +104,7 @@ class WeightDiff(Face[WeightDiffRecord]):
             GateNotMetError: a tensor’s relative change is above the limit or not finite, tensors of the two
                 have no counterpart, or the checkpoints are not what was expected of them.
         """
-        check_weight_gates(fail_above, expect)
+        check(WeightOptions, fail_above=fail_above, expect=expect)
         if fail_above is not None:
             self._check_limit(fail_above)
         if expect is not None and (self.summary.verdict == "changed") != (expect == "changed"):

@@ -15,7 +15,7 @@ from lazarus.lens.record import LensFacts, make_record
 from lazarus.lens.vocabulary import Vocabulary
 from lazarus.loading import Model, Role, less_memory, load_models, pick_device
 from lazarus.models import LoadedModel, find_tokenizer, same_design
-from lazarus.options import CompareArguments, CompareOptions, make_compare_options, read_template
+from lazarus.options import CompareArguments, CompareOptions, read_template
 from lazarus.prompts import Prompt, PromptList, check_chats, make_prompts
 from lazarus.ranks import Rank
 from lazarus.reading import Reading, read_prompts
@@ -77,7 +77,7 @@ def compare(
         NoDataError: the logits of a model are finite at no layer.
         DeviceError: memory ran out, or the device lacks an operator.
     """
-    chosen = make_compare_options(**options)
+    chosen = CompareOptions.make(**options)
     found, of_pair = _one_prompt(prompt, chosen), chosen.of_pair()
     template = read_template(of_pair)
     watcher = observer or _Silence()

@@ -1,5 +1,7 @@
 """Every option of every command, its default and what it may be. No torch here.
 
+option.py      what an option is: its help, panel and check, and how a record of options is read
+common.py      the options that several commands have
 checks.py      what an option may be, whichever command it belongs to
 activation.py  the options of activation-diff
 weights.py     the options of weight-diff
@@ -13,16 +15,16 @@ from lazarus.options.activation import (
     OptionArguments,
     Options,
     check_token_prompts,
-    make_options,
     parse_position,
     parse_readout,
     parse_token_prompts,
     read_template,
     readout_layers,
 )
-from lazarus.options.checks import DTYPES, EXPECTATIONS, check_bound, check_gates
-from lazarus.options.lens import CompareArguments, CompareOptions, make_compare_options, parse_track
-from lazarus.options.weights import WeightArguments, WeightOptions, check_weight_gates
+from lazarus.options.checks import DTYPES, EXPECTATIONS
+from lazarus.options.lens import CompareArguments, CompareOptions, parse_track
+from lazarus.options.option import check
+from lazarus.options.weights import WeightArguments, WeightOptions
 
 __all__ = [
     "ALIGNMENTS",
@@ -36,12 +38,8 @@ __all__ = [
     "Options",
     "WeightArguments",
     "WeightOptions",
-    "check_bound",
-    "check_gates",
+    "check",
     "check_token_prompts",
-    "check_weight_gates",
-    "make_compare_options",
-    "make_options",
     "parse_position",
     "parse_readout",
     "parse_token_prompts",

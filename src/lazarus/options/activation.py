@@ -3,78 +3,194 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Annotated, Literal, TypedDict
 
 from lazarus.errors import UsageError
-from lazarus.options.checks import DTYPES, check_bound, check_choice, check_device, check_gates, check_known
+from lazarus.options.checks import check_bound, check_choice, check_count, check_named
+from lazarus.options.common import (
+    Device,
+    Dtype,
+    Expectation,
+    LayersPath,
+    OnlyCompared,
+    Seed,
+    TrustRemoteCode,
+    check_expectation,
+)
+from lazarus.options.option import COMPARE, READ, RUN, Checked, Option
 
 NAMED_POSITIONS = ("auto", "last", "mean", "all")
 MEMORY_MODES = ("auto", "resident", "stream")
 ALIGNMENTS = ("ids", "text")
 
 
+def _check_position(name: str, position: str | int) -> None:
+    if isinstance(position, int) or position in NAMED_POSITIONS:
+        return
+    try:
+        int(position)
+    except ValueError as error:
+        raise UsageError(
+            f"--{name} {position}: not a position. Write auto, last, mean, all, or a token's index "
+            "such as 0 or -2."
+        ) from error
+
+
+def _check_readout(_: str, value: str) -> None:
+    parse_readout(value)
+
+
+def _check_token_prompts(_: str, value: str) -> None:
+    parse_token_prompts(value)
+
+
+Position = Annotated[
+    str | int,
+    Option(
+        "Which tokens are compared: the last one; the mean of the hidden states; every token, averaged "
+        "within a prompt; or index N. auto is last for a causal model, mean for an encoder.",
+        COMPARE,
+        "auto|last|mean|all|N",
+        check=_check_position,
+    ),
+]
+Threshold = Annotated[float, Option("The divergence that *** marks.", COMPARE, "X", check=check_bound)]
+Align = Annotated[
+    str,
+    Option(
+        "The same token ids for both, refused where the tokenizers differ on these prompts; or each model "
+        "reads the text with its own tokenizer, compared where the text ends.",
+        COMPARE,
+        "ids|text",
+        check=partial(check_choice, choices=ALIGNMENTS),
+    ),
+]
+Localize = Annotated[
+    bool, Option("Also measure what each block itself adds, apart from what it inherits.", COMPARE)
+]
+Readout = Annotated[
+    str | None,
+    Option(
+        "Read the mean difference at these layers (7,15,-1) as the tokens that it promotes and suppresses.",
+        COMPARE,
+        "auto|all|LAYERS",
+        shown_default="off",
+        check=_check_readout,
+    ),
+]
+TokenPrompts = Annotated[
+    str,
+    Option(
+        "With --position all, the prompts (counted from 0) of which every token is kept; auto is the most "
+        "divergent ones.",
+        COMPARE,
+        "auto|none|N,M,...",
+        check=_check_token_prompts,
+    ),
+]
+NoNoiseFloor = Annotated[bool, Option("Leave out the measurement of the numerical noise.", COMPARE)]
+FailAbove = Annotated[
+    float | None,
+    Option(
+        "Exit 3 where a layer's divergence is above X.",
+        COMPARE,
+        "X",
+        shown_default="off",
+        check=check_bound,
+    ),
+]
+Expect = Annotated[
+    Expectation | None,
+    Option(
+        "Exit 3 where the two models are not that, beyond the noise.",
+        COMPARE,
+        "identical|changed",
+        shown_default="off",
+        check=check_expectation,
+    ),
+]
+ChatTemplate = Annotated[
+    str,
+    Option(
+        "Wrap each prompt as a user turn, the same text for both models.", READ, "none|base|finetuned|FILE"
+    ),
+]
+NoSplit = Annotated[bool, Option("Each -p is one prompt.", READ)]
+Truncate = Annotated[bool, Option("Cut prompts at the models' context instead of refusing them.", READ)]
+BatchTokens = Annotated[
+    int | None, Option("Tokens in one batch.", RUN, "N", shown_default="auto", check=check_count)
+]
+Memory = Annotated[
+    str,
+    Option(
+        "Both models in memory, or a block of each at a time, read from disk.",
+        RUN,
+        "auto|resident|stream",
+        check=partial(check_choice, choices=MEMORY_MODES),
+    ),
+]
+WorkDir = Annotated[
+    str | None,
+    Option(
+        "Keep what is done in this folder, so that an interrupted run goes on where it was, and several "
+        "processes share the work.",
+        RUN,
+        "DIR",
+        shown_default="off",
+        check=partial(check_named, advice="Name a folder."),
+    ),
+]
+
+
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """The options of `activation_diff`, named as on the command line, checked when they are made.
 
     Raises:
         UsageError: a value that the option does not take.
     """
 
-    position: str | int = "auto"
-    threshold: float = 0.1
-    dtype: str = "auto"
-    device: str = "auto"
-    batch_tokens: int | None = None
-    chat_template: str = "none"
-    memory: str = "auto"
-    align: str = "ids"
-    localize: bool = False
-    readout: str | None = None
-    token_prompts: str = "auto"
-    no_noise_floor: bool = False
-    fail_above: float | None = None
-    expect: Literal["identical", "changed"] | None = None
-    only_compared: bool = False
-    no_split: bool = False
-    truncate: bool = False
-    layers_path: str | None = None
-    seed: int = 0
-    trust_remote_code: bool = False
-    work_dir: str | None = None
+    position: Position = "auto"
+    threshold: Threshold = 0.1
+    align: Align = "ids"
+    localize: Localize = False
+    readout: Readout = None
+    token_prompts: TokenPrompts = "auto"
+    no_noise_floor: NoNoiseFloor = False
+    fail_above: FailAbove = None
+    expect: Expect = None
+    only_compared: OnlyCompared = False
+    chat_template: ChatTemplate = "none"
+    no_split: NoSplit = False
+    truncate: Truncate = False
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    batch_tokens: BatchTokens = None
+    memory: Memory = "auto"
+    layers_path: LayersPath = None
+    seed: Seed = 0
+    trust_remote_code: TrustRemoteCode = False
+    work_dir: WorkDir = None
 
     def __post_init__(self) -> None:
-        _check_position(self.position)
-        check_choice("dtype", self.dtype, DTYPES)
-        check_choice("memory", self.memory, MEMORY_MODES)
-        check_choice("align", self.align, ALIGNMENTS)
+        super().__post_init__()
         if self.align == "text" and self.position not in ("auto", "last", "mean"):
             raise UsageError(
                 f"--align text compares where the text ends, and --position is {self.position}. "
                 "Use last or mean."
             )
-        check_gates(self.fail_above, self.expect)
         if self.expect is not None and self.no_noise_floor:
             raise UsageError(
                 f"--expect {self.expect} asks for more than the noise, and --no-noise-floor leaves the "
                 "noise unmeasured. Leave one of the two out."
             )
-        if self.readout is not None:
-            parse_readout(self.readout)
         if not isinstance(parse_token_prompts(self.token_prompts), str) and self.position != "all":
             raise UsageError(
                 f"--token-prompts {self.token_prompts} keeps every token of these prompts, and --position is "
                 f"{self.position}. Use --position all."
             )
-        check_bound("threshold", self.threshold)
-        if self.batch_tokens is not None and self.batch_tokens < 1:
-            raise UsageError(f"--batch-tokens {self.batch_tokens}: give a number of at least 1.")
-        check_device(self.device)
-        if self.layers_path == "":
-            raise UsageError("--layers-path is empty. Give a path such as model.layers.")
-        if self.work_dir == "":
-            raise UsageError("--work-dir is empty. Name a folder.")
 
     def template_file(self) -> Path | None:
         """The file that `chat_template` names, if it names one."""
@@ -84,37 +200,27 @@ class Options:
 class OptionArguments(TypedDict, total=False):
     """The same as keyword arguments, for editors and type checkers (a test keeps the two equal)."""
 
-    position: str | int
-    threshold: float
-    dtype: str
-    device: str
-    batch_tokens: int | None
-    chat_template: str
-    memory: str
-    align: str
-    localize: bool
-    readout: str | None
-    token_prompts: str
-    no_noise_floor: bool
-    fail_above: float | None
-    expect: Literal["identical", "changed"] | None
-    only_compared: bool
-    no_split: bool
-    truncate: bool
-    layers_path: str | None
-    seed: int
-    trust_remote_code: bool
-    work_dir: str | None
-
-
-def make_options(**given: Any) -> Options:
-    """Options from keyword arguments.
-
-    Raises:
-        UsageError: an unknown option, or a value that it does not take.
-    """
-    check_known(Options, given)
-    return Options(**given)
+    position: Position
+    threshold: Threshold
+    align: Align
+    localize: Localize
+    readout: Readout
+    token_prompts: TokenPrompts
+    no_noise_floor: NoNoiseFloor
+    fail_above: FailAbove
+    expect: Expect
+    only_compared: OnlyCompared
+    chat_template: ChatTemplate
+    no_split: NoSplit
+    truncate: Truncate
+    dtype: Dtype
+    device: Device
+    batch_tokens: BatchTokens
+    memory: Memory
+    layers_path: LayersPath
+    seed: Seed
+    trust_remote_code: TrustRemoteCode
+    work_dir: WorkDir
 
 
 def read_template(options: Options) -> str | None:
@@ -138,18 +244,6 @@ def read_template(options: Options) -> str | None:
         raise UsageError(
             f"--chat-template {path}: cannot be read: {reason}. Write none, base or finetuned (in "
             "compare: model1 or model2), or the path of a Jinja template."
-        ) from error
-
-
-def _check_position(position: str | int) -> None:
-    if isinstance(position, int) or position in NAMED_POSITIONS:
-        return
-    try:
-        int(position)
-    except ValueError as error:
-        raise UsageError(
-            f"--position {position}: not a position. Write auto, last, mean, all, or a token's index "
-            "such as 0 or -2."
         ) from error
 
 

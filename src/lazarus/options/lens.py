@@ -6,41 +6,57 @@ import csv
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Annotated, TypedDict
 
 from lazarus.errors import UsageError
 from lazarus.options.activation import Options
-from lazarus.options.checks import DTYPES, check_choice, check_device, check_known
+from lazarus.options.checks import check_count
+from lazarus.options.common import Device, Dtype, LayersPath, Seed, TrustRemoteCode
+from lazarus.options.option import COMPARE, READ, Checked, Option
 
 _ROLES = {"model1": "base", "model2": "finetuned"}
 
 
+def _check_track(_: str, value: str | Sequence[str]) -> None:
+    parse_track(value)
+
+
+TopK = Annotated[int, Option("How many tokens are kept of each layer.", COMPARE, "N", check=check_count)]
+Track = Annotated[
+    str | Sequence[str] | None,
+    Option(
+        'Tokens that are followed through the layers: "42, Paris". A word is its first token, with or '
+        "without a space before it.",
+        COMPARE,
+        "TOKENS",
+        shown_default="the first choices of both",
+        check=_check_track,
+    ),
+]
+ChatTemplate = Annotated[
+    str,
+    Option("Wrap the prompt as a user turn, the same text for both models.", READ, "none|model1|model2|FILE"),
+]
+Truncate = Annotated[bool, Option("Cut the prompt at the models' context instead of refusing it.", READ)]
+
+
 @dataclass(frozen=True)
-class CompareOptions:
+class CompareOptions(Checked):
     """The options of `compare`, named as on the command line, checked when they are made.
 
     Raises:
         UsageError: a value that the option does not take.
     """
 
-    top_k: int = 5
-    track: str | Sequence[str] | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    chat_template: str = "none"
-    truncate: bool = False
-    layers_path: str | None = None
-    seed: int = 0
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        if isinstance(self.top_k, bool) or self.top_k < 1:
-            raise UsageError(f"--top-k {self.top_k}: give a number of at least 1.")
-        parse_track(self.track)
-        check_choice("dtype", self.dtype, DTYPES)
-        check_device(self.device)
-        if self.layers_path == "":
-            raise UsageError("--layers-path is empty. Give a path such as model.layers.")
+    top_k: TopK = 5
+    track: Track = None
+    chat_template: ChatTemplate = "none"
+    truncate: Truncate = False
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    layers_path: LayersPath = None
+    seed: Seed = 0
+    trust_remote_code: TrustRemoteCode = False
 
     def of_pair(self) -> Options:
         """The same for whatever loads two models and reads a prompt: model 1 is base, model 2 fine-tuned."""
@@ -60,25 +76,15 @@ class CompareOptions:
 class CompareArguments(TypedDict, total=False):
     """The same as keyword arguments, for editors and type checkers (a test keeps the two equal)."""
 
-    top_k: int
-    track: str | Sequence[str] | None
-    dtype: str
-    device: str
-    chat_template: str
-    truncate: bool
-    layers_path: str | None
-    seed: int
-    trust_remote_code: bool
-
-
-def make_compare_options(**given: Any) -> CompareOptions:
-    """Options from keyword arguments.
-
-    Raises:
-        UsageError: an unknown option, or a value that it does not take.
-    """
-    check_known(CompareOptions, given)
-    return CompareOptions(**given)
+    top_k: TopK
+    track: Track
+    chat_template: ChatTemplate
+    truncate: Truncate
+    dtype: Dtype
+    device: Device
+    layers_path: LayersPath
+    seed: Seed
+    trust_remote_code: TrustRemoteCode
 
 
 def parse_track(given: str | Sequence[str] | None) -> list[str] | None:

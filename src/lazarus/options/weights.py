@@ -3,58 +3,77 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Annotated, TypedDict
 
-from lazarus.errors import UsageError
-from lazarus.options.checks import EXPECTATIONS, check_change, check_choice
+from lazarus.options.checks import check_change
+from lazarus.options.common import (
+    Expectation,
+    LayersPath,
+    OnlyCompared,
+    Seed,
+    TrustRemoteCode,
+    check_expectation,
+)
+from lazarus.options.option import COMPARE, RUN, Checked, Option
+
+Threshold = Annotated[float, Option("The relative change that *** marks.", COMPARE, "X", check=check_change)]
+Spectrum = Annotated[
+    bool,
+    Option("Also each update's singular values: its rank, and whether it looks like an adapter's.", COMPARE),
+]
+FailAbove = Annotated[
+    float | None,
+    Option(
+        "Exit 3 where a tensor's relative change is above X.",
+        COMPARE,
+        "X",
+        shown_default="off",
+        check=check_change,
+    ),
+]
+Expect = Annotated[
+    Expectation | None,
+    Option(
+        "Exit 3 where the two checkpoints are not that, bit for bit.",
+        COMPARE,
+        "identical|changed",
+        shown_default="off",
+        check=check_expectation,
+    ),
+]
+AllowPickle = Annotated[
+    bool, Option("Read .bin checkpoints too, by torch's loader of plain tensors (weights_only).", RUN)
+]
 
 
 @dataclass(frozen=True)
-class WeightOptions:
+class WeightOptions(Checked):
     """The options of `weight_diff`, named as on the command line, checked when they are made.
 
     Raises:
         UsageError: a value that the option does not take.
     """
 
-    threshold: float = 0.1
-    spectrum: bool = False
-    fail_above: float | None = None
-    expect: Literal["identical", "changed"] | None = None
-    only_compared: bool = False
-    layers_path: str | None = None
-    seed: int = 0
-    allow_pickle: bool = False
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        check_change("threshold", self.threshold)
-        check_weight_gates(self.fail_above, self.expect)
-        if self.layers_path == "":
-            raise UsageError("--layers-path is empty. Give a path such as model.layers.")
+    threshold: Threshold = 0.1
+    spectrum: Spectrum = False
+    fail_above: FailAbove = None
+    expect: Expect = None
+    only_compared: OnlyCompared = False
+    layers_path: LayersPath = None
+    seed: Seed = 0
+    allow_pickle: AllowPickle = False
+    trust_remote_code: TrustRemoteCode = False
 
 
 class WeightArguments(TypedDict, total=False):
     """The same as keyword arguments, for editors and type checkers (a test keeps the two equal)."""
 
-    threshold: float
-    spectrum: bool
-    fail_above: float | None
-    expect: Literal["identical", "changed"] | None
-    only_compared: bool
-    layers_path: str | None
-    seed: int
-    allow_pickle: bool
-    trust_remote_code: bool
-
-
-def check_weight_gates(fail_above: float | None, expect: str | None) -> None:
-    """Refuse what is no gate of weight-diff.
-
-    Raises:
-        UsageError: it names the gate.
-    """
-    if fail_above is not None:
-        check_change("fail-above", fail_above)
-    if expect is not None:
-        check_choice("expect", expect, EXPECTATIONS)
+    threshold: Threshold
+    spectrum: Spectrum
+    fail_above: FailAbove
+    expect: Expect
+    only_compared: OnlyCompared
+    layers_path: LayersPath
+    seed: Seed
+    allow_pickle: AllowPickle
+    trust_remote_code: TrustRemoteCode

@@ -17,7 +17,6 @@ from lazarus.models import ModelReference, Source, parse_model
 from lazarus.models.load import adapter_of, other_base, source_under
 from lazarus.models.reference import adapter_base
 from lazarus.options import WeightArguments, WeightOptions
-from lazarus.options.checks import check_known
 from lazarus.weights.adapters import put_adapter
 from lazarus.weights.checkpoints import Checkpoint, read_checkpoint
 from lazarus.weights.numbers import Pair, base_norm, measure
@@ -79,8 +78,7 @@ def weight_diff(
         UsageError: an option is wrong, or a model is no name.
         ModelError: a checkpoint cannot be read.
     """
-    check_known(WeightOptions, options)
-    chosen = WeightOptions(**options)
+    chosen = WeightOptions.make(**options)
     watcher = observer or _Silence()
     sides = _open_pair(_reference(base), _reference(finetuned), chosen, watcher)
     ours, theirs = (side.checkpoint for side in sides)

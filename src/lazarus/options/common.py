@@ -1,0 +1,38 @@
+"""The options that several commands have."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated, Literal
+
+from lazarus.options.checks import DTYPES, EXPECTATIONS, check_choice, check_device, check_named
+from lazarus.options.option import COMPARE, RUN, Option
+
+Dtype = Annotated[
+    str,
+    Option(
+        "What the models run in; auto is float32 on a CPU, the stored type on a GPU.",
+        RUN,
+        "auto|float32|bfloat16|float16",
+        check=partial(check_choice, choices=DTYPES),
+    ),
+]
+Device = Annotated[str, Option("Where the models run.", RUN, "auto|cpu|cuda[:N]|mps", check=check_device)]
+LayersPath = Annotated[
+    str | None,
+    Option(
+        "Where the blocks are, such as model.layers, when they cannot be found.",
+        RUN,
+        "PATH",
+        shown_default="found",
+        check=partial(check_named, advice="Give a path such as model.layers."),
+    ),
+]
+Seed = Annotated[int, Option("Of every random choice.", RUN, "N")]
+TrustRemoteCode = Annotated[bool, Option("Allow a model's own Python code.", RUN)]
+OnlyCompared = Annotated[
+    bool,
+    Option("Gates look at what was compared, and not at what else the two checkpoints hold.", COMPARE),
+]
+Expectation = Literal["identical", "changed"]
+check_expectation = partial(check_choice, choices=EXPECTATIONS)

@@ -1,0 +1,87 @@
+"""What an option is, said once: its help, what it takes, how it is checked.
+
+The type and the default stand beside it, in a frozen record for each command. The command line, its help and
+the reference in the docs are made from these records (`described`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any, Self, get_args, get_type_hints
+
+from lazarus.errors import UsageError
+
+RUN, COMPARE, READ = "How it runs", "What is compared", "How prompts are read"
+"""the panels of the help"""
+
+
+@dataclass(frozen=True)
+class Option:
+    """What the help says of an option, and what it may be."""
+
+    help: str
+    panel: str
+    metavar: str | None = None
+    """what is typed after it; None for a switch"""
+    shown_default: str | None = None
+    """what the help shows for the default, where that is None"""
+    check: Callable[[str, Any], None] | None = None
+    """takes the option as it is typed, without the dashes, and its value, and raises UsageError"""
+
+
+@dataclass(frozen=True)
+class Described:
+    """An option with its name as a keyword, its type and its default."""
+
+    name: str
+    type: Any
+    default: Any
+    option: Option
+
+
+@cache
+def described(kind: type) -> dict[str, Described]:
+    """Return the options of a record by their names, in its order."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {
+        field.name: Described(field.name, *_parts(hints[field.name], field.default)) for field in fields(kind)
+    }
+
+
+def _parts(hint: Any, default: Any) -> tuple[Any, Any, Option]:
+    kind, option = get_args(hint)
+    return kind, default, option
+
+
+def check(kind: type, **given: Any) -> None:
+    """Check values of options of a record; None is one that is not given.
+
+    Raises:
+        UsageError: an option that the record does not have, or a value that it does not take.
+    """
+    known = described(kind)
+    for name, value in given.items():
+        if name not in known:
+            raise UsageError(f"unknown option {name!r}. The options are {', '.join(known)}.")
+        checked = known[name].option.check
+        if checked is not None and value is not None:
+            checked(name.replace("_", "-"), value)
+
+
+class Checked:
+    """A record of options: each is checked when the record is made."""
+
+    def __post_init__(self) -> None:
+        check(type(self), **vars(self))
+
+    @classmethod
+    def make(cls, **given: Any) -> Self:
+        """Return options from keyword arguments.
+
+        Raises:
+            UsageError: an unknown option, or a value that it does not take.
+        """
+        check(cls, **given)
+        return cls(**given)
