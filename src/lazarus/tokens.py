@@ -8,11 +8,11 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import zip_longest
 from types import TracebackType
 from typing import Any, Literal
 
+from lazarus._transformers import byte_alphabet
 from lazarus.errors import (
     PromptDataError,
     PromptTooLongError,
@@ -306,19 +306,11 @@ def token_text(tokenizer: Any, token_id: int) -> str:
     if "\ufffd" not in text:
         return text
     spelled = str(tokenizer.convert_ids_to_tokens(token_id))
-    alphabet = _byte_alphabet()
+    alphabet = byte_alphabet()
     if not alphabet.keys() >= set(spelled):
         return spelled
     data = bytes(alphabet[character] for character in spelled)
     return data.decode("utf-8", _NAMED_BYTES) if data.decode("utf-8", "replace") == text else spelled
-
-
-@cache
-def _byte_alphabet() -> dict[str, int]:
-    """The byte that each character stands for in a byte-level vocabulary."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    return {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def _name_bytes(error: UnicodeError) -> tuple[str, int]:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import DynamicCache
 
-_KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)
+from lazarus._transformers import idle_layers, kv_layers
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Past:
 def holds_keys_and_values(cache: Any) -> bool:
     """Return whether a cache is keys and values of attention, and nothing else."""
     return type(cache) is DynamicCache and all(
-        type(layer) in (*_KEYS_AND_VALUES, DummyLayer) for layer in cache.layers
+        type(layer) in (*kv_layers(), *idle_layers()) for layer in cache.layers
     )
 
 
@@ -53,7 +53,7 @@ def widened(cache: DynamicCache, n_rows: int) -> DynamicCache:
     wide = copy(cache)
     wide.layers = [copy(layer) for layer in cache.layers]
     for layer in wide.layers:
-        if type(layer) in _KEYS_AND_VALUES and layer.is_initialized:
+        if type(layer) in kv_layers() and layer.is_initialized:
             layer.keys = layer.keys.expand(n_rows, *layer.keys.shape[1:])
             layer.values = layer.values.expand(n_rows, *layer.values.shape[1:])
     return wide

@@ -1,40 +1,25 @@
-"""transformers' own way from the tensors that a checkpoint stores to a model's parameters.
+"""From the tensors that a checkpoint stores to a model's parameters, transformers' own way.
 
-What of transformers is used here and not public is used nowhere else. A checkpoint may name its tensors
-otherwise than the model does, and may store in pieces what the model holds in one (a mixture's experts). So a
-parameter has a target, the name under which transformers collects its pieces, and sources, their keys.
+A checkpoint may name its tensors otherwise than the model does, and may store in pieces what the model holds
+in one (a mixture's experts). So a parameter has a target, the name under which transformers collects its
+pieces, and sources, their keys.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    Concatenate,
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    dot_natural_key,
-    rename_source_key,
-)
-from transformers.modeling_utils import LoadStateDictConfig, _get_dtype, _get_resolved_checkpoint_files
-from transformers.monkey_patching import patch_output_recorders
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
+from lazarus import _transformers
 from lazarus.models.faults import ConversionError
 from lazarus.models.reference import Source
 from lazarus.models.stored import TORCH_TYPES, LazyTensor, StoredTensor
 from lazarus.models.wrappers import Wrappers, find_wrappers
-
-_IN_ORDER = (Concatenate, MergeModulelist)
-"""the steps that keep every stored tensor as it is, as a part of what they make"""
 
 
 def find_files(source: Source, config: Any, head: Any, *, pickled: bool = False) -> list[str]:
@@ -43,50 +28,36 @@ def find_files(source: Source, config: Any, head: Any, *, pickled: bool = False)
     With `pickled`, those of a checkpoint that has none: its .bin files.
     """
     where = {"revision": source.revision, "subfolder": source.subfolder}
-    files, _ = _get_resolved_checkpoint_files(
-        pretrained_model_name_or_path=source.path,
-        variant=None,
-        gguf_file=None,
-        use_safetensors=None if pickled else True,
-        user_agent={},
-        is_remote_code=False,
-        transformers_explicit_filename=source.weights_file or getattr(config, "transformers_weights", None),
-        download_kwargs=where,
-    )
+    explicit = source.weights_file or getattr(config, "transformers_weights", None)
+    files = _transformers.checkpoint_files(source.path, where, explicit, pickled=pickled)
     more = [source.file(name) for name in getattr(head, "extra_files", ())]
-    return list(dict.fromkeys([*(files or []), *(path for path in more if path is not None)]))
-
-
-def model_class(head: Any, config: Any) -> Any:
-    """The class of model that `head`, perhaps one of the Auto classes, makes of a configuration."""
-    if not hasattr(head, "_model_mapping"):
-        return head
-    found = head._model_mapping.get(type(config), None)
-    return found[0] if isinstance(found, list | tuple) else found
+    return list(dict.fromkeys([*files, *(path for path in more if path is not None)]))
 
 
 def build_empty(kind: type[PreTrainedModel], config: Any, files: list[str], dtype: Any) -> PreTrainedModel:
-    """A model as `from_pretrained` builds it before it reads weights: on no device; `dtype` may be "auto"."""
+    """Build a model on no device, as `from_pretrained` does before it reads weights.
+
+    `dtype` may be "auto".
+    """
     # Building sets the attention's implementation on the configuration: that of another model may be it.
-    config, dtype = _get_dtype(dtype, files, copy.deepcopy(config), None, None, True)
-    with ExitStack() as contexts:
-        for context in kind.get_init_context(dtype, False, False, None):
-            contexts.enter_context(context)
-        model = kind(config)
-    patch_output_recorders(model)
-    return model
+    return _transformers.empty_model(kind, copy.deepcopy(config), files, dtype)
 
 
-def natural_key(key: str) -> Any:
-    """Sorts keys with the numbers in them as numbers: layer 2 before layer 10."""
-    return dot_natural_key(key)
+def natural_key(key: str) -> list[tuple[bool, str, int]]:
+    """Return what sorts keys with the numbers in them as numbers: layer 2 before layer 10.
+
+    >>> sorted(["h.10.w", "h.2.w", "h.w"], key=natural_key)
+    ['h.2.w', 'h.10.w', 'h.w']
+    """
+    parts = (re.fullmatch(r"(.*?)(\d*)", part, re.DOTALL) for part in key.split("."))
+    return [(bool(part[1]), part[1], int(part[2] or -1)) for part in parts if part is not None]
 
 
 class KeyMap:
     """Which stored tensors make which parameters of a model, by their keys.
 
     `sources` has, for each target, the keys that are collected for it, and `made` all that comes of these:
-    more than the targets, where one stored tensor is split. `mapping` is transformers' own. `names` stands in
+    more than the targets, where one stored tensor is split. `names` stands in
     for the model's state dict where an adapter has put modules around the model's own. `wrappers` is what
     is taken off the keys first; found where it is not given.
     """
@@ -98,12 +69,9 @@ class KeyMap:
         names: Mapping[str, Any] | None = None,
         wrappers: Wrappers | None = None,
     ) -> None:
-        # One list for all calls: some renamings hold only once an earlier key has been seen.
-        self.mapping = get_model_conversion_mapping(model)
-        self._renamings = [entry for entry in self.mapping if isinstance(entry, WeightRenaming)]
+        self._rules = _transformers.Renaming(model)
         self._names = dict(names or model.state_dict())
-        self._prefix = model.base_model_prefix
-        self._converters: dict[str, WeightConverter] = {}
+        self._converters: dict[str, Any] = {}
         self.made: set[str] = set()
         stored = sorted(keys, key=natural_key)
         if wrappers is None:
@@ -120,28 +88,30 @@ class KeyMap:
     def is_in_order(self, target: str) -> bool:
         """Return whether a target has its elements as they are stored: stacked or joined, never turned."""
         converter = self._converters.get(target)
-        return converter is None or all(type(step) in _IN_ORDER for step in converter.operations)
+        return converter is None or _transformers.keeps_order(converter)
+
+    @property
+    def mapping(self) -> list[Any]:
+        """Return transformers' own entries, for its own functions."""
+        return self._rules.mapping
 
     def renamed(self, key: str) -> str:
         """A key as the model would name it, if what is stored under it were a parameter of its own."""
-        inside = self.wrappers.strip(key)
-        path: str = rename_source_key(inside, self._renamings, [], self._prefix, self._names)[0]
-        return path
+        return self._rules.rename(self.wrappers.strip(key), self._names, converts=False)[0]
 
     def _find_sources(self, keys: Iterable[str]) -> dict[str, tuple[str, ...]]:
-        names, prefix = self._names, self._prefix
-        converters = [entry for entry in self.mapping if isinstance(entry, WeightConverter)]
+        names, rules = self._names, self._rules
         sources: dict[str, list[str]] = {}
         for key in keys:
             inside = self.wrappers.strip(key)
-            target, pattern = rename_source_key(inside, self._renamings, converters, prefix, names)
+            target, pattern = rules.rename(inside, names)
             if target not in names and inside in names:
-                target, pattern = rename_source_key(inside, [], [], prefix, names)
+                target, pattern = rules.rename(inside, names, renames=False, converts=False)
             if target in names:
                 sources.setdefault(target, []).append(key)
                 self.made.add(target)
                 if pattern is not None:
-                    converter = next(c for c in converters if pattern in c.source_patterns)
+                    converter = next(c for c in rules.converters if pattern in c.source_patterns)
                     self._converters[target] = converter
                     first, *others = converter.target_patterns
                     self.made |= {target.replace(first, other) for other in others}
@@ -158,7 +128,7 @@ class Conversion:
         self.stored = stored
         self.device = device
         self.dtype = model.config.dtype
-        self.dtype_plan = model._get_dtype_plan(self.dtype)
+        self._dtype_plan = _transformers.dtype_plan(model)
         self._keys = KeyMap(model, stored)
         self.sources = self._keys.sources
         self.wrappers: Wrappers = self._keys.wrappers
@@ -204,8 +174,7 @@ class Conversion:
 
         Returns the report as `from_pretrained` gives it.
         """
-        config = self._load_config(self.device)
-        return dict(model._finalize_model_loading(model, config, report).to_dict())
+        return _transformers.finish(model, report, self._load_config(self.device))
 
     def is_plain(self, target: str) -> bool:
         """Return whether a target is one stored tensor as it is, but for its name and type."""
@@ -215,18 +184,11 @@ class Conversion:
         """The stored size of some tensors."""
         return sum(self.stored[key].n_bytes for key in keys)
 
-    def _load_config(self, device: torch.device) -> LoadStateDictConfig:
-        return LoadStateDictConfig(
-            device_map={"": device},
-            dtype=self.dtype,
-            dtype_plan=self.dtype_plan,
-            weight_mapping=self._keys.mapping,
-            ignore_mismatched_sizes=True,
-        )
+    def _load_config(self, device: torch.device) -> Any:
+        return _transformers.load_config(device, self.dtype, self._dtype_plan, self._keys.mapping)
 
     def _into(self, model: PreTrainedModel, tensors: Mapping[str, Any], device: torch.device) -> Any:
-        with _quietly():
-            report, _ = convert_and_load_state_dict_in_model(model, dict(tensors), self._load_config(device))
+        report = _transformers.put_into(model, tensors, self._load_config(device))
         if report.conversion_errors:
             raise ConversionError.of(report.conversion_errors)
         return report
@@ -236,15 +198,3 @@ def names_loaded(model: PreTrainedModel, report: Any) -> set[str]:
     """The names of the state dict that a call of `convert` or `check` gave a value."""
     mismatched = {name for name, _, _ in report.mismatched_keys}
     return set(model.state_dict()).difference(report.missing_keys, mismatched)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """No progress bar: there would be one for each block."""
-    shown = is_progress_bar_enabled()
-    disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            enable_progress_bar()

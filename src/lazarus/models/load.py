@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lazarus import _transformers
 from lazarus.errors import AdapterError, UnsupportedModelError, WeightsError
 from lazarus.models.adapters import Adapted, put_all_on, share_storage
 from lazarus.models.anatomy import Anatomy, dissect
-from lazarus.models.checkpoint import Conversion, build_empty, find_files, model_class
+from lazarus.models.checkpoint import Conversion, build_empty, find_files
 from lazarus.models.contents import Unread
 from lazarus.models.design import same_config
 from lazarus.models.faults import translated
@@ -207,7 +208,7 @@ def _load_unusual(opened: Opened, options: LoadOptions) -> Weights | None:
     Raises:
         UnsupportedModelError: only `from_pretrained` can load it, and would misread it.
     """
-    source, kind = opened.source, model_class(opened.head, opened.config)
+    source, kind = opened.source, _transformers.registered_class(opened.head, opened.config)
     if source.gguf_file:
         return None
     must = source.weights_file is not None or source.file("adapter_config.json") is not None
@@ -222,6 +223,11 @@ def _load_unusual(opened: Opened, options: LoadOptions) -> Weights | None:
         keys = read_headers(find_files(source, opened.config, opened.head))
         if not must and not may_be_wrapped(keys, kind.base_model_prefix):
             return None
+        if not _transformers.can_convert():
+            raise UnsupportedModelError(
+                f"{source.name}: its tensors have other names than transformers reads by itself. "
+                f"{_transformers.NEEDS_CONVERTING}"
+            )
         model, conversion = build(opened, kind, options)
         if not must and not conversion.wrappers:
             return None

@@ -13,8 +13,8 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from lazarus import _transformers
 from lazarus.models.checkpoint import find_files
 from lazarus.models.contents import NOTHING_BESIDE, Contents, look_for_weights, survey
 from lazarus.models.faults import translated
@@ -100,7 +100,7 @@ def _head_class(config: Any) -> Any:
         if (own := getattr(transformers, name, None)) is not None:
             return own
     remote = getattr(config, "auto_map", None) or {}
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in remote:
+    if _transformers.has_causal_class(config) or "AutoModelForCausalLM" in remote:
         return AutoModelForCausalLM
     return AutoModel
 

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lazarus import _transformers
 from lazarus.errors import UnsupportedModelError
 from lazarus.models.adapter_files import WEIGHTS
 from lazarus.models.adapters import rewriting_start, share_storage
 from lazarus.models.anatomy import dissect
-from lazarus.models.checkpoint import Conversion, find_files, model_class
+from lazarus.models.checkpoint import Conversion, find_files
 from lazarus.models.faults import translated
 from lazarus.models.fitting import find_fit
 from lazarus.models.load import (
@@ -96,11 +97,13 @@ def _build(opened: Opened, options: LoadOptions) -> tuple[PreTrainedModel, Conve
 
 def _class_of(opened: Opened) -> type[PreTrainedModel]:
     """The class of a checkpoint that can be read block by block."""
+    if not _transformers.can_convert():
+        raise _refusal(opened.source, _transformers.NEEDS_CONVERTING.rstrip("."))
     if opened.source.gguf_file:
         raise _refusal(opened.source, "a GGUF file is read as a whole")
     if opened.quantised:
         raise _refusal(opened.source, "quantised weights are read as a whole")
-    kind: type[PreTrainedModel] | None = model_class(opened.head, opened.config)
+    kind: type[PreTrainedModel] | None = _transformers.registered_class(opened.head, opened.config)
     if kind is None:
         raise _refusal(opened.source, "a model with Python code of its own loads itself")
     return kind

@@ -10,8 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from transformers.quantizers.auto import AutoHfQuantizer
-
+from lazarus import _transformers
 from lazarus.errors import UnsupportedModelError, WeightsError
 from lazarus.models.stored import StoredTensor
 
@@ -67,7 +66,7 @@ def check_claim(name: str, config: Any, stored: Mapping[str, StoredTensor]) -> N
                 f"({dtype}), and config.json has no quantization_config: what they stand for is not known. "
                 "Fetch the config.json that was saved with these weights."
             )
-    elif not AutoHfQuantizer.supports_quant_method(config.quantization_config):
+    elif not _transformers.knows_quantisation(config.quantization_config):
         raise UnsupportedModelError(
             f"{name}: its weights are quantised by {method!r}, which transformers cannot read. Use an "
             "unquantised checkpoint."

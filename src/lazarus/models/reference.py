@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from transformers.utils.hub import cached_file, resolve_revision
+from transformers.utils.hub import cached_file
 
+from lazarus import _transformers
 from lazarus.errors import AdapterError, ModelError, ModelNotFoundError
 from lazarus.models.faults import translated
 from lazarus.models.gguf.choice import files_on_hub, first_part, only_gguf
@@ -73,8 +74,7 @@ class Source:
                 name,
                 revision=self.revision,
                 subfolder=self.subfolder,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
+                **_transformers.OPTIONAL_FILE,
             )
         return path
 
@@ -230,9 +230,7 @@ def _source(name: str) -> Source:
 
 def _pinned(hub_id: str, revision: str | None) -> str | None:
     """The commit that a revision stands for; the revision itself where the Hub does not say."""
-    pinned = resolve_revision(hub_id, revision or None)
-    commit: str | None = getattr(pinned, "resolved", pinned)
-    return commit
+    return _transformers.pinned_revision(hub_id, revision or None)
 
 
 def _gguf_of(source: Source) -> Source:

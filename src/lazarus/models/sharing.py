@@ -6,6 +6,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from lazarus import _transformers
 from lazarus.models.adapters import share_storage
 from lazarus.models.checkpoint import Conversion
 from lazarus.models.stored import StoredTensor, read_headers, same_numbers
@@ -16,10 +17,12 @@ def load_over(
 ) -> PreTrainedModel | None:
     """A second model over base's weights, with the tensors of its own that differ.
 
-    `files` are both checkpoints' files; both must be of one class and configuration, in one type. None
-    where the files do not hold the same keys and shapes, or not one tensor is the same, or where their keys
-    carry a wrapper's prefix: load it by itself.
+    `files` are both checkpoints' files; both must be of one class and configuration, in one dtype. None
+    where the files do not hold the same keys and shapes, where not one tensor is the same, where their keys
+    carry a wrapper's prefix, or where this version of transformers cannot: load it by itself.
     """
+    if not _transformers.can_convert():
+        return None
     try:
         ours, theirs = read_headers(files[0]), read_headers(files[1])
     except (SafetensorError, OSError, ValueError):

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from lazarus import _transformers
 from lazarus.errors import BlocksNotFoundError
 from lazarus.models import LoadOptions, Source, dissect
-from lazarus.models.checkpoint import build_empty, model_class
+from lazarus.models.checkpoint import build_empty
 from lazarus.models.faults import translated
 from lazarus.models.opening import Opened, open_checkpoint
 from lazarus.weights.components import Namer, Part, name_by_path
@@ -54,7 +55,7 @@ def learn_structure(source: Source, layers_path: str | None, *, trust_remote_cod
     options = LoadOptions(None, torch.device("meta"), trust_remote_code, layers_path)
     opened = open_checkpoint(source, options)
     with translated(source.name):
-        kind = model_class(opened.head, opened.config)
+        kind = _transformers.registered_class(opened.head, opened.config)
         model = None if kind is None else build_empty(kind, opened.config, [], torch.float32)
     if model is None:
         note = f"{source.name}: its Python code is its own, so its tensors are named by their keys alone"

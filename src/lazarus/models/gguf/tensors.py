@@ -1,8 +1,8 @@
 """The tensors of a GGUF model as transformers would load them: its names for them, and its layout.
 
-llama.cpp has other names, and other layouts for some tensors (Llama's queries and keys are permuted). What of
-transformers is used here for that and not public is used nowhere else. It has two tables: processors of numpy
-arrays, and for newer architectures conversions like those of its other checkpoints.
+llama.cpp has other names, and other layouts for some tensors (Llama's queries and keys are permuted).
+transformers has two tables of them: processors of numpy arrays, and for newer architectures conversions like
+those of its other checkpoints.
 """
 
 from __future__ import annotations
@@ -18,16 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.integrations.gguf import get_gguf_conversion_mapping, is_gguf_arch_supported
-from transformers.modeling_gguf_pytorch_utils import (
-    TENSOR_PROCESSORS,
-    TensorProcessor,
-    get_gguf_hf_weights_map,
-)
 from transformers.utils import logging
 
-from lazarus.models.checkpoint import build_empty, model_class
+from lazarus import _transformers
+from lazarus.models.checkpoint import build_empty
 from lazarus.models.gguf.opening import OpenedGguf
 from lazarus.models.gguf.parts import Gguf, read_files
 from lazarus.models.gguf.rope import FACTORS, LONG, SHORT
@@ -96,9 +90,8 @@ class _Processed:
 
     def __init__(self, file: Gguf, model: PreTrainedModel) -> None:
         self.file = file
-        kind = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)
-        self._processor = kind(config=model.config.to_dict())
-        self._names = get_gguf_hf_weights_map(_Outside(model, model.named_children()), self._processor)
+        self._processor = _transformers.gguf_processor(file.architecture, model.config)
+        self._names = _transformers.gguf_names(_Outside(model, model.named_children()), self._processor)
         self._held = set(model.state_dict())
 
     @property
@@ -148,17 +141,14 @@ class _Processed:
 class _Converted:
     """transformers' conversions of one architecture."""
 
-    def __init__(self, file: Gguf, model: PreTrainedModel) -> None:
+    def __init__(self, file: Gguf, model: PreTrainedModel, rules: _transformers.Renaming) -> None:
         self.file = file
         self._rule = file.architecture, model.config.to_dict()
         self._held = set(model.state_dict())
-        entries = get_gguf_conversion_mapping(file.architecture, model.config)
-        renamings = [entry for entry in entries if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in entries if isinstance(entry, WeightConverter)]
-        by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+        by_pattern = {pattern: entry for entry in rules.converters for pattern in entry.source_patterns}
         self._places: dict[str, tuple[str, str | None, Any]] = {}
         for key in file.tensors:
-            name, pattern = rename_source_key(key, renamings, converters)
+            name, pattern = rules.rename(key, None)
             self._places[key] = name, pattern, by_pattern.get(pattern or "")
 
     @property
@@ -210,9 +200,8 @@ class _Converted:
 
 def translate(file: Gguf, model: PreTrainedModel) -> Translation:
     """Return transformers' names and layouts for the tensors of a file, whose empty model is `model`."""
-    if is_gguf_arch_supported(file.architecture):
-        return _Converted(file, model)
-    return _Processed(file, model)
+    rules = _transformers.Renaming.of_gguf(file.architecture, model.config)
+    return _Processed(file, model) if rules is None else _Converted(file, model, rules)
 
 
 def load(
@@ -224,7 +213,7 @@ def load(
     where the file does not say how many heads there are for keys. `dtype` is None for the stored one.
     """
     file, config = opened.file, opened.config
-    kind = model_class(head, config) or head
+    kind = _transformers.registered_class(head, config) or head
     dtype = stored_dtype(file) if dtype is None else dtype
     translation = translate(file, build_empty(kind, config, [], dtype))
     arguments = {} if device.type == "cpu" else {"device_map": {"": device}}
