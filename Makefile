@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help demo test test-browser test-real check docs format docs-reference train-demo bench trust clean
+.PHONY: help demo test test-browser test-real test-compat check docs format docs-reference train-demo bench trust clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -21,6 +21,9 @@ test-browser: $(VENV)/.installed-dev  ## open the report in Chromium, which must
 
 test-real: $(VENV)/.installed-dev $(VENV)/.real-weights  ## run the tests on SmolLM2-135M and MiniLM
 	$(BIN)/python -m pytest -q -m real tests/test_real.py
+
+test-compat: $(VENV)/.installed-dev  ## run the public surface with the oldest, a middle and the newest transformers
+	$(BIN)/python tests/compat.py $(UPDATE)
 
 check: $(VENV)/.installed-dev  ## format, lint, types, architecture
 	$(BIN)/ruff format --check .
@@ -65,4 +68,4 @@ $(VENV)/.real-weights: $(VENV)/.installed-dev
 	@touch $@
 
 clean:  ## remove the virtual environment and every cache
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis benchmarks/cache
+	rm -rf $(VENV) .venv-compat .mypy_cache .ruff_cache .pytest_cache .hypothesis benchmarks/cache

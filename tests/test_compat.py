@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +24,19 @@ from factories import save_model, tiny_tokenizer
 from ggufs import write_gguf
 from lazarus import _transformers
 from lazarus.demo import BASE, FINETUNED, PROMPTS
-from lazarus.errors import MissingPackageError, UnsupportedModelError
+from lazarus.errors import MissingPackageError, TokenizerMismatchError, UnsupportedModelError
 from lazarus.integrations import ActivationDiffCallback
 
 TEXTS = ["12 + 7 =", "If the file does not exist, then the", "What is 6 * 9? The answer is"]
+
+
+Refused = Callable[[str], None]
+
+
+@pytest.fixture
+def refused(record_property: Callable[[str, object], None]) -> Refused:
+    """Return what notes that this version refuses, and why: the table in the docs has it."""
+    return partial(record_property, "refused")
 
 
 def states_of(folder: Path, text: str) -> np.ndarray:
@@ -65,7 +76,7 @@ def test_activation_diff_is_what_transformers_says() -> None:
     diff = lazarus.activation_diff(BASE, FINETUNED, TEXTS, no_noise_floor=True)
     pairs = [(states_of(BASE, text), states_of(FINETUNED, text)) for text in TEXTS]
     cosines = [(b * f).sum(1) / np.linalg.norm(b, axis=1) / np.linalg.norm(f, axis=1) for b, f in pairs]
-    found = [layer.cosine_similarity for layer in diff.layers]
+    found = np.array([layer.cosine_similarity for layer in diff.layers], dtype=np.float64)
     np.testing.assert_allclose(found, np.mean(cosines, axis=0), atol=1e-5)
 
 
@@ -95,7 +106,7 @@ def test_an_adapter_changes_what_comes_after_it(adapter: Path) -> None:
     diff = lazarus.activation_diff(BASE, f"{BASE}+{adapter}", TEXTS, localize=True)
     changed = [layer.layer for layer in diff.layers if layer.relative_l2]
     assert changed == [5, 6, 7]
-    assert [layer.layer for layer in diff.layers if layer.local.relative_l2] == [5]
+    assert [layer.layer for layer in diff.layers if layer.local and layer.local.relative_l2] == [5]
 
 
 def test_weight_diff_sees_the_update_of_an_adapter(adapter: Path) -> None:
@@ -104,10 +115,11 @@ def test_weight_diff_sees_the_update_of_an_adapter(adapter: Path) -> None:
     assert changed == {(5, "attn_q"), (5, "mlp_down")}
 
 
-def test_a_pair_that_is_read_block_by_block_is_the_same_pair() -> None:
+def test_a_pair_that_is_read_block_by_block_is_the_same_pair(refused: Refused) -> None:
     if not _transformers.can_convert():
         with pytest.raises(UnsupportedModelError, match=r"5\.1 or newer is needed.*--memory resident"):
             lazarus.activation_diff(BASE, FINETUNED, TEXTS, memory="stream")
+        refused(_transformers.NEEDS_CONVERTING)
         return
     streamed, resident = (
         lazarus.activation_diff(BASE, FINETUNED, TEXTS, memory=memory) for memory in ("stream", "resident")
@@ -120,6 +132,19 @@ def test_a_gguf_file_is_the_checkpoint_that_it_was_made_of(tmp_path: Path) -> No
     saved = save_model(tmp_path / "base", model, tiny_tokenizer(model.config.vocab_size))
     rows = lazarus.weight_diff(saved, write_gguf(tmp_path / "base.gguf", "llama", model)).results
     assert {row.relative_change for row in rows} == {0.0}
+
+
+def test_prompts_run_through_a_gguf_file(tmp_path: Path, refused: Refused) -> None:
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    saved = save_model(tmp_path / "base", model, tiny_tokenizer(model.config.vocab_size))
+    file = write_gguf(tmp_path / "base.gguf", "llama", model)
+    ours = AutoTokenizer.from_pretrained(saved)(TEXTS)["input_ids"]
+    if AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)(TEXTS)["input_ids"] != ours:
+        with pytest.raises(TokenizerMismatchError):
+            lazarus.activation_diff(saved, file, TEXTS)
+        refused("transformers reads another tokenizer from the file: it leaves BOS out")
+        return
+    assert lazarus.activation_diff(saved, file, TEXTS).summary.verdict in ("identical", "within noise")
 
 
 def test_the_callback_measures_a_model_while_it_is_trained(tmp_path: Path) -> None:

@@ -1,0 +1,108 @@
+"""Run `test_compat.py` with several versions of transformers: `make test-compat`.
+
+Each version has an environment of its own for transformers and what it needs in other versions, such as
+tokenizers. Everything else, torch above all, is that of the environment in which this runs. The table in
+docs/compatibility.md is written with `--update`; otherwise it must say what was found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import sysconfig
+import venv
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from xml.etree import ElementTree
+
+HERE = Path(__file__).parent
+FOLDER = HERE.parent / ".venv-compat"
+PAGE = HERE.parent / "docs" / "compatibility.md"
+VERSIONS = ("5.0.0", "5.12.1", "5.24.0")
+"""the oldest, one in the middle, the newest"""
+PEFT = "peft==0.21.2"
+
+HEAD = """# Which versions of transformers
+
+lazarus works with transformers 5.0 and newer, below 6; transformers 4 is refused. `make test-compat` runs
+`tests/test_compat.py` with the versions of this table, on the pair of models that ships. torch, PEFT and all
+else are those of `constraints.txt`.
+
+"""
+
+
+def environment(version: str) -> Path:
+    """Make an environment with this version, and return its Python."""
+    folder = FOLDER / version
+    python = folder / "bin" / "python"
+    if (folder / "complete").exists():
+        return python
+    venv.create(folder, clear=True, symlinks=True)
+    (own,) = folder.glob("lib/python*/site-packages")
+    shared = sysconfig.get_path("purelib")
+    (own / "zz_shared.pth").write_text(f"import site; site.addsitedir({shared!r})\n", encoding="utf-8")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python), "install"]
+    subprocess.run([*pip, "--quiet", f"transformers=={version}", PEFT], check=True)
+    (folder / "complete").touch()
+    return python
+
+
+def results(version: str) -> dict[str, str]:
+    """Return what each test says with this version: works, fails, or why it is refused."""
+    python, report = environment(version), FOLDER / f"{version}.xml"
+    told = "from importlib.metadata import version; print(version('transformers'))"
+    installed = subprocess.run(
+        [python, "-c", told], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert installed == version, f"{python} has transformers {installed}, not {version}"
+    options = ["-q", "-p", "no:cacheprovider", "-o", "junit_family=xunit1"]  # which has properties
+    arguments = [*options, f"--junitxml={report}", str(HERE / "test_compat.py")]
+    done = subprocess.run(
+        [python, "-m", "pytest", *arguments], capture_output=True, text=True, cwd=HERE.parent
+    )
+    if done.returncode:
+        sys.stderr.write(done.stdout[-8000:] + done.stderr[-2000:])
+    cases = ElementTree.parse(report).iter("testcase")
+    return {case.attrib["name"].split("[")[0]: _told(case) for case in cases}
+
+
+def _told(case: ElementTree.Element) -> str:
+    if case.find("failure") is not None or case.find("error") is not None:
+        return "fails"
+    if case.find("skipped") is not None:
+        return "not tried"
+    reasons = [found.attrib["value"] for found in case.iter("property") if found.attrib["name"] == "refused"]
+    return f"refused: {reasons[0]}" if reasons else "works"
+
+
+def page(found: Sequence[dict[str, str]]) -> str:
+    """Return the page of the docs."""
+    lines = [f"| | {' | '.join(VERSIONS)} |", f"|---|{'---|' * len(VERSIONS)}"]
+    for name in found[0]:
+        told = name.removeprefix("test_").replace("_", " ")
+        lines.append(f"| {told[0].upper()}{told[1:]} | {' | '.join(each[name] for each in found)} |")
+    return HEAD + "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run all versions, one after the other, and hold what they do against the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--update", action="store_true", help="write the page")
+    update = parser.parse_args().update
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(results, VERSIONS))
+    text = page(found)
+    sys.stdout.write(text)
+    if update:
+        PAGE.write_text(text, encoding="utf-8")
+    n_failed = sum(told == "fails" for each in found for told in each.values())
+    n_passed = sum(len(each) for each in found) - n_failed
+    sys.stdout.write(f"\n{n_passed} passed, {n_failed} failed\n")
+    if n_failed or text != PAGE.read_text(encoding="utf-8"):
+        sys.exit(f"{PAGE} says otherwise: see `make test-compat UPDATE=--update`")
+
+
+if __name__ == "__main__":
+    main()
