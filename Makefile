@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help demo test test-browser test-real test-compat check docs format docs-reference train-demo bench trust clean
+.PHONY: help demo test test-fast test-browser test-real test-compat check docs format docs-reference train-demo bench trust clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -15,6 +15,9 @@ demo: $(VENV)/.installed  ## compare the pair of models that ships with the pack
 
 test: $(VENV)/.installed-dev  ## run every test that needs no network and no real weights
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+test-fast: $(VENV)/.installed-dev  ## run one case of most tests, in less than a minute
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q --fast
 
 test-browser: $(VENV)/.installed-dev  ## open the report in Chromium, which must be there (Debian: apt install chromium)
 	LAZARUS_REQUIRE_CHROMIUM=1 $(BIN)/python -m pytest -q -m browser

@@ -16,7 +16,8 @@ _ENGINE = (
 MODULES = (
     *(f"engine/{name}.py" for name in _ENGINE.split()),
     "statistics/verdict.py",
-    "findings/numbers.py",
+    "activation/accumulation.py",
+    "activation/findings.py",
     "models/sameness.py",
     "models/equality.py",
     "models/adapted.py",
@@ -40,7 +41,8 @@ TESTED_BY = {
     "models/equality.py": "equality sameness sharing replay",
     "models/sameness.py": "sameness sharing paging",
     "models/sharing.py": "sharing ties loading",
-    "findings/numbers.py": "gates verdict noise outside claims model_rounding",
+    "activation/accumulation.py": "accumulation repeats noise",
+    "activation/findings.py": "accumulation gates verdict noise outside claims model_rounding",
     "weights/pairs.py": "weight_diff weight_vocabulary weight_components",
     "weights/record.py": "weight_diff weight_rounding outside gates claims",
 }

@@ -77,10 +77,14 @@ class Run:
         verdict = ran.killed_by or "SURVIVED"
         print(f"{self.n_left:5} {ran.seconds:6.1f} s  {verdict:.70}  <- {mutant.key}", file=self.screen)
 
-    def killers(self, mutant: Mutant) -> set[str]:
-        """The tests that killed others of the same function."""
+    def killers(self, mutant: Mutant) -> Counter[str]:
+        """Return how many other mutants of the module each test killed; of the same function, by far more."""
         ours = f"{mutant.module}: {mutant.function}:"
-        return {found.ran.killed_by for key, found in self.outcomes.items() if key.startswith(ours)}
+        found = Counter[str]()
+        for key, outcome in self.outcomes.items():
+            if key.startswith(f"{mutant.module}:") and outcome.ran.killed_by:
+                found[outcome.ran.killed_by] += 1000 if key.startswith(ours) else 1
+        return found
 
     def is_done(self, mutant: Mutant, *, again: bool = False) -> bool:
         """Return whether the outcome on this very source is known."""
@@ -104,8 +108,9 @@ class Picker:
     def pick(self, mutant: Mutant) -> list[Test]:
         """Return the tests that run its statement, those first that are likely to fail, while time allows.
 
-        Tests of one file are much alike, so the fastest of each file come first, then the second ones, and so
-        on; of the module's own file, `OWN` at a time.
+        Those that killed others of the module come first, the most successful before the others. Tests of one
+        file are much alike, so the fastest of each file follow, then the second ones, and so on; of the
+        module's own file, `OWN` at a time.
         """
         own = {f"test_{Path(mutant.module).stem}", f"test_weight_{Path(mutant.module).stem}"}
         own |= {f"test_{name}" for name in TESTED_BY.get(mutant.module, "").split()}
@@ -118,7 +123,7 @@ class Picker:
             is_one_of_many = variants[function] > VARIANTS and not is_own
             turn = seen[test.file] // (OWN if is_own else 1)
             seen[test.file] += 1
-            found.append((test.id not in killers, is_one_of_many, turn, not is_own, test))
+            found.append((-killers[test.id], is_one_of_many, turn, not is_own, test))
         found.sort(key=lambda ranked: ranked[:4])
         picked: list[Test] = []
         seconds = 0.0

@@ -43,9 +43,26 @@ collect_ignore = ["fourth.py"]  # importing it puts its command on the command l
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden files again")
+    parser.addoption("--fast", action="store_true", help="one case of each test, of the files that are fast")
+
+
+SLOW = {
+    "architectures", "bad_input", "commands", "compat", "demo", "docs", "integrations", "lens_report_browser",
+    "notebook", "prefix", "report", "report_browser", "shards", "show", "site", "ties", "weight_rounding",
+    "weights_report_browser",
+}  # fmt: skip
+"""Test files that `--fast` leaves out: they start processes or browsers, or hold much against much."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--fast"):
+        first: dict[str, pytest.Item] = {}
+        for item in items:
+            if item.path.stem.removeprefix("test_") not in SLOW:
+                first.setdefault(item.nodeid.split("[")[0], item)
+        kept = set(first.values())
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = first.values()
     if "real" in (config.getoption("-m") or ""):
         return
     for item in items:

@@ -85,7 +85,7 @@ def test_rows_are_a_sequence_over_columns() -> None:
     assert [row.divergence for row in rows] == [0.1, None, 0.3, 0.4]
     assert (rows[-1].prompt, rows[-1].layer, rows[2].prompt_index) == ("b", 1, 1)
     assert rows[1:3] == [rows[1], rows[2]]
-    assert ResultRows.from_rows(list(rows)) == rows
+    assert ResultRows.from_rows([list(rows)]) == rows
     with pytest.raises(IndexError):
         rows[4]
     assert isinstance(rows[0], ResultRow)

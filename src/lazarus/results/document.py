@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import IO, Any
 
@@ -22,6 +22,24 @@ class _Head(msgspec.Struct):
     tool: Tool
 
 
+_ROWS = b'\n  "results": [\n', b"\n  ]"
+"""What stands around the rows of a file. A text in JSON holds no line break, so these are nowhere else."""
+_CHUNK_BYTES = 4_000_000
+_NO_ROWS = msgspec.json.encode(
+    ResultRow(
+        prompt_index=0,
+        prompt="",
+        layer=0,
+        cosine_similarity=None,
+        divergence=None,
+        relative_l2=None,
+        norm_ratio=None,
+        centered_cosine_similarity=None,
+    )
+)
+"""one row, which takes the place of all while the rest of a record is read"""
+
+
 def write_json(record: Any, stream: IO[bytes]) -> None:
     """Write the record as JSON, one row a line, without ever holding the whole text."""
     encoder = msgspec.json.Encoder()
@@ -30,9 +48,13 @@ def write_json(record: Any, stream: IO[bytes]) -> None:
         value = getattr(record, name)
         stream.write(separator + b"  " + encoder.encode(name) + b": ")
         if isinstance(value, Sequence) and not isinstance(value, str) and value:
-            for position, item in enumerate(value):
-                stream.write(b"[\n    " if position == 0 else b",\n    ")
-                stream.write(encoder.encode(_labelled(item)))
+            items = (
+                value.encoded()
+                if isinstance(value, ResultRows)
+                else (encoder.encode(_labelled(item)) for item in value)
+            )
+            stream.write(b"[\n    " + next(items))
+            stream.writelines(b",\n    " + item for item in items)
             stream.write(b"\n  ]")
         else:
             stream.write(encoder.encode(value))
@@ -47,9 +69,11 @@ def read_json(text: bytes) -> Any:
         ResultFileError: it is not JSON, no result of lazarus, or one of another schema version.
     """
     try:
-        head = msgspec.json.decode(text, type=_Head)
+        rows, rest = _rows_apart(text)
+        head = msgspec.json.decode(rest, type=_Head)
         if head.schema_version == SCHEMA_VERSION and head.command in commands():
-            return _decoder(head.command).decode(text)
+            record = _decoder(head.command).decode(rest)
+            return record if rows is None else msgspec.structs.replace(record, results=rows)
     except msgspec.DecodeError as error:
         raise ResultFileError(
             f"not a result of schema version {SCHEMA_VERSION}: {error}. Give a file that lazarus saved with "
@@ -60,6 +84,34 @@ def read_json(text: bytes) -> Any:
         f"{head.tool.version}; this version reads {', '.join(commands())} of schema version "
         f"{SCHEMA_VERSION}. Read it with the version that saved it, or compare again."
     )
+
+
+def _rows_apart(text: bytes) -> tuple[ResultRows | None, bytes]:
+    """Read the rows that stand one a line, as `write_json` puts them, and return them and the text without.
+
+    Rows that do not, or in which there is a fault, stay in the text: reading that tells where the fault is.
+    """
+    opening, closing = _ROWS
+    start = text.find(opening)
+    end = text.find(closing, start) if start >= 0 else -1
+    if end < 0:
+        return None, text
+    start += len(opening)
+    try:
+        return ResultRows.from_rows(_chunks(text, start, end)), text[:start] + _NO_ROWS + text[end:]
+    except (msgspec.DecodeError, ResultFileError):
+        return None, text
+
+
+def _chunks(text: bytes, start: int, end: int) -> Iterator[list[ResultRow]]:
+    decoder = msgspec.json.Decoder(list[ResultRow])
+    while start < end:
+        cut = end
+        if end - start > _CHUNK_BYTES:
+            cut = text.find(b"\n", start + _CHUNK_BYTES, end)
+            cut = end if cut < 0 else cut
+        yield decoder.decode(b"[" + text[start:cut].rstrip().removesuffix(b",") + b"]")
+        start = cut + 1
 
 
 def json_schema(command: str = "activation-diff") -> dict[str, Any]:
@@ -94,7 +146,7 @@ def _rows_schema(kind: type) -> dict[str, Any]:
 
 def _rows_from_json(kind: type, rows: Any) -> ResultRows:
     assert kind is ResultRows, kind
-    return ResultRows.from_rows(msgspec.convert(rows, list[ResultRow]))
+    return ResultRows.from_rows([msgspec.convert(rows, list[ResultRow])])
 
 
 @cache

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, overload
 
+import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
@@ -12,6 +13,9 @@ from numpy.typing import NDArray
 from lazarus.errors import ResultFileError
 
 Layer = Annotated[int, Meta(ge=0, description="the block, counted from 0")]
+
+_PROMPTS_AT_ONCE = 64
+_ENCODER = msgspec.json.Encoder()
 
 
 class Record(Struct, frozen=True, forbid_unknown_fields=True):
@@ -95,21 +99,52 @@ class ResultRows(Sequence[ResultRow]):
             return self.columns[name]
         return np.full((self.n_prompts, self.n_layers), np.nan)
 
+    def encoded(self) -> Iterator[bytes]:
+        """Yield each row as JSON, as msgspec encodes a `ResultRow`.
+
+        The numbers of many rows are encoded at once: building the rows would take most of the time.
+        """
+        places = b",".join(b'"%b":%%b' % name.encode() for name in self.COLUMNS)
+        row = b'%b,"layer":%d,' + places + b"}"
+        for start in range(0, self.n_prompts, _PROMPTS_AT_ONCE):
+            texts = self.prompts[start : start + _PROMPTS_AT_ONCE]
+            columns = [self._encoded_column(name, start, len(texts)) for name in self.COLUMNS]
+            heads = (
+                b'{"prompt_index":%d,"prompt":%b' % (index, _ENCODER.encode(text))
+                for index, text in enumerate(texts, start)
+            )
+            firsts = ((head, layer) for head in heads for layer in range(self.n_layers))
+            for first, numbers in zip(firsts, zip(*columns, strict=True), strict=True):
+                yield row % (*first, *numbers)
+
+    def _encoded_column(self, name: str, start: int, n_prompts: int) -> Sequence[bytes]:
+        if name not in self.columns:
+            return [b"null"] * (n_prompts * self.n_layers)
+        values = self.columns[name][start : start + n_prompts].ravel().tolist()
+        return _ENCODER.encode(values)[1:-1].split(b",")
+
     @classmethod
-    def from_rows(cls, rows: Sequence[ResultRow]) -> ResultRows:
-        """Columns out of rows that were read from a file, which must be complete and in order."""
-        n_layers = max((row.layer for row in rows), default=-1) + 1
-        places = [(row.prompt_index, row.layer) for row in rows]
-        if not rows or places != [divmod(i, n_layers) for i in range(len(rows))]:
+    def from_rows(cls, rows: Iterable[Sequence[ResultRow]]) -> ResultRows:
+        """Return the columns of rows that were read from a file; they come in parts.
+
+        Raises:
+            ResultFileError: they are not complete and in order.
+        """
+        prompts: list[str] = []
+        places: list[NDArray[np.int64]] = []
+        columns: dict[str, list[NDArray[np.float64]]] = {name: [] for name in cls.COLUMNS}
+        for part in rows:
+            prompts += [row.prompt for row in part if row.layer == 0]
+            places.append(np.array([(row.prompt_index, row.layer) for row in part], np.int64).reshape(-1, 2))
+            for name, found in columns.items():
+                found.append(np.array([getattr(row, name) for row in part], dtype=np.float64))
+        place = np.concatenate(places) if places else np.zeros((0, 2), dtype=np.int64)
+        n_layers = int(place[:, 1].max(initial=-1)) + 1
+        wanted = np.divmod(np.arange(len(place)), n_layers) if n_layers else ()
+        if not n_layers or len(place) % n_layers or not np.array_equal(place.T, wanted):
             raise ResultFileError("results: the rows are not one a prompt and layer, in order")
-        columns = {
-            name: np.array([getattr(row, name) for row in rows], dtype=np.float64) for name in cls.COLUMNS
-        }
-        shape = (len(rows) // n_layers, n_layers)
-        return cls(
-            [row.prompt for row in rows[::n_layers]],
-            {name: column.reshape(shape) for name, column in columns.items()},
-        )
+        shape = (len(place) // n_layers, n_layers)
+        return cls(prompts, {name: np.concatenate(found).reshape(shape) for name, found in columns.items()})
 
 
 def finite_or_none(value: float) -> float | None:
