@@ -31,7 +31,7 @@ class TokenBatch:
 
     @property
     def prompts(self) -> list[int]:
-        """Whose the rows are."""
+        """Return whose the rows are."""
         return [prompt.index for prompt in self.members]
 
     @property

@@ -29,16 +29,16 @@ class PairShape(ABC):
     @property
     @abstractmethod
     def have_final_norm(self) -> bool:
-        """Whether both models have a norm after their last block."""
+        """Return whether both models have a norm after their last block."""
 
     @property
     def same_width(self) -> bool:
-        """Whether a cosine between their states is defined."""
+        """Return whether a cosine between their states is defined."""
         return self.widths[0] == self.widths[1]
 
     @property
     def same_shape(self) -> bool:
-        """Whether they have as many blocks, of the same width."""
+        """Return whether they have as many blocks, of the same width."""
         return self.same_width and self.n_layers[0] == self.n_layers[1]
 
     @property
@@ -98,7 +98,7 @@ class ModelFacts:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Return what messages call it."""
         return self.info.id
 
 
@@ -124,12 +124,12 @@ class PairFacts(PairShape):
 
     @property
     def have_final_norm(self) -> bool:
-        """Whether both models have a norm after their last block."""
+        """Return whether both models have a norm after their last block."""
         return self.base.has_final_norm and self.finetuned.has_final_norm
 
     @property
     def names(self) -> tuple[str, str]:
-        """What messages call each of the two: by its role too, where both have one name."""
+        """Return what messages call each of the two: by its role too, where both have one name."""
         if self.base.name != self.finetuned.name:
             return self.base.name, self.finetuned.name
         return f"base ({self.base.name})", f"fine-tuned ({self.finetuned.name})"

@@ -75,7 +75,10 @@ class Findings:
 
     @cached_property
     def floors(self) -> Mapping[Site, Floor]:
-        """What noise alone may reach at each site, and in the logits; without those where it is not known."""
+        """Return what noise alone may reach at each site, and in the logits.
+
+        Without those where it is not known.
+        """
         trials: dict[Site, list[tuple[float, float]]] = {}
         for trial in self.seen.noise:
             for site, means in trial.items():
@@ -156,7 +159,7 @@ class Findings:
 
     @property
     def may_be_rounding(self) -> bool:
-        """Whether states changed in a way that rounded weights may explain."""
+        """Return whether states changed in a way that rounded weights may explain."""
         is_whole = not (self.n_prompts_left_out or self.n_outputs_left_out)
         return self.verdict == "changed" and is_whole and not self._is_unlike and self.pair.same_shape
 
@@ -243,7 +246,7 @@ class Findings:
 
     @property
     def _outside(self) -> tuple[Sequence[NotCompared], Sequence[NotCompared]]:
-        """What base and the fine-tuned model hold besides what was compared."""
+        """Return what base and the fine-tuned model hold besides what was compared."""
         return self.pair.base.info.not_compared, self.pair.finetuned.info.not_compared
 
     @property

@@ -61,7 +61,7 @@ class Given:
 
     @property
     def batch_tokens(self) -> int:
-        """How many tokens make a batch, padding included."""
+        """Return how many tokens make a batch, padding included."""
         if self.options.batch_tokens is not None:
             return self.options.batch_tokens
         return CPU_BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
@@ -123,7 +123,7 @@ def _learn(given: Given, loaded: Loaded, watcher: Observer) -> Prepared:
 
 
 def _run_plan(given: Given, pair: ModelPair, reading: Reading) -> RunPlan:
-    """What is run, with what `auto` comes to."""
+    """Return what is run, with what `auto` comes to."""
     options, position = given.options, _position(given.options, pair)
     return RunPlan(
         base_prompts=reading.base,

@@ -96,7 +96,7 @@ def _layer(found: Findings, layer: int) -> LayerRecord:
 
 
 def _exclusions(seen: Accumulation) -> list[str]:
-    """What was left out because a state was zero or not finite: which layers, which prompts."""
+    """Return what was left out because a state was zero or not finite: which layers, which prompts."""
     notes = []
     left_out = [
         (str(site), tuple(np.flatnonzero(seen.sites[site].means.n_excluded))) for site in seen.facts.sites

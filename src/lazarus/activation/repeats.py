@@ -44,7 +44,7 @@ class Repeats:
 
     @property
     def notes(self) -> list[str]:
-        """How many there are; nothing where there are none."""
+        """Return how many there are; nothing where there are none."""
         n_repeats = sum(map(len, self.others.values()))
         if not n_repeats:
             return []

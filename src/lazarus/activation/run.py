@@ -207,7 +207,7 @@ def _take_up(prepared: Prepared) -> None:
 
 
 def _compared(reading: Reading, position: Position, prompt: int) -> tuple[list[int], list[str]]:
-    """Which tokens of a prompt are compared, and what they say."""
+    """Return which tokens of a prompt are compared, and what they say."""
     ids, tokenizer = reading.base[prompt].ids, reading.tokenizers[0]
     positions = list(compared_tokens(position, len(ids)))
     return positions, [token_text(tokenizer, ids[i]) for i in positions]

@@ -74,7 +74,7 @@ class RunPlan:
 
     @property
     def notes(self) -> list[str]:
-        """What ran once for several prompts, and of which prompts no token is kept."""
+        """Return what ran once for several prompts, and of which prompts no token is kept."""
         n_distinct, n_traced = len(self.repeats.distinct), len(self.traced)
         notes = self.repeats.notes
         if self.token_prompts != "auto" or n_traced == n_distinct:

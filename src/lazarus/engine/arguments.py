@@ -181,7 +181,10 @@ def _same(one: Any, other: Any, equality: Equality, n_layers: int | None) -> boo
 
 
 def _same_layer(one: _Layer, other: _Layer, equality: Equality) -> bool:
-    """Whether two layers of a cache are the same; those that a replayed block wrote are the same objects."""
+    """Return whether two layers of a cache are the same.
+
+    Those that a replayed block wrote are the same objects.
+    """
     (kind, ours), (other_kind, theirs) = one, other
     return (
         kind is other_kind

@@ -229,7 +229,10 @@ def _finite(states: Tensor) -> Tensor:
 
 
 def _has_final_norm(last: Tensor, final: Tensor) -> bool:
-    """Whether something is done to what leaves the last block; where none is finite, by where they are."""
+    """Return whether something is done to what leaves the last block.
+
+    Where none is finite, by where they are.
+    """
     if last.shape != final.shape or last.dtype != final.dtype:
         return True
     told = last.isfinite() & final.isfinite()
@@ -267,7 +270,9 @@ def _find_padding(recorder: Recorder, probe: _Probe) -> Padding | None:
 
 
 def _kept(batched: Sequence[Tensor], alone: Sequence[Tensor], limit: float) -> bool | None:
-    """Whether the states in a batch are those alone, at every block; None where some block says nothing.
+    """Return whether the states in a batch are those alone, at every block.
+
+    None where some block says nothing.
 
     A row that is finite alone and not in the batch is another.
     """

@@ -58,7 +58,10 @@ def read_layers(
 
 
 def _reads_last_block(model: LoadedModel, ids: Sequence[int]) -> bool | None:
-    """Whether the end reads the last block alone, seen with random states in its place; None if not known."""
+    """Return whether the end reads the last block alone, seen with random states in its place.
+
+    None if not known.
+    """
     recorder, input_ids = Recorder(model), torch.tensor([list(ids)])
     batch = (input_ids, torch.ones_like(input_ids))
     whole = run_with_head(recorder, *batch)

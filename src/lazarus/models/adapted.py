@@ -142,7 +142,9 @@ def _is_plain_lora(layer: Any, adapter: str, part: dict[str, Any]) -> bool:
 
 
 def _has_zero_factor(part: dict[str, Any], scaling: float = 1.0) -> bool | None:
-    """Whether one factor of a product is zero, and no bias is added to it; None where 0 meets NaN or ∞.
+    """Return whether one factor of a product is zero, and no bias is added to it.
+
+    None where 0 meets NaN or ∞.
 
     The scaling is a factor of the product, and of the bias.
     """

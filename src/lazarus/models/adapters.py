@@ -219,7 +219,10 @@ def _check_placed(adapter: Source, model: PreTrainedModel, report: Any) -> None:
 
 
 def rewriting_start(settings: Mapping[str, object]) -> str | None:
-    """How a LoRA began, where that was taken off the weights of its model (PiSSA, OLoRA); None elsewhere."""
+    """Return how a LoRA began, where that was taken off the weights of its model (PiSSA, OLoRA).
+
+    None elsewhere.
+    """
     start = str(settings.get("init_lora_weights", True))
     return None if start.lower() in _STARTS else start
 

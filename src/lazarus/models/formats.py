@@ -107,7 +107,10 @@ def _found(folder: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def _without_config(folder: Path) -> str | None:
-    """What a folder without a `config.json` is, and what to name instead; None where it is not known."""
+    """Return what a folder without a `config.json` is, and what to name instead.
+
+    None where it is not known.
+    """
     if (folder / "snapshots").is_dir() and (folder / "refs").is_dir():
         hub_id = folder.name.removeprefix("models--").replace("--", "/")
         return f"a folder of the Hub's cache. Name the model, {hub_id}, or a folder in {folder / 'snapshots'}"

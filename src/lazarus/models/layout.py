@@ -170,7 +170,10 @@ def _tables(
 
 
 def _reads_by_id(module: nn.Module) -> bool:
-    """Whether a module is an embedding of what it is called with; some of positions make up their own ids."""
+    """Return whether a module is an embedding of what it is called with.
+
+    Some of positions make up their own ids.
+    """
     taken = list(inspect.signature(type(module).forward).parameters)[1:]
     return isinstance(module, nn.Embedding) and taken in (["input"], ["input_ids"])
 

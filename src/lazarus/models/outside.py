@@ -221,7 +221,10 @@ def _counts(path: str, pair: tuple[Held | None, Held | None]) -> bool:
 
 
 def _differ(pairs: Sequence[tuple[Held | None, Held | None]]) -> bool | None:
-    """Whether any of these tensors is another one, or on one side alone; None where that is not known."""
+    """Return whether any of these tensors is another one, or on one side alone.
+
+    None where that is not known.
+    """
     unknown = False
     for ours, theirs in pairs:
         same = False if ours is None or theirs is None else _same(ours, theirs)

@@ -70,7 +70,9 @@ def read_headers(files: Sequence[str]) -> dict[str, StoredTensor]:
 
 
 def same_numbers(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two tensors hold the same numbers, bit for bit; of two that do not, few are read as a rule.
+    """Return whether two tensors hold the same numbers, bit for bit.
+
+    Of two that do not, few are read as a rule.
 
     Floating-point numbers of two types are compared in the wider one.
 
@@ -105,7 +107,10 @@ def _place(stored: StoredTensor) -> tuple[str, int]:
 def _alike(
     one: StoredTensor, other: StoredTensor, units: tuple[int, int], same: Callable[[bytes, bytes], bool]
 ) -> bool:
-    """Whether all parts of two tensors are the same; `units` are the bytes of what they have as many of."""
+    """Return whether all parts of two tensors are the same.
+
+    `units` are the bytes of what they have as many of.
+    """
     with Path(one.path).open("rb") as ours, Path(other.path).open("rb") as theirs:
         ours.seek(one.start)
         theirs.seek(other.start)

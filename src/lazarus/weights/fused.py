@@ -115,7 +115,10 @@ def _output_axis(bare: str, shape: tuple[int, ...], holder: Holder) -> int:
 
 
 def _layout(bare: str, n: int, holder: Holder) -> tuple[str, Layout | None]:
-    """What stands before the parts' names, and the layout of an axis of length n; None if it is one part."""
+    """Return what stands before the parts' names, and the layout of an axis of length n.
+
+    None if it is one part.
+    """
     if bare.endswith("mlp_gate_up"):
         layout: Layout | None = _gate_and_up(n, holder)
         stem = bare.removesuffix("gate_up")

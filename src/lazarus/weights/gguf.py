@@ -163,7 +163,10 @@ class _WholeView:
         return self._view().read(start, stop)
 
     def same_codes(self, other: object) -> bool:
-        """Whether the same is stored, and the same is made of it; if not, the numbers may still be equal."""
+        """Return whether the same is stored, and the same is made of it.
+
+        If not, the numbers may still be equal.
+        """
         return (
             isinstance(other, _WholeView)
             and (self.key, self.dtype, self.take) == (other.key, other.dtype, other.take)

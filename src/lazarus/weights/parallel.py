@@ -67,7 +67,9 @@ def measure_all(
     n_threads: int,
     on_done: Callable[[int], Any] | None = None,
 ) -> list[T]:
-    """What `measure_one` says of each pair, in their order, from `n_threads` threads; the largest go first.
+    """Return what `measure_one` says of each pair, in their order, from `n_threads` threads.
+
+    The largest go first.
 
     `on_done` is called here, with a pair's index, as each is ready. The first error ends all, and is raised
     once the other threads have ended, which they do at their next chunk; so does an interrupt.

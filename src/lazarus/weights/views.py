@@ -355,7 +355,9 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def same_bits(one: View, other: View) -> bool:
-    """Whether two views hold the same numbers, bit for bit; of two that do not, few are read as a rule.
+    """Return whether two views hold the same numbers, bit for bit.
+
+    Of two that do not, few are read as a rule.
 
     Numbers of two types are compared in float64, which holds all that are stored but large int64 exactly.
     Quantised ones need not be dequantised where their codes are the same (`same_codes`).

@@ -105,7 +105,10 @@ def read_vocabulary(
 
 
 def _files(sources: Sequence[Source]) -> dict[str, Any]:
-    """What is in a tokenizer's files, as far as tokens depend on it; empty where there is none in files."""
+    """Return what is in a tokenizer's files, as far as tokens depend on it.
+
+    Empty where there is none in files.
+    """
     for source in sources:
         paths = {name: source.file(name) for name in (*TOKENIZER_FILES, *_MORE_FILES) if not source.gguf_file}
         if any(paths[name] for name in TOKENIZER_FILES if name in paths):

@@ -58,7 +58,7 @@ def write_picture(
     stream: IO[bytes],
     format: Literal["png", "svg", "pdf"],
 ) -> None:
-    """What `draw` puts into an empty figure of that size in inches; equal bytes for equal figures."""
+    """Return what `draw` puts into an empty figure of that size in inches; equal bytes for equal figures."""
     from matplotlib import style
     from matplotlib.figure import Figure
 
@@ -69,7 +69,7 @@ def write_picture(
 
 
 def title(record: ActivationDiffRecord | WeightDiffRecord) -> str:
-    """What stands above every figure: the two models."""
+    """Return what stands above every figure: the two models."""
     base, finetuned = (drawable(model.id, NAME_CHARACTERS) for model in (record.base, record.finetuned))
     return f"{base} → {finetuned}"
 
