@@ -14,6 +14,7 @@ a file: a JSON object of keys and reasons.
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import os
 import random
@@ -93,8 +94,12 @@ class Run:
 
 
 def stamp(mutant: Mutant) -> str:
-    """A hash of the mutant's source."""
-    return hashlib.sha256(mutant.source.encode()).hexdigest()[:16]
+    """Return a hash of the mutant's source, without its docstrings."""
+    tree = ast.parse(mutant.source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
 
 
 @dataclass
