@@ -95,9 +95,9 @@ def read() -> Results:
 def save(results: Results) -> None:
     """Put the modules that were run in the place of what is saved of them."""
     before = read()
-    run = {figures.module for figures in results.modules}
-    modules = [*results.modules, *(figures for figures in before.modules if figures.module not in run)]
-    kept = [survivor for survivor in before.survivors if survivor.key.split(":")[0] not in run]
+    others = set(MODULES) - {figures.module for figures in results.modules}
+    modules = [*results.modules, *(figures for figures in before.modules if figures.module in others)]
+    kept = [survivor for survivor in before.survivors if survivor.key.split(":")[0] in others]
     modules.sort(key=lambda figures: MODULES.index(figures.module))
     survivors = sorted([*results.survivors, *kept], key=lambda s: MODULES.index(s.key.split(":")[0]))
     text = msgspec.json.format(msgspec.json.encode(Results(modules, survivors)), indent=1)

@@ -84,7 +84,7 @@ def _mutants(results: Results) -> list[str]:
         "and verdicts: `<` for `<=`, a constant one larger, a statement left out. The tests that run the "
         "statement run on it. A mutant is killed where one of them fails, or does not end. Those that "
         "survive are in `benchmarks/results/mutants.json`, each with the reason why it changes no result, "
-        "or with none where a test is missing.",
+        "or with none where a test is missing. The table has the modules that were run whole so far.",
         mutants_table(results.modules),
     ]
 
