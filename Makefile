@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help demo test test-fast test-browser test-real test-compat check docs format docs-reference train-demo bench trust clean
+.PHONY: help demo test test-fast coverage test-browser test-real test-compat check docs format docs-reference train-demo bench trust clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -18,6 +18,10 @@ test: $(VENV)/.installed-dev  ## run every test that needs no network and no rea
 
 test-fast: $(VENV)/.installed-dev  ## run one case of most tests, in less than a minute
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q --fast
+
+coverage: $(VENV)/.installed-dev  ## run every test, and write which lines and branches ran to docs/coverage.md
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q --cov --cov-report=json:$(VENV)/coverage.json
+	$(BIN)/python tests/coverage_page.py $(VENV)/coverage.json
 
 test-browser: $(VENV)/.installed-dev  ## open the report in Chromium, which must be there (Debian: apt install chromium)
 	LAZARUS_REQUIRE_CHROMIUM=1 $(BIN)/python -m pytest -q -m browser
