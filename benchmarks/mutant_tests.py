@@ -20,7 +20,7 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.machinery import SourceFileLoader
 from itertools import zip_longest
@@ -91,6 +91,10 @@ class _Loop:
     work: Callable[[_Loop, pytest.Session], None]
     failed: bool = False
     skipped: bool = False
+    hits: list[set[tuple[str, int]]] = field(default_factory=lambda: [set()])
+    """the lines that were run, innermost fixture last"""
+    shared: dict[int, set[tuple[str, int]]] = field(default_factory=lambda: defaultdict(set))
+    """those of each fixture, which every test that has it depends on"""
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """Do the work."""
@@ -98,6 +102,23 @@ class _Loop:
         gc.freeze()  # so that the forks share what is there
         self.work(self, session)
         return True
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any]) -> Iterator[None]:
+        """Take down which lines a fixture runs, whichever test asks for it first."""
+        self.hits.append(set())
+        try:
+            return (yield)
+        finally:
+            found = self.hits.pop()
+            self.shared[id(fixturedef)] |= found
+            self.hits[-1] |= found
+
+    def lines_of(self, item: pytest.Item) -> set[tuple[str, int]]:
+        """Return the lines that a test ran, and its fixtures."""
+        known = getattr(item, "_fixtureinfo").name2fixturedefs  # noqa: B009
+        fixtures = (self.shared[id(found)] for name in known for found in known[name])
+        return self.hits[0].union(*fixtures)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Learn how a test went."""
@@ -229,19 +250,16 @@ def _learn(files: Sequence[Path], sources: Mapping[str, str], told: Callable[[st
 
 
 def _lines(loop: _Loop, items: Sequence[pytest.Item]) -> tuple[list[Test], int]:
-    """The tests of one file that pass and run a line, and how many fail.
-
-    They share fixtures, so the lines of a fixture are those of the first test that has it.
-    """
-    found, n_failed, hits = [], 0, set[tuple[str, int]]()
-    setattr(builtins, _HIT, lambda module, line: hits.add((module, line)))
+    """Return the tests of one file that pass and run a line, and how many fail."""
+    found, n_failed = [], 0
+    setattr(builtins, _HIT, lambda module, line: loop.hits[-1].add((module, line)))
     for item, following in zip_longest(items, items[1:]):
-        hits.clear()
+        loop.hits = [set()]
         started = time.perf_counter()
         passed = loop.passes(item, following)
         seconds = time.perf_counter() - started
         lines: Lines = defaultdict(list)
-        for module, line in sorted(hits):
+        for module, line in sorted(loop.lines_of(item)):
             lines[module].append(line)
         n_failed += not passed
         if passed and not loop.skipped and lines:

@@ -18,7 +18,7 @@ import ast
 import hashlib
 import os
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +38,8 @@ from benchmarks.trust_report import mutants_table
 
 FEWEST_TESTS = 12
 TEST_SECONDS = 45.0
-OWN = 5
+OWN_SECONDS = 2.0
+"""Of the module's own test files the tests that run within this time come in one turn."""
 VARIANTS = 3
 """So many parameters of one test run before those of others: hundreds of architectures are much alike."""
 
@@ -115,19 +116,19 @@ class Picker:
 
         Those that killed others of the module come first, the most successful before the others. Tests of one
         file are much alike, so the fastest of each file follow, then the second ones, and so on; of the
-        module's own file, `OWN` at a time.
+        module's own files, many at a time.
         """
         own = {f"test_{Path(mutant.module).stem}", f"test_weight_{Path(mutant.module).stem}"}
         own |= {f"test_{name}" for name in TESTED_BY.get(mutant.module, "").split()}
         killers = self.run.killers(mutant)
-        found, variants, seen = [], Counter[str](), Counter[str]()
+        found, variants, seen = [], Counter[str](), defaultdict[str, float](float)
         for test in sorted((test for test in self.tests if _runs(test, mutant)), key=lambda t: t.seconds):
             function = test.id.split("[")[0]
             variants[function] += 1
             is_own = Path(test.file).stem in own
             is_one_of_many = variants[function] > VARIANTS and not is_own
-            turn = seen[test.file] // (OWN if is_own else 1)
-            seen[test.file] += 1
+            turn = int(seen[test.file] / OWN_SECONDS) if is_own else int(seen[test.file])
+            seen[test.file] += test.seconds if is_own else 1
             found.append((-killers[test.id], is_one_of_many, turn, not is_own, test))
         found.sort(key=lambda ranked: ranked[:4])
         picked: list[Test] = []

@@ -20,6 +20,8 @@ from lazarus import (
     conclude,
     iter_state_pairs,
 )
+from lazarus.demo import BASE
+from lazarus.errors import UsageError
 
 TEXTS = ["Hello", "What is AI?", "Hello", "The capital", "Calculate 2 + 2", "a list"]
 
@@ -105,3 +107,24 @@ def test_lists_and_other_dtypes_are_taken() -> None:
     pair = StatePair.of(0, (0, 1), [[1.0, 2.0], [3.0, 4.0]], np.ones((2, 2), np.float16))
     assert pair.prompts.dtype == torch.int64
     assert pair.finetuned.dtype == torch.float16
+
+
+@pytest.mark.parametrize("precision", ["medium", "high"])
+def test_a_precision_of_products_that_the_caller_has_set_is_told(
+    precision: str, models: tuple[Any, Any]
+) -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        notes = lazarus.activation_diff(*models, TEXTS, tokenizer=tiny_tokenizer(), device="cpu").notes
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert any("precision of float32 products was set to" in note for note in notes)
+    plain = lazarus.activation_diff(*models, TEXTS, tokenizer=tiny_tokenizer(), device="cpu").notes
+    assert not any("precision of float32 products" in note for note in plain)
+
+
+def test_a_layer_that_is_not_there_is_told_before_a_position_that_is_not() -> None:
+    with pytest.raises(UsageError, match="--readout 99: there is no layer 99"):
+        lazarus.activation_diff(BASE, BASE, ["12 + 7 ="], position=99, readout="99")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import typer.main
@@ -16,6 +16,7 @@ import typer.main
 import lazarus
 from lazarus.cli import app
 from lazarus.commands import commands
+from lazarus.errors import UsageError
 from lazarus.options import (
     CompareArguments,
     CompareOptions,
@@ -24,6 +25,7 @@ from lazarus.options import (
     WeightArguments,
     WeightOptions,
 )
+from lazarus.options.option import described
 from lazarus.results import METRICS, WEIGHT_METRICS, Output, Readout
 from lazarus.statistics import FACTOR
 
@@ -119,3 +121,21 @@ def test_the_map_of_the_house_is_true() -> None:
         f"{path.parent.name}/" for path in source.glob("*/__init__.py")
     }
     assert listed == there - {"__init__.py", "__main__.py", "version.py"} | {"__init__.py"}
+
+
+RECORDS = (Options, WeightOptions, CompareOptions)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in RECORDS for name in described(kind)])
+def test_an_option_that_does_not_take_none_refuses_it(kind: Any, name: str) -> None:
+    found = described(kind)[name]
+    if type(None) in get_args(found.type):
+        assert getattr(kind.make(**{name: None}), name) is None
+    elif found.option.check is not None:
+        with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} None: "):
+            kind.make(**{name: None})
+
+
+def test_an_unknown_option_is_named_before_a_wrong_value() -> None:
+    with pytest.raises(UsageError, match=r"unknown option 'aa'"):
+        Options.make(threshold=9, zz=1, aa=1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ import lazarus
 from lazarus.errors import ResultFileError, SaveError
 from lazarus.render import save
 from lazarus.render.base.escape import escaped
-from lazarus.results import ResultRow, ResultRows, json_schema
+from lazarus.results import ResultRow, ResultRows, json_schema, read_json, write_json
+from made_records import divergences, record_of
 
 MEASURES = {"noise_floor", "normalized_divergence", "relative_l2", "norm_ratio", "interval", "local"}
 FOUND = {"verdict", "onset_layer", "most_changed_block", "max_divergence", "first_flagged_layer"}
@@ -127,3 +130,44 @@ def test_to_pandas_has_a_row_a_prompt_and_layer(diff: lazarus.ActivationDiff) ->
     assert len(frame) == 2 * 4
     assert frame["divergence"].tolist() == diff.results.column("divergence").ravel().tolist()
     assert frame["group"].isna().tolist() == [False] * 4 + [True] * 4
+
+
+def broken(change: Callable[[bytes], bytes], n_prompts: int = 3, n_layers: int = 4) -> str:
+    """What reading a damaged file says."""
+    stream = io.BytesIO()
+    write_json(record_of(divergences(n_prompts, n_layers)), stream)
+    with pytest.raises(ResultFileError) as error:
+        read_json(change(stream.getvalue()))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", ["prompt_index", "layer"])
+@pytest.mark.parametrize("number", [2**63 - 1, 10**20])
+def test_a_number_that_no_prompt_and_no_layer_can_have_is_refused(name: str, number: int) -> None:
+    def changed(text: bytes) -> bytes:
+        head, mark, rows = text.partition(b'"results"')
+        return head + mark + rows.replace(f'"{name}":1,'.encode(), f'"{name}":{number},'.encode(), 1)
+
+    assert "not one a prompt and layer, in order" in broken(changed)
+
+
+def test_a_comma_too_few_or_too_many_between_rows_is_refused() -> None:
+    assert "malformed" in broken(lambda text: text.replace(b'}\n  ],\n  "summary', b'},\n  ],\n  "summary'))
+    rows = 30_000  # several parts of what is read at once
+    for at in range(rows // 4, rows, rows // 4):
+
+        def without(text: bytes, at: int = at) -> bytes:
+            lines = text.split(b"\n")
+            start = lines.index(b'  "results": [') + at
+            lines[start] = lines[start].removesuffix(b",")
+            return b"\n".join(lines)
+
+        assert "malformed" in broken(without, n_prompts=3000, n_layers=10)
+
+
+def test_a_fault_after_the_rows_is_told_by_its_place_in_the_file() -> None:
+    stream = io.BytesIO()
+    write_json(record_of(divergences(3, 4)), stream)
+    text = stream.getvalue().replace(b'"summary": {', b'"summary": {,')
+    said = broken(lambda _: text)
+    assert f"byte {text.index(b'{,') + 1}" in said

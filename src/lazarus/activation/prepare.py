@@ -10,6 +10,7 @@ import torch
 
 from lazarus.activation.accumulation import Plan
 from lazarus.activation.live import pair_facts
+from lazarus.activation.readout import readable_layers
 from lazarus.activation.runplan import RunPlan
 from lazarus.activation.scope import find_scope
 from lazarus.blame import MemoryFaults
@@ -17,6 +18,7 @@ from lazarus.engine import ModelPair, PrefixPlan, check_positions, check_shapes,
 from lazarus.facts import PairFacts
 from lazarus.loading import Loaded, Model, Role, less_memory, load_models
 from lazarus.metrics import FEWEST_FOR_CKA
+from lazarus.models import LoadedModel
 from lazarus.options import Options, parse_position, parse_token_prompts
 from lazarus.prompts import Prompt, PromptList
 from lazarus.reading import Reading, read_prompts
@@ -87,6 +89,8 @@ class Prepared:
     facts: PairFacts
     plan: Plan
     notes: Sequence[str]
+    readout_layers: Sequence[int] = ()
+    """the layers whose mean difference is read through the heads"""
 
 
 def prepare(given: Given, base: Model, finetuned: Model, watcher: Observer) -> Prepared:
@@ -107,6 +111,7 @@ def _learn(given: Given, loaded: Loaded, watcher: Observer) -> Prepared:
     reading = read_prompts(models, given.tokenizer, found.prompts, given.template, options)
     pair = learn_pair(*models, reading.samples, reading.pad_ids, reading.align)
     check_shapes(pair, len(found.prompts), FEWEST_FOR_CKA, localize=options.localize)
+    layers = readable_layers(options, pair, reading)
     run = _run_plan(given, pair, reading)
     lengths = [len(prompt.ids) for prompt in reading.base]
     position_notes = check_positions(run.position, lengths)
@@ -116,10 +121,31 @@ def _learn(given: Given, loaded: Loaded, watcher: Observer) -> Prepared:
     run = replace(run, n_prefix=prefix.n_tokens)
     scope = find_scope(pair, reading)
     notes = [*found.notes, *loaded.notes, *models[0].notes, *models[1].notes, *reading.notes]
+    notes += _precision_notes(models[0])
     notes += [*reading.apart(), *pair.notes(max(lengths)), *position_notes, *prefix.notes, *scope.notes]
     settings = _settings(given, pair, run)
     plan = Plan(_prompts(reading), settings, run.traced, scope.outcomes, run.repeats)
-    return Prepared(given, pair, reading, run, pair_facts(pair, scope), plan, notes)
+    return Prepared(given, pair, reading, run, pair_facts(pair, scope), plan, notes, layers)
+
+
+def _precision_notes(model: LoadedModel) -> list[str]:
+    """Return that the caller has set the precision of float32 products on a CPU, where that is so."""
+    if model.run_dtype != "float32" or model.device.type != "cpu":
+        return []
+    settings: Any = torch.backends.mkldnn
+    if hasattr(settings, "matmul"):
+        above = settings.fp32_precision  # a setting of matmul could not be told from this one
+        precision = settings.matmul.fp32_precision if above == "none" else above
+        is_set = precision not in ("none", "ieee") or above != "none"
+    else:  # a torch that has only the older setting
+        precision = torch.get_float32_matmul_precision()
+        is_set = precision != "highest"
+    if not is_set:
+        return []
+    return [
+        f"torch's precision of float32 products was set to {precision} before the run and was left so: the "
+        "differences may be those of rounding"
+    ]
 
 
 def _run_plan(given: Given, pair: ModelPair, reading: Reading) -> RunPlan:

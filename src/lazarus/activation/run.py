@@ -15,7 +15,7 @@ from lazarus.activation.breaks import break_notes
 from lazarus.activation.live import weight_facts, with_broken_weights
 from lazarus.activation.measure import Job, measure
 from lazarus.activation.prepare import Given, Observer, Prepared, prepare
-from lazarus.activation.readout import read_differences, readable_layers
+from lazarus.activation.readout import read_differences
 from lazarus.activation.record import About, conclude
 from lazarus.errors import UsageError
 from lazarus.faces import ActivationDiff
@@ -153,7 +153,7 @@ def _given(
 def _compare(prepared: Prepared, watcher: Observer) -> ActivationDiff:
     """Run two models that are prepared, and conclude."""
     given, pair, reading = prepared.given, prepared.pair, prepared.reading
-    layers = readable_layers(given.options, pair, reading)
+    layers = prepared.readout_layers
     _take_up(prepared)
     seen = Accumulation(prepared.facts, prepared.plan)
     job = Job(pair, prepared.run, watcher.advanced)

@@ -11,11 +11,12 @@ output.py      outputs that are checked first and saved last
 reporting.py   how a command ends
 """
 
-from lazarus.cli import saved
 from lazarus.cli.app import app, main
 from lazarus.commands import commands
 
-for command in commands().values():
-    command.load("cli")
+for name in sorted(commands()):  # in which order the help has them
+    commands()[name].load("cli")
+
+from lazarus.cli import saved  # noqa: E402 - and these after them
 
 __all__ = ["app", "main", "saved"]

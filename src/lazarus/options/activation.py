@@ -31,7 +31,7 @@ def _check_position(name: str, position: str | int) -> None:
         return
     try:
         int(position)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UsageError(
             f"--{name} {position}: not a position. Write auto, last, mean, all, or a token's index "
             "such as 0 or -2."
@@ -292,7 +292,7 @@ def parse_token_prompts(chosen: str) -> Literal["auto", "none"] | list[int]:
     match chosen:
         case "auto" | "none":
             return chosen
-    numbers = [number.strip() for number in chosen.split(",")]
+    numbers = [number.strip() for number in str(chosen).split(",")]
     if not all(number.isdecimal() for number in numbers):
         raise UsageError(
             f"--token-prompts {chosen}: not prompts. Write auto, none, or numbers of prompts, from 0, such "

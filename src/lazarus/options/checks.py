@@ -26,35 +26,35 @@ def _either(choices: Sequence[str]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
-def check_bound(name: str, value: float) -> None:
+def check_bound(name: str, value: float | None) -> None:
     """Refuse what is no divergence.
 
     Raises:
         UsageError: it is not a number from 0 to 2.
     """
-    if not 0 <= value <= 2:
+    if value is None or not 0 <= value <= 2:
         raise UsageError(f"--{name} {value}: give a divergence, a number from 0 to 2.")
 
 
-def check_change(name: str, value: float) -> None:
+def check_change(name: str, value: float | None) -> None:
     """Refuse what is no relative change.
 
     Raises:
         UsageError: it is not a number of at least 0.
     """
-    if not 0 <= value < math.inf:
+    if value is None or not 0 <= value < math.inf:
         raise UsageError(f"--{name} {value}: give a relative change, a number of at least 0.")
 
 
-def check_device(name: str, device: str) -> None:
+def check_device(name: str, device: str | None) -> None:
     """Refuse what is the name of no device.
 
     Raises:
         UsageError: it is neither auto, cpu, cuda, cuda:N nor mps.
     """
-    kind, _, index = device.partition(":")
+    kind, _, index = str(device).partition(":")
     valid = kind in ("auto", "cpu", "cuda", "mps") and (not index or (kind == "cuda" and index.isdigit()))
-    if not valid or device.endswith(":"):
+    if not valid or str(device).endswith(":"):
         raise UsageError(f"--{name} {device}: not a device. Write auto, cpu, cuda, cuda:N or mps.")
 
 
@@ -68,11 +68,11 @@ def check_named(name: str, value: str, *, advice: str) -> None:
         raise UsageError(f"--{name} is empty. {advice}")
 
 
-def check_count(name: str, value: int) -> None:
+def check_count(name: str, value: int | None) -> None:
     """Refuse what is no count of at least 1.
 
     Raises:
         UsageError: it is below 1, or a bool.
     """
-    if isinstance(value, bool) or value < 1:
+    if value is None or isinstance(value, bool) or value < 1:
         raise UsageError(f"--{name} {value}: give a number of at least 1.")

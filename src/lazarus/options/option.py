@@ -56,18 +56,20 @@ def _parts(hint: Any, default: Any) -> tuple[Any, Any, Option]:
 
 
 def check(kind: type, **given: Any) -> None:
-    """Check values of options of a record; None is one that is not given.
+    """Check values of options of a record; None is refused where the option does not take it.
 
     Raises:
         UsageError: an option that the record does not have, or a value that it does not take.
     """
     known = described(kind)
+    if unknown := sorted(given.keys() - known.keys()):
+        raise UsageError(f"unknown option {unknown[0]!r}. The options are {', '.join(known)}.")
     for name, value in given.items():
-        if name not in known:
-            raise UsageError(f"unknown option {name!r}. The options are {', '.join(known)}.")
-        checked = known[name].option.check
-        if checked is not None and value is not None:
-            checked(name.replace("_", "-"), value)
+        found = known[name]
+        if value is None and type(None) in get_args(found.type):
+            continue
+        if found.option.check is not None:
+            found.option.check(name.replace("_", "-"), value)
 
 
 class Checked:

@@ -70,9 +70,11 @@ def read_json(text: bytes) -> Any:
     """
     try:
         rows, rest = _rows_apart(text)
-        head = msgspec.json.decode(rest, type=_Head)
-        if head.schema_version == SCHEMA_VERSION and head.command in commands():
-            record = _decoder(head.command).decode(rest)
+        try:
+            head, record = _decoded(rest)
+        except msgspec.DecodeError:
+            rows, (head, record) = None, _decoded(text)  # which says where in the file the fault is
+        if record is not None:
             return record if rows is None else msgspec.structs.replace(record, results=rows)
     except msgspec.DecodeError as error:
         raise ResultFileError(
@@ -86,6 +88,13 @@ def read_json(text: bytes) -> Any:
     )
 
 
+def _decoded(text: bytes) -> tuple[_Head, Any | None]:
+    """Return what a text begins with, and the record; None where this version does not read it."""
+    head = msgspec.json.decode(text, type=_Head)
+    is_known = head.schema_version == SCHEMA_VERSION and head.command in commands()
+    return head, _decoder(head.command).decode(text) if is_known else None
+
+
 def _rows_apart(text: bytes) -> tuple[ResultRows | None, bytes]:
     """Read the rows that stand one a line, as `write_json` puts them, and return them and the text without.
 
@@ -94,7 +103,7 @@ def _rows_apart(text: bytes) -> tuple[ResultRows | None, bytes]:
     opening, closing = _ROWS
     start = text.find(opening)
     end = text.find(closing, start) if start >= 0 else -1
-    if end < 0:
+    if end < 0 or text.find(opening, end) >= 0:
         return None, text
     start += len(opening)
     try:
@@ -110,7 +119,10 @@ def _chunks(text: bytes, start: int, end: int) -> Iterator[list[ResultRow]]:
         if end - start > _CHUNK_BYTES:
             cut = text.find(b"\n", start + _CHUNK_BYTES, end)
             cut = end if cut < 0 else cut
-        yield decoder.decode(b"[" + text[start:cut].rstrip().removesuffix(b",") + b"]")
+        chunk = text[start:cut].rstrip()
+        if chunk.endswith(b",") == (cut == end):
+            raise msgspec.DecodeError("a comma between two rows is missing, or one is after the last")
+        yield decoder.decode(b"[" + chunk.removesuffix(b",") + b"]")
         start = cut + 1
 
 

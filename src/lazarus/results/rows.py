@@ -15,6 +15,8 @@ from lazarus.errors import ResultFileError
 Layer = Annotated[int, Meta(ge=0, description="the block, counted from 0")]
 
 _PROMPTS_AT_ONCE = 64
+_MOST_ROWS = 1 << 40
+_OUT_OF_ORDER = "results: the rows are not one a prompt and layer, in order"
 _ENCODER = msgspec.json.Encoder()
 
 
@@ -135,14 +137,17 @@ class ResultRows(Sequence[ResultRow]):
         columns: dict[str, list[NDArray[np.float64]]] = {name: [] for name in cls.COLUMNS}
         for part in rows:
             prompts += [row.prompt for row in part if row.layer == 0]
-            places.append(np.array([(row.prompt_index, row.layer) for row in part], np.int64).reshape(-1, 2))
+            found_places = [(row.prompt_index, row.layer) for row in part]
+            if any(number >= _MOST_ROWS for place in found_places for number in place):
+                raise ResultFileError(_OUT_OF_ORDER)
+            places.append(np.array(found_places, np.int64).reshape(-1, 2))
             for name, found in columns.items():
                 found.append(np.array([getattr(row, name) for row in part], dtype=np.float64))
         place = np.concatenate(places) if places else np.zeros((0, 2), dtype=np.int64)
         n_layers = int(place[:, 1].max(initial=-1)) + 1
         wanted = np.divmod(np.arange(len(place)), n_layers) if n_layers else ()
         if not n_layers or len(place) % n_layers or not np.array_equal(place.T, wanted):
-            raise ResultFileError("results: the rows are not one a prompt and layer, in order")
+            raise ResultFileError(_OUT_OF_ORDER)
         shape = (len(place) // n_layers, n_layers)
         return cls(prompts, {name: np.concatenate(found).reshape(shape) for name, found in columns.items()})
 
