@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, overload
+from operator import attrgetter
+from typing import Annotated, Any, overload
 
 import msgspec
 import numpy as np
@@ -15,7 +16,6 @@ from lazarus.errors import ResultFileError
 Layer = Annotated[int, Meta(ge=0, description="the block, counted from 0")]
 
 _PROMPTS_AT_ONCE = 64
-_MOST_ROWS = 1 << 40
 _OUT_OF_ORDER = "results: the rows are not one a prompt and layer, in order"
 _ENCODER = msgspec.json.Encoder()
 
@@ -133,23 +133,32 @@ class ResultRows(Sequence[ResultRow]):
             ResultFileError: they are not complete and in order.
         """
         prompts: list[str] = []
-        places: list[NDArray[np.int64]] = []
+        places: list[list[NDArray[Any]]] = []
         columns: dict[str, list[NDArray[np.float64]]] = {name: [] for name in cls.COLUMNS}
         for part in rows:
             prompts += [row.prompt for row in part if row.layer == 0]
-            found_places = [(row.prompt_index, row.layer) for row in part]
-            if any(number >= _MOST_ROWS for place in found_places for number in place):
-                raise ResultFileError(_OUT_OF_ORDER)
-            places.append(np.array(found_places, np.int64).reshape(-1, 2))
+            try:
+                places.append([_column(part, name, np.int64) for name in ("prompt_index", "layer")])
+            except OverflowError as error:
+                raise ResultFileError(_OUT_OF_ORDER) from error
             for name, found in columns.items():
-                found.append(np.array([getattr(row, name) for row in part], dtype=np.float64))
-        place = np.concatenate(places) if places else np.zeros((0, 2), dtype=np.int64)
-        n_layers = int(place[:, 1].max(initial=-1)) + 1
-        wanted = np.divmod(np.arange(len(place)), n_layers) if n_layers else ()
-        if not n_layers or len(place) % n_layers or not np.array_equal(place.T, wanted):
+                found.append(_column(part, name, np.float64))
+        place = np.concatenate(places, axis=1) if places else np.zeros((2, 0), dtype=np.int64)
+        n_rows, n_layers = place.shape[1], int(place[1].max(initial=-1)) + 1
+        is_possible = 0 < n_layers <= n_rows and n_rows % n_layers == 0
+        if not is_possible or not np.array_equal(place, np.divmod(np.arange(n_rows), n_layers)):
             raise ResultFileError(_OUT_OF_ORDER)
-        shape = (len(place) // n_layers, n_layers)
+        shape = (n_rows // n_layers, n_layers)
         return cls(prompts, {name: np.concatenate(found).reshape(shape) for name, found in columns.items()})
+
+
+def _column(rows: Sequence[ResultRow], name: str, dtype: type[np.generic]) -> NDArray[Any]:
+    """Return one field of every row; NaN where it is None."""
+    values = list(map(attrgetter(name), rows))
+    n_none = values.count(None)
+    if n_none == len(values):  # what was not measured at all
+        return np.full(n_none, np.nan)
+    return np.array(values, dtype) if n_none else np.fromiter(values, dtype, len(values))
 
 
 def finite_or_none(value: float) -> float | None:
