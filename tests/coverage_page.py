@@ -10,7 +10,14 @@ from typing import Any
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "coverage.md"
-REASONS = {"__main__.py": "runs in processes of its own"}
+REASONS = {
+    "__main__.py": "runs in processes of its own",
+    "_transformers.py": "what other versions need: `make test-compat`",
+    "cli/": "the rest runs in processes of its own",
+    "commands.py": "a command that a test registers, in processes of its own",
+    "console.py": "bars on a terminal, in processes of their own",
+    "shards/": "several processes that share a run",
+}
 """Why a room is below the least, by its name."""
 
 HEAD = """# Which lines the tests run
