@@ -1,4 +1,4 @@
-"""How fast lazarus is, how much memory it takes, and what its numbers are held against.
+"""Benchmarks: how fast lazarus is, how much memory it takes, what its numbers are held against.
 
 speed.py        the command: runs every part, prints the table, saves every figure
 places.py       where the files are

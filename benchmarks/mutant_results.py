@@ -1,4 +1,4 @@
-"""What came of small faults in the code, as records: benchmarks/results/mutants.json."""
+"""The outcome of small faults in the code, as records: benchmarks/results/mutants.json."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class TestFile(Struct, frozen=True):
 
 
 class Ran(Struct, frozen=True):
-    """What came of a mutant."""
+    """The outcome of a mutant."""
 
     killed_by: str = ""
     """a test, "time", "crash" or "import"; empty where it survived"""

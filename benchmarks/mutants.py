@@ -45,7 +45,7 @@ VARIANTS = 3
 
 
 class Outcome(Struct, frozen=True):
-    """What came of a mutant of this source."""
+    """The outcome of a mutant of this source."""
 
     key: str
     stamp: str

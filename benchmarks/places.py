@@ -1,4 +1,4 @@
-"""Where the benchmark's files are."""
+"""The places of the benchmark's files."""
 
 from pathlib import Path
 

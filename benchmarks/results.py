@@ -1,4 +1,4 @@
-"""What was measured, as records, and the spread of a figure over the runs."""
+"""Figures as records, and the spread of a figure over the runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `benchmarks.trust` measured, as records."""
+"""The figures of `benchmarks.trust`, as records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What transformers has and does not promise to keep: every private name is imported here, when it is used.
+"""The private names of transformers, each imported when it is used.
 
 From one minor version to the next such a name moves, takes other arguments, or is not there yet. Each
 function here takes the same arguments whichever version is installed. What a version cannot do at all, a

@@ -1,4 +1,4 @@
-"""Whose an exception is: this package's, another library's, or that of too little memory.
+"""The origin of an exception: this package, another library, or too little memory.
 
 Another library is called in a `Translated` context. What that library raises there becomes an error that says
 what to do. What our own code raises there, such as a hook that the library calls, passes as it is: it is a

@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: the header on standard output, progress on standard error."""
+"""Progress of a run: the header on standard output, bars on standard error."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class _Console:
 
 
 class ConsoleObserver(_Console):
-    """What activation-diff shows on the way."""
+    """Shows the progress of activation-diff."""
 
     def __init__(self, *, show: bool, prints: bool = True, saves: bool = False) -> None:
         super().__init__(MofNCompleteColumn(), TextColumn("tokens"), show=show, prints=prints, saves=saves)
@@ -97,7 +97,7 @@ class ConsoleObserver(_Console):
 
 
 class WeightObserver(_Console):
-    """What weight-diff shows on the way."""
+    """Shows the progress of weight-diff."""
 
     def __init__(self, *, show: bool, prints: bool = True, saves: bool = False) -> None:
         super().__init__(TaskProgressColumn(), show=show, prints=prints, saves=saves)
@@ -116,7 +116,7 @@ class WeightObserver(_Console):
 
 
 class LensObserver(_Console):
-    """What compare shows on the way."""
+    """Shows the progress of compare."""
 
     def __init__(self, *, show: bool, prints: bool = True, saves: bool = False) -> None:
         super().__init__(MofNCompleteColumn(), TextColumn("layers"), show=show, prints=prints, saves=saves)

@@ -1,4 +1,4 @@
-"""What is known of two models before their states are compared. No torch here: a file may hold it as well."""
+"""Facts of two models that are known before their states are compared. No torch here."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ class Rounded:
 
 @dataclass(frozen=True)
 class WeightFacts:
-    """What is known of the weights on which two models run; by default nothing is."""
+    """Facts of the weights on which two models run; by default nothing is known."""
 
     identical: bool | None = None
     """whether they are the same, bit for bit; None where that is not known"""

@@ -1,4 +1,4 @@
-"""What a record says of its own making: the program, the time, the software and the machine."""
+"""The provenance of a record: the program, the time, the software and the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of several processes this one is: torchrun says so in the environment, and Slurm does."""
+"""The rank of this process among several, as torchrun or Slurm gives it in the environment."""
 
 from __future__ import annotations
 

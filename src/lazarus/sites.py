@@ -1,4 +1,4 @@
-"""Which states of two models are compared: the tokens of a prompt, and pairs of states at a site."""
+"""Pairs of states at a site, and the tokens of a prompt that are compared."""
 
 from __future__ import annotations
 

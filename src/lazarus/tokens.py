@@ -25,7 +25,7 @@ PORTION = 512
 
 @dataclass(frozen=True)
 class TokenOptions:
-    """How prompts become ids."""
+    """The options by which prompts become ids."""
 
     contexts: tuple[int | None, int | None] = (None, None)
     """how many tokens base and the fine-tuned model have positions for; None for no limit"""
@@ -80,7 +80,7 @@ def tokenize_pair(
 
 @dataclass(frozen=True)
 class _Texts:
-    """What the tokenizers read: the prompts, or what a chat template made of them."""
+    """The texts that the tokenizers read: the prompts, or what a chat template made of them."""
 
     prompts: Sequence[Prompt]
     rendered: list[str] | None

@@ -35,7 +35,7 @@ from lazarus.sites import StatePair
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compared, and how it is summed up."""
+    """The prompts and options of a comparison, and how it is summed up."""
 
     prompts: Sequence[PromptRecord]
     settings: Settings

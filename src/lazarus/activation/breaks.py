@@ -1,4 +1,4 @@
-"""Which of the two models has states or logits that are not finite, from where on, and why."""
+"""States and logits that are not finite: in which of the two models, from where on, and why."""
 
 from __future__ import annotations
 

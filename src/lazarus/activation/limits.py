@@ -1,4 +1,4 @@
-"""What a reader must know of the numbers themselves: too few prompts, a cosine that one dimension carries."""
+"""Notes on the numbers themselves: too few prompts, a cosine that one dimension carries."""
 
 from __future__ import annotations
 

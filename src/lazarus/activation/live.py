@@ -1,4 +1,4 @@
-"""What two live models give to a comparison beside their states: facts of the pair, and of their weights."""
+"""Facts of two live models beside their states: of the pair, and of their weights."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ GPU_BATCH_TOKENS = 8192
 
 @runtime_checkable
 class Observer(Protocol):
-    """What is told how far a run has come."""
+    """An object that is told how far a run has come."""
 
     def loading(self, role: Role, name: str) -> None:
         """A model is about to be loaded."""
@@ -49,7 +49,7 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class Given:
-    """What a run was given, beside the models."""
+    """The arguments of a run, beside the models."""
 
     options: Options
     prompts: PromptList

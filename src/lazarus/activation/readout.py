@@ -1,4 +1,4 @@
-"""What a fine-tune was on: the mean difference, read as tokens through each model's own head."""
+"""The mean difference of all prompts, read as tokens through each model's own LM head."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from lazarus.tokens import listed
 
 @dataclass(frozen=True)
 class About:
-    """What is to be said of a comparison beside its numbers; by default nothing."""
+    """Whatever a record says of a comparison beside its numbers; by default nothing."""
 
     environment: Environment | None = None
     """the software and the hardware; None for those of this process"""

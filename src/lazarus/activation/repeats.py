@@ -19,7 +19,7 @@ MOST_ROWS = 2048
 
 @dataclass(frozen=True)
 class Repeats:
-    """Which prompts have the ids of an earlier one, for both models: they do not run, and count the same."""
+    """Prompts with the ids of an earlier one, for both models: they do not run, and count the same."""
 
     distinct: Sequence[int]
     others: Mapping[int, Sequence[int]]

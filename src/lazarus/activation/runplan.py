@@ -1,4 +1,4 @@
-"""What is run through two models: the prompts, how they are batched, and of which every token is kept."""
+"""The plan of a run: the prompts, how they are batched, and of which every token is kept."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOST_TRACED_TOKENS = 16_384
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What is run through the models, and how."""
+    """The prompts that run through both models, and how."""
 
     base_prompts: Sequence[TokenizedPrompt]
     finetuned_prompts: Sequence[TokenizedPrompt]

@@ -1,4 +1,4 @@
-"""What a run compares of two models, and what it leaves out: so much, and no more, can be claimed."""
+"""The scope of a run: the parts of two models that it compares, and those that it leaves out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Parts = Sequence[NotCompared]
 
 @dataclass(frozen=True)
 class Scope:
-    """What is compared of a pair."""
+    """The parts of a pair that are compared."""
 
     outside: tuple[Parts, Parts]
     """what base and the fine-tuned model hold besides"""

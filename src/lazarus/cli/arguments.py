@@ -1,4 +1,4 @@
-"""What a command takes as a user types it: its models, prompts and outputs, and each option of its record.
+"""The parameters of the commands: models, prompts and outputs, and each option of a record.
 
 An option is described in `lazarus.options`; here it becomes one of typer's.
 """

@@ -1,4 +1,4 @@
-"""What the commands have in common: outputs, checked first and saved last; progress for one process."""
+"""Functions that all commands share: outputs, checked first and saved last; progress for one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a command ends: one message on standard error, and its exit code."""
+"""The end of a command: one message on standard error, and its exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was saved: show a result again, and the schema of what each command saves."""
+"""The commands on saved results: show one again, and print the schema of what each command saves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a block was called with: taken down at that time, and compared with another call.
+"""The arguments of a block's call: taken down at that time, and compared with another call.
 
 Blocks write into some of their arguments: into mappings that they share, and into the KV cache. So it is not
 enough to hold an argument and to look at it later. Its contents are taken down when the block is called, and

@@ -15,7 +15,7 @@ from lazarus.models import Compared, LoadedModel
 
 @dataclass(frozen=True)
 class Coverage:
-    """What of one model is compared."""
+    """The tensors of one model that a comparison can see."""
 
     compared: Compared
     n_logits: int | None

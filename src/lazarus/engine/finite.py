@@ -1,4 +1,4 @@
-"""Where a model's hidden states stop being finite, and why: its weights, its dtype, or its computation.
+"""Finds where a model's hidden states stop being finite, and why: weights, dtype, or computation.
 
 One text runs alone until the first block whose output is not finite. That block runs again in a wider dtype,
 on what it received: where its output is finite then, the narrow dtype overflowed.
@@ -45,7 +45,7 @@ class _Call:
 
 @dataclass(frozen=True)
 class Break:
-    """Where the states of one text stop being finite, and why."""
+    """The place at which the states of one text stop being finite, and why."""
 
     site: Site
     tokens: tuple[int, ...]

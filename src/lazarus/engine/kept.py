@@ -1,4 +1,4 @@
-"""What passes hold between two blocks: in memory up to a budget, and in temporary files beyond it."""
+"""Hidden states between two blocks: in memory up to a budget, and in temporary files beyond it."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def _gigabytes(n_bytes: int) -> str:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor was."""
+    """The place of a tensor."""
 
     index: int
     device: torch.device

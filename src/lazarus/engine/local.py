@@ -1,4 +1,4 @@
-"""What each block's own weights change: the fine-tuned block on the very arguments that base's block got."""
+"""Local change: the fine-tuned block on the very arguments that base's block got."""
 
 from __future__ import annotations
 

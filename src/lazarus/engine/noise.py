@@ -1,4 +1,4 @@
-"""What the same model gives when what ought not to matter is changed: the noise under every comparison."""
+"""The numerical noise under every comparison: one model, with what ought not to matter changed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FEWEST_ROWS = 8
 
 @dataclass(frozen=True)
 class NoisePlan:
-    """How the noise is measured: on how many prompts, in batches of how many tokens."""
+    """The plan of the noise: on how many prompts it is measured, in batches of how many tokens."""
 
     n_prompts: int
     batch_tokens: int

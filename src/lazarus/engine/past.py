@@ -1,4 +1,4 @@
-"""What a model has read already: a pass over more tokens goes on from its cache.
+"""The KV cache of a prefix: a pass over more tokens goes on from it.
 
 A cache is extended while a pass goes on, and one prefix is followed by many batches: each gets a copy of its
 own. Keys and values are extended by concatenation, which makes new tensors, so a copy is a view of the same

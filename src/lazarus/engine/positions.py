@@ -1,4 +1,4 @@
-"""Which tokens are compared. Masks and positions are applied here, once: nothing behind sees padding."""
+"""The compared tokens. Masks and positions are applied here, once: nothing behind sees padding."""
 
 from __future__ import annotations
 

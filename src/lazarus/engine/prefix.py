@@ -35,7 +35,7 @@ CHECKED_PROMPTS = 4
 
 @dataclass(frozen=True)
 class PrefixPlan:
-    """What matters to a prefix of how the prompts are run."""
+    """The settings of a run that matter to a shared prefix."""
 
     position: Position
     batch_tokens: int

@@ -41,7 +41,7 @@ TEXTS = 4
 
 @dataclass(frozen=True)
 class Conventions:
-    """How a model's blocks behave."""
+    """The behaviour of a model's blocks."""
 
     n_layers: int
     width: int
@@ -107,7 +107,7 @@ def learn(model: LoadedModel, ids: Sequence[int], pad_id: int) -> Conventions:
 
 @dataclass(frozen=True)
 class _Probe:
-    """What one short text showed."""
+    """The findings of one short text."""
 
     batch: tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]
     """its token ids and their mask"""

@@ -28,7 +28,7 @@ class Take:
 
 @dataclass
 class Recording:
-    """What one pass showed: what entered the first block, each block's output, and the end."""
+    """The states of one pass: what entered the first block, each block's output, and the end."""
 
     embedding: Tensor | None
     blocks: list[Tensor]

@@ -31,7 +31,7 @@ class StoppedError(Exception):
 
 @dataclass(frozen=True)
 class Returned:
-    """What a block returned, less its hidden states: its type, and whatever else was in it."""
+    """A block's output without its hidden states: its type, and whatever else was in it."""
 
     kind: type
     keys: tuple[Any, ...] | None
@@ -69,7 +69,7 @@ class Call:
 
 @dataclass
 class Passed:
-    """What the first blocks of one pass left behind: enough for a pass to go on after the last of them.
+    """The state of a pass after its first blocks: enough for another pass to go on from there.
 
     Only the last one's hidden states are kept: those of the others went to the next block, and nowhere else
     (`can_replay` makes sure).

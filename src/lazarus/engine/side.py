@@ -39,7 +39,7 @@ class States:
 
 @dataclass(frozen=True)
 class Prefix:
-    """What a model made of a prefix: its cache, and the rows that are compared, at every site."""
+    """A prefix as a model has read it: the KV cache, and the compared rows at every site."""
 
     past: Past
     sites: Sequence[Tensor]
@@ -47,7 +47,7 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Begun:
-    """What the first `n_blocks` blocks made of a batch, and the compared rows on the way."""
+    """A batch after the first `n_blocks` blocks, and the compared rows on the way."""
 
     n_blocks: int
     passed: Passed

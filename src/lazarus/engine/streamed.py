@@ -41,7 +41,7 @@ KEPT_SHARE = 16
 
 @dataclass(frozen=True)
 class _Step:
-    """What one block made of one batch: its call, and the compared rows after it; before it for the first."""
+    """One block on one batch: its call, and the compared rows after it; before it for the first."""
 
     call: Call
     embedding: Tensor | None

@@ -1,4 +1,4 @@
-"""What a user of the library holds: a thin face over each command's record. No torch here.
+"""The result classes of the library: a thin face over each command's record. No torch here.
 
 face.py        what every result can do: save itself, be read back, tell its notes
 activation.py  ActivationDiff, the result of activation-diff

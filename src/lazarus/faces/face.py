@@ -1,4 +1,4 @@
-"""What every result can do, whichever command it came from: save itself, be read back, tell its notes."""
+"""The base of all result classes: they save themselves, are read back, and tell their notes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Record(Protocol):
-    """What every command's record has."""
+    """The fields that every command's record has."""
 
     @property
     def command(self) -> str:

@@ -1,4 +1,4 @@
-"""How far apart two models' next-token distributions are, over one vocabulary or over two."""
+"""Distances of two models' next-token distributions, over one vocabulary or over two."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one model's lens shows on the prompt: choices, probabilities and ranks, layer by layer."""
+"""The logit lens of one model on the prompt: choices, probabilities and ranks, layer by layer."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from lazarus.tokens import TokenizedPrompt
 
 @runtime_checkable
 class Observer(Protocol):
-    """What is told how far a run has come."""
+    """An object that is told how far a run has come."""
 
     def loading(self, role: Role, name: str) -> None:
         """A model is about to be loaded: `base` is model 1, `finetuned` is model 2."""

@@ -1,4 +1,4 @@
-"""Which tokens are followed through the layers, in each model its own."""
+"""The tokens that are followed through the layers, in each model its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all prompts have in common at a site: sums of directions and of differences, in O(hidden) memory."""
+"""Sums over all prompts at a site, of directions and of differences, in O(hidden) memory."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ _PARTS = ("means", "local", "directions", "kept", "traces")
 
 @dataclass(frozen=True)
 class SitePlan:
-    """What is measured at every site of a run."""
+    """The plan of the measures at every site of a run."""
 
     n_prompts: int
     centered: bool = False

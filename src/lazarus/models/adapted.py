@@ -1,4 +1,4 @@
-"""What an adapter has put on a model: the model's own modules under it, and whether it changes anything."""
+"""Adapters on a model: the model's own modules under them, and whether they change anything."""
 
 from __future__ import annotations
 

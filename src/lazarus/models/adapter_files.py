@@ -1,4 +1,4 @@
-"""What the folder of an adapter holds: its tensors under PEFT's names, and what else."""
+"""The files of an adapter: its tensors under PEFT's names, and what else is there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a transformers model keeps its blocks: found by structure, not by a list of families."""
+"""The place of a transformers model's blocks: found by structure, not by a list of families."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def natural_key(key: str) -> list[tuple[bool, str, int]]:
 
 
 class KeyMap:
-    """Which stored tensors make which parameters of a model, by their keys.
+    """Maps stored tensors to the parameters of a model that they make, by their keys.
 
     `sources` has, for each target, the keys that are collected for it, and `made` all that comes of these:
     more than the targets, where one stored tensor is split. `names` stands in
@@ -119,7 +119,7 @@ class KeyMap:
 
 
 class Conversion:
-    """How stored tensors become the parameters of one model.
+    """Makes the parameters of one model out of stored tensors.
 
     `sources` has, for each target, the keys that are collected for it.
     """

@@ -1,4 +1,4 @@
-"""What a folder holds besides the weights that are read from it: other sets of weights, in any format."""
+"""Files in a folder besides the weights that are read: other sets of weights, in any format."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Unread:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a folder holds besides the weights that are read."""
+    """The contents of a folder besides the weights that are read."""
 
     notes: tuple[str, ...] = ()
     unread: tuple[Unread, ...] = ()

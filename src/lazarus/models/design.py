@@ -1,4 +1,4 @@
-"""Whether two models are of one design: then only their weights can make them behave differently."""
+"""Tells whether two models are of one design, so that they differ in their weights alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether two values are the same, bit for bit: yes, no, or not known.
+"""Compares two values bit for bit: the same, not the same, or not known.
 
 What cannot be looked into is None, never True: a tensor without elements, an object that keeps its state
 where Python does not see it. Who asks decides what to do about that; nobody may take it for equal.

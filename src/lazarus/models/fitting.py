@@ -1,4 +1,4 @@
-"""Where an adapter's tensors belong on a model of its class, or of another over the same blocks."""
+"""The places of an adapter's tensors on a model of its class, or of another over the same blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of an empty model is read when: blocks, a large head and rows of large embeddings, or all at once.
+"""The order in which an empty model is read: blocks, a large LM head, rows of large embeddings.
 
 "Empty" is a model without memory, on torch's device `meta`.
 """
@@ -90,7 +90,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Unit:
-    """What is loaded and freed together: a block, or the head."""
+    """Tensors that are loaded and freed together: a block, or the LM head."""
 
     targets: tuple[str, ...]
     empty: Mapping[str, Tensor]

@@ -1,4 +1,4 @@
-"""What two checkpoints hold besides what is compared, found from their files: nothing of it is loaded.
+"""Parts of two checkpoints that are not compared, found from their files without loading them.
 
 transformers drops a tensor that has no place in the class that it builds, and says so at most in a warning.
 So the files are asked, not the loaded model. A model that the caller has in memory has no files: there it is
@@ -52,7 +52,7 @@ _ADAPTER = re.compile(r"\.(base_layer|token_adapter|modules_to_save\.[^.]+|origi
 
 @dataclass(frozen=True)
 class Compared:
-    """What of one model a comparison can see, by names in the model."""
+    """The tensors of one model that a comparison can see, by their names in the model."""
 
     modules: frozenset[str]
     """the modules whose own tensors are compared"""
@@ -87,7 +87,7 @@ def find_outside(
 
 @dataclass(frozen=True)
 class Beside:
-    """What a checkpoint has beside its model's tensors."""
+    """Parts of a checkpoint beside its model's tensors."""
 
     source: Source | None
     config: PretrainedConfig

@@ -191,7 +191,7 @@ WIDEST = 8
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a pair takes in memory, in bytes, in the type in which it runs."""
+    """The memory that a pair takes, in bytes, in the dtype in which it runs."""
 
     resident: int
     """both models whole; once if they stand on the same files"""

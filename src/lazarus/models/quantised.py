@@ -1,4 +1,4 @@
-"""What a configuration claims of quantisation, held against the dtypes in which the weights are stored.
+"""The quantisation that a configuration claims, held against the dtypes of the stored weights.
 
 The claim outlives a model that was dequantised and saved again, and it is lost where a configuration comes
 from elsewhere. transformers believes it in both cases.

@@ -29,7 +29,7 @@ _HUB_FILE = re.compile(r"(?i)(\w[\w.-]*/\w[\w.-]*)(?:@([^@+:\s]+):|[:/])([^:\s]+
 
 @dataclass(frozen=True)
 class Source:
-    """Where weights are: a folder, a GGUF file, or a Hub id at a commit.
+    """The place of weights: a folder, a GGUF file, or a Hub id at a commit.
 
     `gguf_file` is an absolute path, or one in the repository `path`; of a split model it is the first part.
     `revision` is the commit that the name stood for when it was read, so that every file is of that one.

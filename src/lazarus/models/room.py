@@ -1,4 +1,4 @@
-"""How much memory is free, and whether two models fit into it."""
+"""Free memory, and whether two models fit into it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What two models have in common in their weights, and why a fine-tune may have changed nothing."""
+"""Weights that two models have in common, and why a fine-tune may have changed nothing."""
 
 from __future__ import annotations
 

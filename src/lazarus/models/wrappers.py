@@ -20,7 +20,7 @@ _ADAPTED = ".base_layer."
 
 @dataclass(frozen=True)
 class Wrappers:
-    """What is taken off a checkpoint's keys: parts anywhere in them, then a prefix."""
+    """The wrapper's names in a checkpoint's keys: parts anywhere in them, then a prefix."""
 
     parts: tuple[str, ...] = ()
     prefix: str = ""

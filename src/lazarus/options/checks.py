@@ -1,4 +1,4 @@
-"""What an option may be, whichever command it belongs to."""
+"""Checks of options, whichever command they belong to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an option is, said once: its help, what it takes, how it is checked.
+"""The description of an option, once: its help, its values, its check.
 
 The type and the default stand beside it, in a frozen record for each command. The command line, its help and
 the reference in the docs are made from these records (`described`).
@@ -19,7 +19,7 @@ RUN, COMPARE, READ = "How it runs", "What is compared", "How prompts are read"
 
 @dataclass(frozen=True)
 class Option:
-    """What the help says of an option, and what it may be."""
+    """The help of an option, and the check of its values."""
 
     help: str
     panel: str

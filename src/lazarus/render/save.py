@@ -1,4 +1,4 @@
-"""Which format a path names, and how a file is written so that nobody ever reads half of it."""
+"""The format that a path names, and writing a file so that nobody ever reads half of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What must be the same for two runs to give the same numbers."""
+"""The fingerprint of a run: all that must be the same for the same numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the numbers of many prompts say. NumPy only: no torch here, and SciPy where it is needed.
+"""Statistics of many prompts. NumPy only: no torch here, and SciPy where it is needed.
 
 verdict.py     what numerical noise alone may reach, and whether two models differ by more
 intervals.py   where the mean divergence may lie, and the layer from which it is above the noise

@@ -18,7 +18,7 @@ GRID = 2.0**-26
 
 @dataclass(frozen=True)
 class Contrast:
-    """How much more one group of prompts diverges than another.
+    """The contrast of two groups of prompts: how much more one diverges than the other.
 
     `log_ratio`, [layers], is the mean log divergence of `group_a` less that of `group_b`, NaN where a
     layer is left out, and `layer` where it is largest. `p_value` (above 0, to 1; a diverges more) allows

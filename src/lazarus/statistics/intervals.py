@@ -1,4 +1,4 @@
-"""Where the mean divergence over prompts may lie, and from which layer on it is above the noise.
+"""Intervals of the mean divergence over prompts, and the layer from which on it is above the noise.
 
 The prompt is the unit: no interval depends on the order of prompts.
 """
@@ -24,7 +24,7 @@ DEGENERATE = 1e-13
 
 @dataclass(frozen=True)
 class Intervals:
-    """Where the mean divergence over prompts may lie, each [layers], 0 to 2, NaN where unknown.
+    """Intervals of the mean divergence over prompts, each [layers], 0 to 2, NaN where unknown.
 
     `low` to `high` is the pointwise 95 % interval; `band_low` bounds all layers at once (one-sided, 95 %).
     """

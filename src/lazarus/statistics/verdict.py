@@ -1,4 +1,4 @@
-"""What numerical noise alone may reach, and whether two models differ by more. No torch here."""
+"""The noise floor, and the verdict whether two models differ by more. No torch here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EPSILONS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7, "floa
 
 @dataclass(frozen=True)
 class Floor:
-    """What noise alone may reach at one site: in relative L2, and in divergence."""
+    """The noise floor at one site: in relative L2, and in divergence."""
 
     relative_l2: float
     divergence: float

@@ -1,4 +1,4 @@
-"""What each tensor of a model is: its block, and the standard name of its component there.
+"""The standard names of a model's tensors: the block, and the component in it.
 
 roles.py reads names, fused.py cuts tensors that are several components in one; here both meet the model,
 which may be empty (on torch's device `meta`).
@@ -26,7 +26,7 @@ _OTHER_STACK = re.compile(r"vision|visual|image|audio|speech|mtp|nextn")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a component is."""
+    """The place of a component."""
 
     layer: int | None
     """its block, from 0; None outside the blocks"""

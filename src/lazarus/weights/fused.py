@@ -33,7 +33,7 @@ class Holder:
 
 @dataclass(frozen=True)
 class Layout:
-    """How one axis is divided: into equal groups, in each of which every part has so many rows."""
+    """The division of one axis: into equal groups, in each of which every part has so many rows."""
 
     n_groups: int
     sizes: tuple[tuple[str, int], ...]

@@ -1,4 +1,4 @@
-"""What is measured of one pair of tensors, in float64 and in parts.
+"""The measures of one pair of tensors, in float64 and in parts.
 
 f and b are all the numbers of the fine-tuned and of the base tensor, as one vector each, and d = f − b.
 """
@@ -200,7 +200,7 @@ def starts_and_stops(n_rows: int, step: int) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Numbers:
-    """What is measured of a pair; NaN where it is not finite, or undefined."""
+    """The measures of a pair; NaN where one is not finite, or undefined."""
 
     relative_change: float
     """‖d‖ / ‖b‖; undefined where base is all zero and the other has other bits"""

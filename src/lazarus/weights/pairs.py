@@ -1,4 +1,4 @@
-"""Which tensor of one checkpoint belongs to which of the other; what has no counterpart is told."""
+"""Pairs the tensors of two checkpoints; what has no counterpart is told."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ N_MOST_CHANGED = 5
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of one pair."""
+    """The measures of one pair."""
 
     numbers: Numbers
     spectrum: Spectrum | None

@@ -32,7 +32,7 @@ Role = Literal["base", "finetuned"]
 
 @runtime_checkable
 class Observer(Protocol):
-    """What is told how far a run has come."""
+    """An object that is told how far a run has come."""
 
     def loading(self, role: Role, name: str) -> None:
         """A checkpoint is about to be opened."""

@@ -1,4 +1,4 @@
-"""What a checkpoint's tensors belong to: the model's modules, built empty, and the names that they give."""
+"""The modules that a checkpoint's tensors belong to, built empty, and the names that they give."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an adapter adds to one tensor, as far as it can be computed a few rows at a time."""
+"""The update of an adapter to one tensor, computed a few rows at a time."""
 
 from __future__ import annotations
 

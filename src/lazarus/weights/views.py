@@ -35,7 +35,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @runtime_checkable
 class Rows(Protocol):
-    """What reads rows of a matrix."""
+    """An object that reads rows of a matrix."""
 
     def read(self, start: int, stop: int, /) -> Shaped[Tensor, "rows columns"]:
         """Rows start to stop, [stop − start, columns], in their own type."""
@@ -64,7 +64,7 @@ class View(Rows, Protocol):
 
 @runtime_checkable
 class Update(Protocol):
-    """What is added to a tensor, such as an adapter's B·A."""
+    """An update of a tensor, such as an adapter's B·A."""
 
     @property
     def matrix(self) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Which row of one vocabulary's table belongs to which row of the other's: that of the same token."""
+"""Pairs the rows of two vocabularies' tables by token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which GGUF file is meant by a folder or a repository that holds no other weights."""
+"""The GGUF file that a folder or a repository without other weights stands for."""
 
 from __future__ import annotations
 

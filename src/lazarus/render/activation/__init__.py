@@ -1,4 +1,4 @@
-"""What activation-diff shows: pure functions of its record.
+"""The renderers of activation-diff: pure functions of its record.
 
 summary.py   what the numbers say together, in sentences
 text.py      standard output

@@ -1,4 +1,4 @@
-"""What a reader must know in ten seconds: four questions, each with its answer."""
+"""Four questions of a reader in a hurry, each with its answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What activation-diff's page says of a result, and of what it has no room for."""
+"""The page of activation-diff: a result, and what it has no room for."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def write_html(record: ActivationDiffRecord, stream: IO[bytes], rows_file: str |
 
 @dataclass(frozen=True)
 class Shown:
-    """Which parts of the page there is something for."""
+    """The parts of the page that there is something for."""
 
     divergence: bool
     local: bool

@@ -1,4 +1,4 @@
-"""Which prompts, texts and tokens a page has room for: it must open at once and go through a mail."""
+"""The prompts, texts and tokens that a page has room for: it must open at once and fit into a mail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the plots show, as plain series: the report, the figure and the notebook draw the same numbers."""
+"""The series of the plots: the report, the figure and the notebook draw the same numbers."""
 
 from __future__ import annotations
 

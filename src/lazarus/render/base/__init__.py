@@ -1,4 +1,4 @@
-"""What the renderers of all commands share.
+"""The parts that the renderers of all commands share.
 
 escape.py    text that stays on its line, whatever is in it
 words.py     lines and numbers that every command writes alike

@@ -1,4 +1,4 @@
-"""What every report is made of: the style, the scripts, the vendored library, and their hashes."""
+"""The parts of every report: the style, the scripts, the vendored library, and their hashes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How every figure looks: its size, its style, its colours, and how it is written."""
+"""The look of every figure: its size, its style, its colours, and how it is written."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ RENDER = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Kit:
-    """What one command's page is made of, besides what all pages have."""
+    """The parts of one command's page, besides those that all pages have."""
 
     template: str
     """below `render/`; it extends `base/base.html`"""

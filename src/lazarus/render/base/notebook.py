@@ -1,4 +1,4 @@
-"""What every result shows in a notebook: HTML without scripts that takes on the notebook's own colours."""
+"""The view of a result in a notebook: HTML without scripts, in the notebook's own colours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a page's scripts read: JSON that may stand inside a script element, and matrices as bytes."""
+"""The data of a page's scripts: JSON that may stand inside a script element, and matrices as bytes."""
 
 from __future__ import annotations
 

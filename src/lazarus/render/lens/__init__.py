@@ -1,4 +1,4 @@
-"""What compare shows of two logit lenses.
+"""The renderers of compare: pure functions of its record.
 
 tokens.py    how a token and a prompt are written, so that every space of them is seen
 summary.py   what the numbers say together, in sentences

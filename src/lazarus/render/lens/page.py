@@ -1,4 +1,4 @@
-"""What compare's page says of a result."""
+"""The page of compare."""
 
 from __future__ import annotations
 

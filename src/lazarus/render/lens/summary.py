@@ -1,4 +1,4 @@
-"""What two lenses say together, in sentences."""
+"""The summary of two lenses, in sentences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a token and a prompt are written, so that every space of them is seen."""
+"""Tokens and prompts as text in which every space is seen."""
 
 from __future__ import annotations
 

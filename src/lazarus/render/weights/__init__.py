@@ -1,4 +1,4 @@
-"""What weight-diff shows: pure functions of its record.
+"""The renderers of weight-diff: pure functions of its record.
 
 summary.py  what the numbers say together, in sentences
 text.py     standard output

@@ -53,7 +53,7 @@ class Strip:
 
 @dataclass(frozen=True)
 class Map:
-    """What the figure shows."""
+    """The data of the figure."""
 
     inside: Strip
     outside: Strip

@@ -19,7 +19,7 @@ EXPERTS = "experts."
 
 @dataclass(frozen=True)
 class Grid:
-    """Which tensor is where."""
+    """The place of each tensor."""
 
     components: Sequence[str]
     """in the order in which the model has them"""

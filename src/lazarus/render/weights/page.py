@@ -1,4 +1,4 @@
-"""What weight-diff's page says of a result, and of what it has no room for."""
+"""The page of weight-diff: a result, and what it has no room for."""
 
 from __future__ import annotations
 

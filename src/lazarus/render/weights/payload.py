@@ -1,4 +1,4 @@
-"""Which tensors a page has room for, and their numbers as plain JSON; columns as base64 of their bytes."""
+"""The tensors that a page has room for, as plain JSON; columns as base64 of their bytes."""
 
 from __future__ import annotations
 
