@@ -16,7 +16,7 @@ demo: $(VENV)/.installed  ## compare the pair of models that ships with the pack
 test: $(VENV)/.installed-dev  ## run every test that needs no network and no real weights
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
 
-test-fast: $(VENV)/.installed-dev  ## run one case of most tests, in less than a minute
+test-fast: $(VENV)/.installed-dev  ## run one case of most tests, in two minutes
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q --fast
 
 coverage: $(VENV)/.installed-dev  ## run every test, and write which lines and branches ran to docs/coverage.md
