@@ -133,7 +133,7 @@ class _Loop:
 
 
 def in_fork(work: Callable[[], Any], seconds: float) -> bytes | None:
-    """What the work returns in a fork, as JSON: empty where the fork died, None where the time ran out."""
+    """Run work in a fork and return what it does, as JSON: empty where it died, None out of time."""
     reader, writer = os.pipe()
     folder = tempfile.mkdtemp(prefix="mutant-")
     pid = os.fork()

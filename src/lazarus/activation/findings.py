@@ -251,7 +251,7 @@ class Findings:
 
     @property
     def _is_unlike(self) -> bool:
-        """Whether states have no distance: of other widths, or zero or not finite in one model alone."""
+        """True where states have no distance: of other widths, or zero or not finite in one model alone."""
         return not self.pair.same_width or any(site.n_unlike for site in self.seen.sites.values())
 
     def _means(self, site: Site) -> dict[str, float]:

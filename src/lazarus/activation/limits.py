@@ -79,7 +79,7 @@ def _noise(found: Findings) -> list[str]:
 
 
 def _rounding(found: Findings) -> list[str]:
-    """How much of an adapter's update a merge in 16 bits has kept, or that a merge was not looked into."""
+    """The part of an adapter's update that a merge in 16 bits kept, or that it was not looked into."""
     pair = found.pair
     if found.verdict == "changed" and found.settings.memory == "stream":
         if (pair.base.info.adapter is None) == (pair.finetuned.info.adapter is None):

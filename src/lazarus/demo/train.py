@@ -55,7 +55,7 @@ Rows = list[list[int]]
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast one of the two training runs goes."""
+    """The length and the learning rate of one of the two training runs."""
 
     steps: int
     warmup: int

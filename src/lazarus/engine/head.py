@@ -119,7 +119,7 @@ NO_HEAD = "no next-token head that can be run by itself"
 
 @dataclass(frozen=True)
 class HeadCheck:
-    """Whether a head can be run by itself: what the stack hands to it, or why it cannot be run so."""
+    """The check of an LM head by itself: what the stack hands to it, or why it cannot be run so."""
 
     reads: type[ModelOutput] | None
     why_not: str = NO_HEAD

@@ -55,7 +55,7 @@ class NoisePlan:
         return [halves if middle else [padded], [padded]]
 
     def _extra_padding(self, batch: TokenBatch, context: int | None) -> int:
-        """How much more padding a batch can have: there may be no position for it, or it may be wrong."""
+        """The padding that a batch can have more: there may be no position for it, or it may be wrong."""
         if self.padding != "right":
             return 0
         taken = len(batch.prefix) + batch.padded_length

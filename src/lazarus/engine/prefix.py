@@ -155,5 +155,5 @@ def _states(pair: ModelPair, batches: Sequence[BatchPair], position: Position) -
 
 
 def _limit(dtype: torch.dtype) -> float:
-    """How far rows of the two ways may be apart: above the rounding of other products, below a fault."""
+    """The most that rows of the two ways may be apart: above the rounding of products, below a fault."""
     return max(1e-3, 16 * torch.finfo(dtype).eps)

@@ -154,7 +154,7 @@ def head_reads_blocks(model: LoadedModel, ids: Sequence[int], pad_id: int) -> bo
 
 
 def passes_go_on(model: LoadedModel, ids: Sequence[int], pad_id: int, counts: Sequence[int]) -> bool:
-    """Whether a pass of this model goes on after its first n blocks, for each n of `counts`, without them."""
+    """Try whether a pass goes on after the first n blocks, for each n of `counts`, without them."""
     recorder = Recorder(model)
     input_ids, mask = _probe_batch(ids, pad_id)
 

@@ -112,7 +112,7 @@ class Side:
         return self._prefixes.get((batch.prefix, position))
 
     def _has_rows_of(self, begun: Begun, prefix: Prefix | None) -> bool:
-        """Whether both prefixes have the same compared rows at the sites that the other model's blocks reach.
+        """Compare both prefixes' compared rows at the sites that the other model's blocks reach.
 
         Replaying compares the KV caches, but the same keys and values may come of other states: a norm takes
         the length of a state away.

@@ -133,7 +133,7 @@ def _why_no_logits(model: LoadedModel, conventions: Conventions) -> str:
 
 
 def _last_states(model: LoadedModel, time: int, ids: Sequence[int]) -> Recording:
-    """What each block returns for the last token, and the state [1, hidden] that the head reads there."""
+    """The output of each block for the last token, and the state [1, hidden] that the head reads there."""
 
     def last(states: Tensor) -> Tensor:
         if states.shape[time] != len(ids):

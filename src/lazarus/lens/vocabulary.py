@@ -74,7 +74,7 @@ class Vocabulary:
         return None
 
     def _begins(self, token_id: int, form: str) -> bool:
-        """Whether it is a token of that text: not the unknown one, a mere space, or one without a logit."""
+        """True for a token of that text: not the unknown one, a mere space, or one without a logit."""
         if token_id not in self._known or token_id == self.tokenizer.unk_token_id:
             return False
         if "\ufffd" in self.tokenizer.decode([token_id]):

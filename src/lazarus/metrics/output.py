@@ -77,7 +77,7 @@ def _compare(
 
 
 def _first_choices(base: Tensor, finetuned: Tensor, outcomes: Outcomes | None) -> tuple[Tensor, Tensor]:
-    """Whether both models' first choices are one token, and the rank in base of the fine-tuned model's."""
+    """The agreement of both models' first choices, and the rank in base of the fine-tuned model's."""
     ours, theirs = base.argmax(-1), finetuned.argmax(-1)
     known = torch.ones_like(theirs, dtype=torch.bool)
     if outcomes is not None:

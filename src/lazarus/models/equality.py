@@ -242,7 +242,7 @@ def _parts(value: Any) -> list[Any] | None:
 
 
 def _is_transparent(value: object) -> bool:
-    """Whether all that an object holds is in its attributes: of a class in Python, pickled as any other."""
+    """True where an object holds all in its attributes: of a class in Python, pickled as any other."""
     kind = type(value)
     pickling = ("__reduce__", "__reduce_ex__", "__getstate__")
     return (

@@ -77,7 +77,7 @@ class Pager:
         self.put(index, self.read(index))
 
     def read(self, index: int) -> dict[str, Tensor]:
-        """What block `index` is filled with, by name. It touches no module, so that any thread may call it.
+        """Read the tensors of block `index`, by name. No module is touched, so that any thread may call it.
 
         Raises:
             WeightsError: a file is gone, or was cut short since its header was read.
@@ -101,7 +101,7 @@ class Pager:
         self._loaded.discard(index)
 
     def same_as_base(self, index: int) -> bool:
-        """Whether block `index` is known to be base's: the same layers, and in the files the same weights.
+        """True where block `index` is known to be base's: the same layers, the same weights in the files.
 
         Two blocks that are the same are compared to the end, once; of others a few bytes are read.
         """

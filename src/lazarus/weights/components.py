@@ -127,7 +127,7 @@ class Namer:
         return {name: index[id(each)] for name, each in self._modules.items() if id(each) in index}
 
     def _find_blocks(self) -> dict[int, Block]:
-        """What is in each block. Without a norm after the last one, its norms are after their sublayers."""
+        """The tensors in each block. Without a norm after the last, norms are after their sublayers."""
         pre_norm = any(
             self._outside(path) == "final_norm" for path in self._tensors if not self._block_of(path)
         )

@@ -105,7 +105,7 @@ def _n_experts(group: str, bare: str, shape: tuple[int, ...], holder: Holder) ->
 
 
 def _output_axis(bare: str, shape: tuple[int, ...], holder: Holder) -> int:
-    """Which axis of a matrix is its output: the first, unless its module multiplies from the left, x W."""
+    """The output axis of a matrix: the first, unless its module multiplies from the left, x W."""
     if isinstance(holder.owner, Conv1D) and len(shape) == 2:
         return 1
     down = getattr(holder.owner, "down_proj", None)

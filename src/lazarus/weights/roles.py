@@ -36,7 +36,7 @@ class Block:
     """a norm whose name does not say where it stands is before its sublayer, not after it"""
 
     def has(self, pattern: str, inside: str = "") -> bool:
-        """Whether a tensor of the block has a path that begins with `inside` and goes on with a match."""
+        """True where a tensor of the block has a path that begins with `inside` and goes on with a match."""
         return any(re.search(pattern, n[len(inside) :]) for n in self.names if n.startswith(inside))
 
 

@@ -93,7 +93,7 @@ class _Rounding:
 
 
 def _adapter_rank(sigma: Tensor, energy: float, rounding: _Rounding, matrix: tuple[int, int]) -> int | None:
-    """How many σ stand clear of the noise, if they are few, hold half, and leave no more than the noise."""
+    """The number of σ clear of the noise, if they are few, hold half, and leave no more than the noise."""
     numerical = max(matrix) * torch.finfo(torch.float64).eps * float(sigma[0])
     rank = int((sigma > max(rounding.edge, numerical)).sum())
     if not 1 <= rank <= min(matrix) // 4 or rank == len(sigma):

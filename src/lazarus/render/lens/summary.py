@@ -79,7 +79,7 @@ def by_layers(record: CompareRecord) -> str:
 
 
 def title(record: CompareRecord, index: int) -> str:
-    """What a tracked token is called: the models' own token, with its leading space, or the word as given.
+    """The name of a tracked token: the models' own token, with its leading space, or the word as given.
 
     A word of which only the first token is tracked keeps its own text, and so does one that is another token
     in either model; the notes say what is tracked instead.
