@@ -105,7 +105,7 @@ class Passed:
 
     @property
     def n_layers(self) -> int:
-        """The first layers of a KV cache that these blocks use: as many as they are, or as they wrote to."""
+        """Count the first layers of a KV cache that these blocks use: as many as they are, or wrote to."""
         layers = (name for each in self.written for items in each for name in items if isinstance(name, int))
         return max((len(self.returned), *(layer + 1 for layer in layers)))
 
