@@ -8,7 +8,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import jsonschema
 import numpy as np
@@ -18,7 +18,23 @@ import lazarus
 from lazarus.errors import ResultFileError, SaveError
 from lazarus.render import save
 from lazarus.render.base.escape import escaped
-from lazarus.results import ResultRow, ResultRows, json_schema, read_json, write_json
+from lazarus.results import (
+    LENS_METRICS,
+    METRICS,
+    WEIGHT_METRICS,
+    Measures,
+    Metric,
+    Output,
+    Readout,
+    ResultRow,
+    ResultRows,
+    Spectrum,
+    TensorRecord,
+    json_schema,
+    read_json,
+    write_json,
+)
+from lazarus.results.lens import LensPair
 from made_records import divergences, record_of
 
 MEASURES = {"noise_floor", "normalized_divergence", "relative_l2", "norm_ratio", "interval", "local"}
@@ -171,3 +187,28 @@ def test_a_fault_after_the_rows_is_told_by_its_place_in_the_file() -> None:
     text = stream.getvalue().replace(b'"summary": {', b'"summary": {,')
     said = broken(lambda _: text)
     assert f"byte {text.index(b'{,') + 1}" in said
+
+
+@pytest.mark.parametrize(
+    ("record", "metrics", "others"),
+    [
+        (Measures, METRICS, set()),
+        (Output, METRICS, {"noise_floor"}),  # of the logits
+        (Readout, METRICS, set()),
+        (TensorRecord, WEIGHT_METRICS, set()),
+        (Spectrum, WEIGHT_METRICS, set()),
+        (LensPair, LENS_METRICS, {"same_first_choice"}),  # yes or no: needs no description
+    ],
+)
+def test_the_schema_describes_a_metric_as_its_definition_does(
+    record: type[Any], metrics: dict[str, Metric], others: set[str]
+) -> None:
+    hints = get_type_hints(record, include_extras=True)
+    named = hints.keys() & metrics.keys()
+    assert {name for name in named if metrics[name].meta in metadata(hints[name])} == named - others
+
+
+def metadata(hint: Any) -> list[Any]:
+    """Return what annotates a type, or one of the types that it is a union of."""
+    inner = [found for part in getattr(hint, "__args__", ()) for found in metadata(part)]
+    return [*getattr(hint, "__metadata__", ()), *inner]

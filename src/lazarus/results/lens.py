@@ -6,10 +6,11 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from lazarus.results.lens_glossary import LENS_METRICS
 from lazarus.results.records import Environment, ModelInfo, Tool
 from lazarus.results.rows import Layer, Record
 
-Probability = Annotated[float | None, Meta(description="0 to 1; null where the logits are not finite")]
+Probability = Annotated[float | None, LENS_METRICS["probability"].meta]
 
 
 class LensToken(Record, frozen=True, kw_only=True):
@@ -63,9 +64,9 @@ class LensPair(Record, frozen=True, kw_only=True):
 
     layer: Layer
     model2_layer: Layer
-    kl_1_2: Annotated[float | None, Meta(description="KL(model 1‖model 2), nats")]
+    kl_1_2: Annotated[float | None, LENS_METRICS["kl_1_2"].meta]
     kl_2_1: Annotated[float | None, Meta(description="KL(model 2‖model 1), nats")]
-    js: Annotated[float | None, Meta(description="Jensen-Shannon divergence, nats, 0 to ln 2")]
+    js: Annotated[float | None, LENS_METRICS["js"].meta]
     same_first_choice: bool | None
 
 

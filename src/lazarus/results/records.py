@@ -6,14 +6,15 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, field
 
+from lazarus.results.glossary import METRICS
 from lazarus.results.outside import NotCompared
 from lazarus.results.rows import Layer, Record, ResultRows
 
 SCHEMA_VERSION: Literal["1.0"] = "1.0"
 
 Verdict = Literal["identical", "within_noise", "within_rounding", "changed"]
-Cosine = Annotated[float, Meta(description="cosine similarity, -1 to 1, mean over prompts")]
-Divergence = Annotated[float, Meta(description="1 - cosine similarity, 0 to 2, mean over prompts")]
+Cosine = Annotated[float, METRICS["cosine_similarity"].meta]
+Divergence = Annotated[float, METRICS["divergence"].meta]
 
 
 class Tool(Record, frozen=True, kw_only=True):
@@ -101,7 +102,7 @@ class PromptRecord(Record, frozen=True, kw_only=True):
 class LocalChange(Record, frozen=True, kw_only=True):
     """What a block's own weights change, apart from what it inherits: F(b) against B(b)."""
 
-    relative_l2: Annotated[float | None, Meta(description="‖F(b) − B(b)‖ / ‖B(b)‖")]
+    relative_l2: Annotated[float | None, METRICS["local_relative_l2"].meta]
     cosine_similarity: Annotated[float | None, Meta(description="cosine of F(b) and B(b)")]
 
 
@@ -112,31 +113,21 @@ class Measures(Record, frozen=True, kw_only=True):
     divergence: Divergence | None
     flagged: Annotated[bool, Meta(description="divergence above settings.threshold")]
     n_prompts: Annotated[int, Meta(ge=0, description="prompts with at least one finite pair")]
-    relative_l2: Annotated[float | None, Meta(description="‖f − b‖ / ‖b‖")]
-    norm_ratio: Annotated[float | None, Meta(description="‖f‖ / ‖b‖")]
-    centered_cosine_similarity: Annotated[
-        float | None, Meta(description="feature-mean-centred cosine; null without LayerNorm")
-    ]
-    noise_floor: Annotated[
-        float | None, Meta(description="what numerical noise alone may reach, in relative L2")
-    ] = None
+    relative_l2: Annotated[float | None, METRICS["relative_l2"].meta]
+    norm_ratio: Annotated[float | None, METRICS["norm_ratio"].meta]
+    centered_cosine_similarity: Annotated[float | None, METRICS["centered_cosine_similarity"].meta]
+    noise_floor: Annotated[float | None, METRICS["noise_floor"].meta] = None
     noise_floor_divergence: Annotated[
         float | None, Meta(description="what numerical noise alone may reach, in divergence")
     ] = None
-    unrelated_similarity: Annotated[float | None, Meta(description="mean cosine of unrelated prompts")] = None
-    normalized_divergence: Annotated[
-        float | None, Meta(description="divergence over 1 - unrelated_similarity")
-    ] = None
-    interval: Annotated[
-        tuple[float, float] | None, Meta(description="95 % interval of the divergence: low, high")
-    ] = None
-    top1_share: Annotated[
-        float | None, Meta(description="share of the mean cosine that its largest dimension carries")
-    ] = None
+    unrelated_similarity: Annotated[float | None, METRICS["unrelated_similarity"].meta] = None
+    normalized_divergence: Annotated[float | None, METRICS["normalized_divergence"].meta] = None
+    interval: Annotated[tuple[float, float] | None, METRICS["interval"].meta] = None
+    top1_share: Annotated[float | None, METRICS["top1_share"].meta] = None
     top3_share: Annotated[
         float | None, Meta(description="share of the mean cosine that its three largest dimensions carry")
     ] = None
-    cka: Annotated[float | None, Meta(description="debiased linear CKA")] = None
+    cka: Annotated[float | None, METRICS["cka"].meta] = None
     local: LocalChange | None = None
 
 
@@ -158,10 +149,10 @@ class SiteRecord(Measures, frozen=True, kw_only=True):
 class Output(Record, frozen=True, kw_only=True):
     """The effect on the next-token distribution at the compared position: means over prompts."""
 
-    kl_base_finetuned: Annotated[float | None, Meta(description="KL(base‖finetuned), nats")]
+    kl_base_finetuned: Annotated[float | None, METRICS["kl_base_finetuned"].meta]
     kl_finetuned_base: Annotated[float | None, Meta(description="KL(finetuned‖base), nats")]
-    js: Annotated[float | None, Meta(description="Jensen-Shannon divergence, nats, 0 to ln 2")]
-    top1_agreement: Annotated[float | None, Meta(description="share of prompts with the same first choice")]
+    js: Annotated[float | None, METRICS["js"].meta]
+    top1_agreement: Annotated[float | None, METRICS["top1_agreement"].meta]
     base_rank_of_finetuned_top1: Annotated[
         float | None, Meta(description="rank in base of the fine-tuned model's first choice, from 1")
     ]
@@ -187,10 +178,7 @@ class Readout(Record, frozen=True, kw_only=True):
     base_suppressed: list[ReadoutToken]
     finetuned_promoted: list[ReadoutToken]
     finetuned_suppressed: list[ReadoutToken]
-    static_share: Annotated[
-        float | None,
-        Meta(description="how much of the change is one shift for all prompts; below 0: none detected"),
-    ]
+    static_share: Annotated[float | None, METRICS["static_share"].meta]
 
 
 class GroupCurve(Record, frozen=True, kw_only=True):

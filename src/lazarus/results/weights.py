@@ -6,17 +6,13 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, field
 
+from lazarus.results.glossary import WEIGHT_METRICS
 from lazarus.results.outside import NotCompared
 from lazarus.results.records import Environment, Tool
 from lazarus.results.rows import Layer, Record
 
 WeightVerdict = Literal["identical", "rounding", "changed"]
-RelativeChange = Annotated[
-    float | None,
-    Meta(
-        description="‖f − b‖ / ‖b‖, Frobenius norms, 0 to ∞; null where it is not finite, or base is all zero"
-    ),
-]
+RelativeChange = Annotated[float | None, WEIGHT_METRICS["relative_change"].meta]
 
 
 class CheckpointInfo(Record, frozen=True, kw_only=True):
@@ -59,30 +55,13 @@ class Spectrum(Record, frozen=True, kw_only=True):
         Meta(description="all singular values, or the largest by a randomised SVD"),
     ]
     n_singular_values: Annotated[int, Meta(ge=1, description="how many were computed, of min(rows, columns)")]
-    spectral_norm: Annotated[float, Meta(description="σ₁")]
-    stable_rank: Annotated[float, Meta(description="Σσ² / σ₁², 1 to min(rows, columns)")]
-    effective_rank: Annotated[
-        float | None, Meta(description="exp of the entropy of σ / Σσ; null where not all σ were computed")
-    ]
-    rank_90: Annotated[
-        int | None,
-        Meta(description="fewest σ that hold 90 % of Σσ²; null where more are needed than were computed"),
-    ]
-    share_computed: Annotated[float, Meta(description="share of Σσ² that the computed σ hold, 0 to 1")]
-    rounding_norm: Annotated[
-        float | None,
-        Meta(
-            description="expected Frobenius norm of the rounding to the stored type; 0 where there is none, "
-            "null where it is not known, as of quantised numbers"
-        ),
-    ]
-    adapter_rank: Annotated[
-        int | None,
-        Meta(
-            description="the rank, where the update looks like a low-rank adapter's: few σ stand above the "
-            "rounding of the stored type, and the rest is no more than that"
-        ),
-    ]
+    spectral_norm: Annotated[float, WEIGHT_METRICS["spectral_norm"].meta]
+    stable_rank: Annotated[float, WEIGHT_METRICS["stable_rank"].meta]
+    effective_rank: Annotated[float | None, WEIGHT_METRICS["effective_rank"].meta]
+    rank_90: Annotated[int | None, WEIGHT_METRICS["rank_90"].meta]
+    share_computed: Annotated[float, WEIGHT_METRICS["share_computed"].meta]
+    rounding_norm: Annotated[float | None, WEIGHT_METRICS["rounding_norm"].meta]
+    adapter_rank: Annotated[int | None, WEIGHT_METRICS["adapter_rank"].meta]
     singular_values: Annotated[list[float], Meta(description="the 32 largest")]
 
 
@@ -97,12 +76,12 @@ class TensorRecord(Record, frozen=True, kw_only=True):
     finetuned_dtype: str
     relative_change: RelativeChange
     flagged: Annotated[bool, Meta(description="relative_change above settings.threshold")]
-    cosine_similarity: Annotated[float | None, Meta(description="of all its numbers as one vector, -1 to 1")]
-    max_abs_change: Annotated[float | None, Meta(description="largest |f − b| of a number")]
-    share_changed: Annotated[float, Meta(description="share of its numbers with other bits, 0 to 1")]
+    cosine_similarity: Annotated[float | None, WEIGHT_METRICS["cosine_similarity"].meta]
+    max_abs_change: Annotated[float | None, WEIGHT_METRICS["max_abs_change"].meta]
+    share_changed: Annotated[float, WEIGHT_METRICS["share_changed"].meta]
     n_changed: Annotated[int, Meta(ge=0)]
-    base_norm: Annotated[float | None, Meta(description="‖b‖")]
-    change_norm: Annotated[float | None, Meta(description="‖f − b‖")]
+    base_norm: Annotated[float | None, WEIGHT_METRICS["base_norm"].meta]
+    change_norm: Annotated[float | None, WEIGHT_METRICS["change_norm"].meta]
     spectrum: Annotated[Spectrum | None, Meta(description="of a changed matrix, with spectrum")] = None
     rounding: Annotated[
         bool | None,
