@@ -43,7 +43,7 @@ class PairShape(ABC):
 
     @property
     def matched(self) -> list[int]:
-        """For each block of base, the fine-tuned model's block at the same relative depth."""
+        """Return the fine-tuned model's block at the same relative depth, for each block of base."""
         ours, theirs = self.n_layers
         if ours == 1:  # first and last at once; what it ends with is what is compared
             return [theirs - 1]

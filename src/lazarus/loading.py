@@ -106,7 +106,7 @@ def less_memory(dtype: str, device: torch.device, *, can_stream: bool) -> list[s
 
 
 def _why_stream(pair: tuple[ModelReference, ModelReference], options: LoadOptions) -> str | None:
-    """Why a pair is read block by block, as a note; None where both models fit, or cannot be read so."""
+    """Return a note on why a pair is read block by block; None where both fit, or cannot be read so."""
     free = free_bytes(options.device)
     try:
         footprint = None if fits_surely(*pair, options, free // 2) else estimate(*pair, options)

@@ -1,4 +1,4 @@
-"""From what the accumulators hold to the numbers of the result: means, references, verdict."""
+"""Findings: means, reference values, causes and the verdict, computed from the accumulators."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Findings:
 
     @cached_property
     def by_prompt(self) -> Mapping[Site, Mapping[str, Floats]]:
-        """For each site and metric, every prompt's mean over its rows, [prompts]."""
+        """Return every prompt's mean over its rows for each site and metric, [prompts]."""
         return {site: found.means.means() for site, found in self.seen.sites.items()}
 
     @cached_property
@@ -237,7 +237,7 @@ class Findings:
         )
 
     def _causes(self) -> list[str]:
-        """Why nothing may have changed."""
+        """Return what may explain that nothing changed."""
         return list(self.weights.causes) if self.rounding is None else [str(self.rounding)]
 
     @property

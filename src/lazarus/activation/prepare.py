@@ -1,4 +1,4 @@
-"""From what the caller gave to two models that are loaded and known, and what is run through them."""
+"""Preparation: load both models, read the prompts, and decide what is run through them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Observer(Protocol):
         """The batches begin: so many tokens in all."""
 
     def advanced(self, n_tokens: int) -> None:
-        """So many tokens more have been through both models."""
+        """Count so many more tokens as run through both models."""
 
 
 @dataclass(frozen=True)

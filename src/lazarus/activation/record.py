@@ -1,4 +1,4 @@
-"""From what was accumulated to the record that comes back."""
+"""Make the record of a comparison from what was accumulated."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lazarus.tokens import listed
 
 @dataclass(frozen=True)
 class About:
-    """Whatever a record says of a comparison beside its numbers; by default nothing."""
+    """Facts on a comparison that its record tells beside the numbers; by default none."""
 
     environment: Environment | None = None
     """the software and the hardware; None for those of this process"""

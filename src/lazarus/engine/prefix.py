@@ -46,7 +46,7 @@ class PrefixPlan:
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """How many first tokens of every prompt run once, 0 for none; and what a reader must know of it."""
+    """Number of first tokens that run once for all prompts, 0 for none, and notes on it."""
 
     n_tokens: int = 0
     notes: tuple[str, ...] = ()

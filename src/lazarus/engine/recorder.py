@@ -20,7 +20,7 @@ from lazarus.models import LoadedModel
 
 @dataclass(frozen=True)
 class Take:
-    """What to keep of a block's states, and of the last hidden state [batch, time, hidden]."""
+    """Choice of the rows to keep of a block's hidden states, and of the last one [batch, time, hidden]."""
 
     block: Callable[[Tensor], Tensor]
     final: Callable[[Tensor], Tensor]

@@ -31,7 +31,7 @@ class States:
     head_rows: Tensor
 
     def split(self, n_parts: int) -> list[States]:
-        """As many equal parts, in order."""
+        """Return as many equal parts, in order."""
         sites = zip(*(rows.chunk(n_parts) for rows in self.sites), strict=True)
         others = (t.chunk(n_parts) for t in (self.prompts, self.head_prompts, self.head_rows))
         return [States(p, list(rows), h, r) for rows, p, h, r in zip(sites, *others, strict=True)]

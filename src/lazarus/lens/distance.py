@@ -17,7 +17,7 @@ from lazarus.tokens import listed
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What both models can give as the next token, as columns that mean the same in both.
+    """Next tokens that both models can give, as columns that mean the same in both.
 
     With one vocabulary they are its ids. With two they are the texts that are tokens of both. Whatever one
     model alone can give is one more outcome: `places` says which outcome each id of each model belongs to. It

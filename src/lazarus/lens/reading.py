@@ -161,6 +161,6 @@ def _rows_at_once(model: LoadedModel, n_tokens: int) -> int:
 
 
 def _plain(logits: Tensor) -> Tensor:
-    """On the CPU, in float32 at least."""
+    """Return a tensor on the CPU, in float32 or a wider dtype."""
     there = logits.cpu()
     return there if there.dtype == torch.float64 else there.float()

@@ -1,4 +1,4 @@
-"""From what both lenses show to the record, with all that a reader needs to repeat the run."""
+"""Make the record from both lenses, with all that a reader needs to repeat the run."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def _lens_notes(lenses: Lenses) -> list[str]:
 
 
 def _why_not_finite(lens: Lens) -> str | None:
-    """Why the logits of some layers are not finite; None where the model's own states and logits are."""
+    """Return why some layers' logits are not finite; None where the model's own states and logits are."""
     known = lens.conventions
     found = find_break(lens.model, lens.prompt.ids, known.axes[1], known.head_reads)
     return None if found is None else found.told(lens.model, "the prompt")

@@ -33,7 +33,7 @@ class Observer(Protocol):
         """The lens begins: so many layers in all, of both models."""
 
     def advanced(self, n_layers: int) -> None:
-        """So many layers more have been read."""
+        """Count so many more layers as read."""
 
 
 class _Silence:

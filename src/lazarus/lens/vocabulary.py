@@ -85,7 +85,7 @@ class Vocabulary:
 
 
 class _Failing:
-    """What tokenizers, written in Rust, raises on a text that it has no token for is a plain Exception."""
+    """Stands for `Exception`, the class that tokenizers raises on a text that it has no token for."""
 
     def __enter__(self) -> None: ...
 

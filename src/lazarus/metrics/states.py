@@ -227,7 +227,7 @@ class PromptMeans:
             getattr(self, name)[prompts] += state[name]
 
     def means(self) -> dict[str, NDArray[np.float64]]:
-        """For each metric, its mean over each prompt's rows, [prompts]; NaN for one without rows."""
+        """Return each metric's mean over every prompt's rows, [prompts]; NaN for a prompt without rows."""
         counts = np.where(self.n_rows > 0, self.n_rows, np.nan)[:, None]
         return dict(zip(self.metrics, (self.sums / counts).T, strict=True))
 

@@ -88,7 +88,7 @@ def render_chats(prompts: Sequence[Prompt], template: ChatTemplate) -> tuple[lis
 
 @dataclass(frozen=True)
 class _Chat:
-    """What one prompt's text is made with."""
+    """Template and variables that make the text of a prompt."""
 
     place: str
     tokenizer: Any

@@ -1,4 +1,4 @@
-"""From the tensors that a checkpoint stores to a model's parameters, transformers' own way.
+"""Conversion of the tensors that a checkpoint stores to a model's parameters, transformers' own way.
 
 A checkpoint may name its tensors otherwise than the model does, and may store in pieces what the model holds
 in one (a mixture's experts). So a parameter has a target, the name under which transformers collects its

@@ -145,7 +145,7 @@ def _owner(path: str) -> str:
 def _shapes(
     stored: Mapping[str, Shaped], owners: Mapping[str, str], homeless: Sequence[str]
 ) -> dict[str, tuple[int | None, int | None]]:
-    """For each module without a place, its outputs and inputs by a LoRA's factors; None if not known."""
+    """Return each placeless module's outputs and inputs, by a LoRA's factors; None if not known."""
     shapes: dict[str, tuple[int | None, int | None]] = dict.fromkeys(homeless, (None, None))
     for key, owner in owners.items():
         if owner in shapes and len(stored[key].shape) == 2:

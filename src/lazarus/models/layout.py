@@ -60,7 +60,7 @@ class Reader:
 
 
 class Comparison:
-    """Which targets have the same numbers in two checkpoints. Each is compared when it is first asked for."""
+    """Comparison of the elements of two checkpoints' tensors, each when it is first asked for."""
 
     def __init__(self, base: Conversion, finetuned: Conversion) -> None:
         self._base = base
@@ -104,7 +104,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Layout:
-    """What of a model is read when. The last unit is the head, the others are the blocks in order."""
+    """Order in which the parts of a model are read: the blocks as they run, and the head as the last unit."""
 
     units: tuple[Unit, ...]
     rest: tuple[str, ...]
@@ -179,7 +179,7 @@ def _reads_by_id(module: nn.Module) -> bool:
 
 
 def places_of(model: PreTrainedModel) -> dict[str, list[Place]]:
-    """For each name of the state dict, all places of the model that hold its tensor."""
+    """Return all places of the model that hold a tensor, for each name of the state dict."""
     found: dict[int, list[Place]] = defaultdict(list)
     for module in model.modules():
         for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -189,7 +189,7 @@ def places_of(model: PreTrainedModel) -> dict[str, list[Place]]:
 
 
 def _owners(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> dict[int, set[int | None]]:
-    """For each tensor, the blocks that hold it; None is whatever is outside."""
+    """Return the blocks that hold each tensor; None stands for whatever is outside the blocks."""
     owners: dict[int, set[int | None]] = defaultdict(set)
     inside = {id(module) for block in blocks for module in block.modules()}
     for index, block in enumerate(blocks):

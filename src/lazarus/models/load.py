@@ -1,4 +1,4 @@
-"""From what MODEL names to weights in memory, each set of weights once."""
+"""Loading: weights in memory for what MODEL names, each set of weights once."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ _SAFETENSORS_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF1
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How to load: `dtype` is None for the stored one."""
+    """Options of loading; `dtype` is None for the stored one."""
 
     dtype: torch.dtype | None
     device: torch.device

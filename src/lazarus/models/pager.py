@@ -192,7 +192,7 @@ class Pager:
         self._keeps_head = True
 
     def use_blocks_on_demand(self) -> None:
-        """From now on a block or a head that is called while it is not loaded is loaded for that call."""
+        """Load a block or a head for each call that comes while it is not loaded, from now on."""
         for index, block in enumerate(self.blocks):
             self._on_demand(block, index, partial(self.load, index), partial(self.free, index))
         for module in self._head_modules():

@@ -1,4 +1,4 @@
-"""What a MODEL names. What is on disk under that very name wins, and is never split at @ or +."""
+"""Meaning of MODEL. A file or folder of that very name comes first, and is never split at @ or +."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def weights_identical(base: LoadedModel, finetuned: LoadedModel) -> bool | None:
 
 
 def shared_blocks(base: LoadedModel, finetuned: LoadedModel) -> list[bool]:
-    """For each block of base, whether the fine-tuned model is known to have the same one, at the same place.
+    """Return for each block of base whether the fine-tuned model is known to have the same one at its place.
 
     Then both are of one design, with the same layers in the block, over the same weights: in memory by their
     addresses, and of models that are read block by block by what their files hold. A copy of a weight that

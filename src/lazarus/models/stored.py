@@ -38,7 +38,7 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor is: `start` and `n_bytes` are of the file, and `dtype` is safetensors' name."""
+    """Place of one tensor in the file: `start` is a byte offset, `dtype` is safetensors' name."""
 
     path: str
     dtype: str

@@ -1,4 +1,4 @@
-"""What the user typed after `-p`, and what the library is given → a list of prompts."""
+"""Prompts from what the user typed after `-p`, or from what the library is given."""
 
 from __future__ import annotations
 

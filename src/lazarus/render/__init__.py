@@ -1,4 +1,4 @@
-"""From a record to what a person or a program reads: pure functions of the result.
+"""Renderers: pure functions from a record to what a person or a program reads.
 
 base/        what all commands share
 activation/  what activation-diff shows

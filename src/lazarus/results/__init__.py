@@ -1,4 +1,4 @@
-"""What comes back, as data: no torch here.
+"""Results as plain data; free of torch.
 
 glossary.py   what each number is called and means; lens_glossary.py those of compare
 rows.py       one row a prompt and layer, held as columns

@@ -15,7 +15,7 @@ from lazarus.results.rows import ResultRow, ResultRows
 
 
 class _Head(msgspec.Struct):
-    """What any JSON of lazarus begins with."""
+    """Fields that every JSON result begins with."""
 
     schema_version: str
     command: str

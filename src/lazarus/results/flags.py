@@ -1,4 +1,4 @@
-"""Which layers are flagged: the one part of a result that is a choice and no measurement."""
+"""Flags of layers: the one part of a result that is a choice and no measurement."""
 
 from __future__ import annotations
 

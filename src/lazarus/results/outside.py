@@ -1,4 +1,4 @@
-"""What a checkpoint holds besides what was compared, and what a verdict may then claim."""
+"""Parts of a checkpoint besides what was compared, and what a verdict may claim because of them."""
 
 from __future__ import annotations
 

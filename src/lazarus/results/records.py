@@ -1,4 +1,4 @@
-"""What comes back: frozen records. Fields of later features are there from the start, null until measured."""
+"""Frozen records of a result. Fields of later features are there from the start, null until measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who runs which shard: whoever gets its lock, until the files of all of them are there."""
+"""Sharing of shards: a process runs those whose lock it gets, until the files of all are there."""
 
 from __future__ import annotations
 

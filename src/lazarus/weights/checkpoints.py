@@ -153,7 +153,7 @@ def _read_files(structure: Structure, store: Store) -> tuple[list[Stored], set[s
 
 
 def _paths(model: PreTrainedModel, keys: KeyMap) -> dict[str, tuple[str, int, bool]]:
-    """For each key, its path, its place in the model, and whether the model has its elements in their order.
+    """Return each key's path, its place in the model, and whether the model has its elements in their order.
 
     A piece of a parameter has a path as if it were one itself.
     """

@@ -191,7 +191,7 @@ def _gpt_bigcode(module: Any, n: int) -> Layout:
 
 
 def _codegen(module: Any, n: int) -> Layout:
-    """As it was on four devices: q, v and k of each."""
+    """Return the parts of CodeGen's fused matrix as it was on four devices: q, v and k of each."""
     return _in_order("qvk", n // (3 * _size(module, "mp_num")), _size(module, "mp_num"))
 
 

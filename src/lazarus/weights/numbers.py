@@ -49,7 +49,7 @@ class Pair(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of both."""
+        """Return the shape of both."""
         ...
 
     @property
@@ -100,7 +100,7 @@ class ViewPair:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of both."""
+        """Return the shape of both."""
         return self.base.shape
 
     @property
@@ -160,7 +160,7 @@ class UpdatePair:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the base."""
+        """Return base's shape."""
         return self.base.shape
 
     @property

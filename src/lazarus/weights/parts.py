@@ -27,7 +27,7 @@ class Take:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the rows of a matrix are in a row-major file, counted in numbers.
+    """Place of the rows of a matrix in a row-major file, counted in elements.
 
     `outer` and `inner` are (length, stride) of the axes that the rows run along, the last one apart;
     neighbours that are one axis in the file have been merged.
@@ -58,7 +58,7 @@ class Layout:
             start = end
 
     def span(self, n_rows: int) -> int:
-        """From the first number of such a run to its last, gaps included."""
+        """Return the distance from the first element of a run to its last, gaps included."""
         return (n_rows - 1) * self.inner[1] + (self.matrix[1] - 1) * self.column_stride + 1
 
 

@@ -1,4 +1,4 @@
-"""From what was measured to the record that comes back."""
+"""Make the record of weight-diff from what was measured."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def _verdict(
 
 
 def _causes(sides: tuple[Side, Side]) -> list[str]:
-    """Why nothing changed, as far as it can be known."""
+    """Return why nothing changed, as far as it can be known."""
     base, finetuned = sides
     adapters = [side.adapter for side in sides if side.adapter is not None]
     if base.checkpoint.source.place == finetuned.checkpoint.source.place:

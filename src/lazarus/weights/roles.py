@@ -28,7 +28,7 @@ from lazarus.weights.words import (
 
 @dataclass(frozen=True)
 class Block:
-    """What the rest of a block says about one of its tensors."""
+    """Facts on a block that decide the role of one of its tensors."""
 
     names: frozenset[str] = frozenset()
     """the paths of all its tensors from the block; empty where the model is not known"""

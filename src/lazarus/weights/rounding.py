@@ -29,7 +29,7 @@ _EPSILON = 2.0**-24
 
 @dataclass(frozen=True)
 class Rounded:
-    """How a stored tensor compares with the other, and an adapter's update on it, rounded to its dtype."""
+    """Comparison of a stored tensor with the other one plus an adapter's update, rounded to its dtype."""
 
     stored: Role
     """the side whose tensor is the rounded one"""

@@ -44,7 +44,7 @@ class Observer(Protocol):
         """The tensors begin: so many numbers in all."""
 
     def advanced(self, n_numbers: int) -> None:
-        """So many numbers more have been compared."""
+        """Count so many more elements as compared."""
 
 
 class _Silence:

@@ -86,7 +86,7 @@ def _effective_rank(sigma: Tensor) -> float:
 
 @dataclass(frozen=True)
 class _Rounding:
-    """What rounding f to its type adds: its expected Frobenius norm, and its largest σ to be expected."""
+    """Effect of rounding f to its dtype: the expected Frobenius norm, and the largest σ to be expected."""
 
     norm: float
     edge: float

@@ -245,7 +245,7 @@ class AddedView:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the view."""
+        """Return that of the view."""
         return self.view.shape
 
     @property
@@ -255,7 +255,7 @@ class AddedView:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """That of the view."""
+        """Return that of the view."""
         return self.view.matrix
 
     def read(self, start: int, stop: int, /) -> Float64[Tensor, "rows columns"]:
@@ -290,12 +290,12 @@ class PickedRows:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the view, with as many rows as are picked."""
+        """Return the view's shape, with as many rows as are picked."""
         return len(self.index), *self.view.shape[1:]
 
     @property
     def dtype(self) -> str:
-        """That of the view."""
+        """Return that of the view."""
         return self.view.dtype
 
     @property

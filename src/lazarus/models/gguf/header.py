@@ -38,7 +38,7 @@ class Array:
 
 @dataclass(frozen=True)
 class StoredArray:
-    """Where one tensor is: `shape` has the rows first, and `start` and `n_bytes` are of the file."""
+    """Place of one tensor in the file: `shape` has the rows first, `start` is a byte offset."""
 
     kind: Any
     """gguf's GGMLQuantizationType"""

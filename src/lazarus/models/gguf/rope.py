@@ -35,7 +35,7 @@ _OF_EVERY_TYPE = ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope
 
 @dataclass(frozen=True)
 class Rope:
-    """What a model's `rope_parameters` have to be, and which keys of the file went into them."""
+    """A model's `rope_parameters`, and the keys of the file that they are made of."""
 
     parameters: dict[str, Any]
     taken: frozenset[str]

@@ -216,7 +216,7 @@ def _groups(record: ActivationDiffRecord) -> list[GroupCurve]:
 
 
 def _number(value: float, digits: int = 6) -> str:
-    """As short as it goes, with a minus sign."""
+    """Return the shortest form of a number, with a minus sign."""
     return f"{value:.{digits}g}".replace("-", "−")
 
 

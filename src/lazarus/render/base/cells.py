@@ -18,7 +18,7 @@ Value = float | int | bool | str | None
 
 @dataclass(frozen=True)
 class Cell:
-    """What is shown, and the value itself at full precision; empty where there is none."""
+    """Text that is shown, and the value itself at full precision; empty where there is none."""
 
     shown: str
     value: str

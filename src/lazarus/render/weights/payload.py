@@ -35,7 +35,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Kept:
-    """What the page has, as indices in their order in the result."""
+    """Indices of the rows and tensors that the page holds, in their order in the result."""
 
     components: Sequence[int]
     """rows of the map"""

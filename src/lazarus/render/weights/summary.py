@@ -56,7 +56,7 @@ def verdict(record: WeightDiffRecord) -> str:
 
 
 def _reasons(record: WeightDiffRecord) -> str:
-    """Why two models whose tensors have the same bits are not the same."""
+    """Return why two models whose tensors have the same bits are not the same."""
     found = record.summary
     have = "has" if found.n_moved_tokens == 1 else "have"
     moved = [f"{counted(found.n_moved_tokens, 'token')} {have} another id"] if found.n_moved_tokens else []
