@@ -190,6 +190,23 @@ def test_a_fault_after_the_rows_is_told_by_its_place_in_the_file() -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda d: d.update(layers=[]), "layers: 0, and results has the rows of 4"),
+        (lambda d: d["prompts"].pop(), "prompts: 1, and results has the rows of 2"),
+        (lambda d: d["layers"][0].update(layer=4), "layers: there is no layer 4 among 4"),
+        (lambda d: d["summary"].update(onset_layer=9), "summary.onset_layer: there is no layer 9 among 4"),
+    ],
+)
+def test_a_result_whose_parts_contradict_each_other_is_refused(
+    document: Any, change: Callable[[Any], Any], told: str
+) -> None:
+    change(document)
+    with pytest.raises(ResultFileError, match=told):
+        read_json(json.dumps(document).encode())
+
+
+@pytest.mark.parametrize(
     ("record", "metrics", "others"),
     [
         (Measures, METRICS, set()),

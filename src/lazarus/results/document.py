@@ -10,7 +10,14 @@ import msgspec
 
 from lazarus.commands import commands
 from lazarus.errors import ResultFileError
-from lazarus.results.records import SCHEMA_VERSION, LayerRecord, SiteRecord, Tool
+from lazarus.results.records import (
+    SCHEMA_VERSION,
+    ActivationDiffRecord,
+    LayerRecord,
+    SiteRecord,
+    Tool,
+    contradiction,
+)
 from lazarus.results.rows import ResultRow, ResultRows
 
 
@@ -75,7 +82,10 @@ def read_json(text: bytes) -> Any:
         except msgspec.DecodeError:
             rows, (head, record) = None, _decoded(text)  # which says where in the file the fault is
         if record is not None:
-            return record if rows is None else msgspec.structs.replace(record, results=rows)
+            found = record if rows is None else msgspec.structs.replace(record, results=rows)
+            if isinstance(found, ActivationDiffRecord) and (why := contradiction(found)):
+                raise ResultFileError(f"{why}. The file was changed: give it as lazarus saved it.")
+            return found
     except msgspec.DecodeError as error:
         raise ResultFileError(
             f"not a result of schema version {SCHEMA_VERSION}: {error}. Give a file that lazarus saved with "
