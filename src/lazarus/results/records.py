@@ -291,8 +291,9 @@ def contradiction(record: ActivationDiffRecord) -> str | None:
     ):
         if found != expected:
             return f"{name}: {found}, and results has the rows of {expected}"
-    summary, groups = record.summary, record.groups or Groups(curves=[], contrasts=[])
-    named = {
+    summary = record.summary
+    groups = record.groups or Groups(curves=[], contrasts=[])
+    named: dict[str, list[int | None]] = {
         "layers": [row.layer for row in record.layers],
         "summary.most_divergent_layer": [summary.most_divergent_layer],
         "summary.first_flagged_layer": [summary.first_flagged_layer],
