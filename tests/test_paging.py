@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from architectures import CAUSAL, ENCODER_DECODERS, ENCODERS, MULTIMODAL, REFUSED, UNBUILDABLE, build
-from factories import perturbed, save_model, tiny_llama, tiny_tokenizer
+from factories import notes_of, perturbed, save_model, tiny_llama, tiny_tokenizer
 from layouts import compare, edit_json, edit_weights, pair_of, save_adapter, save_fp8, save_gguf
 from lazarus.errors import ModelError, UnsupportedModelError, WeightsError
 from lazarus.models import (
@@ -352,7 +352,7 @@ def test_what_is_alike_is_taken_from_base(tmp_path: Path, base_folder: Path) -> 
 def test_a_note_tells_which_blocks_ran_once(tmp_path: Path, base_folder: Path) -> None:
     tuned = edit_weights(base_folder, tmp_path / "tuned", lambda tensors: tensors[UP].mul_(2))
     diff = compare(base_folder, tuned, memory="stream")
-    [note] = [note for note in diff.notes if "ran once for both" in note]
+    [note] = notes_of(diff, "common-blocks")
     assert note.startswith("blocks 0 to 1 are the same in both models")
     assert [layer.relative_l2 == 0 for layer in diff.layers] == [True, True, False, False]
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +23,7 @@ from lazarus.models import (
     parse_model,
     wrap_model,
 )
+from lazarus.notes import Notes
 from lazarus.options import Options
 from lazarus.ranks import Rank
 
@@ -36,33 +36,26 @@ ROOM_FOR_THE_REST = 1.1
 ROOM_AT_LEAST = 2**30
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """Both models, and what was decided on the way."""
-
-    models: tuple[LoadedModel, LoadedModel]
-    notes: Sequence[str] = ()
-
-
 def load_models(
-    base: Model, finetuned: Model, chosen: Options, device: torch.device, announce: Announce
-) -> Loaded:
+    models: tuple[Model, Model], chosen: Options, device: torch.device, announce: Announce, notes: Notes
+) -> tuple[LoadedModel, LoadedModel]:
     """Load both models; two that are named are loaded as a pair, so that common weights are held once.
+
+    What a reader must know of them is noted.
 
     Raises:
         UsageError: models in memory are to be read from disk.
         ModelError: one of them cannot be loaded; the subclass and the message say why.
     """
     options = _load_options(chosen, device)
-    named = [parse_model(str(m)) if isinstance(m, str | Path) else m for m in (base, finetuned)]
+    named = [parse_model(str(m)) if isinstance(m, str | Path) else m for m in models]
     match named:
         case [ModelReference() as first, ModelReference() as second]:
-            if chosen.memory == "resident":
-                return Loaded(load_pair(first, second, options, announce))
-            why = None if chosen.memory == "stream" else _why_stream((first, second), options)
-            if chosen.memory == "stream" or why is not None:
-                return Loaded(load_paged(first, second, options, announce), [why] if why else [])
-            return Loaded(load_pair(first, second, options, announce))
+            why = _why_stream((first, second), options) if chosen.memory == "auto" else None
+            if why is not None:
+                notes.add("streamed", why)
+            load = load_paged if chosen.memory == "stream" or why is not None else load_pair
+            loaded = load(first, second, options, announce)
         case _ if chosen.memory == "stream":
             raise UsageError(
                 "--memory stream reads models from disk, block by block, and one of these is in memory "
@@ -73,7 +66,10 @@ def load_models(
             one, other = (
                 _load_or_wrap(m, role, options, announce) for m, role in zip(named, roles, strict=True)
             )
-            return Loaded((one, other))
+            loaded = one, other
+    for model in loaded:
+        notes.extend(model.notes)
+    return loaded
 
 
 def pick_device(name: str, rank: Rank) -> torch.device:
@@ -106,7 +102,7 @@ def less_memory(dtype: str, device: torch.device, *, can_stream: bool) -> list[s
 
 
 def _why_stream(pair: tuple[ModelReference, ModelReference], options: LoadOptions) -> str | None:
-    """Why a pair is read block by block, as a note; None where both models fit, or cannot be read so."""
+    """Return why a pair is read block by block; None where both models fit, or cannot be read so."""
     free = free_bytes(options.device)
     try:
         footprint = None if fits_surely(*pair, options, free // 2) else estimate(*pair, options)

@@ -33,6 +33,7 @@ from lazarus.models.opening import LoadOptions, Opened, open_checkpoint, open_to
 from lazarus.models.pager import Pager
 from lazarus.models.reference import ModelReference, Source, adapter_base, adapter_settings
 from lazarus.models.stored import read_headers
+from lazarus.notes import Notes
 
 _ADAPTERS = {"LORA", "IA3", "LOHA", "LOKR"}
 
@@ -60,7 +61,7 @@ def load_paged(
         theirs = _beside(ours, finetuned_source)
     else:
         theirs = _open(open_to_load(finetuned_source, options), options, ours.pager)
-    ours.notes += same_attention(ours.model, theirs.model)
+    same_attention(ours.model, theirs.model, ours.notes)
     pair = _finish(base, ours, options), _finish(finetuned, theirs, options)
     for model in pair:
         assert model.pager is not None
@@ -75,16 +76,15 @@ def _open(opened: Opened, options: LoadOptions, base: Pager | None = None) -> We
         model, conversion = _build(opened, options)
         report = conversion.finish(model, conversion.check(model))
     model.eval().requires_grad_(requires_grad=False)
-    notes = [
-        *conversion.wrappers.notes(source.name, conversion.stored),
-        *check_report(source, model, report, options),
-    ]
+    weights = Weights(opened, model, report)
+    conversion.wrappers.note(source.name, conversion.stored, weights.notes)
+    check_report(weights, options)
     blocks = dissect(model, options.layers_path).blocks
     with translated(source.name):
-        pager = Pager(model, blocks, conversion, base)
-    if unfilled := pager.unfilled():
+        weights.pager = Pager(model, blocks, conversion, base)
+    if unfilled := weights.pager.unfilled():
         raise _refusal(source, f"nothing in its files makes {unfilled[0]} by itself")
-    return Weights(opened, model, report, notes, pager)
+    return weights
 
 
 def _build(opened: Opened, options: LoadOptions) -> tuple[PreTrainedModel, Conversion]:
@@ -117,7 +117,7 @@ def _beside(base: Weights, source: Source) -> Weights:
     modules = list(model.modules())
     blocks = [modules[index[id(block)]] for block in base.pager.blocks]
     pager = Pager(model, blocks, base.pager.conversion, base.pager)
-    return Weights(replace(base.opened, source=source), model, base.report, list(base.notes), pager)
+    return Weights(replace(base.opened, source=source), model, base.report, Notes(base.notes), pager)
 
 
 def _finish(reference: ModelReference, weights: Weights, options: LoadOptions) -> LoadedModel:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lazarus.errors import PromptsError
+from lazarus.notes import Notes
 
 EXAMPLE = "Give one, as in -p 'Hello' or -p @prompts.txt."
 
@@ -28,7 +29,7 @@ class PromptList:
     """The prompts in their order, and what the reader of the result must know about them."""
 
     prompts: list[Prompt] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    notes: Notes = field(default_factory=Notes)
 
 
 def check_prompts(prompts: Sequence[Prompt]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from msgspec import Meta
+from msgspec import Meta, field
 
 from lazarus.results.records import Environment, ModelInfo, Tool
 from lazarus.results.rows import Layer, Record
@@ -112,3 +112,4 @@ class CompareRecord(Record, frozen=True, kw_only=True):
     layers: list[LensPair]
     summary: LensSummary
     notes: list[str]
+    note_codes: list[str] = field(default_factory=list)

@@ -292,3 +292,4 @@ class ActivationDiffRecord(Record, frozen=True, kw_only=True):
     groups: Groups | None = None
     tokens: list[TokenTrace] | None = None
     notes: list[str]
+    note_codes: list[str] = field(default_factory=list)
