@@ -83,7 +83,7 @@ def of_whole(model: PreTrainedModel, ids: Sequence[int]) -> tuple[torch.Tensor, 
 @pytest.mark.parametrize("name", WITHOUT_READOUT)
 def test_a_model_whose_blocks_cannot_be_read_is_refused(name: str) -> None:
     model = build(name)
-    with pytest.raises(UnsupportedModelError, match=r"--readout auto: .*Leave --readout out\."):
+    with pytest.raises(UnsupportedModelError, match=r"`readout=.auto.`: .*Leave `readout` out\."):
         compare(model, model, readout="auto")
     diff = compare(model, model)
     assert (diff.record.output is None) == (name in WITHOUT_HEAD)
@@ -296,5 +296,5 @@ def test_the_layers_that_are_read(readout: str, layers: list[int]) -> None:
 
 @pytest.mark.parametrize(("readout", "layer"), [("99", 99), ("1,4", 4), ("-5", -5)])
 def test_a_layer_that_is_absent_is_named(readout: str, layer: int) -> None:
-    with pytest.raises(UsageError, match=f"--readout {readout}: there is no layer {layer} in models of 4"):
+    with pytest.raises(UsageError, match=f"`readout=.{readout}.`: there is no layer {layer} in models of 4"):
         compare(tiny_llama(), tiny_llama(), readout=readout)

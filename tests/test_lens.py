@@ -485,7 +485,7 @@ def test_a_chat_template_is_that_of_the_model_it_names(chosen: str, tmp_path: Pa
 def test_a_prompt_beyond_a_context_is_refused_or_cut_at_one_place_for_both(tmp_path: Path) -> None:
     one = saved(tmp_path / "one", 0, tiny_tokenizer(), max_position_embeddings=4)
     other = saved(tmp_path / "other", 1, tiny_tokenizer())
-    with pytest.raises(PromptTooLongError, match=r"context is 4.*--truncate"):
+    with pytest.raises(PromptTooLongError, match=r"context is 4.*`truncate=True`"):
         compare(one, other, PROMPT)
     record = compare(one, other, PROMPT, truncate=True).record
     assert len(record.model1.prompt_tokens) == 4
@@ -621,19 +621,19 @@ def test_the_arguments_are_the_options() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"top_k": 0}, r"--top-k 0: give a number of at least 1\."),
-        ({"top_k": 301}, r"--top-k 301: .* has 300 tokens\. Give a number of at most 300\."),
-        ({"track": ""}, r"--track '' holds no token\."),
-        ({"track": " , "}, r"--track ' , ' holds no token\."),
-        ({"track": []}, r"--track \[\] holds no token\."),
-        ({"track": ["a", ""]}, r"--track: '' is no token's text\."),
-        ({"track": [5]}, r"--track: 5 is no token's text\."),
-        ({"track": ["a\ud800"]}, r"--track: 'a\\ud800' is not valid Unicode at index 1\."),
-        ({"track": "a\nb"}, r"--track 'a\\nb': a line break outside of quotation marks\."),
-        ({"dtype": "int8"}, r"--dtype int8: not a choice\."),
-        ({"device": "tpu"}, r"--device tpu: not a device\."),
-        ({"layers_path": ""}, r"--layers-path is empty\."),
-        ({"chat_template": "/nowhere"}, r"--chat-template /nowhere: cannot be read"),
+        ({"top_k": 0}, r"`top_k=0`: give a number of at least 1\."),
+        ({"top_k": 301}, r"`top_k=301`: .* has 300 tokens\. Give a number of at most 300\."),
+        ({"track": ""}, r"`track` '' holds no token\."),
+        ({"track": " , "}, r"`track` ' , ' holds no token\."),
+        ({"track": []}, r"`track` \[\] holds no token\."),
+        ({"track": ["a", ""]}, r"`track`: '' is no token's text\."),
+        ({"track": [5]}, r"`track`: 5 is no token's text\."),
+        ({"track": ["a\ud800"]}, r"`track`: 'a\\ud800' is not valid Unicode at index 1\."),
+        ({"track": "a\nb"}, r"`track` 'a\\nb': a line break outside of quotation marks\."),
+        ({"dtype": "int8"}, r"`dtype=.int8.`: not a choice\."),
+        ({"device": "tpu"}, r"`device=.tpu.`: not a device\."),
+        ({"layers_path": ""}, r"`layers_path` is empty\."),
+        ({"chat_template": "/nowhere"}, r"`chat_template=./nowhere.`: cannot be read"),
         ({"position": "last"}, r"unknown option 'position'\. The options are top_k, track,"),
     ],
 )

@@ -64,7 +64,7 @@ def test_resident_is_resident_whatever_is_free(
 
 
 def test_a_model_in_memory_is_not_read_from_disk(folders: tuple[Path, Path]) -> None:
-    with pytest.raises(UsageError, match="--memory stream reads models from disk"):
+    with pytest.raises(UsageError, match=r"`memory=.stream.` reads models from disk"):
         compare(tiny_llama(), folders[1], memory="stream")
 
 
@@ -105,7 +105,7 @@ def test_what_cannot_go_on_after_a_block_runs_batch_by_batch(name: str, tmp_path
 
 def test_what_cannot_be_streamed_is_refused_with_the_reason(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "rwkv", build("rwkv"), word_tokenizer())
-    with pytest.raises(UnsupportedModelError, match=r"rescales all its weights.*Use --memory resident"):
+    with pytest.raises(UnsupportedModelError, match=r"rescales all its weights.*Use `memory=.resident.`"):
         lazarus.activation_diff(folder, folder, ["t5 t17"], memory="stream")
 
 

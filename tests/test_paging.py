@@ -445,7 +445,7 @@ def test_what_cannot_be_read_by_blocks_says_why(
     with pytest.raises(UnsupportedModelError, match=why) as refusal:
         paged(base_folder, model)
     assert str(refusal.value).startswith(f"{model}: cannot be read block by block")
-    assert str(refusal.value).endswith("Use --memory resident.")
+    assert str(refusal.value).endswith('Use `memory="resident"`.')
     options = LoadOptions(torch.float32, CPU)
     assert estimate(parse_model(str(base_folder)), parse_model(str(model)), options) is None
 
@@ -466,7 +466,7 @@ def test_an_adapter_that_changes_blocks_is_refused(
     save_adapter(tmp_path / "adapter", base_folder, config)
     with pytest.raises(UnsupportedModelError, match=why) as refusal:
         paged(base_folder, tmp_path / "adapter")
-    assert str(refusal.value).endswith("Use --memory resident.")
+    assert str(refusal.value).endswith('Use `memory="resident"`.')
 
 
 @pytest.mark.parametrize("name", ["lm_head.weight", UP, "model.norm.weight"])

@@ -120,7 +120,7 @@ def test_a_shared_prefix_leaves_the_tokens_as_they_are(models: Any) -> None:
         ({"token_prompts": "0,6"}, "no prompt 6 among 6"),
         ({"token_prompts": "-1"}, "auto, none, or numbers"),
         ({"token_prompts": "first"}, "auto, none, or numbers"),
-        ({"token_prompts": "0", "position": "last"}, "--position is last"),
+        ({"token_prompts": "0", "position": "last"}, "`position` is last"),
     ],
 )
 def test_prompts_that_are_none_are_refused(models: Any, options: dict[str, Any], says: str) -> None:

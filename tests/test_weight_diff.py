@@ -197,7 +197,7 @@ def test_a_model_against_itself_is_exactly_nothing(base: Path, tmp_path: Path) -
         } == {(0.0, 1.0, 0.0, 0)}
         assert diff.summary.relative_change == 0
         diff.check_gates(fail_above=0, expect="identical")
-        with pytest.raises(GateNotMetError, match="--expect changed"):
+        with pytest.raises(GateNotMetError, match=r"`expect=.changed.`"):
             diff.check_gates(expect="changed")
 
 
@@ -214,7 +214,7 @@ def test_a_single_bit_is_found(base: Path, tmp_path: Path) -> None:
     assert changed[0].relative_change == pytest.approx(np.linalg.norm(f - b) / np.linalg.norm(b), rel=1e-9)
     assert diff.summary.verdict == "changed"
     assert diff.summary.first_changed_layer == 2
-    with pytest.raises(GateNotMetError, match="--expect identical"):
+    with pytest.raises(GateNotMetError, match=r"`expect=.identical.`"):
         diff.check_gates(expect="identical")
 
 
@@ -300,7 +300,7 @@ def test_a_resized_vocabulary_is_compared_as_far_as_both_go_and_is_a_change(
         (component, [300, 32], [n_rows, 32]) for component in ("embed", "lm_head")
     ]
     assert (diff.summary.verdict, diff.summary.n_changed_tensors) == ("changed", 0)
-    with pytest.raises(GateNotMetError, match="--expect identical"):
+    with pytest.raises(GateNotMetError, match=r"`expect=.identical.`"):
         diff.check_gates(expect="identical")
     with pytest.raises(GateNotMetError, match="2 tensors have no counterpart"):
         diff.check_gates(fail_above=0)
@@ -659,7 +659,7 @@ def test_two_types_are_compared_as_numbers(
 
 def test_what_is_pickled_is_read_only_where_it_is_allowed(base: Path, tmp_path: Path) -> None:
     folder = pickled(base, tmp_path / "pickled")
-    with pytest.raises(WeightsError, match="--allow-pickle"):
+    with pytest.raises(WeightsError, match="`allow_pickle=True`"):
         weight_diff(base, folder)
     for _ in range(2):
         assert weight_diff(base, folder, allow_pickle=True).summary.verdict == "identical"
@@ -769,7 +769,7 @@ def test_a_damaged_file_is_told(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_wrong_path_of_blocks_is_an_error(base: Path) -> None:
-    with pytest.raises(BlocksNotFoundError, match="--layers-path"):
+    with pytest.raises(BlocksNotFoundError, match="`layers_path"):
         weight_diff(base, base, layers_path="model.nothing")
 
 
@@ -855,7 +855,7 @@ def test_a_model_with_python_code_of_its_own_is_named_by_its_keys(tmp_path: Path
         stored = {key: tensor * factor for key, tensor in tensors.items()}
         save_file(stored, folder / WEIGHTS, metadata=METADATA)
         folders.append(folder)
-    with pytest.raises(UnsupportedModelError, match="--trust-remote-code"):
+    with pytest.raises(UnsupportedModelError, match="`trust_remote_code=True`"):
         weight_diff(*folders)
     diff = weight_diff(*folders, trust_remote_code=True)
     assert {(row.layer, row.component) for row in diff.results} == {

@@ -187,6 +187,6 @@ def scalars(diff: ActivationDiff) -> dict[str, float]:
 
 
 def _device_of(model: PreTrainedModel) -> str:
-    """As `--device` names it."""
+    """As `device` names it."""
     device = model.device
     return str(device) if device.type == "cuda" else device.type

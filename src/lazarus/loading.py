@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lazarus.errors import DeviceError, ModelError, UsageError
+from lazarus.messages import option
 from lazarus.models import (
     LoadedModel,
     LoadOptions,
@@ -51,15 +52,16 @@ def load_models(
     named = [parse_model(str(m)) if isinstance(m, str | Path) else m for m in models]
     match named:
         case [ModelReference() as first, ModelReference() as second]:
-            why = _why_stream((first, second), options) if chosen.memory == "auto" else None
-            if why is not None:
-                notes.add("streamed", why)
-            load = load_paged if chosen.memory == "stream" or why is not None else load_pair
+            streams = chosen.memory == "stream"
+            if chosen.memory == "auto":
+                streams = _must_stream((first, second), options, notes)
+            load = load_paged if streams else load_pair
             loaded = load(first, second, options, announce)
         case _ if chosen.memory == "stream":
             raise UsageError(
-                "--memory stream reads models from disk, block by block, and one of these is in memory "
-                "already. Name both by their folders, or use --memory resident."
+                f"{option('memory', 'stream')} reads models from disk, block by block, and one of these is "
+                f"in memory already. Name both by their folders, or use {option('memory', 'resident')}.",
+                option="memory",
             )
         case _:
             roles: tuple[Role, Role] = ("base", "finetuned")
@@ -88,32 +90,36 @@ def pick_device(name: str, rank: Rank) -> torch.device:
     absent = device.type == "mps" and not has_mps
     if absent or (device.type == "cuda" and (device.index or 0) >= n_cuda):
         raise DeviceError(
-            f"--device {name}: there is no such device here ({n_cuda} CUDA devices). Use --device cpu."
+            f"{option('device', name)}: there is no such device here ({n_cuda} CUDA devices). Use "
+            f"{option('device', 'cpu')}.",
+            option="device",
         )
     return device
 
 
 def less_memory(dtype: str, device: torch.device, *, can_stream: bool) -> list[str]:
     """Return what makes two models take less memory, as advice; `dtype` is the option's value."""
-    found = ["--memory stream"] if can_stream else []
+    found = [option("memory", "stream")] if can_stream else []
     if dtype == "float32" or (dtype == "auto" and device.type == "cpu"):
-        found.append("--dtype bfloat16")
-    return found if device.type == "cpu" else [*found, "--device cpu"]
+        found.append(option("dtype", "bfloat16"))
+    return found if device.type == "cpu" else [*found, option("device", "cpu")]
 
 
-def _why_stream(pair: tuple[ModelReference, ModelReference], options: LoadOptions) -> str | None:
-    """Return why a pair is read block by block; None where both models fit, or cannot be read so."""
+def _must_stream(pair: tuple[ModelReference, ModelReference], options: LoadOptions, notes: Notes) -> bool:
+    """Return whether a pair is read block by block, and note why: both models do not fit, and can be."""
     free = free_bytes(options.device)
     try:
         footprint = None if fits_surely(*pair, options, free // 2) else estimate(*pair, options)
     except ModelError:
-        return None  # loading says it, in its place
+        return False  # loading says it, in its place
     if footprint is None or footprint.resident * ROOM_FOR_THE_REST + ROOM_AT_LEAST <= free:
-        return None
-    return (
+        return False
+    notes.add(
+        "streamed",
         f"both models take {footprint.resident / 1e9:.1f} GB and {free / 1e9:.1f} GB are free, so a block of "
-        "each at a time was read from disk (--memory stream)"
+        "each at a time was read from disk (--memory stream)",
     )
+    return True
 
 
 def _load_or_wrap(

@@ -42,7 +42,7 @@ CODES = {
     "were read as they are stored.",
     "dtype-not-applied": "A quantised model runs in its own type: the dtype that was asked for did not apply "
     "to it.",
-    "gguf-file": "Which GGUF file of a model was read, or that all parts of it were.",
+    "gguf-file": "A GGUF model is one file of a repository, or is in parts: what was read of it is told.",
     "gguf-settings": "Settings of a GGUF model were not taken from its file, or are not in it: differences "
     "from the model that it was converted from may come of that alone.",
     "adapter-base": "An adapter names another base than the model that it was put on: it may not fit.",

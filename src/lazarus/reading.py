@@ -112,12 +112,18 @@ def _tokenizers(models: Models, options: Options, notes: Notes) -> tuple[Any, An
 
 def _rendered(prompts: Sequence[Prompt], template: ChatTemplate | None, notes: Notes) -> list[str] | None:
     """Return what a chat template makes of the prompts, None without one; what is left out is noted."""
-    if template is not None:
-        rendered, remarks = render_chats(prompts, template)
-    else:
-        names = ", ".join(sorted({f"`{name}`" for prompt in prompts for name in prompt.for_template}))
+    if template is None:
         without = [index for index, prompt in enumerate(prompts) if prompt.for_template]
-        rendered, remarks = None, {f"without --chat-template the rows' {names} are left out": without}
+        if without:
+            names = ", ".join(sorted({f"`{name}`" for prompt in prompts for name in prompt.for_template}))
+            which = f"prompts {listed(without)} ({len(without)} of {len(prompts)})"
+            notes.add(
+                "chat-template",
+                f"without --chat-template the rows' {names} are left out: {which}",
+                prompts=without,
+            )
+        return None
+    rendered, remarks = render_chats(prompts, template)
     for remark, indices in remarks.items():
         if indices:
             told = f"{remark}: prompts {listed(indices)} ({len(indices)} of {len(prompts)})"

@@ -13,11 +13,8 @@ from types import TracebackType
 from typing import Any, Literal
 
 from lazarus._transformers import byte_alphabet
-from lazarus.errors import (
-    PromptDataError,
-    PromptTooLongError,
-    TokenizerMismatchError,
-)
+from lazarus.errors import PromptDataError, PromptTooLongError, TokenizerMismatchError
+from lazarus.messages import option
 from lazarus.notes import Notes
 from lazarus.prompts import Prompt
 
@@ -135,7 +132,8 @@ def _fit(
         if not options.truncate:
             raise PromptTooLongError(
                 f"{_named(index, prompt)} has {lengths[over[0]]} tokens; the models' context is "
-                f"{limits[over[0]]}. Shorten it, or cut it there with --truncate."
+                f"{limits[over[0]]}. Shorten it, or cut it there with {option('truncate', True)}.",
+                option="truncate",
             )
         if readings[0][index] == readings[1][index]:
             readings[0][index] = readings[1][index] = next(_encode(tokenizers[0], texts, [index], context))
@@ -264,7 +262,8 @@ def _check_same(
             f"base has {_token(base, left)}, fine-tuned has {_token(finetuned, right)}. States can be "
             "compared token by token only on the same ids: use the same tokenizer files in both "
             "folders if the vocabulary is the same, leave out the prompts that differ, or compare where "
-            "the texts end with --align text."
+            f"the texts end with {option('align', 'text')}.",
+            option="align",
         )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from lazarus.activation.accumulation import Accumulation
 from lazarus.engine import ModelPair, broken_weights, find_break, note_of_weights
 from lazarus.facts import Site
+from lazarus.messages import option
 from lazarus.notes import Notes
 from lazarus.reading import Reading
 from lazarus.results import BROKEN, NotCompared
@@ -41,7 +42,7 @@ def note_breaks(pair: ModelPair, seen: Accumulation, reading: Reading, notes: No
         notes.add(
             "not-finite",
             f"{model.name}: its {what} not finite in a batch, and are where prompt {prompt} runs alone: try "
-            "another --batch-tokens, or --dtype float32",
+            f"another {option('batch_tokens')}, or {option('dtype', 'float32')}",
             model=model.name,
             prompts=[prompt],
         )

@@ -17,6 +17,7 @@ from lazarus.blame import MemoryFaults
 from lazarus.engine import ModelPair, PrefixPlan, check_positions, check_shapes, learn_pair, share_prefix
 from lazarus.facts import PairFacts
 from lazarus.loading import Model, Role, less_memory, load_models
+from lazarus.messages import option
 from lazarus.metrics import FEWEST_FOR_CKA
 from lazarus.models import LoadedModel
 from lazarus.notes import Notes
@@ -76,7 +77,7 @@ class Given:
 
     def running(self) -> MemoryFaults:
         """Return the same for what runs in batches."""
-        return self.memory_faults(f"a --batch-tokens below {self.batch_tokens}")
+        return self.memory_faults(f"a {option('batch_tokens')} below {self.batch_tokens}")
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,10 @@ def _learn(
     lengths = [len(prompt.ids) for prompt in reading.base]
     pair.note_run(max(lengths), notes)
     check_positions(run.position, lengths, notes)
-    twice = "--localize runs blocks twice, and a cache takes a token in once" if run.localize else None
-    prefix_plan = PrefixPlan(run.position, run.batch_tokens, reading.pad_ids[0], twice)
+    twice = f"{option('localize')} runs blocks twice, and a cache takes a token in once"
+    prefix_plan = PrefixPlan(
+        run.position, run.batch_tokens, reading.pad_ids[0], twice if run.localize else None
+    )
     run = replace(run, n_prefix=share_prefix(pair, reading.base, prefix_plan, notes))
     scope = find_scope(pair, reading, notes)
     settings = _settings(given, pair, run)

@@ -16,6 +16,7 @@ from lazarus.errors import NoDataError
 from lazarus.faces import ActivationDiff
 from lazarus.facts import NOTHING_KNOWN, WeightFacts
 from lazarus.notes import Notes
+from lazarus.options import note_in_flags
 from lazarus.provenance import environment, now, tool
 from lazarus.results import (
     SCHEMA_VERSION,
@@ -36,7 +37,7 @@ class About:
     """the software and the hardware; None for those of this process"""
     notes: Notes = field(default_factory=Notes)
     breaks: Notes = field(default_factory=Notes)
-    """why states of a model are not finite, where they are not"""
+    """why states of a model are not finite, where they are not, with options as errors have them"""
     readout: list[Readout] | None = None
     read: Read | None = None
     """the tokens of a prompt, where every token of some is kept"""
@@ -61,7 +62,7 @@ def conclude(
     layers = [_layer(found, layer) for layer in found.layers]
     notes = Notes(about.notes)
     _note_exclusions(seen, notes)
-    notes.extend(about.breaks)
+    notes.extend(map(note_in_flags, about.breaks))
     note_limits(found, layers, notes)
     return ActivationDiff(
         ActivationDiffRecord(

@@ -21,6 +21,7 @@ from lazarus.errors import UsageError
 from lazarus.faces import ActivationDiff
 from lazarus.facts import PairFacts
 from lazarus.loading import Model, Role, pick_device
+from lazarus.messages import option
 from lazarus.models import find_tokenizer
 from lazarus.notes import Notes
 from lazarus.options import OptionArguments, Options, check_token_prompts, read_template
@@ -187,8 +188,9 @@ def _open_folder(options: Options, rank: Rank) -> WorkFolder | None:
     if rank.world > 1:
         raise UsageError(
             f"this is one of {rank.world} processes, and there is no folder in which they share the work. "
-            "Give one that all of them see: --work-dir DIR. To run this one alone, unset RANK, WORLD_SIZE, "
-            "SLURM_PROCID and SLURM_NTASKS."
+            f"Give one that all of them see: {option('work_dir', 'DIR')}. To run this one alone, unset RANK, "
+            "WORLD_SIZE, SLURM_PROCID and SLURM_NTASKS.",
+            option="work_dir",
         )
     return None
 

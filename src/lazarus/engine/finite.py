@@ -23,6 +23,7 @@ from lazarus.engine.recorder import Recorder, Take, calling, first_tensor
 from lazarus.engine.replay import StoppedError
 from lazarus.errors import DeviceError, UnsupportedModelError
 from lazarus.facts import Site
+from lazarus.messages import option
 from lazarus.models import LoadedModel, holds_no_number, is_hollow
 from lazarus.notes import Note
 from lazarus.tokens import listed
@@ -58,7 +59,7 @@ class Break:
     """what the same block makes of the same states in a wider dtype"""
 
     def note(self, model: LoadedModel, text: str = "the text") -> Note:
-        """Return a note on it; `text` names what was run."""
+        """Return a note on it, with options marked as errors have them; `text` names what was run."""
         if self.weights:
             return note_of_weights(model, self.weights)
         layers = (self.site,) if isinstance(self.site, int) else ()
@@ -160,7 +161,7 @@ def broken_weights(model: LoadedModel, modules: Iterable[nn.Module] | None = Non
 
 
 def note_of_weights(model: LoadedModel, names: Sequence[str]) -> Note:
-    """Return a note on weights that hold NaN or infinity."""
+    """Return a note on weights that hold NaN or infinity, with options marked as errors have them."""
     return Note("broken-weights", _told_of_weights(model, names), model.name)
 
 
@@ -187,7 +188,7 @@ def _remedy(model: LoadedModel, *dtypes: str) -> str:
         return (
             f"it is quantised and keeps its dtype, so use an unquantised checkpoint in {' or '.join(dtypes)}"
         )
-    return "run with " + " or ".join(f"--dtype {dtype}" for dtype in dtypes)
+    return "run with " + " or ".join(option("dtype", dtype) for dtype in dtypes)
 
 
 def _break(site: Site, states: Tensor, time_axis: int) -> Break:

@@ -11,6 +11,7 @@ from lazarus.batches import Padding
 from lazarus.engine.probe import Conventions, learn, passes_go_on
 from lazarus.errors import ShapeMismatchError
 from lazarus.facts import PairShape
+from lazarus.messages import option
 from lazarus.models import LoadedModel, shared_blocks
 from lazarus.models import same_design as have_same_design
 from lazarus.notes import Notes
@@ -177,7 +178,8 @@ def check_shapes(pair: ModelPair, n_prompts: int, fewest: int, *, localize: bool
         )
     if localize and not pair.same_shape:
         raise ShapeMismatchError(
-            f"--localize runs each block of one model on the states of the other, and {names} have "
+            f"{option('localize')} runs each block of one model on the states of the other, and {names} have "
             f"{pair.base_conventions.n_layers} blocks of {pair.widths[0]} features and "
-            f"{pair.finetuned_conventions.n_layers} of {pair.widths[1]}. Leave --localize out."
+            f"{pair.finetuned_conventions.n_layers} of {pair.widths[1]}. Leave {option('localize')} out.",
+            option="localize",
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lazarus.batches import TokenBatch
 from lazarus.errors import PositionError, UnsupportedModelError
+from lazarus.messages import option
 from lazarus.metrics import to_float64
 from lazarus.notes import Notes
 from lazarus.sites import Position, compared_tokens
@@ -26,7 +27,8 @@ def check_positions(position: Position, lengths: Sequence[int], notes: Notes) ->
         if isinstance(position, int) and not -length <= position < length:
             raise PositionError(
                 f"Prompt {index} has {length} tokens, so none at position {position}. Choose another "
-                "--position, or leave the prompt out."
+                f"{option('position')}, or leave the prompt out.",
+                option="position",
             )
     alone = [index for index, length in enumerate(lengths) if length == 1]
     if position in ("mean", "all") and alone:

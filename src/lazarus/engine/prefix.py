@@ -24,6 +24,7 @@ from lazarus.engine.resident import run_pairs
 from lazarus.errors import DeviceError, UnsupportedModelError
 from lazarus.metrics import relative_l2
 from lazarus.notes import Notes
+from lazarus.options import in_flags
 from lazarus.sites import Position
 from lazarus.tokens import TokenizedPrompt
 
@@ -70,9 +71,8 @@ def share_prefix(pair: ModelPair, prompts: Sequence[TokenizedPrompt], plan: Pref
         return 0
     obstacle = _obstacle(pair, distinct, plan) or _difference(pair, checked, n_tokens, plan)
     which = f"the first {n_tokens} tokens, the same in all prompts, ran"
-    notes.add(
-        "shared-prefix", f"{which} once" if obstacle is None else f"{which} with each of them: {obstacle}"
-    )
+    told = f"{which} once" if obstacle is None else f"{which} with each of them: {obstacle}"
+    notes.add("shared-prefix", in_flags(told))
     return n_tokens if obstacle is None else 0
 
 
@@ -140,7 +140,7 @@ def _going_on(pair: ModelPair, batches: Sequence[BatchPair], position: Position)
     except UnsupportedModelError as error:
         raise _NoCacheError("this architecture does not go on from a cache of keys and values") from error
     except DeviceError as error:
-        raise _NoCacheError(f"going on from a cache of them failed: {str(error).rstrip('.')}") from error
+        raise _NoCacheError(f"going on from a cache of them failed: {error.marked.rstrip('.')}") from error
 
 
 def _states(pair: ModelPair, batches: Sequence[BatchPair], position: Position) -> Iterator[Tensor]:

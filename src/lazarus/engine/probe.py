@@ -29,6 +29,7 @@ from lazarus.engine.head import (
 from lazarus.engine.recorder import Recorder, Recording, Take, first_tensor
 from lazarus.engine.replay import Call, can_replay, recording, stopping_after
 from lazarus.errors import BlocksNotFoundError, NoDataError
+from lazarus.messages import option
 from lazarus.metrics import to_float64
 from lazarus.models import LoadedModel
 from lazarus.notes import Note, Notes
@@ -188,13 +189,15 @@ def _check_calls(model: LoadedModel, seen: Recording) -> None:
     if silent:
         raise BlocksNotFoundError(
             f"{model.name}: block {min(silent)} of {len(model.anatomy.blocks)} did not run. These are "
-            "not the model's blocks: name them with --layers-path."
+            f"not the model's blocks: name them with {option('layers_path')}.",
+            option="layers_path",
         )
     if seen.embedding is None or {s.shape for s in seen.blocks} != {seen.embedding.shape}:
         shapes = sorted({tuple(s.shape) for s in seen.blocks})
         raise BlocksNotFoundError(
             f"{model.name}: what enters and what leaves its blocks do not have one shape ({shapes}), "
-            "so they carry no common residual stream. Name other blocks with --layers-path."
+            f"so they carry no common residual stream. Name other blocks with {option('layers_path')}.",
+            option="layers_path",
         )
 
 

@@ -94,7 +94,7 @@ def read_record(path: str | Path) -> Any:
     except OSError as error:
         raise ResultFileError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
     except ResultFileError as error:
-        raise ResultFileError(f"{path}: {error}") from error
+        raise ResultFileError(f"{path}: {error.marked}") from error
 
 
 def data_frame(columns: Mapping[str, Any]) -> pandas.DataFrame:

@@ -13,8 +13,9 @@ from lazarus.errors import NoDataError, UsageError
 from lazarus.lens.distance import find_outcomes, lens_pair, note_distances
 from lazarus.lens.lens import Lens
 from lazarus.lens.tracking import Lenses, Tracked, evolution, find_tracked, note_tracking
+from lazarus.messages import option
 from lazarus.notes import Note, Notes
-from lazarus.options import CompareOptions, parse_track
+from lazarus.options import CompareOptions, note_in_flags, parse_track
 from lazarus.results import (
     SCHEMA_VERSION,
     CompareRecord,
@@ -76,11 +77,14 @@ def _check(lens: Lens, options: CompareOptions) -> None:
     name, n_tokens = lens.model.name, lens.vocabulary.n_tokens
     if options.top_k > n_tokens:
         raise UsageError(
-            f"--top-k {options.top_k}: {name} has {n_tokens} tokens. Give a number of at most {n_tokens}."
+            f"{option('top_k', options.top_k)}: {name} has {n_tokens} tokens. Give a number of at most "
+            f"{n_tokens}.",
+            option="top_k",
         )
     if not any(lens.valid):
         found = _why_not_finite(lens)
-        reason = found.text if found else f"{name} runs in {lens.model.run_dtype}: try --dtype float32"
+        dtype = lens.model.run_dtype
+        reason = found.text if found else f"{name} runs in {dtype}: try {option('dtype', 'float32')}"
         raise NoDataError(
             f"{name}: the logits are finite at no layer, so there is nothing to read. {reason}."
         )
@@ -170,7 +174,7 @@ def _note_lenses(lenses: Lenses, notes: Notes) -> None:
                 layers=broken,
             )
             reason = _why_not_finite(lens)
-            notes.extend([reason] if reason else [])
+            notes.extend([note_in_flags(reason)] if reason else [])
 
 
 def _why_not_finite(lens: Lens) -> Note | None:

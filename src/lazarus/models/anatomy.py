@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lazarus.blame import Translated
 from lazarus.errors import BlocksNotFoundError
+from lazarus.messages import option
 from lazarus.notes import Notes
 
 
@@ -114,7 +115,8 @@ def _find_blocks(stack: nn.Module, config: PretrainedConfig, model: PreTrainedMo
     candidates = ", ".join(f"{name} ({len(m)})" for name, m in lists.items()) or "none"
     raise BlocksNotFoundError(
         f"{type(model).__name__}: its blocks cannot be found: no single list of {n_layers} modules. "
-        f"Its lists: {candidates}. Name the right one with --layers-path."
+        f"Its lists: {candidates}. Name the right one with {option('layers_path')}.",
+        option="layers_path",
     )
 
 
@@ -133,8 +135,9 @@ def _blocks_at(model: PreTrainedModel, path: str) -> tuple[nn.Module, ...]:
     if not isinstance(found, nn.ModuleList) or not len(found):
         lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
         raise BlocksNotFoundError(
-            f"--layers-path {path}: no list of blocks there in {type(model).__name__}. "
-            f"Name one of its lists: {', '.join(lists) or 'it has none'}."
+            f"{option('layers_path', path)}: no list of blocks there in {type(model).__name__}. "
+            f"Name one of its lists: {', '.join(lists) or 'it has none'}.",
+            option="layers_path",
         )
     return tuple(found)
 

@@ -190,8 +190,11 @@ def _load(opened: Opened, options: LoadOptions) -> Weights:
             )
     weights = Weights(opened, model.eval().requires_grad_(requires_grad=False), report)
     if opened.quantised and options.dtype is not None:
-        told = f"{source.name} is quantised and runs in its own type: --dtype did not apply to it"
-        weights.notes.add("dtype-not-applied", told, model=source.name)
+        weights.notes.add(
+            "dtype-not-applied",
+            f"{source.name} is quantised and runs in its own type: --dtype did not apply to it",
+            model=source.name,
+        )
     check_report(weights, options)
     stack = dissect(model, options.layers_path).stack
     weights.is_changed = is_hooked(model, stack)

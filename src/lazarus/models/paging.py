@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lazarus import _transformers
 from lazarus.errors import UnsupportedModelError
+from lazarus.messages import option
 from lazarus.models.adapter_files import WEIGHTS
 from lazarus.models.adapters import rewriting_start, share_storage
 from lazarus.models.anatomy import dissect
@@ -181,7 +182,8 @@ def _check_rows(adapter: Source, pager: Pager) -> None:
 
 def _refusal(source: Source, reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{source.name}: cannot be read block by block: {reason}. Use --memory resident."
+        f"{source.name}: cannot be read block by block: {reason}. Use {option('memory', 'resident')}.",
+        option="memory",
     )
 
 

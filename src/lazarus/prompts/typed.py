@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lazarus.errors import PromptsError
+from lazarus.messages import option
 from lazarus.notes import Notes
 from lazarus.prompts.chats import as_json, read_messages
 from lazarus.prompts.files import read_file
@@ -94,7 +95,8 @@ def _from_list(value: str, notes: Notes) -> list[Prompt]:
     except csv.Error as error:
         raise PromptsError(
             f"-p {value[:40]!r}: a line break outside of quotation marks. Quote a prompt that has one, "
-            "or give it with --no-split."
+            f"or give it with {option('no_split', True)}.",
+            option="no_split",
         ) from error
     if not _is_strict_csv(value):
         notes.add(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lazarus.errors import UnsupportedModelError, WeightsError
+from lazarus.messages import option
 from lazarus.models.contents import Unread
 from lazarus.models.faults import translated
 from lazarus.models.opening import Opened, find_weights
@@ -70,8 +71,10 @@ def open_store(opened: Opened, notes: Notes, *, allow_pickle: bool) -> Store:
         if not allow_pickle:
             raise WeightsError(
                 f"{source.name}: its weights are pickled ({Path(files[0]).name}), and a pickle can run code "
-                "when it is read. Allow torch's reader of plain tensors with --allow-pickle, or load the "
-                "model where you trust it and write it again with save_pretrained."
+                "when it is read. Allow torch's reader of plain tensors with "
+                f"{option('allow_pickle', True)}, or load the model where you trust it and write it again "
+                "with save_pretrained.",
+                option="allow_pickle",
             )
         return _read_pickles(files, opened, notes)
 
