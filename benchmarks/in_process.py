@@ -24,6 +24,7 @@ from lazarus.activation import Observer
 from lazarus.batches import TokenBatch, make_batches
 from lazarus.loading import Role
 from lazarus.models import dissect
+from lazarus.notes import Notes
 from lazarus.prompts import Prompt
 from lazarus.tokens import TokenOptions, tokenize_pair
 
@@ -93,7 +94,7 @@ class Pair:
     def batches(self, batch_tokens: int) -> list[TokenBatch]:
         """The batches that lazarus makes."""
         prompts = [Prompt(text) for text in self.texts]
-        tokenized, _, _ = tokenize_pair(prompts, self.tokenizer, self.tokenizer, TokenOptions())
+        tokenized, _ = tokenize_pair(prompts, (self.tokenizer, self.tokenizer), TokenOptions(), Notes())
         return make_batches(tokenized, batch_tokens, "right", self.tokenizer.pad_token_id or 0)
 
 

@@ -12,18 +12,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from lazarus.metrics import Directions, KeptRows, PromptMeans, SiteMeasures
+from lazarus.notes import CODES
 
 M = TypeVar("M", bound=PreTrainedModel)
 A = TypeVar("A", PromptMeans, KeptRows, Directions, SiteMeasures)
 
-OF_THE_RUN = (
-    "ran once for both",
-    "repeats of others",
-    "no interval and no onset",
-    "intervals of so few",
-    "unrelated prompts are all but the same",
-    "one dimension carries",
-)
+OF_THE_RUN = {"common-blocks", "repeated-prompts", "few-prompts", "alike-prompts", "dominant-dimension"}
 
 TEXT = (
     "Hello, how are you? What is AI? The answer is 42, and the capital of France is Paris.",
@@ -109,7 +103,15 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 def notes_on_models(diff: Any) -> list[str]:
     """The notes of a result but those that follow from few or repeated prompts, or from toy states."""
-    return [note for note in diff.notes if not any(part in note for part in OF_THE_RUN)]
+    notes = zip(diff.notes, diff.note_codes, strict=True)
+    return [note for note, code in notes if code not in OF_THE_RUN]
+
+
+def notes_of(result: Any, *codes: str) -> list[str]:
+    """The notes of a result with these codes."""
+    assert codes
+    assert set(codes) <= CODES.keys()
+    return [note for note, code in zip(result.notes, result.note_codes, strict=True) if code in codes]
 
 
 def joined(one: A, *others: A) -> A:

@@ -24,6 +24,7 @@ class Tally(Struct, frozen=True, kw_only=True):
     tool: Tool = Tool(name="lazarus", version=__version__)
     words: list[str]
     notes: list[str] = []
+    note_codes: list[str] = []
 
 
 class TallyResult(Face[Tally]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lazarus.commands import commands
+from lazarus.notes import CODES
 from lazarus.results import LENS_METRICS, METRICS, WEIGHT_METRICS, json_schema
 
 HEAD = """# JSON format
@@ -26,6 +27,13 @@ This page is written by `make docs-reference` from the schema. Formulas: [Metric
 how to read the numbers: [How to read it](how-to-read-it.md).
 """
 
+OF_NOTES = """## Codes of notes
+
+A note is a sentence for a reader; its code says for a program what kind of thing it tells. `notes` and
+`note_codes` of a result are of one length. Codes stay as they are, while a sentence may be put better; a
+newer version may have more of them.
+"""
+
 _METRICS = WEIGHT_METRICS | LENS_METRICS | METRICS
 
 MEANINGS = {
@@ -34,6 +42,7 @@ MEANINGS = {
     "tool": "which program made it",
     "environment": "software and hardware",
     "notes": "what was left out, assumed, or could not be measured",
+    "note_codes": "the [code](#codes-of-notes) of each of the `notes`; none in a result of an older version",
     "python": "version of Python",
     "platform": "operating system and processor",
     "torch": "version of torch",
@@ -258,7 +267,9 @@ def json_page() -> str:
         page += ["| Field | Type | What it is | `null` when |", "|---|---|---|---|"]
         page += [_row(name, field, told) for field, told in records[name]["properties"].items()]
         page.append("")
-    return "\n".join(page)
+    page += [OF_NOTES, "| Code | What a note of it tells |", "|---|---|"]
+    page += [f"| `{code}` | {told} |" for code, told in CODES.items()]
+    return "\n".join([*page, ""])
 
 
 def _records() -> dict[str, Any]:

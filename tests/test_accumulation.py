@@ -126,5 +126,5 @@ def test_a_precision_of_products_that_the_caller_has_set_is_told(
 
 
 def test_a_layer_that_is_not_there_is_told_before_a_position_that_is_not() -> None:
-    with pytest.raises(UsageError, match="--readout 99: there is no layer 99"):
+    with pytest.raises(UsageError, match='`readout="99"`: there is no layer 99'):
         lazarus.activation_diff(BASE, BASE, ["12 + 7 ="], position=99, readout="99")

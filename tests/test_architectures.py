@@ -27,8 +27,9 @@ from architectures import (
     WITHOUT_READOUT,
     build,
 )
-from factories import notes_on_models, perturbed, word_tokenizer
+from factories import notes_of, notes_on_models, perturbed, word_tokenizer
 from lazarus.models import dissect
+from lazarus.options import in_flags
 from reference import Convention, block_outputs, convention_of, cosine, recorded_states
 
 ALL = (*CAUSAL, *ENCODERS, *ENCODER_DECODERS, *MULTIMODAL)
@@ -69,7 +70,7 @@ def examine(name: str) -> Finding:
         diff = lazarus.activation_diff(model, changed, TEXTS, tokenizer=tokenizer, position="all")
         auto = lazarus.activation_diff(model, changed, TEXTS[:1], tokenizer=tokenizer)
     except lazarus.LazarusError as error:
-        return Finding(type(model).__name__, 0, "", "none", 0.0, 0.0, (), str(error))
+        return Finding(type(model).__name__, 0, "", "none", 0.0, 0.0, (), in_flags(error.marked))
     expected, convention = oracle(model, changed)
     found = diff.results.column("cosine_similarity")
     return Finding(
@@ -87,7 +88,7 @@ def examine(name: str) -> Finding:
             default=0.0,
         ),
         # What lies outside the comparison says nothing of how the architecture runs.
-        notes=tuple(note for note in notes_on_models(diff) if not note.startswith("not compared")),
+        notes=tuple(note for note in notes_on_models(diff) if note not in notes_of(diff, "not-compared")),
     )
 
 

@@ -82,7 +82,7 @@ def test_what_a_block_raises_on_the_others_states_is_told_of_localize(kind: type
         return plain(states)
 
     mlp.forward = failing
-    with pytest.raises(UnsupportedModelError, match="--localize: block 2 of"):
+    with pytest.raises(UnsupportedModelError, match="`localize`: block 2 of"):
         compare(base, finetuned, localize=True, no_noise_floor=True)
     assert calls
 
@@ -238,7 +238,7 @@ def test_an_operator_that_the_cpu_lacks_is_not_to_be_had_from_the_cpu(text: str)
 
     with pytest.raises(DeviceError, match="The CPU has no such operator for this dtype") as caught:
         compare(breaking(lack), tiny_llama())
-    assert "--device cpu" not in str(caught.value)
+    assert '`device="cpu"`' not in str(caught.value)
 
 
 def test_real_float8_weights_that_do_not_run_here() -> None:
@@ -294,7 +294,7 @@ def going_on_from_a_cache(model: Any) -> None:
 def test_memory_that_runs_out_is_told_wherever_it_does(where: Callable[[Any], None]) -> None:
     model = tiny_llama()
     where(model)
-    with pytest.raises(DeviceError, match=r"out of memory.*--batch-tokens below 512") as caught:
+    with pytest.raises(DeviceError, match=r"out of memory.*`batch_tokens` below 512") as caught:
         compare(tiny_llama(hidden_act="relu"), model, no_noise_floor=True)
     assert str(TOO_MUCH * 4) in str(caught.value)
     assert "batch of" in str(caught.value)
@@ -319,25 +319,27 @@ def test_memory_of_a_block_on_the_others_states() -> None:
     mlp.forward = lambda states: (
         exhaust() if any("local" in frame.filename for frame in _stack()) else plain(states)
     )
-    with pytest.raises(DeviceError, match=r"--localize: block 2 of .* out of memory"):
+    with pytest.raises(DeviceError, match=r"`localize`: block 2 of .* out of memory"):
         compare(base, finetuned, localize=True, no_noise_floor=True)
 
 
 def test_compare_names_what_it_has() -> None:
     model = tiny_llama()
     in_the_head(model)
-    with pytest.raises(DeviceError, match=r"out of memory.*--dtype bfloat16 or a shorter prompt") as caught:
+    with pytest.raises(DeviceError, match=r"out of memory.*`dtype=.bfloat16.` or a shorter prompt") as caught:
         lazarus.compare(model, model, "t5 t17", tokenizer=word_tokenizer())
-    assert "--batch-tokens" not in str(caught.value)
+    assert "batch_tokens" not in str(caught.value)
 
 
 def test_models_that_are_named_can_be_streamed(
     monkeypatch: pytest.MonkeyPatch, base_folder: Path, finetuned_folder: Path
 ) -> None:
     monkeypatch.setattr("transformers.LlamaForCausalLM.__init__", lambda *_: bytearray(TOO_MUCH))
-    with pytest.raises(DeviceError, match=r"loading .*base.*out of memory.*Use --memory stream or") as caught:
+    with pytest.raises(
+        DeviceError, match=r"loading .*base.*out of memory.*Use `memory=.stream.` or"
+    ) as caught:
         lazarus.activation_diff(str(base_folder), str(finetuned_folder), ["Hello"])
-    assert "--batch-tokens" not in str(caught.value)
+    assert "batch_tokens" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from factories import notes_on_models, perturbed, save_model, tiny_llama, tiny_tokenizer
+from factories import notes_of, notes_on_models, perturbed, save_model, tiny_llama, tiny_tokenizer
 from layouts import compare, edit_json, edit_weights, most, save_fp8, save_sentence_transformer, store_codes
 from lazarus import ActivationDiff
 from lazarus.errors import UnsupportedModelError, WeightsError
@@ -282,6 +282,6 @@ def test_files_that_were_not_read_are_told(tmp_path: Path) -> None:
     shutil.copy(folder / "model.safetensors", folder / "model.fp16.safetensors")
     (folder / "pytorch_model.bin").write_bytes(b"0")
     diff = compare(save_model(tmp_path / "base", tiny_llama(), tiny_tokenizer()), folder)
-    [note] = [note for note in diff.notes if "weights were read from" in note]
+    [note] = notes_of(diff, "other-weights")
     assert "model.fp16.safetensors" in note
     assert "pytorch_model.bin" in note

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import lazarus
-from factories import save_model, tiny_llama, tiny_tokenizer
+from factories import notes_of, save_model, tiny_llama, tiny_tokenizer
 from ggufs import write_gguf
 from layouts import compare, edit_json, edit_weights
 from lazarus.errors import (
@@ -118,7 +118,7 @@ def test_weights_that_hold_nan_are_told_though_no_state_shows_it(
 
     broken = edit_weights(base, tmp_path / "broken", spoil)
     diff = lazarus.activation_diff(base, broken, texts, memory=memory)
-    [note] = [note for note in diff.notes if "hold NaN or infinity" in note]
+    [note] = notes_of(diff, "broken-weights")
     assert note.startswith(f"{broken}: 1 weights hold NaN or infinity, first model.layers.1.self_attn.q_proj")
     assert not any("--batch-tokens" in note for note in diff.notes)
     for gates in ({"fail_above": 2.0}, {"expect": "identical"}):

@@ -117,7 +117,7 @@ def test_weight_diff_sees_the_update_of_an_adapter(adapter: Path) -> None:
 
 def test_a_pair_that_is_read_block_by_block_is_the_same_pair(refused: Refused) -> None:
     if not _transformers.can_convert():
-        with pytest.raises(UnsupportedModelError, match=r"5\.1 or newer is needed.*--memory resident"):
+        with pytest.raises(UnsupportedModelError, match=r"5\.1 or newer is needed.*`memory=.resident.`"):
             lazarus.activation_diff(BASE, FINETUNED, TEXTS, memory="stream")
         refused(_transformers.NEEDS_CONVERTING)
         return

@@ -132,7 +132,7 @@ def test_an_option_that_does_not_take_none_refuses_it(kind: Any, name: str) -> N
     if type(None) in get_args(found.type):
         assert getattr(kind.make(**{name: None}), name) is None
     elif found.option.check is not None:
-        with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} None: "):
+        with pytest.raises(UsageError, match=f"`{name}=None`: "):
             kind.make(**{name: None})
 
 

@@ -12,7 +12,15 @@ from torch import nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import lazarus
-from factories import let_head_see_tokens, perturbed, save_model, tiny_llama, tiny_tokenizer, word_tokenizer
+from factories import (
+    let_head_see_tokens,
+    notes_of,
+    perturbed,
+    save_model,
+    tiny_llama,
+    tiny_tokenizer,
+    word_tokenizer,
+)
 from lazarus.engine import find_break, learn
 from lazarus.engine.head import alike
 from lazarus.errors import NoDataError, UnsupportedModelError
@@ -21,6 +29,7 @@ from lazarus.models import wrap_model
 TEXTS = [f"t{i} t{i + 3} t{i + 7}" for i in range(1, 9)]
 IDS = [5, 17, 80, 3, 41, 9, 33, 12]
 NAN, INF = float("nan"), float("inf")
+OF_STATES = ("not-finite", "states-left-out", "logits-left-out", "output-not-measured")
 
 
 def gemma(scale: float = 30000.0, **changes: Any) -> Any:
@@ -82,7 +91,7 @@ def test_an_overflow_is_told_of_the_models_that_do(
     base, finetuned = (folders[i] for i in pair)
     diff = lazarus.activation_diff(base, finetuned, ["Hello, how", "What is"], dtype="float16", memory=memory)
     for index, name in zip(pair, (base, finetuned), strict=True):
-        told = [note for note in diff.notes if note.startswith(f"{name}: ") and "overflow" in note]
+        told = [note for note in notes_of(diff, "not-finite") if note.startswith(f"{name}: ")]
         expected = (
             f"{name}: its states overflow float16 from layer 1 on: run with --dtype bfloat16 or --dtype "
         )
@@ -92,7 +101,7 @@ def test_an_overflow_is_told_of_the_models_that_do(
         f"the logits of {' and '.join(broken)} are not finite: the effect on the output was not measured"
         in diff.notes
     )
-    assert not any("no next-token head" in note for note in diff.notes)
+    assert not any("no next-token head" in note for note in notes_of(diff, "output-not-measured"))
     assert diff.layers[0].divergence is not None
 
 
@@ -100,15 +109,15 @@ def test_an_overflow_is_told_of_the_models_that_do(
 def test_what_the_note_advises_helps(dtype: str, folders: tuple[str, ...]) -> None:
     base, finetuned = folders[:2]
     diff = lazarus.activation_diff(base, finetuned, ["Hello, how", "What is"], dtype=dtype)
-    assert not any("overflow" in note or "finite" in note for note in diff.notes)
+    assert not notes_of(diff, *OF_STATES)
     assert diff.record.output is not None
 
 
 def test_compare_says_the_same(folders: tuple[str, ...]) -> None:
     record = lazarus.compare(folders[2], folders[0], "Hello, how", dtype="float16").record
-    [told] = [note for note in record.notes if "overflow" in note]
+    told = notes_of(record, "not-finite")[-1]
     assert told.startswith(f"{folders[0]}: its states overflow float16 from layer 1 on: run with --dtype")
-    assert not any("reads earlier blocks" in note for note in record.notes)
+    assert "lens-by-cutting" not in record.note_codes
     assert record.model1.layers[-1].top
     assert not record.model2.layers[-1].top
 
@@ -116,7 +125,7 @@ def test_compare_says_the_same(folders: tuple[str, ...]) -> None:
 def test_a_model_in_memory_cannot_be_given_a_dtype() -> None:
     model = gemma().half()
     diff = in_memory(model, model)
-    told, other = (note for note in diff.notes if "overflow" in note)
+    told, other = notes_of(diff, "not-finite")
     assert told.startswith("base (Gemma3ForCausalLM): its")
     assert other.startswith("fine-tuned (Gemma3ForCausalLM): its")
     assert told.endswith("from layer 1 on: load it in bfloat16 or float32")
@@ -158,7 +167,7 @@ def test_weights_that_are_not_finite_are_named(value: float, side: int) -> None:
         )
         for note in diff.notes
     )
-    assert not any("overflow" in note or "no next-token head" in note for note in diff.notes)
+    assert "not-finite" not in diff.note_codes
 
 
 def test_weights_that_are_read_block_by_block_are_named_too(tmp_path: Path) -> None:
@@ -183,7 +192,7 @@ def test_nan_that_a_block_makes_of_finite_states_is_placed() -> None:
 
     attention.register_forward_hook(nowhere)
     diff = in_memory(tiny_llama(), model, position="all")
-    [told] = [note for note in diff.notes if "makes NaN" in note]
+    [told] = notes_of(diff, "not-finite")
     assert "fine-tuned (LlamaForCausalLM): layer 1 makes NaN of finite states, though all its weights" in told
     assert "at tokens 1 of prompt 0" in told or "at tokens 1, 2 of prompt 0" in told
 
@@ -278,7 +287,7 @@ def test_a_head_that_gives_nothing_finite_is_not_called_none() -> None:
     assert known.head_reads is None
     assert known.why_no_head == "the logits of model are not finite, so its head could not be checked"
     diff = in_memory(model, model)
-    assert not any("no next-token head" in note for note in diff.notes)
+    assert not any("no next-token head" in note for note in notes_of(diff, "output-not-measured"))
     with pytest.raises(UnsupportedModelError, match="are not finite, so its head could not be checked"):
         in_memory(model, model, readout="auto")
 

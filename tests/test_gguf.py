@@ -14,7 +14,7 @@ import transformers as hf
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from factories import save_model, tiny_tokenizer
+from factories import notes_of, save_model, tiny_tokenizer
 from ggufs import write_gguf
 from lazarus import activation_diff, weight_diff
 from lazarus.models import LoadedModel, LoadOptions, load_one, parse_model
@@ -208,7 +208,7 @@ def test_positions_that_transformers_cannot_have_are_told(
     base = save_model(tmp_path / "base", model, tiny_tokenizer())
     path = write_gguf(tmp_path / "model.gguf", "llama", model, keys, tensors)
     for diff in (activation_diff(base, path, TEXTS), weight_diff(base, path)):
-        told = [note for note in diff.notes if "from the model that it was converted from" in note]
+        told = notes_of(diff, "gguf-settings")
         assert told
         assert all("rope" in note and str(path) in note for note in told)
 
@@ -407,7 +407,8 @@ def test_what_the_file_does_not_say_of_a_setting_is_told(tmp_path: Path) -> None
     path = write_gguf(tmp_path / "model.gguf", architecture, build(), left)
     (told,) = load(path).notes
     assert (
-        told == f"{path}: not in the file, and taken from the model's class: final_logit_softcapping = 30.0"
+        told.text
+        == f"{path}: not in the file, and taken from the model's class: final_logit_softcapping = 30.0"
     )
 
 
@@ -429,7 +430,7 @@ def test_a_key_that_goes_nowhere_is_named_unless_it_changes_nothing(tmp_path: Pa
     path = write_gguf(tmp_path / "model.gguf", "llama", llama(), telling)
     (told,) = load(path).notes
     for key, value in telling.items():
-        assert f"llama.{key} = {value}" in told
+        assert f"llama.{key} = {value}" in told.text
 
 
 def test_tensors_without_a_place_are_told_and_are_not_called_compared(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from lazarus.errors import UnsupportedModelError
 from lazarus.lens import compare
 from lazarus.lens.reading import read_layers
 from lazarus.models import wrap_model
+from lazarus.notes import Notes
 from reference import block_outputs, run_whole
 
 IDS = [64, 27, 50, 23, 8, 91, 36, 70, 19]
@@ -27,7 +28,7 @@ Floats = NDArray[np.float64]
 
 def read(model: PreTrainedModel, ids: list[int] = IDS) -> torch.Tensor:
     wrapped = wrap_model(model, "the model")
-    return read_layers(wrapped, learn(wrapped, ids, 100), ids, lambda _: None).logits
+    return read_layers(wrapped, learn(wrapped, ids, 100), ids, lambda _: None, Notes())
 
 
 @pytest.mark.parametrize("name", READ)
@@ -71,18 +72,18 @@ def test_where_the_end_mixes_in_earlier_blocks_each_layer_is_a_shorter_model(blo
     before = run_whole(model, IDS).logits
     told: list[int] = []
     wrapped = wrap_model(model, "the model")
-    found = read_layers(wrapped, learn(wrapped, IDS, 100), IDS, told.append)
+    found = read_layers(wrapped, learn(wrapped, IDS, 100), IDS, told.append, notes := Notes())
     assert told == [1, 1, 1, 1]
-    assert found.notes == (
-        "the model: its end reads earlier blocks too: each layer is the model cut after that block",
-    )
+    assert notes.texts == [
+        "the model: its end reads earlier blocks too: each layer is the model cut after that block"
+    ]
     for layer in range(4):
         shorter = inkling(layer + 1, blocks_a_bank)
         weights = shorter.state_dict()
         shorter.load_state_dict({k: v for k, v in model.state_dict().items() if k in weights})
         own = run_whole(shorter, IDS).logits[0, -1]
-        assert torch.allclose(found.logits[layer], own, rtol=1e-5, atol=1e-5)
-        assert layer == 3 or not torch.allclose(found.logits[layer], before[0, -1], rtol=1e-2)
+        assert torch.allclose(found[layer], own, rtol=1e-5, atol=1e-5)
+        assert layer == 3 or not torch.allclose(found[layer], before[0, -1], rtol=1e-2)
     assert torch.equal(run_whole(model, IDS).logits, before)
 
 
@@ -198,7 +199,7 @@ def test_more_layers_than_tokens_of_context_are_read_in_parts() -> None:
     told: list[int] = []
     wrapped = wrap_model(model, "the model")
     ids = IDS[:3]
-    found = read_layers(wrapped, learn(wrapped, ids, 2), ids, told.append).logits
+    found = read_layers(wrapped, learn(wrapped, ids, 2), ids, told.append, Notes())
     assert told == [1, 3, 3]
     whole = tiny_llama(num_hidden_layers=7)
     assert torch.allclose(found, read(whole, ids), rtol=1e-5, atol=1e-5)

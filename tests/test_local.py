@@ -231,12 +231,12 @@ def test_the_table_has_a_column_of_it() -> None:
 
 def test_it_is_refused_for_models_of_another_shape() -> None:
     with pytest.raises(
-        ShapeMismatchError, match=r"4 blocks of 32 features and 3 of 32.*Leave --localize out"
+        ShapeMismatchError, match=r"4 blocks of 32 features and 3 of 32.*Leave `localize` out"
     ):
         localized(tiny_llama(), tiny_llama(num_hidden_layers=3))
     many = TEXTS * 13
     with pytest.raises(
-        ShapeMismatchError, match=r"4 blocks of 32 features and 4 of 64.*Leave --localize out"
+        ShapeMismatchError, match=r"4 blocks of 32 features and 4 of 64.*Leave `localize` out"
     ):
         lazarus.activation_diff(
             tiny_llama(), tiny_llama(hidden_size=64), many, tokenizer=word_tokenizer(), localize=True
@@ -244,7 +244,7 @@ def test_it_is_refused_for_models_of_another_shape() -> None:
 
 
 def test_blocks_that_do_not_run_on_the_others_states_are_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"--localize: block 0 of .*Leave --localize out"):
+    with pytest.raises(UnsupportedModelError, match=r"`localize`: block 0 of .*Leave `localize` out"):
         localized(tiny_llama(), tiny_llama().to(torch.bfloat16))
 
 

@@ -87,7 +87,7 @@ def refused(diff: ActivationDiff | WeightDiff, words: str) -> None:
     with pytest.raises(GateNotMetError) as refusal:
         diff.check_gates(expect="identical")
     assert words in str(refusal.value)
-    assert "--only-compared" in str(refusal.value)
+    assert "`only_compared=True`" in str(refusal.value)
     diff.check_gates(expect="identical", only_compared=True)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from architectures import CAUSAL, ENCODER_DECODERS, ENCODERS, MULTIMODAL, REFUSED, UNBUILDABLE, build
-from factories import perturbed, save_model, tiny_llama, tiny_tokenizer
+from factories import notes_of, perturbed, save_model, tiny_llama, tiny_tokenizer
 from layouts import compare, edit_json, edit_weights, pair_of, save_adapter, save_fp8, save_gguf
 from lazarus.errors import ModelError, UnsupportedModelError, WeightsError
 from lazarus.models import (
@@ -352,7 +352,7 @@ def test_what_is_alike_is_taken_from_base(tmp_path: Path, base_folder: Path) -> 
 def test_a_note_tells_which_blocks_ran_once(tmp_path: Path, base_folder: Path) -> None:
     tuned = edit_weights(base_folder, tmp_path / "tuned", lambda tensors: tensors[UP].mul_(2))
     diff = compare(base_folder, tuned, memory="stream")
-    [note] = [note for note in diff.notes if "ran once for both" in note]
+    [note] = notes_of(diff, "common-blocks")
     assert note.startswith("blocks 0 to 1 are the same in both models")
     assert [layer.relative_l2 == 0 for layer in diff.layers] == [True, True, False, False]
 
@@ -445,7 +445,7 @@ def test_what_cannot_be_read_by_blocks_says_why(
     with pytest.raises(UnsupportedModelError, match=why) as refusal:
         paged(base_folder, model)
     assert str(refusal.value).startswith(f"{model}: cannot be read block by block")
-    assert str(refusal.value).endswith("Use --memory resident.")
+    assert str(refusal.value).endswith('Use `memory="resident"`.')
     options = LoadOptions(torch.float32, CPU)
     assert estimate(parse_model(str(base_folder)), parse_model(str(model)), options) is None
 
@@ -466,7 +466,7 @@ def test_an_adapter_that_changes_blocks_is_refused(
     save_adapter(tmp_path / "adapter", base_folder, config)
     with pytest.raises(UnsupportedModelError, match=why) as refusal:
         paged(base_folder, tmp_path / "adapter")
-    assert str(refusal.value).endswith("Use --memory resident.")
+    assert str(refusal.value).endswith('Use `memory="resident"`.')
 
 
 @pytest.mark.parametrize("name", ["lm_head.weight", UP, "model.norm.weight"])

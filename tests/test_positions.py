@@ -13,26 +13,36 @@ from lazarus.batches import TokenBatch
 from lazarus.engine import check_positions
 from lazarus.engine.positions import RowPicker
 from lazarus.errors import PositionError, UnsupportedModelError
-from lazarus.sites import compared_tokens
+from lazarus.notes import Note, Notes
+from lazarus.sites import Position, compared_tokens
 from lazarus.tokens import TokenizedPrompt
+
+
+def noted(position: Position, lengths: list[int]) -> list[Note]:
+    """What is noted of prompts of these lengths."""
+    check_positions(position, lengths, notes := Notes())
+    return list(notes)
 
 
 def test_a_position_that_a_prompt_lacks_names_the_prompt() -> None:
     with pytest.raises(PositionError, match="Prompt 1 has 1 tokens, so none at position 2"):
-        check_positions(2, [5, 1, 3])
+        check_positions(2, [5, 1, 3], Notes())
     with pytest.raises(PositionError, match="Prompt 2 has 3 tokens, so none at position -4"):
-        check_positions(-4, [5, 4, 3])
+        check_positions(-4, [5, 4, 3], Notes())
     with pytest.raises(PositionError, match="Prompt 0 has 3 tokens, so none at position 3"):
-        check_positions(3, [3])
-    assert check_positions(2, [3]) == check_positions(-3, [3]) == []
+        check_positions(3, [3], Notes())
+    assert noted(2, [3]) == noted(-3, [3]) == []
 
 
 def test_prompts_of_one_token_are_told_where_others_leave_the_first_out() -> None:
-    for position in ("mean", "all"):
-        assert "1 of 3 prompts have one token" in check_positions(position, [2, 1, 3])[0]
-        assert check_positions(position, [2, 3]) == []
-    assert check_positions("last", [1, 2]) == []
-    assert check_positions(0, [1, 2]) == []
+    positions: tuple[Position, ...] = ("mean", "all")
+    for position in positions:
+        [note] = noted(position, [2, 1, 3])
+        assert "1 of 3 prompts have one token" in note.text
+        assert (note.code, note.prompts) == ("lone-tokens", (1,))
+        assert noted(position, [2, 3]) == []
+    assert noted("last", [1, 2]) == []
+    assert noted(0, [1, 2]) == []
 
 
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6))

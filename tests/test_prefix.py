@@ -27,14 +27,13 @@ from typer.testing import CliRunner
 
 import lazarus
 from architectures import CAUSAL, REFUSED, UNBUILDABLE, build
-from factories import TEMPLATE, perturbed, tiny_llama, word_tokenizer
+from factories import TEMPLATE, notes_of, perturbed, tiny_llama, word_tokenizer
 from layouts import save_adapter
 from lazarus.batches import BatchPair, make_batches
 from lazarus.cli import app
 from lazarus.engine import (
     ModelPair,
     PrefixPlan,
-    SharedPrefix,
     common_prefix,
     learn_pair,
     run_pairs,
@@ -42,6 +41,7 @@ from lazarus.engine import (
 )
 from lazarus.metrics import relative_l2
 from lazarus.models import dissect, wrap_model
+from lazarus.notes import Notes
 from lazarus.sites import Position
 from lazarus.tokens import TokenizedPrompt
 
@@ -155,8 +155,10 @@ def learned(base: PreTrainedModel, finetuned: PreTrainedModel) -> ModelPair:
     return learn_pair(*models, (PROMPTS[0].ids, PROMPTS[0].ids), (0, 0))
 
 
-def share(pair: ModelPair, **changes: Any) -> SharedPrefix:
-    return share_prefix(pair, PROMPTS, replace(PrefixPlan("last", 512, 0), **changes))
+def share(pair: ModelPair, **changes: Any) -> tuple[int, list[str]]:
+    """How many first tokens run once, and what is noted."""
+    plan = replace(PrefixPlan("last", 512, 0), **changes)
+    return share_prefix(pair, PROMPTS, plan, notes := Notes()), notes.texts
 
 
 # --- Which prefix
@@ -196,7 +198,8 @@ def test_the_prefix_is_what_all_begin_with_and_leaves_each_a_token(
 )
 def test_a_prefix_that_saves_little_runs_with_every_prompt_without_a_word(ids: list[list[int]]) -> None:
     pair = learned(llama(), llama())
-    assert share_prefix(pair, tokenized(ids), PrefixPlan("last", 512, 0)) == SharedPrefix()
+    assert share_prefix(pair, tokenized(ids), PrefixPlan("last", 512, 0), notes := Notes()) == 0
+    assert notes.texts == []
 
 
 # --- Every number is the same
@@ -381,7 +384,7 @@ def test_what_is_not_finite_in_one_way_alone_is_not_the_same(factor: float, reas
         return output * factor if has_past(kwargs) else output
 
     base.model.layers[2].register_forward_hook(hook, with_kwargs=True)
-    [note] = share(learned(base, base)).notes
+    _, [note] = share(learned(base, base))
     assert "ran with each of them" in note
     assert reason in note
 
@@ -393,7 +396,7 @@ def test_a_row_of_zeros_in_one_way_alone_is_not_the_same() -> None:
         return output if has_past(kwargs) else output * 0
 
     base.model.layers[3].register_forward_hook(hook, with_kwargs=True)
-    [note] = share(learned(base, base)).notes
+    _, [note] = share(learned(base, base))
     assert "differed by inf of their norm" in note
 
 
@@ -485,13 +488,13 @@ def test_batches_are_cut_by_what_follows_the_prefix() -> None:
 def test_every_architecture_shares_its_prefix_rightly_or_not_at_all(name: str) -> None:
     base = build(name)
     pair = learned(base, perturbed(base))
-    shared = share(pair, position="all")
-    if not shared.n_tokens:
+    n_tokens, notes = share(pair, position="all")
+    if not n_tokens:
         assert name in WITHOUT
-        assert WITHOUT[name] in shared.notes[0]
+        assert WITHOUT[name] in notes[0]
         return
     assert name not in WITHOUT
-    for one, other in zip(*(states(pair, n, "all") for n in (0, shared.n_tokens)), strict=True):
+    for one, other in zip(*(states(pair, n, "all") for n in (0, n_tokens)), strict=True):
         assert relative_l2(one, other).nan_to_num(0.0).max() <= ROUNDING
 
 
@@ -508,7 +511,7 @@ def test_what_is_not_shared_runs_as_ever_and_a_note_says_why(name: str) -> None:
     base = build(name)
     finetuned = perturbed(base)
     diff = compare(base, finetuned, TEXTS, no_noise_floor=True)
-    [note] = [note for note in diff.notes if "ran with each of them" in note]
+    [note] = notes_of(diff, "shared-prefix")
     assert WITHOUT[name] in note
     assert_same(diff, compare(base, finetuned, [*TEXTS, STRANGER], no_noise_floor=True))
 
@@ -519,7 +522,7 @@ def test_a_window_that_no_prompt_reaches_past_is_no_reason() -> None:
     for module in base.modules():
         if hasattr(getattr(module, "config", None), "sliding_window"):
             module.config.sliding_window = 64
-    assert share(learned(base, perturbed(base))).n_tokens == len(PREFIX)
+    assert share(learned(base, perturbed(base)))[0] == len(PREFIX)
 
 
 def test_localize_needs_every_prompt_whole() -> None:
@@ -536,9 +539,9 @@ def test_localize_needs_every_prompt_whole() -> None:
     ids=["align", "stream"],
 )
 def test_other_runs_that_need_every_prompt_whole(changes: dict[str, Any], reason: str) -> None:
-    shared = share(replace(learned(llama(), perturbed(llama())), **changes))
-    assert shared.n_tokens == 0
-    assert reason in shared.notes[0]
+    n_tokens, notes = share(replace(learned(llama(), perturbed(llama())), **changes))
+    assert n_tokens == 0
+    assert reason in notes[0]
 
 
 def test_an_encoder_reads_the_prefix_with_what_follows() -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazarus.errors import PromptsError
-from lazarus.prompts import Prompt, PromptList, make_prompts, parse_prompts
+from lazarus.prompts import Prompt, make_prompts, parse_prompts
 
 
 def texts(*values: str, **options: Any) -> list[str]:
@@ -72,7 +72,7 @@ def test_several_values_are_one_list_in_their_order(tmp_path: Path) -> None:
 def test_a_quotation_mark_that_csv_would_lose_is_noted() -> None:
     found = parse_prompts(['"Hello" she said'])
     assert [prompt.text for prompt in found.prompts] == ["Hello she said"]
-    assert "--no-split keeps a prompt as it is" in found.notes[0]
+    assert "--no-split keeps a prompt as it is" in found.notes.texts[0]
 
 
 def test_structured_files_keep_texts_whole_and_carry_groups_and_chats(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_structured_file_of_any_spelling_is_its_rows(tmp_path: Path, name: str
     path.write_text(content, encoding="utf-8", newline="")
     found = parse_prompts([f"@{path}"])
     assert found.prompts == [Prompt("a, b", "g"), Prompt("c\nd")]
-    assert found.notes == []
+    assert found.notes.texts == []
 
 
 @pytest.mark.parametrize("key", ["prompts", "data", "rows"])
@@ -151,7 +151,7 @@ def test_the_one_list_of_a_json_object_is_its_rows_and_is_named(tmp_path: Path, 
     path.write_text(json.dumps({"version": 1, key: ["a", {"prompt": "b"}, {"messages": CHAT}]}, indent=1))
     found = parse_prompts([f"@{path}"])
     assert found.prompts == [Prompt("a"), Prompt("b"), Prompt("Hi, you", None, tuple(CHAT))]
-    assert found.notes == [f"{path}: the prompts are those in its field `{key}`; others were not read"]
+    assert found.notes.texts == [f"{path}: the prompts are those in its field `{key}`; others were not read"]
 
 
 def test_a_json_object_with_a_prompt_is_one_row(tmp_path: Path) -> None:
@@ -214,14 +214,15 @@ def test_json_that_is_read_as_lines_of_text_is_noted(
     found = parse_prompts([f"@{given}"])
     assert [prompt.text for prompt in found.prompts] == content.split("\n")[: len(found.prompts)]
     [note] = found.notes
-    assert note.startswith(f"{given} holds JSON and was read as lines of text")
+    assert note.code == "prompt-file"
+    assert note.text.startswith(f"{given} holds JSON and was read as lines of text")
 
 
 @pytest.mark.parametrize("content", ["[INST] Hi [/INST]\n{x}\n", '{"prompt": "a"}\nb\n', "{\n"])
 def test_lines_that_begin_with_a_bracket_are_not_noted(tmp_path: Path, content: str) -> None:
     path = tmp_path / "p.txt"
     path.write_text(content)
-    assert parse_prompts([f"@{path}"]).notes == []
+    assert parse_prompts([f"@{path}"]).notes.texts == []
 
 
 @pytest.mark.parametrize(
@@ -248,7 +249,8 @@ def test_cells_that_are_empty_are_not_there(tmp_path: Path) -> None:
     chat = json.dumps(CHAT).replace('"', '""')
     path.write_text(f'prompt,messages,tools\na,,\n,"{chat}",,\n', encoding="utf-8")
     found = parse_prompts([f"@{path}"])
-    assert found == PromptList([Prompt("a"), Prompt("Hi, you", None, tuple(CHAT))], [])
+    assert found.prompts == [Prompt("a"), Prompt("Hi, you", None, tuple(CHAT))]
+    assert found.notes.texts == []
 
 
 def test_rows_of_which_something_is_not_read_are_counted(tmp_path: Path) -> None:
@@ -268,8 +270,8 @@ def test_rows_of_which_something_is_not_read_are_counted(tmp_path: Path) -> None
         "rows that have `prompt` and `text`, of which `prompt` was read: 1",
         "rows that have `images`, which is not read: 1",
     ]
-    assert found.notes == [f"{path}: {note}" for note in notes]
-    assert make_prompts(rows).notes == [f"prompts: {note}" for note in notes]
+    assert found.notes.texts == [f"{path}: {note}" for note in notes]
+    assert make_prompts(rows).notes.texts == [f"prompts: {note}" for note in notes]
 
 
 # --- Chats with tools, from every kind of row
@@ -332,7 +334,7 @@ def test_what_parquet_fills_in_is_absent_and_noted(tmp_path: Path) -> None:
     found = parse_prompts([f"@{path}"])
     assert found.prompts == [WHOLE, *[Prompt("Hi, you", None, tuple(chat))] * 2]
     note = "rows with null within a message or a tool, which is what Parquet has for an absent key: 1"
-    assert found.notes == [f"{path}: {note}"]
+    assert found.notes.texts == [f"{path}: {note}"]
 
 
 def test_null_that_a_row_of_json_has_is_kept_and_noted() -> None:
@@ -341,7 +343,7 @@ def test_null_that_a_row_of_json_has_is_kept_and_noted() -> None:
     found = make_prompts(rows)
     assert found.prompts[0].messages == ({"role": "assistant", "tool_calls": calls},)
     note = "rows with null within a message, such as in a tool call, which the template is given"
-    assert found.notes == [f"prompts: {note}: 1"]
+    assert found.notes.texts == [f"prompts: {note}: 1"]
 
 
 def test_a_map_of_parquet_is_an_object(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import lazarus
 from factories import perturbed, tiny_llama, word_tokenizer
 from lazarus.activation import repeats
 from lazarus.activation.runplan import RunPlan
+from lazarus.notes import Notes
 from lazarus.prompts import make_prompts
 from lazarus.tokens import TokenOptions, tokenize_pair
 from reference import unbiased_cka
@@ -120,7 +121,7 @@ def test_it_is_noted_and_only_where_there_are_repeats(models: Any) -> None:
     n_repeats = len(TEXTS) - len(DISTINCT)
     told = f"{n_repeats} of {len(TEXTS)} prompts are repeats of others: each text ran once"
     assert told in compare(models, TEXTS).notes
-    assert not any("repeats" in note for note in compare(models, DISTINCT).notes)
+    assert "repeated-prompts" not in compare(models, DISTINCT).note_codes
 
 
 def test_texts_that_only_one_of_two_tokenizers_reads_alike_are_no_repeats() -> None:
@@ -137,7 +138,7 @@ def test_texts_that_only_one_of_two_tokenizers_reads_alike_are_no_repeats() -> N
 
 def _plan_of(base: Any, finetuned: Any, texts: list[str]) -> RunPlan:
     prompts = make_prompts(texts, no_split=True).prompts
-    ours, theirs, _ = tokenize_pair(prompts, base, finetuned, TokenOptions(align="text"))
+    ours, theirs = tokenize_pair(prompts, (base, finetuned), TokenOptions(align="text"), Notes())
     return RunPlan(ours, theirs, (0, 0), 512, "last", False, False, 0)
 
 

@@ -38,6 +38,7 @@ from lazarus.engine.replay import (
 from lazarus.errors import UnsupportedModelError
 from lazarus.models import Equality, dissect, wrap_model
 from lazarus.models.adapters import share_storage
+from lazarus.notes import Notes
 from lazarus.sites import StatePair
 from lazarus.tokens import TokenizedPrompt
 
@@ -182,7 +183,8 @@ def test_a_changed_first_block_leaves_nothing_to_share() -> None:
     with counted(finetuned) as theirs:
         states_of(pair, 10_000, localize=False)
     assert runs(theirs) == dict.fromkeys(range(4), len(batches_for(pair, 10_000)))
-    assert pair.notes(9) == []
+    pair.note_run(9, notes := Notes())
+    assert notes.texts == []
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert:masked", "gemma3n_text", "mamba"])

@@ -42,7 +42,7 @@ TEXTS = [
     for i in range(64)
 ]
 FEW = ["t5 t17 t80", "t9 t33", "t12 t77 t31 t8 t9", "t64"]
-FOUND_ANEW = ("created", "notes", "environment")
+FOUND_ANEW = ("created", "notes", "note_codes", "environment")
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_the_settings_name_the_folder(models: Any, tmp_path: Path) -> None:
 def test_what_is_there_is_not_run_again(models: Any, tmp_path: Path) -> None:
     first = compare(models, work_dir=str(tmp_path / "work"))
     files = shard_files(tmp_path / "work")
-    assert not any("already" in note for note in first.notes)
+    assert "shards-reused" not in first.note_codes
     files[1].unlink()
     times = {path: path.stat().st_mtime_ns for path in files if path.exists()}
     again = compare(models, work_dir=str(tmp_path / "work"))
@@ -232,7 +232,7 @@ def test_another_run_is_refused_with_what_differs(models: Any, tmp_path: Path, k
     with pytest.raises(UsageError) as refused:
         compare(models, work_dir=str(tmp_path / "work"), **changes)
     assert told in str(refused.value)
-    assert str(refused.value).endswith("Give another --work-dir, or delete this one.")
+    assert str(refused.value).endswith("Give another `work_dir`, or delete this one.")
     assert {path: path.read_bytes() for path in (tmp_path / "work").iterdir()} == before
 
 
@@ -280,14 +280,14 @@ def test_a_folder_that_cannot_be_is_refused_before_anything_is_loaded(tmp_path: 
 
 
 def test_an_empty_name_is_no_folder() -> None:
-    with pytest.raises(UsageError, match="--work-dir is empty"):
+    with pytest.raises(UsageError, match="`work_dir` is empty"):
         lazarus.activation_diff("no/such-model", "no/such-model", FEW, work_dir="")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"fingerprint": {}, "most_shards": "x"}'])
 def test_a_damaged_manifest_is_refused_before_anything_is_loaded(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(UsageError, match=r"manifest\.json cannot be read: .*Give another --work-dir"):
+    with pytest.raises(UsageError, match=r"manifest\.json cannot be read: .*Give another `work_dir`"):
         lazarus.activation_diff("no/such-model", "no/such-model", FEW, work_dir=str(tmp_path))
 
 

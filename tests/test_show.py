@@ -92,9 +92,9 @@ def test_gates_are_those_that_are_given_now(folder: Path, diff: lazarus.Activati
     assert failed.exit_code == 3
     assert f"--fail-above {worst * 0.99:g}" in failed.stderr
     assert run("show", path, "--expect", "identical").exit_code == 3
-    with pytest.raises(GateNotMetError, match="--expect identical"):
+    with pytest.raises(GateNotMetError, match=r"`expect=.identical.`"):
         diff.check_gates(expect="identical")
-    with pytest.raises(UsageError, match="--fail-above 3"):
+    with pytest.raises(UsageError, match="`fail_above=3`"):
         diff.check_gates(fail_above=3)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
-from factories import TEMPLATE, notes_on_models, perturbed, save_model, tiny_llama, tiny_tokenizer
+from factories import TEMPLATE, notes_of, notes_on_models, perturbed, save_model, tiny_llama, tiny_tokenizer
 from layouts import compare
 from lazarus import ActivationDiff, activation_diff
 from lazarus import compare as lens
@@ -23,6 +23,7 @@ from lazarus.errors import (
     UsageError,
 )
 from lazarus.models import ChatTemplate, render_chats
+from lazarus.notes import Notes
 from lazarus.prompts import make_prompts
 from lazarus.tokens import TokenOptions, tokenize_pair
 
@@ -179,10 +180,11 @@ def test_an_answer_that_is_there_is_not_asked_for_again(base_folder: Path, finet
 
 def test_a_rendered_prompt_has_exactly_its_own_ids() -> None:
     tokenizer = tiny_tokenizer()
-    [plain], _, _ = tokenize_pair(make_prompts(["Hello"]).prompts, tokenizer, tokenizer, TokenOptions())
+    one = make_prompts(["Hello"]).prompts
+    [plain], _ = tokenize_pair(one, (tokenizer, tokenizer), TokenOptions(), Notes())
     chats = make_prompts(CHATS).prompts
     texts, _ = render_chats(chats, ChatTemplate(tokenizer, "base", TEMPLATE))
-    rendered, _, _ = tokenize_pair(chats, tokenizer, tiny_tokenizer(), TokenOptions(), texts)
+    rendered, _ = tokenize_pair(chats, (tokenizer, tiny_tokenizer()), TokenOptions(), Notes(), texts)
     assert plain.ids[0] == 0, "without a template the tokenizer puts a BOS in front"
     for prompt in rendered:
         assert prompt.ids.count(0) == 1
@@ -210,7 +212,7 @@ def test_a_prompt_may_be_as_long_as_the_context(make: Any, context: int, tmp_pat
     folder = save_model(tmp_path / "model", make().eval(), tiny_tokenizer())
     full, over = marks(context), marks(context + 1)
     diff = activation_diff(folder, folder, [full])
-    outside = [note for note in notes_on_models(diff) if note.startswith("not compared")]
+    outside = notes_of(diff, "not-compared")
     assert (diff.prompts[0].n_tokens, notes_on_models(diff)) == (context, outside)
     assert [layer.divergence for layer in diff.layers] == [0.0] * len(diff.layers)
 
@@ -231,7 +233,8 @@ def test_the_end_is_cut_whatever_side_the_tokenizer_would_cut() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.truncation_side = "left"
     options = TokenOptions(contexts=(6, 6), truncate=True)
-    [cut], _, _ = tokenize_pair(make_prompts(["Hello, how are you"]).prompts, tokenizer, tokenizer, options)
+    prompts = make_prompts(["Hello, how are you"]).prompts
+    [cut], _ = tokenize_pair(prompts, (tokenizer, tokenizer), options, Notes())
     assert list(cut.ids) == tokenizer("Hello, how are you")["input_ids"][:6]
     assert tokenizer.truncation_side == "left"
 
@@ -241,9 +244,9 @@ def test_a_context_without_a_limit_is_not_told_of(contexts: tuple[int | None, in
     prompts = make_prompts(["Hello, how are you?"]).prompts
     pair = (tiny_tokenizer(), tiny_tokenizer(280))
     options = TokenOptions(contexts=contexts, truncate=True, align="text")
-    ours, theirs, notes = tokenize_pair(prompts, *pair, options)
+    ours, theirs = tokenize_pair(prompts, pair, options, notes := Notes())
     assert len((ours, theirs)[contexts[0] is None][0].ids) == 6
-    assert notes == ["prompts cut to the context of 6 tokens: 0 (1 of 1)"]
+    assert notes.texts == ["prompts cut to the context of 6 tokens: 0 (1 of 1)"]
 
 
 def test_a_beginning_of_no_token_is_no_prompt() -> None:
@@ -256,7 +259,7 @@ def test_a_beginning_of_no_token_is_no_prompt() -> None:
     with pytest.raises(
         PromptTooLongError, match="no beginning that fits the models' contexts of 2 and 1 tokens"
     ):
-        tokenize_pair(prompts, *pair, options)
+        tokenize_pair(prompts, pair, options, Notes())
 
 
 def test_special_tokens_that_a_template_does_not_write_are_not_told_of() -> None:
@@ -266,8 +269,9 @@ def test_special_tokens_that_a_template_does_not_write_are_not_told_of() -> None
     for template, n_notes in (("{{ messages[0]['content'] }}", 0), ("{{ bos_token }}a", 1)):
         texts, _ = render_chats(prompts, ChatTemplate(tiny_tokenizer(), "base", template))
         options = TokenOptions(align="text")
-        _, _, notes = tokenize_pair(prompts, tiny_tokenizer(), theirs, options, texts)
-        assert sum("begin and end a text with other tokens ('<s>'" in note for note in notes) == n_notes
+        tokenize_pair(prompts, (tiny_tokenizer(), theirs), options, notes := Notes(), texts)
+        told = [note.text for note in notes if note.code == "special-tokens"]
+        assert sum("begin and end a text with other tokens ('<s>'" in text for text in told) == n_notes
 
 
 def test_the_shorter_context_of_the_two_counts(tmp_path: Path, base_folder: Path) -> None:

@@ -30,6 +30,7 @@ from layouts import edit_json, save_adapter, scattered
 from lazarus import WeightDiff, weight_diff
 from lazarus.errors import AdapterError, UnsupportedModelError
 from lazarus.models import Source
+from lazarus.notes import Notes
 from lazarus.options import WeightOptions
 from lazarus.weights.adapters import put_adapter
 from lazarus.weights.checkpoints import read_checkpoint
@@ -312,12 +313,12 @@ def test_an_adapter_on_a_model_with_an_adapter_is_what_both_merge_one_after_the_
         LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[45, 70]),
     ]
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
-    checkpoint = read_checkpoint(Source(str(base), "folder", str(base)), WeightOptions())
+    checkpoint = read_checkpoint(Source(str(base), "folder", str(base)), WeightOptions(), Notes())
     for i, config in enumerate(configs):
         folder = tmp_path / str(i)
         save_adapter(folder, base, config, seed=i)
         model = PeftModel.from_pretrained(model, folder).double().merge_and_unload()
-        checkpoint, _ = put_adapter(checkpoint, Source(str(folder), "folder", str(folder)))
+        checkpoint, _ = put_adapter(checkpoint, Source(str(folder), "folder", str(folder)), Notes())
     after = model.state_dict()
     for entry in checkpoint.entries.values():
         found = entry.view.read(0, entry.view.matrix[0]).double().reshape(entry.view.shape)

@@ -23,6 +23,7 @@ from lazarus import WeightDiff, weight_diff
 from lazarus.errors import GateNotMetError
 from lazarus.models import Source
 from lazarus.models.adapters import put_on, share_storage
+from lazarus.notes import Notes
 
 Table = NDArray[np.float64]
 NAMES = {"embed": "model.embed_tokens.weight", "lm_head": "lm_head.weight"}
@@ -142,7 +143,7 @@ def test_a_table_that_comes_with_the_adapter_leaves_the_base_as_it_is(
     model = tiny_llama(seed=9, tie_word_embeddings=True)
     before = model.lm_head.weight.detach().clone()
     folder = str(tmp_path / "adapter")
-    put_on(share_storage(model), Source(folder, "folder", folder))
+    put_on(share_storage(model), Source(folder, "folder", folder), Notes())
     assert torch.equal(model.lm_head.weight, before)
 
 

@@ -205,7 +205,7 @@ def test_rounding_claims_no_more_than_was_compared() -> None:
     record = rounded(base=base)
     assert text.verdict(record).startswith("rounding in what was compared: 1 of 2 tensors differs")
     assert "score head" in text.verdict(record)
-    with pytest.raises(GateNotMetError, match="--only-compared"):
+    with pytest.raises(GateNotMetError, match="`only_compared=True`"):
         WeightDiff(record).check_gates(expect="identical")
     WeightDiff(record).check_gates(expect="identical", only_compared=True)
 

@@ -131,7 +131,8 @@ def test_a_model_that_does_not_run_whole_is_noted() -> None:
 
     model.register_forward_pre_hook(images_too)
     [note] = wrap_model(model, "model").notes
-    assert "pixel_values are missing" in note
+    assert note.code == "hooked-model"
+    assert "pixel_values are missing" in note.text
 
 
 def test_nothing_runs_where_nothing_is_hooked() -> None:

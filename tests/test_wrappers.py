@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from factories import notes_on_models, perturbed, save_model, tiny_llama, tiny_tokenizer
+from factories import notes_of, notes_on_models, perturbed, save_model, tiny_llama, tiny_tokenizer
 from layouts import METADATA, WEIGHTS, compare, edit_weights
 from lazarus import weight_diff
 from lazarus.errors import WeightsError
@@ -116,7 +116,7 @@ def test_names_that_would_collide_are_not_guessed(tmp_path: Path, base_folder: P
     both = renamed(tmp_path / "both", base_folder, prefixed("ema."), **tensors)
     diff = compare(base_folder, both)
     assert diff.summary.weights_identical is not True
-    [note] = [note for note in diff.notes if "have no place" in note]
+    [note] = notes_of(diff, "unplaced-tensors")
     assert "first ema." in note
 
 

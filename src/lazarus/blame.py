@@ -71,7 +71,7 @@ class MemoryFaults:
     """
 
     helps: Sequence[str]
-    """what needs less memory, such as `--memory stream`; the most helpful first"""
+    """what needs less memory, such as `memory="stream"`; the most helpful first"""
 
     def __enter__(self) -> None: ...
 

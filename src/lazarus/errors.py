@@ -10,30 +10,40 @@
     │   ├── ModelNotFoundError       no such folder, file or Hub id; gated; offline
     │   ├── WeightsError             missing, truncated, pickled or unreadable weights
     │   ├── AdapterError             an adapter that does not fit its model
-    │   ├── BlocksNotFoundError      the blocks cannot be found without `--layers-path`
+    │   ├── BlocksNotFoundError      the blocks cannot be found without `layers_path`
     │   └── UnsupportedModelError    an architecture, quantisation or custom code that is refused
     ├── PairError                    the two models cannot be compared with each other
     │   ├── TokenizerMismatchError   different token ids for the same prompt
     │   └── ShapeMismatchError       different depth or width
     ├── PromptDataError              a prompt that these models cannot take
     │   ├── PromptTooLongError       longer than the context
-    │   ├── PositionError            without the token that `--position` asks for
+    │   ├── PositionError            without the token that `position` asks for
     │   └── ChatTemplateError        a chat template that is absent or fails
     ├── NoDataError                  not one finite pair of states
     ├── DeviceError                  a device that is absent, or out of memory
     ├── SaveError                    the disk gave out on the way
     └── GateNotMetError              exit code 3: the results are saved, a gate says no
 
-Each message says what was wrong, where, with which values, and what to do about it.
+Each message says what was wrong, where, with which values, and what to do about it. It names options as
+Python does, `dtype="float32"`; the command line, which reads `marked`, names them as they are typed.
 """
 
 from __future__ import annotations
+
+from lazarus.messages import in_python
 
 
 class LazarusError(Exception):
     """The root: whatever stops a run. `exit_code` is what the command line returns for it."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "", *, option: str | None = None) -> None:
+        super().__init__(in_python(message))
+        self.option = option
+        """the Python name of the option that it is about; None where it is about none"""
+        self.marked = message
+        """the message with its options marked, for whoever spells them in another way"""
 
 
 class UsageError(LazarusError):
@@ -123,6 +133,6 @@ class SaveError(LazarusError):
 
 
 class GateNotMetError(LazarusError):
-    """A gate (`--fail-above`) was not met. The results were saved first."""
+    """A gate (`fail_above`, `expect`) was not met. The results were saved first."""
 
     exit_code = 3

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from lazarus.errors import DeviceError, ModelError, UsageError
+from lazarus.messages import option
 from lazarus.models import (
     LoadedModel,
     LoadOptions,
@@ -24,6 +24,7 @@ from lazarus.models import (
     parse_model,
     wrap_model,
 )
+from lazarus.notes import Notes
 from lazarus.options import Options
 from lazarus.ranks import Rank
 
@@ -36,44 +37,41 @@ ROOM_FOR_THE_REST = 1.1
 ROOM_AT_LEAST = 2**30
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """Both models, and what was decided on the way."""
-
-    models: tuple[LoadedModel, LoadedModel]
-    notes: Sequence[str] = ()
-
-
 def load_models(
-    base: Model, finetuned: Model, chosen: Options, device: torch.device, announce: Announce
-) -> Loaded:
+    models: tuple[Model, Model], chosen: Options, device: torch.device, announce: Announce, notes: Notes
+) -> tuple[LoadedModel, LoadedModel]:
     """Load both models; two that are named are loaded as a pair, so that common weights are held once.
+
+    What a reader must know of them is noted.
 
     Raises:
         UsageError: models in memory are to be read from disk.
         ModelError: one of them cannot be loaded; the subclass and the message say why.
     """
     options = _load_options(chosen, device)
-    named = [parse_model(str(m)) if isinstance(m, str | Path) else m for m in (base, finetuned)]
+    named = [parse_model(str(m)) if isinstance(m, str | Path) else m for m in models]
     match named:
         case [ModelReference() as first, ModelReference() as second]:
-            if chosen.memory == "resident":
-                return Loaded(load_pair(first, second, options, announce))
-            why = None if chosen.memory == "stream" else _why_stream((first, second), options)
-            if chosen.memory == "stream" or why is not None:
-                return Loaded(load_paged(first, second, options, announce), [why] if why else [])
-            return Loaded(load_pair(first, second, options, announce))
+            streams = chosen.memory == "stream"
+            if chosen.memory == "auto":
+                streams = _must_stream((first, second), options, notes)
+            load = load_paged if streams else load_pair
+            loaded = load(first, second, options, announce)
         case _ if chosen.memory == "stream":
             raise UsageError(
-                "--memory stream reads models from disk, block by block, and one of these is in memory "
-                "already. Name both by their folders, or use --memory resident."
+                f"{option('memory', 'stream')} reads models from disk, block by block, and one of these is "
+                f"in memory already. Name both by their folders, or use {option('memory', 'resident')}.",
+                option="memory",
             )
         case _:
             roles: tuple[Role, Role] = ("base", "finetuned")
             one, other = (
                 _load_or_wrap(m, role, options, announce) for m, role in zip(named, roles, strict=True)
             )
-            return Loaded((one, other))
+            loaded = one, other
+    for model in loaded:
+        notes.extend(model.notes)
+    return loaded
 
 
 def pick_device(name: str, rank: Rank) -> torch.device:
@@ -92,32 +90,36 @@ def pick_device(name: str, rank: Rank) -> torch.device:
     absent = device.type == "mps" and not has_mps
     if absent or (device.type == "cuda" and (device.index or 0) >= n_cuda):
         raise DeviceError(
-            f"--device {name}: there is no such device here ({n_cuda} CUDA devices). Use --device cpu."
+            f"{option('device', name)}: there is no such device here ({n_cuda} CUDA devices). Use "
+            f"{option('device', 'cpu')}.",
+            option="device",
         )
     return device
 
 
 def less_memory(dtype: str, device: torch.device, *, can_stream: bool) -> list[str]:
     """Return what makes two models take less memory, as advice; `dtype` is the option's value."""
-    found = ["--memory stream"] if can_stream else []
+    found = [option("memory", "stream")] if can_stream else []
     if dtype == "float32" or (dtype == "auto" and device.type == "cpu"):
-        found.append("--dtype bfloat16")
-    return found if device.type == "cpu" else [*found, "--device cpu"]
+        found.append(option("dtype", "bfloat16"))
+    return found if device.type == "cpu" else [*found, option("device", "cpu")]
 
 
-def _why_stream(pair: tuple[ModelReference, ModelReference], options: LoadOptions) -> str | None:
-    """Return a note on why a pair is read block by block; None where both fit, or cannot be read so."""
+def _must_stream(pair: tuple[ModelReference, ModelReference], options: LoadOptions, notes: Notes) -> bool:
+    """Return whether a pair is read block by block, and note why: both models do not fit, and can be."""
     free = free_bytes(options.device)
     try:
         footprint = None if fits_surely(*pair, options, free // 2) else estimate(*pair, options)
     except ModelError:
-        return None  # loading says it, in its place
+        return False  # loading says it, in its place
     if footprint is None or footprint.resident * ROOM_FOR_THE_REST + ROOM_AT_LEAST <= free:
-        return None
-    return (
+        return False
+    notes.add(
+        "streamed",
         f"both models take {footprint.resident / 1e9:.1f} GB and {free / 1e9:.1f} GB are free, so a block of "
-        "each at a time was read from disk (--memory stream)"
+        "each at a time was read from disk (--memory stream)",
     )
+    return True
 
 
 def _load_or_wrap(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from lazarus.errors import PairError, PromptDataError
 from lazarus.models import ChatTemplate, LoadedModel, load_tokenizer, render_chats
+from lazarus.notes import Notes
 from lazarus.options import Options
 from lazarus.prompts import Prompt
 from lazarus.tokens import TokenizedPrompt, TokenOptions, listed, tokenize_pair
@@ -15,6 +16,17 @@ from lazarus.tokens import TokenizedPrompt, TokenOptions, listed, tokenize_pair
 Models = tuple[LoadedModel, LoadedModel]
 
 SAMPLE_PROMPTS = 16
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The prompts as the caller gave them, and what turns them into tokens."""
+
+    prompts: Sequence[Prompt]
+    tokenizer: Any | None = None
+    """stands in for both models' own"""
+    template: str | None = None
+    """the text of a chat template from a file"""
 
 
 @dataclass(frozen=True)
@@ -26,7 +38,6 @@ class Reading:
     finetuned: Sequence[TokenizedPrompt]
     tokenizers: tuple[Any, Any]
     align: Literal["ids", "text"]
-    notes: Sequence[str]
 
     @property
     def pad_ids(self) -> tuple[int, int]:
@@ -46,87 +57,90 @@ class Reading:
         )
         return base, finetuned
 
-    def apart(self) -> list[str]:
-        """A note where each model read the texts with its own tokenizer."""
+    def note_apart(self, notes: Notes) -> None:
+        """Note where each model read the texts with its own tokenizer."""
         if self.align == "ids":
-            return []
+            return
         differing = sum(b.ids != f.ids for b, f in zip(self.base, self.finetuned, strict=True))
-        return [
+        notes.add(
+            "own-tokenizers",
             f"each model read the texts with its own tokenizer: {differing} of {len(self.base)} prompts have "
-            "other ids; next-token distributions over two vocabularies are not compared"
-        ]
+            "other ids; next-token distributions over two vocabularies are not compared",
+        )
 
 
-def read_prompts(
-    models: Models, given: Any | None, prompts: Sequence[Prompt], template: str | None, options: Options
-) -> Reading:
-    """Tokenise the prompts for both models; `given` is a tokenizer that stands in for both models' own.
+def read_prompts(models: Models, asked: Asked, options: Options, notes: Notes) -> Reading:
+    """Tokenise the prompts for both models.
 
     Raises:
         PairError: neither model brings a tokenizer, or the two give different ids.
         ChatTemplateError: there is no such template, or it fails on a prompt.
         PromptDataError: a prompt is empty, too long, or has ids that a model has no embedding for.
     """
-    tokenizers, notes = _tokenizers(models, given, options)
+    prompts, given = asked.prompts, asked.tokenizer
+    tokenizers = (given, given) if given is not None else _tokenizers(models, options, notes)
     # Special tokens that a template from a file writes are those of base.
     side = 1 if options.chat_template == "finetuned" else 0
     owner = models[side].name if given is None else "the given tokenizer"
     has_template = options.chat_template != "none"
-    chat_template = ChatTemplate(tokenizers[side], owner, template) if has_template else None
-    rendered, chat_notes = _rendered(prompts, chat_template)
-    chat_notes += _other_template(tokenizers, options)
+    chat_template = ChatTemplate(tokenizers[side], owner, asked.template) if has_template else None
+    rendered = _rendered(prompts, chat_template, notes)
+    _note_other_template(tokenizers, options, notes)
     align: Literal["ids", "text"] = "text" if options.align == "text" else "ids"
     contexts = (models[0].anatomy.context, models[1].anatomy.context)
     token_options = TokenOptions(contexts, options.truncate, align)
-    base, finetuned, token_notes = tokenize_pair(prompts, *tokenizers, token_options, rendered)
+    base, finetuned = tokenize_pair(prompts, tokenizers, token_options, notes, rendered)
     for model, tokenized in zip(models, (base, finetuned), strict=True):
         _check_vocabulary(model, tokenized)
-    return Reading(prompts, base, finetuned, tokenizers, align, [*notes, *chat_notes, *token_notes])
+    return Reading(prompts, base, finetuned, tokenizers, align)
 
 
-def _tokenizers(models: Models, given: Any | None, options: Options) -> tuple[tuple[Any, Any], list[str]]:
-    """Each model's tokenizer; one that brings none is read with the other's."""
-    if given is not None:
-        return (given, given), []
+def _tokenizers(models: Models, options: Options, notes: Notes) -> tuple[Any, Any]:
+    """Return each model's tokenizer; one that brings none is read with the other's."""
     base, finetuned = (load_tokenizer(model, trust_remote_code=options.trust_remote_code) for model in models)
     if base is None and finetuned is None:
         raise PairError(
             f"neither {models[0].name} nor {models[1].name} brings a tokenizer. Put the tokenizer's "
             "files beside the weights or, from Python, give a tokenizer."
         )
-    notes = [
-        f"{model.name} brings no tokenizer; the other model's was used for both"
-        for lacking, model in zip((base, finetuned), models, strict=True)
-        if lacking is None
-    ]
-    return (finetuned if base is None else base, base if finetuned is None else finetuned), notes
+    for own, model in zip((base, finetuned), models, strict=True):
+        if own is None:
+            told = f"{model.name} brings no tokenizer; the other model's was used for both"
+            notes.add("missing-tokenizer", told, model=model.name)
+    return finetuned if base is None else base, base if finetuned is None else finetuned
 
 
-def _rendered(prompts: Sequence[Prompt], template: ChatTemplate | None) -> tuple[list[str] | None, list[str]]:
-    """Return what a chat template makes of the prompts, None without one, and notes on what is left out."""
-    if template is not None:
-        rendered, remarks = render_chats(prompts, template)
-    else:
-        names = ", ".join(sorted({f"`{name}`" for prompt in prompts for name in prompt.for_template}))
+def _rendered(prompts: Sequence[Prompt], template: ChatTemplate | None, notes: Notes) -> list[str] | None:
+    """Return what a chat template makes of the prompts, None without one; what is left out is noted."""
+    if template is None:
         without = [index for index, prompt in enumerate(prompts) if prompt.for_template]
-        rendered, remarks = None, {f"without --chat-template the rows' {names} are left out": without}
-    notes = [
-        f"{remark}: prompts {listed(indices)} ({len(indices)} of {len(prompts)})"
-        for remark, indices in remarks.items()
-        if indices
-    ]
-    return rendered, notes
+        if without:
+            names = ", ".join(sorted({f"`{name}`" for prompt in prompts for name in prompt.for_template}))
+            which = f"prompts {listed(without)} ({len(without)} of {len(prompts)})"
+            notes.add(
+                "chat-template",
+                f"without --chat-template the rows' {names} are left out: {which}",
+                prompts=without,
+            )
+        return None
+    rendered, remarks = render_chats(prompts, template)
+    for remark, indices in remarks.items():
+        if indices:
+            told = f"{remark}: prompts {listed(indices)} ({len(indices)} of {len(prompts)})"
+            notes.add("chat-template", told, prompts=indices)
+    return rendered
 
 
-def _other_template(tokenizers: tuple[Any, Any], options: Options) -> list[str]:
-    """A note where both models bring a chat template, and not the same."""
+def _note_other_template(tokenizers: tuple[Any, Any], options: Options, notes: Notes) -> None:
+    """Note where both models bring a chat template, and not the same."""
     ours, theirs = (getattr(tokenizer, "chat_template", None) for tokenizer in tokenizers)
     if options.chat_template not in ("base", "finetuned") or not ours or not theirs or ours == theirs:
-        return []
-    return [
+        return
+    notes.add(
+        "chat-templates-differ",
         f"the two models bring different chat templates: both read the prompts in that of "
-        f"{'base' if options.chat_template == 'base' else 'fine-tuned'}"
-    ]
+        f"{'base' if options.chat_template == 'base' else 'fine-tuned'}",
+    )
 
 
 def _check_vocabulary(model: LoadedModel, tokenized: Sequence[TokenizedPrompt]) -> None:

@@ -13,11 +13,9 @@ from types import TracebackType
 from typing import Any, Literal
 
 from lazarus._transformers import byte_alphabet
-from lazarus.errors import (
-    PromptDataError,
-    PromptTooLongError,
-    TokenizerMismatchError,
-)
+from lazarus.errors import PromptDataError, PromptTooLongError, TokenizerMismatchError
+from lazarus.messages import option
+from lazarus.notes import Notes
 from lazarus.prompts import Prompt
 
 PORTION = 512
@@ -44,12 +42,12 @@ class TokenizedPrompt:
 
 def tokenize_pair(
     prompts: Sequence[Prompt],
-    base: Any,
-    finetuned: Any,
+    tokenizers: tuple[Any, Any],
     options: TokenOptions,
+    notes: Notes,
     rendered: list[str] | None = None,
-) -> tuple[list[TokenizedPrompt], list[TokenizedPrompt], list[str]]:
-    """Each prompt's ids for base and for the fine-tuned model, and notes on what was assumed.
+) -> tuple[list[TokenizedPrompt], list[TokenizedPrompt]]:
+    """Return each prompt's ids for base and for the fine-tuned model; what was assumed is noted.
 
     They are the same list, unless `align` is `text`: then each tokenizer reads the text its own way.
     `rendered` is what a chat template made of the prompts, special tokens and all.
@@ -59,23 +57,20 @@ def tokenize_pair(
         PromptTooLongError: a prompt is longer than the context, and `truncate` is off.
         PromptDataError: a prompt has no token.
     """
-    tokenizers = (base, finetuned)
+    base, finetuned = tokenizers
     texts = _Texts(prompts, rendered)
     ours: list[array[int]] = list(_encode(base, texts))
-    notes: list[str] = []
     if options.align == "text" and finetuned is not base:
         theirs: list[array[int]] = list(_encode(finetuned, texts))
-        notes = [
-            *_other_special_tokens(tokenizers, rendered),
-            *_fit(texts, tokenizers, (ours, theirs), options),
-        ]
-        return texts.with_ids(ours), texts.with_ids(theirs), notes
+        _note_other_special_tokens(tokenizers, rendered, notes)
+        _fit(texts, tokenizers, (ours, theirs), options, notes)
+        return texts.with_ids(ours), texts.with_ids(theirs)
     if finetuned is not base:
         _check_same(prompts, ours, _encode(finetuned, texts), base, finetuned)
-        notes = _compare_vocabularies(base, finetuned)
-    notes += _fit(texts, tokenizers, (ours, ours), options)
+        _compare_vocabularies(base, finetuned, notes)
+    _fit(texts, tokenizers, (ours, ours), options, notes)
     tokenized = texts.with_ids(ours)
-    return tokenized, tokenized, notes
+    return tokenized, tokenized
 
 
 @dataclass(frozen=True)
@@ -117,7 +112,8 @@ def _fit(
     tokenizers: tuple[Any, Any],
     readings: tuple[list[array[int]], list[array[int]]],
     options: TokenOptions,
-) -> list[str]:
+    notes: Notes,
+) -> None:
     """Cut what is too long, in place, where that is allowed, and note it; no prompt may be empty.
 
     Both models read the same: the same first tokens or, where their tokens differ, the same first characters.
@@ -136,7 +132,8 @@ def _fit(
         if not options.truncate:
             raise PromptTooLongError(
                 f"{_named(index, prompt)} has {lengths[over[0]]} tokens; the models' context is "
-                f"{limits[over[0]]}. Shorten it, or cut it there with --truncate."
+                f"{limits[over[0]]}. Shorten it, or cut it there with {option('truncate', True)}.",
+                option="truncate",
             )
         if readings[0][index] == readings[1][index]:
             readings[0][index] = readings[1][index] = next(_encode(tokenizers[0], texts, [index], context))
@@ -144,11 +141,12 @@ def _fit(
             _cut_apart(texts, tokenizers, readings, limits, index)
         cut.append(index)
     if not cut:
-        return []
-    which = f"{listed(cut)} ({len(cut)} of {len(texts)})"
-    if limits[0] == limits[1] or None in limits:
-        return [f"prompts cut to the context of {context} tokens: {which}"]
-    return [f"prompts cut to what fits both contexts, of {limits[0]} and {limits[1]} tokens: {which}"]
+        return
+    one_limit = limits[0] == limits[1] or None in limits
+    fits = f"what fits both contexts, of {limits[0]} and {limits[1]} tokens"
+    where = f"the context of {context} tokens" if one_limit else fits
+    told = f"prompts cut to {where}: {listed(cut)} ({len(cut)} of {len(texts)})"
+    notes.add("cut-prompts", told, prompts=cut)
 
 
 def _cut_apart(
@@ -230,17 +228,20 @@ class _Reading:
             ) from error
 
 
-def _other_special_tokens(tokenizers: tuple[Any, Any], rendered: Sequence[str] | None) -> list[str]:
-    """A note where a template wrote special tokens that the other model calls otherwise."""
+def _note_other_special_tokens(
+    tokenizers: tuple[Any, Any], rendered: Sequence[str] | None, notes: Notes
+) -> None:
+    """Note where a template wrote special tokens that the other model calls otherwise."""
     names = [(t.bos_token, t.eos_token) for t in tokenizers]
     own = {name for pair in zip(*names, strict=True) if pair[0] != pair[1] for name in pair if name}
     if not any(name in text for text in rendered or () for name in own):
-        return []
+        return
     ours, theirs = (" and ".join(repr(name) for name in side) for side in names)
-    return [
+    notes.add(
+        "special-tokens",
         f"the two tokenizers begin and end a text with other tokens ({ours}; {theirs}), and both models read "
-        "those that the chat template wrote"
-    ]
+        "those that the chat template wrote",
+    )
 
 
 def _check_same(
@@ -261,7 +262,8 @@ def _check_same(
             f"base has {_token(base, left)}, fine-tuned has {_token(finetuned, right)}. States can be "
             "compared token by token only on the same ids: use the same tokenizer files in both "
             "folders if the vocabulary is the same, leave out the prompts that differ, or compare where "
-            "the texts end with --align text."
+            f"the texts end with {option('align', 'text')}.",
+            option="align",
         )
 
 
@@ -271,15 +273,16 @@ def _token(tokenizer: Any, token_id: int | None) -> str:
     return f"{token_id} ({tokenizer.convert_ids_to_tokens(token_id)!r})"
 
 
-def _compare_vocabularies(base: Any, finetuned: Any) -> list[str]:
+def _compare_vocabularies(base: Any, finetuned: Any, notes: Notes) -> None:
     ours, theirs = base.get_vocab(), finetuned.get_vocab()
     if ours == theirs:
-        return []
+        return
     differing = sum(ours.get(token) != theirs.get(token) for token in ours.keys() | theirs.keys())
-    return [
+    notes.add(
+        "tokenizers-differ",
         f"entries in which the tokenizers' vocabularies differ: {differing}; they give the same ids for "
-        "these prompts"
-    ]
+        "these prompts",
+    )
 
 
 def listed(numbers: Sequence[object], most: int = 10) -> str:

@@ -7,14 +7,16 @@ from dataclasses import replace
 import numpy as np
 
 from lazarus.activation.accumulation import Accumulation
-from lazarus.engine import ModelPair, broken_weights, find_break, told_of_weights
+from lazarus.engine import ModelPair, broken_weights, find_break, note_of_weights
 from lazarus.facts import Site
+from lazarus.messages import option
+from lazarus.notes import Notes
 from lazarus.reading import Reading
 from lazarus.results import BROKEN, NotCompared
 
 
-def break_notes(pair: ModelPair, seen: Accumulation, reading: Reading) -> list[str]:
-    """Return a sentence on each model that gave states or logits that are not finite.
+def note_breaks(pair: ModelPair, seen: Accumulation, reading: Reading, notes: Notes) -> None:
+    """Note each model that gave states or logits that are not finite, and why.
 
     The first prompt that shows it runs again through that model, alone.
     """
@@ -25,7 +27,6 @@ def break_notes(pair: ModelPair, seen: Accumulation, reading: Reading) -> list[s
         (replace(pair.base, name=names[0]), pair.base_conventions, reading.base),
         (replace(pair.finetuned, name=names[1]), pair.finetuned_conventions, reading.finetuned),
     )
-    notes = []
     for side, (model, conventions, prompts) in enumerate(models):
         first = next((site for site, found in counts.items() if found[side].any()), None)
         if first is None:
@@ -33,33 +34,34 @@ def break_notes(pair: ModelPair, seen: Accumulation, reading: Reading) -> list[s
         prompt = int(np.flatnonzero(counts[first][side])[0])
         found = find_break(model, prompts[prompt].ids, conventions.axes[1], conventions.head_reads)
         if found is not None:
-            notes.append(found.told(model, f"prompt {prompt}"))
+            notes.extend([found.note(model, f"prompt {prompt}")])
             continue
         if broken_weights(model):
             continue  # which is told already
         what = "logits are" if first == "logits" else f"states are, from {_place(first)} on,"
-        notes.append(
+        notes.add(
+            "not-finite",
             f"{model.name}: its {what} not finite in a batch, and are where prompt {prompt} runs alone: try "
-            "another --batch-tokens, or --dtype float32"
+            f"another {option('batch_tokens')}, or {option('dtype', 'float32')}",
+            model=model.name,
+            prompts=[prompt],
         )
-    return notes
 
 
 def broken_parts(
-    pair: ModelPair, names: tuple[str, str]
-) -> tuple[tuple[list[NotCompared], list[NotCompared]], list[str]]:
-    """Return the weights that hold NaN or infinity, as what was not compared of each model, and notes.
+    pair: ModelPair, names: tuple[str, str], notes: Notes
+) -> tuple[list[NotCompared], list[NotCompared]]:
+    """Return the weights that hold NaN or infinity, as what was not compared of each model, and note them.
 
     Some kernels leave NaN out, and others do not: numbers that come of such weights are no measure.
     """
     parts: tuple[list[NotCompared], list[NotCompared]] = ([], [])
-    notes = []
     for side, name, model in zip(parts, names, (pair.base, pair.finetuned), strict=True):
         if broken := broken_weights(model):
             what = f"{BROKEN} ({broken[0]})" if len(broken) == 1 else f"{BROKEN} ({broken[0]} and others)"
             side.append(NotCompared(what=what, n_tensors=len(broken), differs=None))
-            notes.append(told_of_weights(replace(model, name=name), broken))
-    return parts, notes
+            notes.extend([note_of_weights(replace(model, name=name), broken)])
+    return parts
 
 
 def _place(site: Site) -> str:

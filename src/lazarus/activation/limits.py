@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from lazarus.activation.findings import Findings
 from lazarus.metrics import MOST_KEPT
+from lazarus.notes import Notes
 from lazarus.results import LayerRecord
 from lazarus.statistics import MIN_PROMPTS
 from lazarus.tokens import listed
@@ -15,106 +16,112 @@ LITTLE_LOST = 0.05
 """A share of an adapter's update that may be lost in the rounding of a merge without a note."""
 
 
-def limits(found: Findings, layers: Sequence[LayerRecord]) -> list[str]:
-    """Notes on what could not be measured, and on numbers that say less than they seem to."""
-    return [
-        *_few_prompts(found),
-        *_baseline(found, layers),
-        *_shares(layers),
-        *_noise(found),
-        *_rounding(found),
-        *_output(found),
-        *_outputs_left_out(found),
-        *_cka(found),
-    ]
+def note_limits(found: Findings, layers: Sequence[LayerRecord], notes: Notes) -> None:
+    """Note what could not be measured, and numbers that say less than they seem to."""
+    _few_prompts(found, notes)
+    _baseline(found, layers, notes)
+    _shares(layers, notes)
+    _noise(found, notes)
+    _rounding(found, notes)
+    _output(found, notes)
+    _outputs_left_out(found, notes)
+    if found.n_prompts > MOST_KEPT:
+        notes.add("cka-sample", f"CKA is of {MOST_KEPT} of the {found.n_prompts} prompts")
 
 
-def _few_prompts(found: Findings) -> list[str]:
+def _few_prompts(found: Findings, notes: Notes) -> None:
     n_prompts = found.n_prompts
     if n_prompts < MIN_PROMPTS:
-        return [f"no interval and no onset: they need {MIN_PROMPTS} prompts"]
-    if n_prompts < FEW_PROMPTS:
-        return [
-            f"{n_prompts} prompts: intervals of so few are rough; from {FEW_PROMPTS} on they can be trusted"
-        ]
-    return []
+        notes.add("few-prompts", f"no interval and no onset: they need {MIN_PROMPTS} prompts")
+    elif n_prompts < FEW_PROMPTS:
+        notes.add(
+            "few-prompts",
+            f"{n_prompts} prompts: intervals of so few are rough; from {FEW_PROMPTS} on they can be trusted",
+        )
 
 
-def _baseline(found: Findings, layers: Sequence[LayerRecord]) -> list[str]:
+def _baseline(found: Findings, layers: Sequence[LayerRecord], notes: Notes) -> None:
     if found.n_prompts < 2 or not found.pair.same_width:
-        return []
+        return
     close = [
         r.layer for r in layers if r.unrelated_similarity is not None and r.normalized_divergence is None
     ]
-    if not close:
-        return []
-    return [
-        f"layer {ranges(close)}: unrelated prompts are all but the same at the compared tokens, so no "
-        "normalised divergence is given there"
-    ]
+    if close:
+        notes.add(
+            "alike-prompts",
+            f"layer {ranges(close)}: unrelated prompts are all but the same at the compared tokens, so no "
+            "normalised divergence is given there",
+            layers=close,
+        )
 
 
-def _shares(layers: Sequence[LayerRecord]) -> list[str]:
+def _shares(layers: Sequence[LayerRecord], notes: Notes) -> None:
     heavy = [layer.layer for layer in layers if (layer.top1_share or 0) > 0.5]
-    if not heavy:
-        return []
-    return [
-        f"layer {ranges(heavy)}: one dimension carries more than half of the mean cosine, which says little "
-        "of the others; see normalized_divergence"
-    ]
+    if heavy:
+        notes.add(
+            "dominant-dimension",
+            f"layer {ranges(heavy)}: one dimension carries more than half of the mean cosine, which says "
+            "little of the others; see normalized_divergence",
+            layers=heavy,
+        )
 
 
-def _noise(found: Findings) -> list[str]:
+def _noise(found: Findings, notes: Notes) -> None:
     if not found.pair.same_width:
-        return []
+        return
     if not found.floors:
-        return ["the noise floor was not measured: no verdict but identical can be given, and no onset"]
-    unknown = [str(site) for site in found.pair.sites if site not in found.floors]
-    if not unknown:
-        return []
-    return [
-        f"the noise could not be measured at {', '.join(unknown)} (states that are zero or not finite, in "
-        "every trial): differences there make no verdict"
-    ]
+        text = "the noise floor was not measured: no verdict but identical can be given, and no onset"
+        notes.add("noise-not-measured", text)
+        return
+    unknown = [site for site in found.pair.sites if site not in found.floors]
+    if unknown:
+        notes.add(
+            "noise-not-measured",
+            f"the noise could not be measured at {', '.join(map(str, unknown))} (states that are zero or not "
+            "finite, in every trial): differences there make no verdict",
+            layers=[site for site in unknown if isinstance(site, int)],
+        )
 
 
-def _rounding(found: Findings) -> list[str]:
-    """The part of an adapter's update that a merge in 16 bits kept, or that it was not looked into."""
+def _rounding(found: Findings, notes: Notes) -> None:
+    """Note the part of an adapter's update that a merge in 16 bits kept, or that it was not looked into."""
     pair = found.pair
     if found.verdict == "changed" and found.settings.memory == "stream":
         if (pair.base.info.adapter is None) == (pair.finetuned.info.adapter is None):
-            return []
-        return [
+            return
+        notes.add(
+            "rounded-merge",
             "whether one is the other one merged and rounded was not looked into: that takes both in memory. "
-            "weight-diff tells it from the files"
-        ]
-    if found.rounding is None or found.rounding.kept is None:
-        return []
-    if abs(found.rounding.kept - 1) < LITTLE_LOST:
-        return []
-    return [
-        f"rounding to {found.rounding.dtype} has kept {found.rounding.kept:.0%} of the adapter's update: the "
-        "rest is below half a unit in the last place of the weights. A merge in float32 keeps all of it"
-    ]
+            "weight-diff tells it from the files",
+        )
+        return
+    kept = None if found.rounding is None else found.rounding.kept
+    if found.rounding is None or kept is None or abs(kept - 1) < LITTLE_LOST:
+        return
+    notes.add(
+        "rounded-merge",
+        f"rounding to {found.rounding.dtype} has kept {kept:.0%} of the adapter's update: the rest is below "
+        "half a unit in the last place of the weights. A merge in float32 keeps all of it",
+    )
 
 
-def _output(found: Findings) -> list[str]:
+def _output(found: Findings, notes: Notes) -> None:
     pair = found.pair
     if found.output is not None:
         kinds = {
             "KL(base‖fine-tuned)": (found.output.kl_base_finetuned, "fine-tuned"),
             "KL(fine-tuned‖base)": (found.output.kl_finetuned_base, "base"),
         }
-        infinite = [(name, model) for name, (value, model) in kinds.items() if value is None]
-        return [
-            f"{name} is infinite, and null in JSON: {model} gives the probability 0 to tokens that the "
-            "other can give"
-            for name, model in infinite
-            if found.output.js is not None
-        ]
-    if pair.align == "text" or not (pair.base.is_causal and pair.finetuned.is_causal):
-        return []
-    return [f"{_why_no_output(found)}: the effect on the output was not measured"]
+        for name, (value, model) in kinds.items():
+            if value is None and found.output.js is not None:
+                notes.add(
+                    "infinite-kl",
+                    f"{name} is infinite, and null in JSON: {model} gives the probability 0 to tokens that "
+                    "the other can give",
+                )
+    elif pair.align == "ids" and pair.base.is_causal and pair.finetuned.is_causal:
+        why = _why_no_output(found)
+        notes.add("output-not-measured", f"{why}: the effect on the output was not measured")
 
 
 def _why_no_output(found: Findings) -> str:
@@ -126,19 +133,15 @@ def _why_no_output(found: Findings) -> str:
     return next((why for why in whys if why is not None), "no logits were given")
 
 
-def _outputs_left_out(found: Findings) -> list[str]:
+def _outputs_left_out(found: Findings, notes: Notes) -> None:
     left_out = found.seen.output.n_excluded.nonzero()[0].tolist()
-    if found.output is None or not left_out:
-        return []
-    return [
-        f"logits that are not finite were left out, in {len(left_out)} of {found.n_prompts} "
-        f"prompts: {listed(left_out)}"
-    ]
-
-
-def _cka(found: Findings) -> list[str]:
-    n_prompts = found.n_prompts
-    return [f"CKA is of {MOST_KEPT} of the {n_prompts} prompts"] if n_prompts > MOST_KEPT else []
+    if found.output is not None and left_out:
+        notes.add(
+            "logits-left-out",
+            f"logits that are not finite were left out, in {len(left_out)} of {found.n_prompts} "
+            f"prompts: {listed(left_out)}",
+            prompts=left_out,
+        )
 
 
 def ranges(numbers: Iterable[int]) -> str:

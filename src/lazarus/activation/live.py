@@ -15,6 +15,7 @@ from lazarus.activation.scope import Scope
 from lazarus.engine import Conventions, ModelPair
 from lazarus.facts import ModelFacts, PairFacts, WeightFacts
 from lazarus.models import LoadedModel, weights_identical, why_the_same
+from lazarus.notes import Notes
 from lazarus.results import NotCompared
 
 
@@ -25,17 +26,17 @@ def pair_facts(pair: ModelPair, scope: Scope) -> PairFacts:
     return PairFacts(base, finetuned, pair.align)
 
 
-def with_broken_weights(pair: ModelPair, facts: PairFacts) -> tuple[PairFacts, list[str]]:
-    """Return the facts with the weights that hold NaN or infinity as not compared, and notes on them.
+def with_broken_weights(pair: ModelPair, facts: PairFacts, notes: Notes) -> PairFacts:
+    """Return the facts with the weights that hold NaN or infinity as not compared, and note these.
 
     Of models that are read block by block they are known after the run.
     """
-    parts, notes = broken_parts(pair, facts.names)
+    parts = broken_parts(pair, facts.names, notes)
     base, finetuned = (
         replace(side, info=msgspec.structs.replace(side.info, not_compared=[*side.info.not_compared, *more]))
         for side, more in zip((facts.base, facts.finetuned), parts, strict=True)
     )
-    return replace(facts, base=base, finetuned=finetuned), notes
+    return replace(facts, base=base, finetuned=finetuned)
 
 
 def weight_facts(pair: ModelPair, seen: Accumulation) -> WeightFacts:

@@ -14,6 +14,7 @@ from lazarus.activation.runplan import RunPlan
 from lazarus.batches import BatchPair, TokenBatch
 from lazarus.engine import ModelPair, NoisePlan, Work, run
 from lazarus.metrics import State
+from lazarus.notes import Note
 from lazarus.shards import Shard, WorkFolder, run_shards, states
 from lazarus.sites import StatePair
 
@@ -22,10 +23,10 @@ FEWER_IF_STREAMED = 8
 
 def measure(
     job: Job, folder: WorkFolder | None, totals: Accumulation, running: Callable[[int], None]
-) -> list[str]:
+) -> list[Note]:
     """Run all prompts through both models, and a sample of them through base again for the noise.
 
-    `running` is told the number of tokens in all. Returns notes.
+    `running` is told the number of tokens in all. Returns a note where a part of the work was done before.
 
     Raises:
         SaveError: the work is kept in a folder, and the disk gave out.
@@ -90,7 +91,7 @@ class Job:
         return run(self.pair, work, self.advanced)
 
 
-def _measure_shared(job: Job, folder: WorkFolder, totals: Accumulation) -> list[str]:
+def _measure_shared(job: Job, folder: WorkFolder, totals: Accumulation) -> list[Note]:
     """Run the work in parts, each kept in the folder, by however many processes."""
     # Each shard of a streamed run reads all weights again.
     most = folder.most_shards // FEWER_IF_STREAMED if job.pair.streams else folder.most_shards
@@ -103,4 +104,5 @@ def _measure_shared(job: Job, folder: WorkFolder, totals: Accumulation) -> list[
     n_before = run_shards(folder, shards, run_shard, job.advanced)
     for state in states(folder, shards):
         totals.add(state)
-    return [f"{n_before} of {len(shards)} shards were already in {folder.path}"] if n_before else []
+    told = f"{n_before} of {len(shards)} shards were already in {folder.path}"
+    return [Note("shards-reused", told)] if n_before else []

@@ -16,12 +16,14 @@ from lazarus.activation.scope import find_scope
 from lazarus.blame import MemoryFaults
 from lazarus.engine import ModelPair, PrefixPlan, check_positions, check_shapes, learn_pair, share_prefix
 from lazarus.facts import PairFacts
-from lazarus.loading import Loaded, Model, Role, less_memory, load_models
+from lazarus.loading import Model, Role, less_memory, load_models
+from lazarus.messages import option
 from lazarus.metrics import FEWEST_FOR_CKA
 from lazarus.models import LoadedModel
+from lazarus.notes import Notes
 from lazarus.options import Options, parse_position, parse_token_prompts
 from lazarus.prompts import Prompt, PromptList
-from lazarus.reading import Reading, read_prompts
+from lazarus.reading import Asked, Reading, read_prompts
 from lazarus.results import PromptRecord, Settings
 from lazarus.shards import WorkFolder
 from lazarus.sites import Position
@@ -75,7 +77,7 @@ class Given:
 
     def running(self) -> MemoryFaults:
         """Return the same for what runs in batches."""
-        return self.memory_faults(f"a --batch-tokens below {self.batch_tokens}")
+        return self.memory_faults(f"a {option('batch_tokens')} below {self.batch_tokens}")
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Prepared:
     run: RunPlan
     facts: PairFacts
     plan: Plan
-    notes: Sequence[str]
+    notes: Notes
     readout_layers: Sequence[int] = ()
     """the layers whose mean difference is read through the heads"""
 
@@ -99,39 +101,43 @@ def prepare(given: Given, base: Model, finetuned: Model, watcher: Observer) -> P
     Raises:
         LazarusError: as `activation_diff`.
     """
+    notes = Notes(given.prompts.notes)
     with given.memory_faults():
-        loaded = load_models(base, finetuned, given.options, given.device, watcher.loading)
+        models = load_models((base, finetuned), given.options, given.device, watcher.loading, notes)
     with given.running():
-        return _learn(given, loaded, watcher)
+        return _learn(given, models, watcher, notes)
 
 
-def _learn(given: Given, loaded: Loaded, watcher: Observer) -> Prepared:
-    options, found, models = given.options, given.prompts, loaded.models
-    watcher.testing(found.prompts)
-    reading = read_prompts(models, given.tokenizer, found.prompts, given.template, options)
+def _learn(
+    given: Given, models: tuple[LoadedModel, LoadedModel], watcher: Observer, notes: Notes
+) -> Prepared:
+    options, prompts = given.options, given.prompts.prompts
+    watcher.testing(prompts)
+    reading = read_prompts(models, Asked(prompts, given.tokenizer, given.template), options, notes)
+    _note_precision(models[0], notes)
+    reading.note_apart(notes)
     pair = learn_pair(*models, reading.samples, reading.pad_ids, reading.align)
-    check_shapes(pair, len(found.prompts), FEWEST_FOR_CKA, localize=options.localize)
+    check_shapes(pair, len(prompts), FEWEST_FOR_CKA, localize=options.localize)
     layers = readable_layers(options, pair, reading)
     run = _run_plan(given, pair, reading)
     lengths = [len(prompt.ids) for prompt in reading.base]
-    position_notes = check_positions(run.position, lengths)
-    twice = "--localize runs blocks twice, and a cache takes a token in once" if run.localize else None
-    prefix_plan = PrefixPlan(run.position, run.batch_tokens, reading.pad_ids[0], twice)
-    prefix = share_prefix(pair, reading.base, prefix_plan)
-    run = replace(run, n_prefix=prefix.n_tokens)
-    scope = find_scope(pair, reading)
-    notes = [*found.notes, *loaded.notes, *models[0].notes, *models[1].notes, *reading.notes]
-    notes += _precision_notes(models[0])
-    notes += [*reading.apart(), *pair.notes(max(lengths)), *position_notes, *prefix.notes, *scope.notes]
+    pair.note_run(max(lengths), notes)
+    check_positions(run.position, lengths, notes)
+    twice = f"{option('localize')} runs blocks twice, and a cache takes a token in once"
+    prefix_plan = PrefixPlan(
+        run.position, run.batch_tokens, reading.pad_ids[0], twice if run.localize else None
+    )
+    run = replace(run, n_prefix=share_prefix(pair, reading.base, prefix_plan, notes))
+    scope = find_scope(pair, reading, notes)
     settings = _settings(given, pair, run)
     plan = Plan(_prompts(reading), settings, run.traced, scope.outcomes, run.repeats)
     return Prepared(given, pair, reading, run, pair_facts(pair, scope), plan, notes, layers)
 
 
-def _precision_notes(model: LoadedModel) -> list[str]:
-    """Return that the caller has set the precision of float32 products on a CPU, where that is so."""
+def _note_precision(model: LoadedModel, notes: Notes) -> None:
+    """Note that the caller has set the precision of float32 products on a CPU, where that is so."""
     if model.run_dtype != "float32" or model.device.type != "cpu":
-        return []
+        return
     settings: Any = torch.backends.mkldnn
     if hasattr(settings, "matmul"):
         above = settings.fp32_precision  # a setting of matmul could not be told from this one
@@ -140,12 +146,12 @@ def _precision_notes(model: LoadedModel) -> list[str]:
     else:  # a torch that has only the older setting
         precision = torch.get_float32_matmul_precision()
         is_set = precision != "highest"
-    if not is_set:
-        return []
-    return [
-        f"torch's precision of float32 products was set to {precision} before the run and was left so: the "
-        "differences may be those of rounding"
-    ]
+    if is_set:
+        notes.add(
+            "float32-precision",
+            f"torch's precision of float32 products was set to {precision} before the run and was left so: "
+            "the differences may be those of rounding",
+        )
 
 
 def _run_plan(given: Given, pair: ModelPair, reading: Reading) -> RunPlan:

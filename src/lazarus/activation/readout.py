@@ -14,6 +14,7 @@ from torch import Tensor
 from lazarus.activation.accumulation import Accumulation
 from lazarus.engine import NO_HEAD, Conventions, Head, ModelPair, head_reads_blocks
 from lazarus.errors import UnsupportedModelError
+from lazarus.messages import option
 from lazarus.models import LoadedModel
 from lazarus.options import Options, readout_layers
 from lazarus.reading import Reading
@@ -42,24 +43,31 @@ def readable_layers(options: Options, pair: ModelPair, reading: Reading) -> list
         if conventions.head_reads is None:
             why = conventions.why_no_head
             why = f"{model.name} has {NO_HEAD}" if why == NO_HEAD else why
-            raise UnsupportedModelError(f"--readout {options.readout}: {why}. Leave --readout out.")
+            raise _refusal(options, why)
         reads = head_reads_blocks(model, ids, pad_id)
         if reads is None:
-            raise UnsupportedModelError(
-                f"--readout {options.readout}: the logits of {model.name} are not finite, so it is not known "
-                "whether its head reads a block's states. Leave --readout out."
+            raise _refusal(
+                options,
+                f"the logits of {model.name} are not finite, so it is not known whether its head reads a "
+                "block's states",
             )
         if not reads:
-            raise UnsupportedModelError(
-                f"--readout {options.readout}: {model.name} makes more than a norm of what leaves its last "
-                "block, so a block's states cannot be read through its head. Leave --readout out."
+            raise _refusal(
+                options,
+                f"{model.name} makes more than a norm of what leaves its last block, so a block's states "
+                "cannot be read through its head",
             )
     if not pair.same_width:
-        raise UnsupportedModelError(
-            f"--readout {options.readout}: states of {pair.widths[0]} and {pair.widths[1]} features have no "
-            "difference to read. Leave --readout out."
-        )
+        n_features = f"{pair.widths[0]} and {pair.widths[1]}"
+        raise _refusal(options, f"states of {n_features} features have no difference to read")
     return readout_layers(options.readout, pair.base_conventions.n_layers)
+
+
+def _refusal(options: Options, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{option('readout', options.readout)}: {reason}. Leave {option('readout')} out.",
+        option="readout",
+    )
 
 
 def read_differences(

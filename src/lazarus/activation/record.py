@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import msgspec
@@ -11,11 +10,13 @@ import numpy as np
 
 from lazarus.activation.accumulation import Accumulation
 from lazarus.activation.findings import Findings
-from lazarus.activation.limits import limits
+from lazarus.activation.limits import note_limits
 from lazarus.activation.traces import Read, trace_tokens
 from lazarus.errors import NoDataError
 from lazarus.faces import ActivationDiff
 from lazarus.facts import NOTHING_KNOWN, WeightFacts
+from lazarus.notes import Notes
+from lazarus.options import note_in_flags
 from lazarus.provenance import environment, now, tool
 from lazarus.results import (
     SCHEMA_VERSION,
@@ -34,9 +35,9 @@ class About:
 
     environment: Environment | None = None
     """the software and the hardware; None for those of this process"""
-    notes: Sequence[str] = ()
-    breaks: Sequence[str] = ()
-    """why states of a model are not finite, where they are not"""
+    notes: Notes = field(default_factory=Notes)
+    breaks: Notes = field(default_factory=Notes)
+    """why states of a model are not finite, where they are not, with options as errors have them"""
     readout: list[Readout] | None = None
     read: Read | None = None
     """the tokens of a prompt, where every token of some is kept"""
@@ -57,9 +58,12 @@ def conclude(
     """
     found, pair, plan = Findings(seen, weights), seen.facts, seen.plan
     if pair.same_width and not any(seen.sites[layer].means.n_rows.any() for layer in found.layers):
-        raise NoDataError(_why_no_data(list(dict.fromkeys(about.breaks))))
+        raise NoDataError(_why_no_data(about.breaks.texts))
     layers = [_layer(found, layer) for layer in found.layers]
-    notes = [*about.notes, *_exclusions(seen), *about.breaks, *limits(found, layers)]
+    notes = Notes(about.notes)
+    _note_exclusions(seen, notes)
+    notes.extend(map(note_in_flags, about.breaks))
+    note_limits(found, layers, notes)
     return ActivationDiff(
         ActivationDiffRecord(
             schema_version=SCHEMA_VERSION,
@@ -83,7 +87,8 @@ def conclude(
             readout=about.readout,
             groups=found.groups(),
             tokens=trace_tokens(found, about.read, choose=about.chooses_prompts) if about.read else None,
-            notes=list(dict.fromkeys(notes)),
+            notes=notes.texts,
+            note_codes=notes.codes,
         )
     )
 
@@ -95,24 +100,25 @@ def _layer(found: Findings, layer: int) -> LayerRecord:
     )
 
 
-def _exclusions(seen: Accumulation) -> list[str]:
-    """Return what was left out because a state was zero or not finite: which layers, which prompts."""
-    notes = []
+def _note_exclusions(seen: Accumulation, notes: Notes) -> None:
+    """Note what was left out because a state was zero or not finite: which layers, which prompts."""
     left_out = [
-        (str(site), tuple(np.flatnonzero(seen.sites[site].means.n_excluded))) for site in seen.facts.sites
+        (site, tuple(np.flatnonzero(seen.sites[site].means.n_excluded).tolist())) for site in seen.facts.sites
     ]
     for prompts, places in groupby(left_out, key=lambda item: item[1]):
-        names = [name for name, _ in places]
+        sites = [site for site, _ in places]
         if prompts:
-            where = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
-            notes.append(
+            where = str(sites[0]) if len(sites) == 1 else f"{sites[0]} to {sites[-1]}"
+            notes.add(
+                "states-left-out",
                 f"layer {where}: states that are zero or not finite were left out, in "
-                f"{len(prompts)} of {seen.n_prompts} prompts: {listed([int(p) for p in prompts])}"
+                f"{len(prompts)} of {seen.n_prompts} prompts: {listed(prompts)}",
+                layers=[site for site in sites if isinstance(site, int)],
+                prompts=prompts,
             )
-    return notes
 
 
-def _why_no_data(broken: Sequence[str]) -> str:
+def _why_no_data(broken: list[str]) -> str:
     start = "No layer has one pair of states that are finite and not zero."
     if not broken:
         return f"{start} The states of one of the models are all zero: fetch or train it again."

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from lazarus.notes import Notes
 from lazarus.sites import StatePair
 from lazarus.tokens import TokenizedPrompt
 
@@ -42,14 +43,13 @@ class Repeats:
                 others.setdefault(same, []).append(index)
         return cls(list(first.values()), others)
 
-    @property
-    def notes(self) -> list[str]:
-        """Return how many there are; nothing where there are none."""
-        n_repeats = sum(map(len, self.others.values()))
-        if not n_repeats:
-            return []
-        n_prompts = len(self.distinct) + n_repeats
-        return [f"{n_repeats} of {n_prompts} prompts are repeats of others: each text ran once"]
+    def note(self, notes: Notes) -> None:
+        """Note the prompts that are repeats, if there are any."""
+        repeats = [prompt for others in self.others.values() for prompt in others]
+        if repeats:
+            n_prompts = len(self.distinct) + len(repeats)
+            told = f"{len(repeats)} of {n_prompts} prompts are repeats of others: each text ran once"
+            notes.add("repeated-prompts", told, prompts=sorted(repeats))
 
     def spread(self, found: StatePair) -> Iterator[StatePair]:
         """Yield the pair, and its rows again for the prompts that repeat its own, a portion at a time."""

@@ -11,7 +11,7 @@ from typing import Any, Unpack
 from torch import nn
 
 from lazarus.activation.accumulation import Accumulation, Plan
-from lazarus.activation.breaks import break_notes
+from lazarus.activation.breaks import note_breaks
 from lazarus.activation.live import weight_facts, with_broken_weights
 from lazarus.activation.measure import Job, measure
 from lazarus.activation.prepare import Given, Observer, Prepared, prepare
@@ -21,7 +21,9 @@ from lazarus.errors import UsageError
 from lazarus.faces import ActivationDiff
 from lazarus.facts import PairFacts
 from lazarus.loading import Model, Role, pick_device
+from lazarus.messages import option
 from lazarus.models import find_tokenizer
+from lazarus.notes import Notes
 from lazarus.options import OptionArguments, Options, check_token_prompts, read_template
 from lazarus.prompts import Prompt, PromptList, check_chats, make_prompts
 from lazarus.provenance import environment
@@ -157,12 +159,17 @@ def _compare(prepared: Prepared, watcher: Observer) -> ActivationDiff:
     _take_up(prepared)
     seen = Accumulation(prepared.facts, prepared.plan)
     job = Job(pair, prepared.run, watcher.advanced)
-    run_notes = measure(job, given.folder, seen, watcher.running)
-    seen.facts, broken_notes = with_broken_weights(pair, seen.facts)
+    on_shards = measure(job, given.folder, seen, watcher.running)
+    notes, breaks = Notes(prepared.notes), Notes()
+    pair.note_common(notes)
+    prepared.run.note(notes)
+    notes.extend(on_shards)
+    seen.facts = with_broken_weights(pair, seen.facts, breaks)
+    note_breaks(pair, seen, reading, breaks)
     about = About(
         environment=environment(given.device),
-        notes=[*prepared.notes, *pair.common_notes(), *prepared.run.notes, *run_notes],
-        breaks=[*broken_notes, *break_notes(pair, seen, reading)],
+        notes=notes,
+        breaks=breaks,
         readout=read_differences(pair, seen, layers, reading.tokenizers) if layers else None,
         read=partial(_compared, reading, prepared.run.position),
         chooses_prompts=given.options.token_prompts == "auto",
@@ -181,8 +188,9 @@ def _open_folder(options: Options, rank: Rank) -> WorkFolder | None:
     if rank.world > 1:
         raise UsageError(
             f"this is one of {rank.world} processes, and there is no folder in which they share the work. "
-            "Give one that all of them see: --work-dir DIR. To run this one alone, unset RANK, WORLD_SIZE, "
-            "SLURM_PROCID and SLURM_NTASKS."
+            f"Give one that all of them see: {option('work_dir', 'DIR')}. To run this one alone, unset RANK, "
+            "WORLD_SIZE, SLURM_PROCID and SLURM_NTASKS.",
+            option="work_dir",
         )
     return None
 

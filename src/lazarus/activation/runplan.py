@@ -11,6 +11,7 @@ from typing import Literal
 from lazarus.activation.repeats import Repeats
 from lazarus.batches import BatchPair, TokenBatch, make_batches
 from lazarus.engine import ModelPair, pick_sample
+from lazarus.notes import Notes
 from lazarus.sites import Position
 from lazarus.tokens import TokenizedPrompt
 
@@ -72,21 +73,16 @@ class RunPlan:
         n_prompts = len(list(takewhile(lambda n_tokens: n_tokens <= MOST_TRACED_TOKENS, ends)))
         return self.repeats.distinct[:n_prompts]
 
-    @property
-    def notes(self) -> list[str]:
-        """Return what ran once for several prompts, and of which prompts no token is kept."""
+    def note(self, notes: Notes) -> None:
+        """Note what ran once for several prompts, and of which prompts no token is kept."""
         n_distinct, n_traced = len(self.repeats.distinct), len(self.traced)
-        notes = self.repeats.notes
+        self.repeats.note(notes)
         if self.token_prompts != "auto" or n_traced == n_distinct:
-            return notes
-        if n_traced == 0:
-            return [
-                *notes,
-                f"no prompt's tokens are kept: the first prompt alone has more than {MOST_TRACED_TOKENS:,}; "
-                "--token-prompts names others",
-            ]
-        return [
-            *notes,
+            return
+        told = (
             f"tokens are kept of the most divergent of the first {n_traced} of {n_distinct} prompts, for "
-            "which there is room; --token-prompts names others",
-        ]
+            "which there is room"
+            if n_traced
+            else f"no prompt's tokens are kept: the first prompt alone has more than {MOST_TRACED_TOKENS:,}"
+        )
+        notes.add("kept-tokens", f"{told}; --token-prompts names others")

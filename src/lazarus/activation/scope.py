@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from lazarus.engine import Coverage, ModelPair, find_coverage
 from lazarus.metrics import Outcomes, match_outcomes
 from lazarus.models import find_outside
+from lazarus.notes import Notes
 from lazarus.reading import Reading
-from lazarus.results import NotCompared, outside_notes
+from lazarus.results import NotCompared, note_outside
 
 Parts = Sequence[NotCompared]
 
@@ -22,11 +23,10 @@ class Scope:
     """what base and the fine-tuned model hold besides"""
     outcomes: Outcomes | None
     """which next tokens both have; None where every id is the same token in both, or none is compared"""
-    notes: Sequence[str]
 
 
-def find_scope(pair: ModelPair, reading: Reading) -> Scope:
-    """Find out what is compared of a pair, from its models and their files.
+def find_scope(pair: ModelPair, reading: Reading, notes: Notes) -> Scope:
+    """Find out what is compared of a pair, from its models and their files; what is not is noted.
 
     Raises:
         DeviceError: out of memory.
@@ -38,15 +38,15 @@ def find_scope(pair: ModelPair, reading: Reading) -> Scope:
     if not pair.same_design or pair.base.adapter != pair.finetuned.adapter:
         theirs = find_coverage(pair.finetuned, pair.finetuned_conventions, with_head=with_head)
     base, finetuned = find_outside(pair.base, pair.finetuned, (ours.compared, theirs.compared))
-    notes = outside_notes(base, finetuned)
+    note_outside(base, finetuned, notes)
     rows = _match_rows(pair, reading, (ours, theirs)) if pair.align == "ids" else None
     for side, parts in enumerate((base, finetuned)):
         if rows is not None and rows.n_own[side]:
             what = f"{rows.n_own[side]} rows of the vocabulary that the other does not have"
             parts.append(NotCompared(what=what, n_tensors=1, differs=True))
     if rows is not None:
-        notes += _vocabulary_notes(rows, is_compared=with_head)
-    return Scope((base, finetuned), rows if with_head else None, notes)
+        _note_vocabulary(rows, notes, is_compared=with_head)
+    return Scope((base, finetuned), rows if with_head else None)
 
 
 def _match_rows(pair: ModelPair, reading: Reading, coverages: tuple[Coverage, Coverage]) -> Outcomes | None:
@@ -62,9 +62,10 @@ def _match_rows(pair: ModelPair, reading: Reading, coverages: tuple[Coverage, Co
     return match_outcomes(ours, theirs, (n_tokens[0], n_tokens[1]))
 
 
-def _vocabulary_notes(rows: Outcomes, *, is_compared: bool) -> list[str]:
+def _note_vocabulary(rows: Outcomes, notes: Notes, *, is_compared: bool) -> None:
     told = (
         f"of the {rows.n_tokens[0]} tokens of base and the {rows.n_tokens[1]} of fine-tuned, "
         f"{rows.n_common} are in both; base alone has {rows.n_own[0]}, fine-tuned alone {rows.n_own[1]}"
     )
-    return [f"{told}: these count as one more outcome of the next token" if is_compared else told]
+    told += ": these count as one more outcome of the next token" if is_compared else ""
+    notes.add("vocabularies-differ", told)

@@ -27,7 +27,7 @@ def as_option(found: Described, **settings: Any) -> Any:
     option = found.option
     told = {"metavar": option.metavar, "help": option.help, "panel": option.panel}
     shown = {} if option.shown_default is None else {"show_default": option.shown_default}
-    return _option("--" + found.name.replace("_", "-"), **{**told, **shown, **settings})
+    return _option(found.flag, **{**told, **shown, **settings})
 
 
 def _typed(kind: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from lazarus.cli.reporting import tell
 from lazarus.errors import LazarusError
 
 
@@ -43,7 +44,7 @@ def print_and_save(body: str, result: Any, outputs: Sequence[str]) -> None:
         else:
             unread = unread or _print("\n".join(map(saved, files)))
     for other in faults if unread else faults[:-1]:
-        typer.echo(f"Error: {other}", err=True)
+        tell(other)
     if unread:
         raise unread
     if faults:

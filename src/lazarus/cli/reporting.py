@@ -16,6 +16,7 @@ import typer
 
 from lazarus.blame import MemoryFaults, raised_at, raised_in
 from lazarus.errors import LazarusError
+from lazarus.options import in_flags
 
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
@@ -34,7 +35,7 @@ def reported(debug: bool) -> Iterator[None]:
     except LazarusError as error:
         if debug:
             traceback.print_exc()
-        typer.echo(f"Error: {error}", err=True)
+        tell(error)
         raise typer.Exit(error.exit_code) from error
     except OSError as error:
         if error.errno not in _DISK_FAULTS:
@@ -49,6 +50,11 @@ def reported(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt as error:
         typer.echo("Interrupted.", err=True)
         raise typer.Exit(130) from error
+
+
+def tell(error: LazarusError) -> None:
+    """Print an error, with options as they are typed."""
+    typer.echo(f"Error: {in_flags(error.marked)}", err=True)
 
 
 def unexpected(kind: type[BaseException], error: BaseException, _traceback: TracebackType | None) -> None:

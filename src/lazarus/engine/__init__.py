@@ -21,12 +21,12 @@ noise.py       base against base, with what ought not to matter changed
 """
 
 from lazarus.engine.coverage import Coverage, find_coverage
-from lazarus.engine.finite import Break, broken_weights, find_break, told_of_weights
+from lazarus.engine.finite import Break, broken_weights, find_break, note_of_weights
 from lazarus.engine.head import NO_HEAD, Head
 from lazarus.engine.noise import NoisePlan, one_ulp_away, pick_sample, run_noise
 from lazarus.engine.pair import ModelPair, check_shapes, learn_pair
 from lazarus.engine.positions import check_positions
-from lazarus.engine.prefix import PrefixPlan, SharedPrefix, common_prefix, share_prefix
+from lazarus.engine.prefix import PrefixPlan, common_prefix, share_prefix
 from lazarus.engine.probe import Conventions, head_reads_blocks, learn
 from lazarus.engine.resident import run_pairs
 from lazarus.engine.run import run
@@ -41,7 +41,6 @@ __all__ = [
     "ModelPair",
     "NoisePlan",
     "PrefixPlan",
-    "SharedPrefix",
     "Work",
     "broken_weights",
     "check_positions",
@@ -52,11 +51,11 @@ __all__ = [
     "head_reads_blocks",
     "learn",
     "learn_pair",
+    "note_of_weights",
     "one_ulp_away",
     "pick_sample",
     "run",
     "run_noise",
     "run_pairs",
     "share_prefix",
-    "told_of_weights",
 ]

@@ -23,7 +23,9 @@ from lazarus.engine.recorder import Recorder, Take, calling, first_tensor
 from lazarus.engine.replay import StoppedError
 from lazarus.errors import DeviceError, UnsupportedModelError
 from lazarus.facts import Site
+from lazarus.messages import option
 from lazarus.models import LoadedModel, holds_no_number, is_hollow
+from lazarus.notes import Note
 from lazarus.tokens import listed
 
 _WIDER = {
@@ -56,6 +58,13 @@ class Break:
     in_wider: Literal["finite", "not finite", "unknown"] = "unknown"
     """what the same block makes of the same states in a wider dtype"""
 
+    def note(self, model: LoadedModel, text: str = "the text") -> Note:
+        """Return a note on it, with options marked as errors have them; `text` names what was run."""
+        if self.weights:
+            return note_of_weights(model, self.weights)
+        layers = (self.site,) if isinstance(self.site, int) else ()
+        return Note("not-finite", self.told(model, text), model.name, layers)
+
     def told(self, model: LoadedModel, text: str = "the text") -> str:
         """Return a sentence on it without a full stop; `text` names what was run."""
         what = "logits" if self.site == "logits" else "states"
@@ -66,7 +75,7 @@ class Break:
         }.get(str(self.site), f"from layer {self.site} on")
         dtype, name = model.run_dtype, model.name
         if self.weights:
-            return told_of_weights(model, self.weights)
+            return _told_of_weights(model, self.weights)
         overflows = self.in_wider == "finite" or (self.in_wider == "unknown" and not self.has_nan)
         if overflows and dtype == "float16":
             where = "" if self.site == "logits" else f" {start}"
@@ -151,7 +160,12 @@ def broken_weights(model: LoadedModel, modules: Iterable[nn.Module] | None = Non
     return found
 
 
-def told_of_weights(model: LoadedModel, names: Sequence[str]) -> str:
+def note_of_weights(model: LoadedModel, names: Sequence[str]) -> Note:
+    """Return a note on weights that hold NaN or infinity, with options marked as errors have them."""
+    return Note("broken-weights", _told_of_weights(model, names), model.name)
+
+
+def _told_of_weights(model: LoadedModel, names: Sequence[str]) -> str:
     """Return what is wrong with weights that hold NaN or infinity, perhaps by their dtype alone."""
     infinite = dict(model.model.named_parameters())
     stored, run = model.stored_dtype, model.run_dtype
@@ -174,7 +188,7 @@ def _remedy(model: LoadedModel, *dtypes: str) -> str:
         return (
             f"it is quantised and keeps its dtype, so use an unquantised checkpoint in {' or '.join(dtypes)}"
         )
-    return "run with " + " or ".join(f"--dtype {dtype}" for dtype in dtypes)
+    return "run with " + " or ".join(option("dtype", dtype) for dtype in dtypes)
 
 
 def _break(site: Site, states: Tensor, time_axis: int) -> Break:

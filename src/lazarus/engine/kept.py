@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lazarus.errors import SaveError
+from lazarus.messages import option
 
 
 class KeptStates:
@@ -101,10 +102,11 @@ def check_room(n_bytes: int, budget_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if n_bytes - budget_bytes > free:
         raise SaveError(
-            "--memory stream keeps the hidden states of all prompts between two blocks: "
+            f"{option('memory', 'stream')} keeps the hidden states of all prompts between two blocks: "
             f"{_gigabytes(n_bytes)}, of which {_gigabytes(budget_bytes)} fit into memory, and {folder} has "
             f"{_gigabytes(free)} free. Set TMPDIR to a larger disk, give fewer prompts, or split them with "
-            "--work-dir."
+            f"{option('work_dir')}.",
+            option="memory",
         )
 
 

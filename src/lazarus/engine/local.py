@@ -14,6 +14,7 @@ from lazarus.blame import Translated
 from lazarus.engine.pair import ModelPair
 from lazarus.engine.recorder import first_tensor, one_line
 from lazarus.errors import UnsupportedModelError
+from lazarus.messages import option
 
 
 @contextmanager
@@ -33,8 +34,9 @@ def beside(
 
     def tell(where: str, error: Exception) -> UnsupportedModelError:
         return UnsupportedModelError(
-            f"{where} does not run on the states of {base.name}: {one_line(error)}. Leave --localize out for "
-            "this pair."
+            f"{where} does not run on the states of {base.name}: {one_line(error)}. Leave "
+            f"{option('localize')} out for this pair.",
+            option="localize",
         )
 
     def hook_for(index: int, block: nn.Module) -> Callable[..., None]:
@@ -42,7 +44,7 @@ def beside(
             if block is module or pair.same_blocks[index]:
                 taken.append(take(first_tensor(output)))
                 return
-            where = f"--localize: block {index} of {finetuned.name}"
+            where = f"{option('localize')}: block {index} of {finetuned.name}"
             copies = [_copied(a) for a in args], {name: _copied(value) for name, value in kwargs.items()}
             with Translated(where, partial(tell, where)):
                 returned = block(*copies[0], **copies[1])

@@ -11,8 +11,10 @@ from lazarus.batches import Padding
 from lazarus.engine.probe import Conventions, learn, passes_go_on
 from lazarus.errors import ShapeMismatchError
 from lazarus.facts import PairShape
+from lazarus.messages import option
 from lazarus.models import LoadedModel, shared_blocks
 from lazarus.models import same_design as have_same_design
+from lazarus.notes import Notes
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,14 @@ class ModelPair(PairShape):
             return "one_by_one"  # prompts of one length for base are of several for the other tokenizer
         return next(p for p in ("one_by_one", "equal_lengths", "right") if p in needed)
 
-    def notes(self, longest: int) -> list[str]:
-        """Return what a reader must know of how the two models run."""
-        notes = [*self.base_conventions.notes, *self.finetuned_conventions.notes]
+    def note_run(self, longest: int, notes: Notes) -> None:
+        """Note what a reader must know of how the two models run, with prompts of up to `longest` tokens."""
+        notes.extend([*self.base_conventions.notes, *self.finetuned_conventions.notes])
         if self.base.run_dtype != self.finetuned.run_dtype:
-            notes.append(
+            notes.add(
+                "run-dtypes",
                 f"{self.base.name} ran in {self.base.run_dtype}, {self.finetuned.name} in "
-                f"{self.finetuned.run_dtype}: part of the divergence is the rounding of the narrower type"
+                f"{self.finetuned.run_dtype}: part of the divergence is the rounding of the narrower type",
             )
         padding = self.padding(longest)
         if padding != "right":
@@ -81,22 +84,24 @@ class ModelPair(PairShape):
                 if all(each.padding_is_known for each in known)
                 else "too few states were finite to see whether padding changes them"
             )
-            notes.append(f"{why}, so prompts ran {how}")
+            notes.add("no-padding", f"{why}, so prompts ran {how}")
         if self.base.pager is not None and not self.streams:
-            notes.append(
+            notes.add(
+                "batches-read-weights",
                 "a pass of this architecture cannot go on after a block that ran before, so prompts ran "
-                "batch by batch, and each batch read all weights"
+                "batch by batch, and each batch read all weights",
             )
-        return notes + self._shape_notes()
+        self._note_shapes(notes)
 
-    def common_notes(self) -> list[str]:
-        """Return what did not run a second time; of models that are streamed it is known after the run."""
+    def note_common(self, notes: Notes) -> None:
+        """Note what did not run a second time; of models that are streamed it is known after the run."""
         n_common = self._n_streamed_alike() if self.streams else self.n_common
         if not n_common:
-            return []
+            return
         which = "block 0 is" if n_common == 1 else f"blocks 0 to {n_common - 1} are"
         alike = "and ran once for both where the same states entered them"
-        return [f"{which} the same in both models, bit for bit, {alike}"]
+        text = f"{which} the same in both models, bit for bit, {alike}"
+        notes.add("common-blocks", text, layers=range(n_common))
 
     def _n_streamed_alike(self) -> int:
         pager = self.finetuned.pager
@@ -104,21 +109,21 @@ class ModelPair(PairShape):
             return 0
         return sum(1 for _ in takewhile(pager.same_as_base, range(pager.n_blocks)))
 
-    def _shape_notes(self) -> list[str]:
-        """Return what two models of different shape cannot be asked."""
-        notes = []
+    def _note_shapes(self, notes: Notes) -> None:
+        """Note what two models of different shape cannot be asked."""
         ours, theirs = self.n_layers
         if ours != theirs:
-            notes.append(
+            notes.add(
+                "depths-differ",
                 f"{self.base.name} has {ours} layers, {self.finetuned.name} has {theirs}: they are matched "
-                "by relative depth (finetuned_layer in JSON)"
+                "by relative depth (finetuned_layer in JSON)",
             )
         if not self.same_width:
-            notes.append(
+            notes.add(
+                "widths-differ",
                 f"residual streams of {self.widths[0]} and {self.widths[1]} features have no cosine: CKA is "
-                "given instead"
+                "given instead",
             )
-        return notes
 
 
 def learn_pair(
@@ -173,7 +178,8 @@ def check_shapes(pair: ModelPair, n_prompts: int, fewest: int, *, localize: bool
         )
     if localize and not pair.same_shape:
         raise ShapeMismatchError(
-            f"--localize runs each block of one model on the states of the other, and {names} have "
+            f"{option('localize')} runs each block of one model on the states of the other, and {names} have "
             f"{pair.base_conventions.n_layers} blocks of {pair.widths[0]} features and "
-            f"{pair.finetuned_conventions.n_layers} of {pair.widths[1]}. Leave --localize out."
+            f"{pair.finetuned_conventions.n_layers} of {pair.widths[1]}. Leave {option('localize')} out.",
+            option="localize",
         )

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from lazarus.batches import TokenBatch
 from lazarus.errors import PositionError, UnsupportedModelError
+from lazarus.messages import option
 from lazarus.metrics import to_float64
+from lazarus.notes import Notes
 from lazarus.sites import Position, compared_tokens
 
 
-def check_positions(position: Position, lengths: Sequence[int]) -> list[str]:
-    """Refuse a position that a prompt does not have; returns what must be noted.
+def check_positions(position: Position, lengths: Sequence[int], notes: Notes) -> None:
+    """Refuse a position that a prompt does not have; note prompts of a single token.
 
     Raises:
         PositionError: it names the first prompt without that token.
@@ -25,15 +27,17 @@ def check_positions(position: Position, lengths: Sequence[int]) -> list[str]:
         if isinstance(position, int) and not -length <= position < length:
             raise PositionError(
                 f"Prompt {index} has {length} tokens, so none at position {position}. Choose another "
-                "--position, or leave the prompt out."
+                f"{option('position')}, or leave the prompt out.",
+                option="position",
             )
-    alone = sum(length == 1 for length in lengths)
+    alone = [index for index, length in enumerate(lengths) if length == 1]
     if position in ("mean", "all") and alone:
-        return [
-            f"{alone} of {len(lengths)} prompts have one token, so their position 0 is compared, which "
-            "is left out of the others: it is an attention sink and hardly depends on the text"
-        ]
-    return []
+        notes.add(
+            "lone-tokens",
+            f"{len(alone)} of {len(lengths)} prompts have one token, so their position 0 is compared, which "
+            "is left out of the others: it is an attention sink and hardly depends on the text",
+            prompts=alone,
+        )
 
 
 @dataclass(frozen=True)

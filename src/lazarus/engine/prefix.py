@@ -23,6 +23,8 @@ from lazarus.engine.pair import ModelPair
 from lazarus.engine.resident import run_pairs
 from lazarus.errors import DeviceError, UnsupportedModelError
 from lazarus.metrics import relative_l2
+from lazarus.notes import Notes
+from lazarus.options import in_flags
 from lazarus.sites import Position
 from lazarus.tokens import TokenizedPrompt
 
@@ -44,14 +46,6 @@ class PrefixPlan:
     """what in this run needs every prompt whole, as a clause of a note"""
 
 
-@dataclass(frozen=True)
-class SharedPrefix:
-    """Number of first tokens that run once for all prompts, 0 for none, and notes on it."""
-
-    n_tokens: int = 0
-    notes: tuple[str, ...] = ()
-
-
 def common_prefix(prompts: Sequence[TokenizedPrompt], leave: int = 1) -> int:
     """The number of first ids that all prompts have in common; each has at least `leave` more."""
     if not prompts:
@@ -62,21 +56,24 @@ def common_prefix(prompts: Sequence[TokenizedPrompt], leave: int = 1) -> int:
     return max(0, min(common, min(len(prompt.ids) for prompt in prompts) - leave))
 
 
-def share_prefix(pair: ModelPair, prompts: Sequence[TokenizedPrompt], plan: PrefixPlan) -> SharedPrefix:
-    """The prefix of these prompts that runs once, if one saves enough and changes nothing but rounding."""
+def share_prefix(pair: ModelPair, prompts: Sequence[TokenizedPrompt], plan: PrefixPlan, notes: Notes) -> int:
+    """Return how many first tokens of all prompts run once, if that saves enough and changes nothing.
+
+    0 if not; rounding may differ. A prefix that would save enough is noted, whether it runs once or not.
+    """
     position = plan.position
     n_tokens = common_prefix(prompts, -position if isinstance(position, int) and position < 0 else 1)
     if n_tokens < FEWEST_TOKENS:
-        return SharedPrefix()
+        return 0
     distinct = list({tuple(prompt.ids): prompt for prompt in prompts}.values())
     checked = _pick_checked(distinct)
     if not _pays(distinct, checked, n_tokens):
-        return SharedPrefix()
+        return 0
     obstacle = _obstacle(pair, distinct, plan) or _difference(pair, checked, n_tokens, plan)
     which = f"the first {n_tokens} tokens, the same in all prompts, ran"
-    if obstacle is not None:
-        return SharedPrefix(0, (f"{which} with each of them: {obstacle}",))
-    return SharedPrefix(n_tokens, (f"{which} once",))
+    told = f"{which} once" if obstacle is None else f"{which} with each of them: {obstacle}"
+    notes.add("shared-prefix", in_flags(told))
+    return n_tokens if obstacle is None else 0
 
 
 def _ids(prompt: TokenizedPrompt) -> list[int]:
@@ -143,7 +140,7 @@ def _going_on(pair: ModelPair, batches: Sequence[BatchPair], position: Position)
     except UnsupportedModelError as error:
         raise _NoCacheError("this architecture does not go on from a cache of keys and values") from error
     except DeviceError as error:
-        raise _NoCacheError(f"going on from a cache of them failed: {str(error).rstrip('.')}") from error
+        raise _NoCacheError(f"going on from a cache of them failed: {error.marked.rstrip('.')}") from error
 
 
 def _states(pair: ModelPair, batches: Sequence[BatchPair], position: Position) -> Iterator[Tensor]:

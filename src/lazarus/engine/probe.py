@@ -29,8 +29,10 @@ from lazarus.engine.head import (
 from lazarus.engine.recorder import Recorder, Recording, Take, first_tensor
 from lazarus.engine.replay import Call, can_replay, recording, stopping_after
 from lazarus.errors import BlocksNotFoundError, NoDataError
+from lazarus.messages import option
 from lazarus.metrics import to_float64
 from lazarus.models import LoadedModel
+from lazarus.notes import Note, Notes
 
 LENGTH = 7
 SHORT = 4
@@ -57,7 +59,7 @@ class Conventions:
     """why it cannot be"""
     padding_is_known: bool = True
     """False where too few states were finite to see what padding does"""
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
     def rows(self, states: Tensor) -> Float[Tensor, "batch time hidden"]:
         """A block's states with batch and time in front and all features in one axis."""
@@ -187,13 +189,15 @@ def _check_calls(model: LoadedModel, seen: Recording) -> None:
     if silent:
         raise BlocksNotFoundError(
             f"{model.name}: block {min(silent)} of {len(model.anatomy.blocks)} did not run. These are "
-            "not the model's blocks: name them with --layers-path."
+            f"not the model's blocks: name them with {option('layers_path')}.",
+            option="layers_path",
         )
     if seen.embedding is None or {s.shape for s in seen.blocks} != {seen.embedding.shape}:
         shapes = sorted({tuple(s.shape) for s in seen.blocks})
         raise BlocksNotFoundError(
             f"{model.name}: what enters and what leaves its blocks do not have one shape ({shapes}), "
-            "so they carry no common residual stream. Name other blocks with --layers-path."
+            f"so they carry no common residual stream. Name other blocks with {option('layers_path')}.",
+            option="layers_path",
         )
 
 
@@ -309,16 +313,20 @@ def _settings(module: nn.Module, index: int) -> tuple[type, dict[str, Any]]:
     return type(module), {**settings, "forward": vars(module).get("forward")}
 
 
-def _notes(model: LoadedModel, seen: Recording) -> tuple[str, ...]:
-    notes = []
+def _notes(model: LoadedModel, seen: Recording) -> tuple[Note, ...]:
+    notes = Notes()
     if seen.order != list(range(len(model.anatomy.blocks))):
-        notes.append(
+        notes.add(
+            "repeated-blocks",
             f"{model.name}: blocks run more than once ({len(model.anatomy.blocks)} blocks, "
-            f"{len(seen.order)} calls); layer i is the i-th call"
+            f"{len(seen.order)} calls); layer i is the i-th call",
+            model=model.name,
         )
     if seen.blocks[0].dim() > 3:
-        notes.append(
+        notes.add(
+            "parallel-streams",
             f"{model.name}: its residual stream has several parallel streams; a layer's state is all "
-            "of them, one after the other"
+            "of them, one after the other",
+            model=model.name,
         )
     return tuple(notes)

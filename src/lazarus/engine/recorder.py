@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lazarus.blame import Translated
 from lazarus.engine.past import Past
 from lazarus.errors import DeviceError, LazarusError, UnsupportedModelError
+from lazarus.messages import CAUSE, option
 from lazarus.models import LoadedModel
 
 
@@ -127,16 +128,23 @@ def _told(model: LoadedModel, where: str, error: Exception) -> LazarusError:
     text = one_line(error) or type(error).__name__
     if any(sign in text for sign in _NO_OPERATOR):
         if model.device.type != "cpu":
-            return DeviceError(f"{where}: {text}. Use --device cpu, or another --dtype.")
+            return DeviceError(
+                f"{where}: {text}. Use {option('device', 'cpu')}, or another {option('dtype')}.",
+                option="device",
+            )
         return DeviceError(
-            f"{where}: {text}. The CPU has no such operator for this dtype: use another --dtype or --device "
-            "cuda; quantised weights keep their dtype, so use an unquantised checkpoint."
+            f"{where}: {text}. The CPU has no such operator for this dtype: use another {option('dtype')} or "
+            f"{option('device', 'cuda')}; quantised weights keep their dtype, so use an unquantised "
+            "checkpoint.",
+            option="dtype",
         )
     kind = type(model.model).__name__
     if getattr(model.model, "main_input_name", "input_ids") != "input_ids":
         advice = "Lazarus compares models of text."
     else:
-        advice = f"The error ({type(error).__name__}) is in the model's own code: --debug shows where."
+        advice = (
+            f"The error ({type(error).__name__}) is in the model's own code: {option(CAUSE)} shows where."
+        )
     return UnsupportedModelError(f"{where}: {kind} does not run on token ids alone: {text}. {advice}")
 
 

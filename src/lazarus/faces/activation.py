@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from lazarus.errors import GateNotMetError
 from lazarus.faces.face import Face, data_frame
+from lazarus.messages import option
 from lazarus.options import Options, check
 from lazarus.render.activation import figure, notebook, text
 from lazarus.render.activation.summary import verdict
@@ -133,17 +134,22 @@ class ActivationDiff(Face[ActivationDiffRecord]):
             self._check_limit(fail_above)
         found = self.summary.verdict
         if expect is not None and (found is None or (found == "changed") != (expect == "changed")):
-            raise GateNotMetError(f"--expect {expect}: {verdict(self.record)}")
+            raise GateNotMetError(f"{option('expect', expect)}: {verdict(self.record)}", option="expect")
         if expect == "identical":
-            self._check_whole("--expect identical")
+            self._check_whole("expect", option("expect", "identical"))
             others = differing(self.record.base.not_compared, self.record.finetuned.not_compared)
             if others and not only_compared:
                 raise GateNotMetError(
-                    f"--expect identical: {verdict(self.record)}. --only-compared leaves that out."
+                    f"{option('expect', 'identical')}: {verdict(self.record)}. "
+                    f"{option('only_compared', True)} leaves that out.",
+                    option="expect",
                 )
 
-    def _check_whole(self, gate: str) -> None:
-        """Refuse a result in which prompts are missing: a gate is met only by what was measured."""
+    def _check_whole(self, name: str, gate: str) -> None:
+        """Refuse a result in which prompts are missing: a gate is met only by what was measured.
+
+        `gate` is the option of that name, with its value.
+        """
         summary, n_prompts = self.summary, len(self.prompts)
         left_out = summary.n_prompts_left_out
         if left_out is None:  # saved by an earlier version
@@ -152,29 +158,33 @@ class ActivationDiff(Face[ActivationDiffRecord]):
             if n_left_out:
                 raise GateNotMetError(
                     f"{gate}: {n_left_out} of {n_prompts} prompts have {what} that could not be compared; "
-                    "see the notes."
+                    "see the notes.",
+                    option=name,
                 )
         for model in (self.record.base, self.record.finetuned):
             if any(part.what.startswith(BROKEN) for part in model.not_compared):
-                raise GateNotMetError(f"{gate}: {model.id} has {BROKEN}; see the notes.")
+                raise GateNotMetError(f"{gate}: {model.id} has {BROKEN}; see the notes.", option=name)
 
     def _check_limit(self, limit: float) -> None:
-        self._check_whole(f"--fail-above {limit:g}")
+        gate = option("fail_above", limit, "g")
+        self._check_whole("fail_above", gate)
         for layer in self.layers:
             if layer.divergence is None:
                 raise GateNotMetError(
-                    f"--fail-above {limit:g}: layer {layer.layer} could not be measured; see the notes."
+                    f"{gate}: layer {layer.layer} could not be measured; see the notes.", option="fail_above"
                 )
         n_theirs, n_compared = self.record.finetuned.n_layers, len({*self._counterparts()})
         if n_compared < n_theirs:
             raise GateNotMetError(
-                f"--fail-above {limit:g}: {n_theirs - n_compared} of {n_theirs} layers of fine-tuned have no "
-                "counterpart in base, and were not compared."
+                f"{gate}: {n_theirs - n_compared} of {n_theirs} layers of fine-tuned have no counterpart in "
+                "base, and were not compared.",
+                option="fail_above",
             )
         worst = max(self.layers, key=lambda layer: layer.divergence or 0.0)
         if (worst.divergence or 0.0) > limit:
             raise GateNotMetError(
-                f"--fail-above {limit:g}: layer {worst.layer} has a divergence of {worst.divergence:.6g}."
+                f"{gate}: layer {worst.layer} has a divergence of {worst.divergence:.6g}.",
+                option="fail_above",
             )
 
     def _counterparts(self) -> list[int]:

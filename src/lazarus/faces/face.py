@@ -25,6 +25,10 @@ class Record(Protocol):
     def notes(self) -> list[str]:
         """Return what was left out, what was assumed, what could not be measured."""
 
+    @property
+    def note_codes(self) -> list[str]:
+        """Return each note's code; none in a result that an older version saved."""
+
 
 R = TypeVar("R", bound=Record)
 
@@ -44,6 +48,11 @@ class Face(Generic[R]):
     def notes(self) -> list[str]:
         """Return what was left out, what was assumed, what could not be measured."""
         return self.record.notes
+
+    @property
+    def note_codes(self) -> list[str]:
+        """Return each note's code, one of `lazarus.notes.CODES`; none in a result of an older version."""
+        return self.record.note_codes
 
     def save(self, path: str | Path) -> list[str]:
         """Write the result; the suffix names the format, and any other is JSON.
@@ -85,7 +94,7 @@ def read_record(path: str | Path) -> Any:
     except OSError as error:
         raise ResultFileError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
     except ResultFileError as error:
-        raise ResultFileError(f"{path}: {error}") from error
+        raise ResultFileError(f"{path}: {error.marked}") from error
 
 
 def data_frame(columns: Mapping[str, Any]) -> pandas.DataFrame:

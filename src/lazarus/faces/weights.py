@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from lazarus.errors import GateNotMetError
 from lazarus.faces.face import Face, data_frame
+from lazarus.messages import option
 from lazarus.options import WeightOptions, check
 from lazarus.render.weights import figure, notebook, table, text
 from lazarus.results import TensorRecord, WeightDiffRecord, WeightLayerRecord, WeightSummary, differing
@@ -108,31 +109,35 @@ class WeightDiff(Face[WeightDiffRecord]):
         if fail_above is not None:
             self._check_limit(fail_above)
         if expect is not None and (self.summary.verdict == "changed") != (expect == "changed"):
-            raise GateNotMetError(f"--expect {expect}: {text.verdict(self.record)}")
+            raise GateNotMetError(f"{option('expect', expect)}: {text.verdict(self.record)}", option="expect")
         others = differing(self.record.base.not_compared, self.record.finetuned.not_compared)
         if expect == "identical" and others and not only_compared:
             raise GateNotMetError(
-                f"--expect identical: {text.verdict(self.record)}. --only-compared leaves that out."
+                f"{option('expect', 'identical')}: {text.verdict(self.record)}. "
+                f"{option('only_compared', True)} leaves that out.",
+                option="expect",
             )
 
     def _check_limit(self, limit: float) -> None:
-        said = f"--fail-above {limit:g}:"
+        if (fault := self._fault(limit)) is not None:
+            raise GateNotMetError(f"{option('fail_above', limit, 'g')}: {fault}.", option="fail_above")
+
+    def _fault(self, limit: float) -> str | None:
+        """Return what keeps the gate from being met: a larger change, or one that is not known."""
         if not self.results:
-            raise GateNotMetError(f"{said} no tensor was compared; see the notes.")
+            return "no tensor was compared; see the notes"
         if self.record.unmatched:
-            first = self.record.unmatched[0]
-            raise GateNotMetError(
-                f"{said} {len(self.record.unmatched)} tensors have no counterpart of their shape, first "
-                f"{first.name}; see the notes."
+            n_unmatched, first = len(self.record.unmatched), self.record.unmatched[0]
+            return (
+                f"{n_unmatched} tensors have no counterpart of their shape, first {first.name}; see the notes"
             )
         for row in self.results:
             if row.relative_change is None:
-                raise GateNotMetError(f"{said} {text.place(row)} has no relative change; see the notes.")
+                return f"{text.place(row)} has no relative change; see the notes"
         worst = max(self.results, key=lambda row: row.relative_change or 0.0)
-        if (worst.relative_change or 0.0) > limit:
-            raise GateNotMetError(
-                f"{said} {text.place(worst)} has a relative change of {worst.relative_change:.6g}."
-            )
+        if (worst.relative_change or 0.0) <= limit:
+            return None
+        return f"{text.place(worst)} has a relative change of {worst.relative_change:.6g}"
 
     def __str__(self) -> str:
         return text.page(self.record)

@@ -11,6 +11,7 @@ from torch import Tensor
 from lazarus.lens.lens import Lens
 from lazarus.lens.vocabulary import Vocabulary
 from lazarus.metrics import OUTPUT_METRICS, compare_logits
+from lazarus.notes import Notes
 from lazarus.results import LensPair, finite_or_none
 from lazarus.tokens import listed
 
@@ -26,7 +27,6 @@ class Outcomes:
 
     n_outcomes: int
     places: tuple[Tensor, Tensor] | None
-    notes: Sequence[str] = ()
     same_ids: bool = False
     """an id is the same token in both"""
 
@@ -38,19 +38,20 @@ class Outcomes:
         return merged.index_add_(0, self.places[side], logits.double().softmax(-1)).log()[None]
 
 
-def find_outcomes(one: Vocabulary, other: Vocabulary) -> Outcomes:
-    """The outcomes that two models have in common."""
+def find_outcomes(one: Vocabulary, other: Vocabulary, notes: Notes) -> Outcomes:
+    """Return the outcomes that two models have in common; where that is not every token, note it."""
     n_common = min(one.n_tokens, other.n_tokens)
     same_heads = one.n_tokens == other.n_tokens
     if one.ids == other.ids and (same_heads or max(one.ids.values()) < n_common):
         if same_heads:
             return Outcomes(n_common, None, same_ids=True)
-        note = (
+        notes.add(
+            "vocabularies-differ",
             f"model 1 has logits for {one.n_tokens} tokens and model 2 for {other.n_tokens}: KL and JS are "
-            f"over the {n_common} that both have and one outcome for any other"
+            f"over the {n_common} that both have and one outcome for any other",
         )
         first, second = (torch.arange(v.n_tokens).clamp(max=n_common) for v in (one, other))
-        return Outcomes(n_common + 1, (first, second), [note], same_ids=True)
+        return Outcomes(n_common + 1, (first, second), same_ids=True)
     common = sorted({t for t in one.texts if t is not None} & {t for t in other.texts if t is not None})
     numbers = {text: number for number, text in enumerate(common)}
     n_texts = len(common)
@@ -58,12 +59,13 @@ def find_outcomes(one: Vocabulary, other: Vocabulary) -> Outcomes:
         torch.tensor([n_texts if t is None else numbers.get(t, n_texts) for t in v.texts])
         for v in (one, other)
     ]
-    note = (
+    notes.add(
+        "vocabularies-differ",
         f"the two vocabularies differ, so KL and JS are over the {n_texts} texts that are tokens of both and "
         "one outcome for any other; merging outcomes can only lower them, so they are lower bounds (data "
-        "processing inequality, Cover & Thomas 2006, theorem 2.8.1)"
+        "processing inequality, Cover & Thomas 2006, theorem 2.8.1)",
     )
-    return Outcomes(n_texts + 1, (places[0], places[1]), [note])
+    return Outcomes(n_texts + 1, (places[0], places[1]))
 
 
 def lens_pair(lenses: tuple[Lens, Lens], outcomes: Outcomes, layers: tuple[int, int]) -> LensPair:
@@ -100,14 +102,14 @@ def same_token(
     return lenses[0].vocabulary.text(ours) == lenses[1].vocabulary.text(theirs)
 
 
-def distance_notes(pairs: Sequence[LensPair]) -> list[str]:
-    """Return where KL is infinite: one model gives no probability at all to what the other can give."""
-    notes = []
+def note_distances(pairs: Sequence[LensPair], notes: Notes) -> None:
+    """Note where KL is infinite: one model gives no probability at all to what the other can give."""
     for one, other, name in ((1, 2, "kl_1_2"), (2, 1, "kl_2_1")):
         infinite = [pair.layer for pair in pairs if pair.js is not None and getattr(pair, name) is None]
         if infinite:
-            notes.append(
+            notes.add(
+                "infinite-kl",
                 f"KL(model {one}‖model {other}) is infinite, and null, at layers {listed(infinite)} (of "
-                f"{len(pairs)}): model {one} can give what has the probability 0 in model {other}"
+                f"{len(pairs)}): model {one} can give what has the probability 0 in model {other}",
+                layers=infinite,
             )
-    return notes

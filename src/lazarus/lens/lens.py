@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from lazarus.engine import Conventions
 from lazarus.lens.vocabulary import Vocabulary
 from lazarus.models import LoadedModel
+from lazarus.notes import Notes
 from lazarus.tokens import TokenizedPrompt
 
 
@@ -27,7 +28,8 @@ class Lens:
     vocabulary: Vocabulary
     prompt: TokenizedPrompt
     logits: Float[Tensor, "layers vocabulary"]
-    notes: tuple[str, ...] = ()
+    notes: Notes = field(default_factory=Notes)
+    """on how the model behaves, and how its layers were read"""
 
     @cached_property
     def log_totals(self) -> Tensor:

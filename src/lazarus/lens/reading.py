@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -15,20 +14,19 @@ from lazarus.engine.head import MOST_LOGITS, NO_HEAD, alike, reads_blocks, run_w
 from lazarus.engine.recorder import Recorder, Recording, Take
 from lazarus.errors import UnsupportedModelError
 from lazarus.models import LoadedModel
-
-
-@dataclass(frozen=True)
-class LayerLogits:
-    """Next-token logits after each block, on the CPU, in float32 (or float64), and how they came about."""
-
-    logits: Float[Tensor, "layers vocabulary"]
-    notes: tuple[str, ...] = ()
+from lazarus.notes import Notes
 
 
 def read_layers(
-    model: LoadedModel, conventions: Conventions, ids: Sequence[int], advanced: Callable[[int], None]
-) -> LayerLogits:
+    model: LoadedModel,
+    conventions: Conventions,
+    ids: Sequence[int],
+    advanced: Callable[[int], None],
+    notes: Notes,
+) -> Float[Tensor, "layers vocabulary"]:
     """Return what the model would say if it stopped after each block (logit lens, nostalgebraist 2020).
+
+    These are next-token logits, on the CPU, in float32 (or float64).
 
     A block's output at the last token takes the place of the last block's, and all that the model does
     after that is done to it; the last row must then be the model's own logits. Where it is not, because the
@@ -52,9 +50,10 @@ def read_layers(
             same = alike(rows[-1][-1:], own, torch.finfo(model.model.dtype).eps)
             same = _reads_last_block(model, ids) if same is None else same
             if not same:
-                return _read_cut(model, head, (time, ids), advanced, is_known=same is not None)
+                _note_cut(model, notes, is_known=same is not None)
+                return _read_cut(model, head, (time, ids), advanced)
         advanced(states.shape[time])
-    return LayerLogits(torch.cat(rows))
+    return torch.cat(rows)
 
 
 def _reads_last_block(model: LoadedModel, ids: Sequence[int]) -> bool | None:
@@ -68,14 +67,19 @@ def _reads_last_block(model: LoadedModel, ids: Sequence[int]) -> bool | None:
     return None if whole is None else reads_blocks(recorder, batch, whole)
 
 
+def _note_cut(model: LoadedModel, notes: Notes, *, is_known: bool) -> None:
+    reason = (
+        "its end reads earlier blocks too"
+        if is_known
+        else "its own logits are not finite, so whether its end reads earlier blocks too could not be seen"
+    )
+    told = f"{model.name}: {reason}: each layer is the model cut after that block"
+    notes.add("lens-by-cutting", told, model=model.name)
+
+
 def _read_cut(
-    model: LoadedModel,
-    head: Head,
-    text: tuple[int, Sequence[int]],
-    advanced: Callable[[int], None],
-    *,
-    is_known: bool,
-) -> LayerLogits:
+    model: LoadedModel, head: Head, text: tuple[int, Sequence[int]], advanced: Callable[[int], None]
+) -> Float[Tensor, "layers vocabulary"]:
     """The logits of the model without the blocks after each one: as many passes as it has blocks.
 
     `text` is the axis of the tokens in a block's states, and their ids.
@@ -92,13 +96,7 @@ def _read_cut(
             )
         rows.append(_own_logits(head, seen))
         advanced(1)
-    reason = (
-        "its end reads earlier blocks too"
-        if is_known
-        else "its own logits are not finite, so whether its end reads earlier blocks too could not be seen"
-    )
-    note = f"{model.name}: {reason}: each layer is the model cut after that block"
-    return LayerLogits(torch.cat(rows), (note,))
+    return torch.cat(rows)
 
 
 @contextmanager

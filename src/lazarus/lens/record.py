@@ -10,10 +10,12 @@ import torch
 from lazarus import provenance
 from lazarus.engine import ModelPair, find_break
 from lazarus.errors import NoDataError, UsageError
-from lazarus.lens.distance import distance_notes, find_outcomes, lens_pair
+from lazarus.lens.distance import find_outcomes, lens_pair, note_distances
 from lazarus.lens.lens import Lens
-from lazarus.lens.tracking import Lenses, Tracked, evolution, find_tracked, tracking_notes
-from lazarus.options import CompareOptions, parse_track
+from lazarus.lens.tracking import Lenses, Tracked, evolution, find_tracked, note_tracking
+from lazarus.messages import option
+from lazarus.notes import Note, Notes
+from lazarus.options import CompareOptions, note_in_flags, parse_track
 from lazarus.results import (
     SCHEMA_VERSION,
     CompareRecord,
@@ -29,16 +31,15 @@ from lazarus.tokens import listed
 
 @dataclass(frozen=True)
 class LensFacts:
-    """The prompt, the options, what their `auto` came to, and what was noted on the way."""
+    """The prompt, the options, and what their `auto` came to."""
 
     prompt: str
     options: CompareOptions
     device: torch.device
-    notes: Sequence[str]
 
 
-def make_record(lenses: Lenses, facts: LensFacts) -> CompareRecord:
-    """The whole record of a run.
+def make_record(lenses: Lenses, facts: LensFacts, notes: Notes) -> CompareRecord:
+    """Return the whole record of a run; `notes` are those on what came before.
 
     Raises:
         UsageError: more tokens a layer are asked for than a model has.
@@ -46,12 +47,13 @@ def make_record(lenses: Lenses, facts: LensFacts) -> CompareRecord:
     """
     for lens in lenses:
         _check(lens, facts.options)
-    outcomes = find_outcomes(lenses[0].vocabulary, lenses[1].vocabulary)
+    outcomes = find_outcomes(lenses[0].vocabulary, lenses[1].vocabulary, notes)
     words = parse_track(facts.options.track)
     tracked = find_tracked(lenses, words, same_ids=outcomes.same_ids)
     pairs = [lens_pair(lenses, outcomes, layers) for layers in _matched(lenses)]
-    notes = [*facts.notes, *outcomes.notes, *_lens_notes(lenses)]
-    notes += [*distance_notes(pairs), *tracking_notes(lenses, tracked)]
+    _note_lenses(lenses, notes)
+    note_distances(pairs, notes)
+    note_tracking(lenses, tracked, notes)
     one, other = (_model(lens, facts, tracked, side) for side, lens in enumerate(lenses))
     return CompareRecord(
         schema_version=SCHEMA_VERSION,
@@ -66,7 +68,8 @@ def make_record(lenses: Lenses, facts: LensFacts) -> CompareRecord:
         tracked=[each.text for each in tracked],
         layers=pairs,
         summary=_summary(pairs, same_vocabulary=outcomes.same_ids),
-        notes=list(dict.fromkeys(notes)),
+        notes=notes.texts,
+        note_codes=notes.codes,
     )
 
 
@@ -74,10 +77,14 @@ def _check(lens: Lens, options: CompareOptions) -> None:
     name, n_tokens = lens.model.name, lens.vocabulary.n_tokens
     if options.top_k > n_tokens:
         raise UsageError(
-            f"--top-k {options.top_k}: {name} has {n_tokens} tokens. Give a number of at most {n_tokens}."
+            f"{option('top_k', options.top_k)}: {name} has {n_tokens} tokens. Give a number of at most "
+            f"{n_tokens}.",
+            option="top_k",
         )
     if not any(lens.valid):
-        reason = _why_not_finite(lens) or f"{name} runs in {lens.model.run_dtype}: try --dtype float32"
+        found = _why_not_finite(lens)
+        dtype = lens.model.run_dtype
+        reason = found.text if found else f"{name} runs in {dtype}: try {option('dtype', 'float32')}"
         raise NoDataError(
             f"{name}: the logits are finite at no layer, so there is nothing to read. {reason}."
         )
@@ -138,35 +145,40 @@ def _summary(pairs: Sequence[LensPair], *, same_vocabulary: bool) -> LensSummary
     )
 
 
-def _lens_notes(lenses: Lenses) -> list[str]:
-    """Return what a reader must know of how the two ran, and of the layers where nothing is read."""
+def _note_lenses(lenses: Lenses, notes: Notes) -> None:
+    """Note what a reader must know of how the two ran, and of the layers where nothing is read."""
     one, other = (lens.model for lens in lenses)
     depths = [len(lens.logits) for lens in lenses]
-    notes = [note for lens in lenses for note in (*lens.conventions.notes, *lens.notes)]
+    for lens in lenses:
+        notes.extend(lens.notes)
     if one.run_dtype != other.run_dtype:
-        notes.append(
+        notes.add(
+            "run-dtypes",
             f"{one.name} ran in {one.run_dtype}, {other.name} in {other.run_dtype}: part of what differs is "
-            "the rounding of the narrower type"
+            "the rounding of the narrower type",
         )
     if depths[0] != depths[1]:
-        notes.append(
+        notes.add(
+            "depths-differ",
             f"{one.name} has {depths[0]} layers, {other.name} has {depths[1]}: they are matched by relative "
-            "depth (model2_layer in JSON)"
+            "depth (model2_layer in JSON)",
         )
     for lens in lenses:
         broken = [layer for layer, valid in enumerate(lens.valid) if not valid]
         if broken:
-            notes.append(
+            notes.add(
+                "not-finite",
                 f"{lens.model.name}: logits that are not finite, so nothing is read, at layers "
-                f"{listed(broken)} ({len(broken)} of {len(lens.valid)})"
+                f"{listed(broken)} ({len(broken)} of {len(lens.valid)})",
+                model=lens.model.name,
+                layers=broken,
             )
             reason = _why_not_finite(lens)
-            notes += [reason] if reason else []
-    return notes
+            notes.extend([note_in_flags(reason)] if reason else [])
 
 
-def _why_not_finite(lens: Lens) -> str | None:
-    """Return why some layers' logits are not finite; None where the model's own states and logits are."""
+def _why_not_finite(lens: Lens) -> Note | None:
+    """Return why logits of some layers are not finite; None where the model's own states and logits are."""
     known = lens.conventions
     found = find_break(lens.model, lens.prompt.ids, known.axes[1], known.head_reads)
-    return None if found is None else found.told(lens.model, "the prompt")
+    return None if found is None else found.note(lens.model, "the prompt")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol, Unpack, runtime_checkable
 
 from lazarus.blame import MemoryFaults
-from lazarus.engine import Conventions, broken_weights, learn, told_of_weights
+from lazarus.engine import Conventions, broken_weights, learn, note_of_weights
 from lazarus.errors import PromptsError
 from lazarus.faces import Comparison
 from lazarus.lens.lens import Lens
@@ -15,10 +15,11 @@ from lazarus.lens.record import LensFacts, make_record
 from lazarus.lens.vocabulary import Vocabulary
 from lazarus.loading import Model, Role, less_memory, load_models, pick_device
 from lazarus.models import LoadedModel, find_tokenizer, same_design
-from lazarus.options import CompareArguments, CompareOptions, read_template
+from lazarus.notes import Notes
+from lazarus.options import CompareArguments, CompareOptions, note_in_flags, read_template
 from lazarus.prompts import Prompt, PromptList, check_chats, make_prompts
 from lazarus.ranks import Rank
-from lazarus.reading import Reading, read_prompts
+from lazarus.reading import Asked, Reading, read_prompts
 from lazarus.tokens import TokenizedPrompt
 
 
@@ -84,28 +85,29 @@ def compare(
     device = pick_device(chosen.device, Rank())
     tokenizer = find_tokenizer(tokenizer, trust_remote_code=of_pair.trust_remote_code)
     helps = less_memory(chosen.dtype, device, can_stream=False)
+    notes = Notes(found.notes)
     with MemoryFaults(helps):
-        loaded = load_models(model1, model2, of_pair, device, watcher.loading)
+        models = load_models((model1, model2), of_pair, device, watcher.loading, notes)
     with MemoryFaults([*helps, "a shorter prompt"]):
-        reading = read_prompts(loaded.models, tokenizer, found.prompts, template, of_pair)
-        lenses = _look(loaded.models, reading, watcher)
-        models = loaded.models
-        notes = [*found.notes, *loaded.notes, *models[0].notes, *models[1].notes, *reading.notes]
-        notes += _other_ids(reading)
-        notes += [told_of_weights(m, names) for m in models if (names := broken_weights(m))]
-        return Comparison(make_record(lenses, LensFacts(found.prompts[0].text, chosen, device, notes)))
+        reading = read_prompts(models, Asked(found.prompts, tokenizer, template), of_pair, notes)
+        lenses = _look(models, reading, watcher)
+        _note_other_ids(reading, notes)
+        broken = [note_of_weights(m, names) for m in models if (names := broken_weights(m))]
+        notes.extend(map(note_in_flags, broken))
+        return Comparison(make_record(lenses, LensFacts(found.prompts[0].text, chosen, device), notes))
 
 
-def _other_ids(reading: Reading) -> list[str]:
-    """A note where one vocabulary was read in two ways, such as with a BOS token and without."""
+def _note_other_ids(reading: Reading, notes: Notes) -> None:
+    """Note where one vocabulary was read in two ways, such as with a BOS token and without."""
     base, finetuned = reading.tokenizers
     ours, theirs = reading.base[0].ids, reading.finetuned[0].ids
     if base is finetuned or ours == theirs or base.get_vocab() != finetuned.get_vocab():
-        return []
-    return [
+        return
+    notes.add(
+        "other-ids",
         f"the two tokenizers have one vocabulary and read the prompt as other ids ({len(ours)} tokens and "
-        f"{len(theirs)}): part of the difference may come of that alone"
-    ]
+        f"{len(theirs)}): part of the difference may come of that alone",
+    )
 
 
 def _one_prompt(prompt: str | Mapping[str, Any] | Prompt | PromptList, options: CompareOptions) -> PromptList:
@@ -145,6 +147,6 @@ def _look(models: tuple[LoadedModel, LoadedModel], reading: Reading, watcher: Ob
 def _look_at(
     model: LoadedModel, conventions: Conventions, prompt: TokenizedPrompt, tokenizer: Any, watcher: Observer
 ) -> Lens:
-    read = read_layers(model, conventions, prompt.ids, watcher.advanced)
-    vocabulary = Vocabulary(tokenizer, read.logits.shape[-1])
-    return Lens(model, conventions, vocabulary, prompt, read.logits, read.notes)
+    notes = Notes(conventions.notes)
+    logits = read_layers(model, conventions, prompt.ids, watcher.advanced, notes)
+    return Lens(model, conventions, Vocabulary(tokenizer, logits.shape[-1]), prompt, logits, notes)

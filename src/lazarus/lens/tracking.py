@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lazarus.lens.distance import same_token
 from lazarus.lens.lens import Lens
+from lazarus.notes import Notes
 from lazarus.results import TokenEvolution
 
 Lenses = tuple[Lens, Lens]
@@ -82,17 +83,18 @@ def evolution(lens: Lens, tracked: str, token_id: int | None) -> TokenEvolution:
     )
 
 
-def tracking_notes(lenses: Lenses, tracked: Sequence[Tracked]) -> list[str]:
-    """Return which tracked texts a model has no token for, and of which it has the beginning alone."""
-    notes = []
+def note_tracking(lenses: Lenses, tracked: Sequence[Tracked], notes: Notes) -> None:
+    """Note which tracked texts a model has no token for, and of which it has the beginning alone."""
     for each in tracked:
         for lens, token_id in zip(lenses, each.ids, strict=True):
             name, text = lens.model.name, None if token_id is None else lens.vocabulary.text(token_id)
             if text is None:
-                notes.append(f"tracked token {each.text!r}: {name} has no token for it")
+                told = f"tracked token {each.text!r}: {name} has no token for it"
+                notes.add("tracked-token", told, model=name)
             elif text.strip() != each.text.strip():
-                notes.append(
+                notes.add(
+                    "tracked-token",
                     f"tracked token {each.text!r}: {name} has no single token for it, so its first one, "
-                    f"{text!r}, is tracked"
+                    f"{text!r}, is tracked",
+                    model=name,
                 )
-    return notes

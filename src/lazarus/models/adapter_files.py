@@ -16,6 +16,7 @@ from lazarus.models.contents import Unread
 from lazarus.models.faults import translated
 from lazarus.models.fitting import OUTER
 from lazarus.models.reference import Source, adapter_settings
+from lazarus.notes import Notes
 
 WEIGHTS = "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"
@@ -32,11 +33,10 @@ class AdapterFiles:
     """by the names that PEFT gives them, each once"""
     is_as_stored: bool
     """whether the file has these names, and no others"""
-    notes: tuple[str, ...]
     unread: tuple[Unread, ...]
 
 
-def read_adapter(adapter: Source, model: PreTrainedModel) -> AdapterFiles:
+def read_adapter(adapter: Source, model: PreTrainedModel, notes: Notes) -> AdapterFiles:
     """Read the tensors of an adapter, for a model.
 
     Raises:
@@ -55,8 +55,9 @@ def read_adapter(adapter: Source, model: PreTrainedModel) -> AdapterFiles:
     tensors = _once(model, {name: stored[key] for name, key in named.items()})
     _check_saved(adapter, tensors, [path for path, _ in model.named_modules()])
     folder = str(Path(path).parent)
-    notes = [*_prefix_note(adapter, named), *_others_note(adapter, folder)]
-    return AdapterFiles(folder, tensors, tensors.keys() == stored.keys(), tuple(notes), _unread(adapter))
+    _note_prefix(adapter, named, notes)
+    _note_others(adapter, folder, notes)
+    return AdapterFiles(folder, tensors, tensors.keys() == stored.keys(), _unread(adapter))
 
 
 def _peft_name(key: str, stored: Mapping[str, Tensor]) -> str:
@@ -68,24 +69,26 @@ def _peft_name(key: str, stored: Mapping[str, Tensor]) -> str:
     return key if has_outer else OUTER + key
 
 
-def _prefix_note(adapter: Source, named: Mapping[str, str]) -> list[str]:
+def _note_prefix(adapter: Source, named: Mapping[str, str], notes: Notes) -> None:
     other = [key for name, key in named.items() if name != key]
-    if not other:
-        return []
-    return [
-        f"{adapter.name}: {len(other)} of its {len(named)} tensor names are not those that PEFT gives, first "
-        f"{other[0]}: they were read without a wrapper's prefix, and other tools need them renamed"
-    ]
+    if other:
+        notes.add(
+            "wrapped-names",
+            f"{adapter.name}: {len(other)} of its {len(named)} tensor names are not those that PEFT gives, "
+            f"first {other[0]}: they were read without a wrapper's prefix, and other tools need them renamed",
+            model=adapter.name,
+        )
 
 
-def _others_note(adapter: Source, folder: str) -> list[str]:
+def _note_others(adapter: Source, folder: str, notes: Notes) -> None:
     others = sorted(path.parent.name for path in Path(folder).glob("*/adapter_config.json"))
-    if adapter.kind != "folder" or not others:
-        return []
-    return [
-        f"{adapter.name}: it holds other adapters besides, which were not put on: {', '.join(others)}. Name "
-        f"one as {adapter.name}/{others[0]}"
-    ]
+    if adapter.kind == "folder" and others:
+        notes.add(
+            "other-adapters",
+            f"{adapter.name}: it holds other adapters besides, which were not put on: {', '.join(others)}. "
+            f"Name one as {adapter.name}/{others[0]}",
+            model=adapter.name,
+        )
 
 
 def _unread(adapter: Source) -> tuple[Unread, ...]:

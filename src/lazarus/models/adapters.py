@@ -20,6 +20,7 @@ from lazarus.models.contents import Unread
 from lazarus.models.faults import one_line, translated
 from lazarus.models.fitting import OUTER, Fit, adjust, find_fit, owner_of, resize
 from lazarus.models.reference import Source, adapter_settings
+from lazarus.notes import Notes
 
 _STARTS = {"true", "false", "gaussian", "eva", "orthogonal"}
 """how a LoRA may have begun without the weights of its model being changed"""
@@ -53,14 +54,13 @@ class Adapted:
     model: PreTrainedModel
     description: str
     """the adapters, each with its type and its commit"""
-    notes: tuple[str, ...]
     left_out: Mapping[str, Tensor]
     """what has no place on the model, such as a score head, by the names that it had in training"""
     unread: tuple[Unread, ...] = ()
     """other weights in the folders of the adapters"""
 
 
-def put_all_on(model: PreTrainedModel, adapters: Sequence[Source]) -> Adapted:
+def put_all_on(model: PreTrainedModel, adapters: Sequence[Source], notes: Notes) -> Adapted:
     """Inject adapters into `model`, unmerged, one on top of the other.
 
     The updates of several LoRAs add up: W + D₁ + D₂ is what merging the first and then the second gives.
@@ -73,19 +73,18 @@ def put_all_on(model: PreTrainedModel, adapters: Sequence[Source]) -> Adapted:
     names = ["default", *(f"adapter-{number}" for number in range(1, len(adapters)))]
     found = []
     for adapter, name in zip(adapters, names, strict=True):
-        found.append(put_on(model, adapter, name))
+        found.append(put_on(model, adapter, notes, name))
         model = found[-1].model
     for layer in model.modules() if len(adapters) > 1 else ():
         if hasattr(layer, "base_layer") and hasattr(layer, "lora_A"):
             held = {*layer.lora_A, *layer.lora_embedding_A}
             layer.set_adapter([name for name in names if name in held])
     left_out = {path: tensor for each in found for path, tensor in each.left_out.items()}
-    notes = tuple(note for each in found for note in each.notes)
     unread = tuple(other for each in found for other in each.unread)
-    return Adapted(model, " + ".join(each.description for each in found), notes, left_out, unread)
+    return Adapted(model, " + ".join(each.description for each in found), left_out, unread)
 
 
-def put_on(model: PreTrainedModel, adapter: Source, name: str = "default") -> Adapted:
+def put_on(model: PreTrainedModel, adapter: Source, notes: Notes, name: str = "default") -> Adapted:
     """Inject an adapter into `model`, unmerged, under a name.
 
     An adapter that was trained on another class over the same blocks, such as a classifier, is put on the
@@ -106,16 +105,16 @@ def put_on(model: PreTrainedModel, adapter: Source, name: str = "default") -> Ad
     settings = adapter_settings(adapter)
     kind = settings.get("peft_type")
     _check_type(peft, adapter, kind)
-    files = read_adapter(adapter, model)
+    files = read_adapter(adapter, model, notes)
     fit = find_fit(adapter.name, model, files.tensors)
-    notes = (*files.notes, *_notes(adapter, settings, model, fit))
+    _note_fit(adapter, model, fit, notes)
     with _fitted(adapter, model), translated(adapter.name):
         wrapped, report = _inject(peft, model, (adapter, name), (fit, files))
     _check_placed(adapter, model, report)
     commit = f", commit {adapter.revision}" if adapter.revision else ""
     left_out = {key.removeprefix(OUTER): files.tensors[key] for key in fit.left_out}
     description = f"{adapter.name} ({kind}{commit})"
-    return Adapted(wrapped.get_base_model().eval(), description, notes, left_out, files.unread)
+    return Adapted(wrapped.get_base_model().eval(), description, left_out, files.unread)
 
 
 def _check_stack(adapters: Sequence[Source]) -> None:
@@ -138,24 +137,25 @@ def _check_type(peft: Any, adapter: Source, kind: object) -> None:
         )
 
 
-def _notes(
-    adapter: Source, settings: Mapping[str, object], model: PreTrainedModel, fit: Fit
-) -> tuple[str, ...]:
-    """Return what of an adapter is left out, and what it takes to put it on."""
-    notes = []
+def _note_fit(adapter: Source, model: PreTrainedModel, fit: Fit, notes: Notes) -> None:
+    """Note what of an adapter is left out, and what it takes to put it on."""
     if fit.left_out:
-        kind = f"as {settings['task_type']}" if settings.get("task_type") else "on another class of model"
+        task = adapter_settings(adapter).get("task_type")
+        kind = f"as {task}" if task else "on another class of model"
         first = fit.left_out[0].removeprefix(OUTER)
-        notes.append(
+        notes.add(
+            "adapter-tensors",
             f"{adapter.name} was trained {kind}: {len(fit.left_out)} of its tensors, first {first}, have "
-            f"no module in {type(model).__name__} and were left out"
+            f"no module in {type(model).__name__} and were left out",
+            model=adapter.name,
         )
     if fit.n_rows is not None:
-        notes.append(
+        notes.add(
+            "resized-vocabulary",
             f"{adapter.name} was trained with a vocabulary of {fit.n_rows} rows: the model that it was put "
-            f"on has {model.get_input_embeddings().num_embeddings}, and was resized to them"
+            f"on has {model.get_input_embeddings().num_embeddings}, and was resized to them",
+            model=adapter.name,
         )
-    return tuple(notes)
 
 
 def _inject(

@@ -11,6 +11,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lazarus.blame import Translated
 from lazarus.errors import BlocksNotFoundError
+from lazarus.messages import option
+from lazarus.notes import Notes
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,14 @@ class Anatomy:
     """how many keys a sparse attention picks for each token; None where it reads all of them"""
     uses_layer_norm: bool
     """its blocks read the residual stream through a LayerNorm"""
-    notes: tuple[str, ...] = ()
+    encoder_only: bool = False
+    """the stack is the encoder of an encoder-decoder"""
+
+    def note(self, name: str, notes: Notes) -> None:
+        """Note what of the model, which is called `name`, is not in the stack."""
+        if self.encoder_only:
+            told = f"{name}: an encoder-decoder: its encoder is compared, its decoder is not"
+            notes.add("encoder-only", told, model=name)
 
 
 def dissect(model: PreTrainedModel, layers_path: str | None = None) -> Anatomy:
@@ -40,7 +49,7 @@ def dissect(model: PreTrainedModel, layers_path: str | None = None) -> Anatomy:
     Raises:
         BlocksNotFoundError: there is no single list of blocks; the message offers the candidates.
     """
-    stack, notes = _text_stack(model)
+    stack = _text_stack(model)
     config = text_config(stack, model)
     if not isinstance(getattr(config, "hidden_size", None), int):
         raise BlocksNotFoundError(
@@ -55,7 +64,7 @@ def dissect(model: PreTrainedModel, layers_path: str | None = None) -> Anatomy:
         context=_context(stack, config),
         picked_keys=getattr(config, "index_topk", None),
         uses_layer_norm=any(isinstance(m, nn.LayerNorm) for b in blocks for m in b.modules()),
-        notes=notes,
+        encoder_only=model.config.is_encoder_decoder,
     )
 
 
@@ -65,12 +74,12 @@ def text_config(stack: nn.Module, model: PreTrainedModel) -> PretrainedConfig:
     return config.get_text_config(decoder=not model.config.is_encoder_decoder)
 
 
-def _text_stack(model: PreTrainedModel) -> tuple[nn.Module, tuple[str, ...]]:
+def _text_stack(model: PreTrainedModel) -> nn.Module:
     backbone = model.base_model
     if model.config.is_encoder_decoder:
-        note = "an encoder-decoder: its encoder is compared, its decoder is not"
         with Translated(f"the encoder of {type(model).__name__}", partial(_told, model)):
-            return backbone.get_encoder(), (note,)
+            encoder: nn.Module = backbone.get_encoder()
+            return encoder
     # Never on the head model: ModernBERT's `decoder` is its head's Linear.
     with Translated(f"the decoder of {type(model).__name__}", partial(_told, model)):
         stack = backbone.get_decoder() if hasattr(backbone, "get_decoder") else backbone
@@ -79,7 +88,8 @@ def _text_stack(model: PreTrainedModel) -> tuple[nn.Module, tuple[str, ...]]:
     if stack is model and model.get_output_embeddings() is not None:
         # A head whose base_model is itself (Llama 4): the stack is the model inside it.
         stack = next((m for m in model.children() if isinstance(m, PreTrainedModel)), model)
-    return stack, ()
+    found: nn.Module = stack
+    return found
 
 
 def _told(model: PreTrainedModel, error: Exception) -> BlocksNotFoundError:
@@ -105,7 +115,8 @@ def _find_blocks(stack: nn.Module, config: PretrainedConfig, model: PreTrainedMo
     candidates = ", ".join(f"{name} ({len(m)})" for name, m in lists.items()) or "none"
     raise BlocksNotFoundError(
         f"{type(model).__name__}: its blocks cannot be found: no single list of {n_layers} modules. "
-        f"Its lists: {candidates}. Name the right one with --layers-path."
+        f"Its lists: {candidates}. Name the right one with {option('layers_path')}.",
+        option="layers_path",
     )
 
 
@@ -124,8 +135,9 @@ def _blocks_at(model: PreTrainedModel, path: str) -> tuple[nn.Module, ...]:
     if not isinstance(found, nn.ModuleList) or not len(found):
         lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
         raise BlocksNotFoundError(
-            f"--layers-path {path}: no list of blocks there in {type(model).__name__}. "
-            f"Name one of its lists: {', '.join(lists) or 'it has none'}."
+            f"{option('layers_path', path)}: no list of blocks there in {type(model).__name__}. "
+            f"Name one of its lists: {', '.join(lists) or 'it has none'}.",
+            option="layers_path",
         )
     return tuple(found)
 

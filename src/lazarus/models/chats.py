@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from lazarus.errors import ChatTemplateError
+from lazarus.messages import option
 from lazarus.prompts import Prompt, texts_of
 
 Messages = Sequence[Mapping[str, Any]]
@@ -59,7 +60,8 @@ class ChatTemplate:
             if isinstance(several, dict) and several:
                 has = f"several chat templates ({', '.join(several)}), and none of them is the default"
             raise ChatTemplateError(
-                f"--chat-template: {self.owner} has {has}. Use the other model's, or a file."
+                f"{option('chat_template')}: {self.owner} has {has}. Use the other model's, or a file.",
+                option="chat_template",
             ) from error
 
 
@@ -147,8 +149,9 @@ class _Rendering:
             if not isinstance(error, TemplateError):
                 said = f"{type(error).__name__}: {said}"
             raise ChatTemplateError(
-                f"{self.place}: the chat template fails on it: {said}. Mend the template (--chat-template "
-                "FILE) or the messages."
+                f"{self.place}: the chat template fails on it: {said}. Mend the template "
+                f"({option('chat_template', 'FILE')}) or the messages.",
+                option="chat_template",
             ) from error
 
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from lazarus.errors import WeightsError
 from lazarus.models.reference import ADAPTER_FILES, INDEX, WEIGHTS, Source
 from lazarus.models.stored import StoredTensor, read_headers, same_numbers
+from lazarus.notes import Note
 
 _WEIGHTS = (
     "*.safetensors",
@@ -47,7 +48,7 @@ class Unread:
 class Contents:
     """The contents of a folder besides the weights that are read."""
 
-    notes: tuple[str, ...] = ()
+    note: Note | None = None
     unread: tuple[Unread, ...] = ()
 
 
@@ -120,8 +121,8 @@ def survey(source: Source, read: Sequence[str]) -> Contents:
             unread.append(Unread(name, (str(folder / name),), said=said))
     told = ", ".join(map(str, unread[:_MOST_TOLD]))
     more = f" and {len(unread) - _MOST_TOLD} more" if len(unread) > _MOST_TOLD else ""
-    note = f"{source.name}: its weights were read from {_called(source, read)}, and not from {told}{more}"
-    return Contents((note,), tuple(unread))
+    text = f"{source.name}: its weights were read from {_called(source, read)}, and not from {told}{more}"
+    return Contents(Note("other-weights", text, source.name), tuple(unread))
 
 
 def _called(source: Source, read: Sequence[str]) -> str:

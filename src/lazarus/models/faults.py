@@ -23,12 +23,8 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 
 from lazarus.blame import Translated, is_out_of_memory
-from lazarus.errors import (
-    ModelError,
-    ModelNotFoundError,
-    UnsupportedModelError,
-    WeightsError,
-)
+from lazarus.errors import ModelError, ModelNotFoundError, UnsupportedModelError, WeightsError
+from lazarus.messages import CAUSE, option
 
 
 class ConversionError(RuntimeError):
@@ -48,6 +44,8 @@ class _Known:
     signs: tuple[type[BaseException] | str, ...]
     kind: type[ModelError]
     sentence: str
+    option: str | None = None
+    """the option that it asks for"""
 
     def fits(self, error: BaseException) -> bool:
         return any(
@@ -62,7 +60,8 @@ _KNOWN = (
         ("trust_remote_code", "execute the configuration file"),
         UnsupportedModelError,
         "this model comes with Python code of its own. Read that code, then allow it with "
-        "--trust-remote-code.",
+        f"{option('trust_remote_code', True)}.",
+        "trust_remote_code",
     ),
     _Known(
         (ImportError,),
@@ -226,8 +225,8 @@ def _of_the_files(name: str, error: BaseException) -> ModelError:
     for known in _KNOWN:
         if known.fits(error):
             told = known.sentence.format(text=text, first_sentence=text.partition(". ")[0])
-            return known.kind(f"{name}: {told}")
-    return ModelError(f"{name}: transformers cannot load it: {text}. --debug shows where it failed.")
+            return known.kind(f"{name}: {told}", option=known.option)
+    return ModelError(f"{name}: transformers cannot load it: {text}. {option(CAUSE)} shows where it failed.")
 
 
 def one_line(error: BaseException) -> str:

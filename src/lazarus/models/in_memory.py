@@ -12,6 +12,7 @@ from lazarus.models.adapters import refuse_virtual, share_storage
 from lazarus.models.anatomy import dissect
 from lazarus.models.load import LoadedModel
 from lazarus.models.whole import run_once_whole
+from lazarus.notes import Notes
 
 
 def wrap_model(model: nn.Module, name: str, layers_path: str | None = None) -> LoadedModel:
@@ -19,7 +20,8 @@ def wrap_model(model: nn.Module, name: str, layers_path: str | None = None) -> L
 
     One in training mode runs as a second tree over the same weights, so that it stays as it is.
     """
-    model, notes = _unwrapped(model, name)
+    notes = Notes()
+    model = _unwrapped(model, name, notes)
     unwrap = getattr(model, "get_base_model", None)
     inner = unwrap() if callable(unwrap) else model
     if not isinstance(inner, PreTrainedModel):
@@ -27,22 +29,20 @@ def wrap_model(model: nn.Module, name: str, layers_path: str | None = None) -> L
             f"{name}: {type(model).__name__} is not a transformers model. Give an id, a path, or a "
             "PreTrainedModel."
         )
-    adapter, of_adapters = _adapters_in(model, inner, name)
-    notes += of_adapters
+    adapter = _adapters_in(model, inner, name, notes)
     if any(module.training for module in inner.modules()):
         inner = share_storage(inner).eval()
     anatomy = dissect(inner, layers_path)
-    notes += run_once_whole(inner, anatomy.stack, name)
+    run_once_whole(inner, anatomy.stack, name, notes)
     dtype = str(inner.dtype).removeprefix("torch.")
-    notes += [f"{name}: {note}" for note in anatomy.notes]
+    anatomy.note(name, notes)
     return LoadedModel(
         name, "loaded", inner, anatomy, adapter=adapter, stored_dtype=dtype, notes=tuple(notes)
     )
 
 
-def _unwrapped(model: nn.Module, name: str) -> tuple[nn.Module, list[str]]:
-    """The model inside what torch.compile, or training in parallel, has put around it."""
-    notes = []
+def _unwrapped(model: nn.Module, name: str, notes: Notes) -> nn.Module:
+    """Return the model inside what torch.compile, or training in parallel, has put around it."""
     while not isinstance(model, PreTrainedModel):
         # vars() only: a wrapper hands every attribute on, and PEFT's own have none of these.
         inside = next(
@@ -50,18 +50,19 @@ def _unwrapped(model: nn.Module, name: str) -> tuple[nn.Module, list[str]]:
         )
         if inside is None:
             break
-        notes.append(f"{name}: taken out of its {type(model).__name__}, and run as it is inside")
+        told = f"{name}: taken out of its {type(model).__name__}, and run as it is inside"
+        notes.add("unwrapped-model", told, model=name)
         model = inside
-    return model, notes
+    return model
 
 
-def _adapters_in(model: Any, inner: PreTrainedModel, name: str) -> tuple[str | None, list[str]]:
-    """The adapters that run with a model in memory, and a note where PEFT put them into its base."""
+def _adapters_in(model: Any, inner: PreTrainedModel, name: str, notes: Notes) -> str | None:
+    """Return the adapters that run with a model in memory; where PEFT put them into its base, note it."""
     configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
     active = configs if inner is model else model.active_adapters
     for each in active:
         refuse_virtual(name, configs[each])
     told = ", ".join(f"{each} ({configs[each].peft_type.value})" for each in active) or None
-    if told is None or inner is not model:
-        return told, []
-    return told, [f"{name} runs with the adapter that is in it: {told}"]
+    if told is not None and inner is model:
+        notes.add("adapter-in-model", f"{name} runs with the adapter that is in it: {told}", model=name)
+    return told

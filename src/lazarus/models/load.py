@@ -29,6 +29,7 @@ from lazarus.models.sharing import load_over
 from lazarus.models.stored import read_headers
 from lazarus.models.whole import is_hooked, run_once_whole
 from lazarus.models.wrappers import may_be_wrapped, refuse_unmerged
+from lazarus.notes import Note, Notes
 from lazarus.results import ModelInfo, NotCompared
 
 
@@ -47,7 +48,7 @@ class LoadedModel:
     """what an adapter brings and the model has no place for"""
     revision: str | None = None
     stored_dtype: str | None = None
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
     pager: Pager | None = None
     """reads its blocks when they are needed; None where all of it is in memory"""
     unread: tuple[Unread, ...] = ()
@@ -90,7 +91,7 @@ class Weights:
     model: PreTrainedModel
     report: dict[str, Any]
     """transformers' account of what is missing, and of what has no place"""
-    notes: list[str] = field(default_factory=list)
+    notes: Notes = field(default_factory=Notes)
     pager: Pager | None = None
     is_changed: bool = False
     """whether its first pass may have made other parameters of those that were loaded"""
@@ -121,11 +122,11 @@ def load_pair(
     finetuned_source = source_under(finetuned, base)
     if finetuned_source.place == base_source.place:
         opened = replace(weights.opened, source=finetuned_source)
-        other = Weights(opened, share_storage(weights.model), weights.report, list(weights.notes))
+        other = Weights(opened, share_storage(weights.model), weights.report, Notes(weights.notes))
     else:
         opened = open_to_load(finetuned_source, options)
         other = _load_over(weights, opened, options) or _load(opened, options)
-    weights.notes += same_attention(weights.model, other.model)
+    same_attention(weights.model, other.model, weights.notes)
     return finish(base, weights, options), finish(finetuned, other, options)
 
 
@@ -157,12 +158,13 @@ def source_under(finetuned: ModelReference, base: ModelReference) -> Source:
     return base.model
 
 
-def other_base(adapter: Source, base: Source) -> list[str]:
-    """A note, if the adapter names another base than the one that it is on; any spelling will do."""
+def note_base(adapter: Source, base: Source, notes: Notes) -> None:
+    """Note if the adapter names another base than the one that it is on; any spelling will do."""
     named = str(adapter_settings(adapter).get("base_model_name_or_path") or "")
     if not named or os.path.realpath(os.path.expanduser(named)) == os.path.realpath(base.place[0]):
-        return []
-    return [f"{adapter.name} names {named} as its base; it was put on {base.name}"]
+        return
+    told = f"{adapter.name} names {named} as its base; it was put on {base.name}"
+    notes.add("adapter-base", told, model=adapter.name)
 
 
 def _load(opened: Opened, options: LoadOptions) -> Weights:
@@ -188,13 +190,15 @@ def _load(opened: Opened, options: LoadOptions) -> Weights:
             )
     weights = Weights(opened, model.eval().requires_grad_(requires_grad=False), report)
     if opened.quantised and options.dtype is not None:
-        weights.notes.append(
-            f"{source.name} is quantised and runs in its own type: --dtype did not apply to it"
+        weights.notes.add(
+            "dtype-not-applied",
+            f"{source.name} is quantised and runs in its own type: --dtype did not apply to it",
+            model=source.name,
         )
-    weights.notes += check_report(source, model, report, options)
+    check_report(weights, options)
     stack = dissect(model, options.layers_path).stack
     weights.is_changed = is_hooked(model, stack)
-    weights.notes += run_once_whole(model, stack, source.name)
+    run_once_whole(model, stack, source.name, weights.notes)
     model.requires_grad_(requires_grad=False)  # what a quantiser has unpacked is new
     return weights
 
@@ -233,10 +237,8 @@ def _load_unusual(opened: Opened, options: LoadOptions) -> Weights | None:
             return None
         report = conversion.finish(model, conversion.convert(model, conversion.stored))
     weights = Weights(opened, model.eval().requires_grad_(requires_grad=False), report)
-    weights.notes += [
-        *conversion.wrappers.notes(source.name, conversion.stored),
-        *check_report(source, model, report, options),
-    ]
+    conversion.wrappers.note(source.name, conversion.stored, weights.notes)
+    check_report(weights, options)
     return weights
 
 
@@ -273,14 +275,18 @@ def _load_over(base: Weights, opened: Opened, options: LoadOptions) -> Weights |
         return None
     model.config.name_or_path = model.name_or_path = opened.source.path
     # Keys and shapes are base's, and so is what transformers said of them.
-    notes = check_report(opened.source, model, base.report, options)
-    return Weights(opened, model, base.report, notes)
+    weights = Weights(opened, model, base.report)
+    check_report(weights, options)
+    return weights
 
 
-def check_report(
-    source: Source, model: PreTrainedModel, report: dict[str, Any], options: LoadOptions
-) -> list[str]:
-    """transformers fills missing tensors with random numbers and warns; that is no model to compare."""
+def check_report(weights: Weights, options: LoadOptions) -> None:
+    """Refuse a model that transformers filled up with random numbers; note what plays no part.
+
+    Raises:
+        WeightsError: tensors that are needed are missing, or have another shape.
+    """
+    source, model, report, notes = weights.source, weights.model, weights.report, weights.notes
     missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     needed = sorted(_needed_keys(model, options).intersection(missing)) if missing else []
     if needed:
@@ -292,18 +298,20 @@ def check_report(
     refuse_empty(source.name, sorted(name for name, stored, _ in report["mismatched_keys"] if 0 in stored))
     if report["mismatched_keys"]:
         raise other_shape(source, *min(report["mismatched_keys"]))
-    notes = []
     if missing:
-        notes.append(
+        notes.add(
+            "missing-tensors",
             f"{source.name}: {len(missing)} tensors that play no part in the comparison are missing, "
-            f"first {missing[0]}"
+            f"first {missing[0]}",
+            model=source.name,
         )
     if unexpected:
-        notes.append(
+        notes.add(
+            "unplaced-tensors",
             f"{source.name}: {len(unexpected)} tensors of the checkpoint have no place in "
-            f"{type(model).__name__}, first {unexpected[0]}; they were left out"
+            f"{type(model).__name__}, first {unexpected[0]}; they were left out",
+            model=source.name,
         )
-    return notes
 
 
 def other_shape(source: Source, name: str, stored: Sequence[int], configured: Sequence[int]) -> WeightsError:
@@ -332,27 +340,30 @@ def _tensors(module: nn.Module | None) -> set[int]:
     return set() if module is None else {id(t) for t in [*module.parameters(), *module.buffers()]}
 
 
-def same_attention(base: PreTrainedModel, finetuned: PreTrainedModel) -> list[str]:
-    """One attention implementation for both: two kernels differ by more than the noise."""
+def same_attention(base: PreTrainedModel, finetuned: PreTrainedModel, notes: Notes) -> None:
+    """Give both one implementation of attention: two kernels differ by more than the noise."""
     ours, theirs = (model.config._attn_implementation for model in (base, finetuned))
     if ours == theirs:
-        return []
+        return
     for model in (base, finetuned):
         model.set_attn_implementation("eager")
-    return [f"both ran with eager attention: left alone, base takes {ours} and fine-tuned {theirs}"]
+    told = f"both ran with eager attention: left alone, base takes {ours} and fine-tuned {theirs}"
+    notes.add("eager-attention", told)
 
 
 def finish(reference: ModelReference, weights: Weights, options: LoadOptions) -> LoadedModel:
     """Put the adapter on, if there is one, and name the parts."""
-    notes, sources = [*weights.opened.notes, *weights.notes], [weights.source]
-    adapted = Adapted(weights.model, "", (), {})
+    notes, sources = Notes(), [weights.source]
+    weights.opened.note(notes)
+    notes.extend(weights.notes)
+    adapted = Adapted(weights.model, "", {})
     if reference.adapters:
-        adapted = put_all_on(weights.model, reference.adapters)
-        notes += adapted.notes
+        adapted = put_all_on(weights.model, reference.adapters, notes)
         for each in reference.adapters:
-            notes += other_base(each, weights.source)
+            note_base(each, weights.source, notes)
         sources = [*reversed(reference.adapters), *sources]
     anatomy = dissect(adapted.model, options.layers_path)
+    anatomy.note(reference.name, notes)
     return LoadedModel(
         name=reference.name,
         kind="adapter" if reference.adapters else weights.source.kind,
@@ -367,5 +378,5 @@ def finish(reference: ModelReference, weights: Weights, options: LoadOptions) ->
         pager=weights.pager,
         untaken=weights.opened.untaken,
         unread=(*weights.opened.contents.unread, *adapted.unread),
-        notes=(*notes, *(f"{reference.name}: {note}" for note in anatomy.notes)),
+        notes=tuple(notes),
     )

@@ -24,6 +24,7 @@ from lazarus.models.gguf.parts import read_files
 from lazarus.models.quantised import check_claim, claimed_method, is_left_over
 from lazarus.models.reference import Source
 from lazarus.models.stored import read_headers
+from lazarus.notes import Notes
 
 _SAFETENSORS_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -56,16 +57,19 @@ class Opened:
         """The settings of a GGUF file that transformers has no place for."""
         return self.gguf.untaken if self.gguf else {}
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Return what a reader must know of how the checkpoint was opened."""
-        notes = [*self.contents.notes, *(self.gguf.notes if self.gguf else ())]
+    def note(self, notes: Notes) -> None:
+        """Note what a reader must know of how the checkpoint was opened."""
+        if self.contents.note is not None:
+            notes.extend([self.contents.note])
+        if self.gguf is not None:
+            notes.extend(self.gguf.notes)
         if self.left_over is not None:
-            notes.append(
+            notes.add(
+                "quantisation-claim",
                 f"{self.source.name}: config.json claims that its weights are quantised ({self.left_over}), "
-                "and none of them is: it was read as it is stored"
+                "and none of them is: it was read as it is stored",
+                model=self.source.name,
             )
-        return tuple(notes)
 
 
 def open_checkpoint(source: Source, options: LoadOptions) -> Opened:

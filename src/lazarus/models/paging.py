@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lazarus import _transformers
 from lazarus.errors import UnsupportedModelError
+from lazarus.messages import option
 from lazarus.models.adapter_files import WEIGHTS
 from lazarus.models.adapters import rewriting_start, share_storage
 from lazarus.models.anatomy import dissect
@@ -33,6 +34,7 @@ from lazarus.models.opening import LoadOptions, Opened, open_checkpoint, open_to
 from lazarus.models.pager import Pager
 from lazarus.models.reference import ModelReference, Source, adapter_base, adapter_settings
 from lazarus.models.stored import read_headers
+from lazarus.notes import Notes
 
 _ADAPTERS = {"LORA", "IA3", "LOHA", "LOKR"}
 
@@ -60,7 +62,7 @@ def load_paged(
         theirs = _beside(ours, finetuned_source)
     else:
         theirs = _open(open_to_load(finetuned_source, options), options, ours.pager)
-    ours.notes += same_attention(ours.model, theirs.model)
+    same_attention(ours.model, theirs.model, ours.notes)
     pair = _finish(base, ours, options), _finish(finetuned, theirs, options)
     for model in pair:
         assert model.pager is not None
@@ -75,16 +77,15 @@ def _open(opened: Opened, options: LoadOptions, base: Pager | None = None) -> We
         model, conversion = _build(opened, options)
         report = conversion.finish(model, conversion.check(model))
     model.eval().requires_grad_(requires_grad=False)
-    notes = [
-        *conversion.wrappers.notes(source.name, conversion.stored),
-        *check_report(source, model, report, options),
-    ]
+    weights = Weights(opened, model, report)
+    conversion.wrappers.note(source.name, conversion.stored, weights.notes)
+    check_report(weights, options)
     blocks = dissect(model, options.layers_path).blocks
     with translated(source.name):
-        pager = Pager(model, blocks, conversion, base)
-    if unfilled := pager.unfilled():
+        weights.pager = Pager(model, blocks, conversion, base)
+    if unfilled := weights.pager.unfilled():
         raise _refusal(source, f"nothing in its files makes {unfilled[0]} by itself")
-    return Weights(opened, model, report, notes, pager)
+    return weights
 
 
 def _build(opened: Opened, options: LoadOptions) -> tuple[PreTrainedModel, Conversion]:
@@ -117,7 +118,7 @@ def _beside(base: Weights, source: Source) -> Weights:
     modules = list(model.modules())
     blocks = [modules[index[id(block)]] for block in base.pager.blocks]
     pager = Pager(model, blocks, base.pager.conversion, base.pager)
-    return Weights(replace(base.opened, source=source), model, base.report, list(base.notes), pager)
+    return Weights(replace(base.opened, source=source), model, base.report, Notes(base.notes), pager)
 
 
 def _finish(reference: ModelReference, weights: Weights, options: LoadOptions) -> LoadedModel:
@@ -181,7 +182,8 @@ def _check_rows(adapter: Source, pager: Pager) -> None:
 
 def _refusal(source: Source, reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{source.name}: cannot be read block by block: {reason}. Use --memory resident."
+        f"{source.name}: cannot be read block by block: {reason}. Use {option('memory', 'resident')}.",
+        option="memory",
     )
 
 

@@ -129,7 +129,7 @@ def adapter_base(adapter: Source) -> Source:
         base = _source(f"{named}@{revision}" if revision and _on_disk(str(named)) is None else str(named))
     except ModelNotFoundError as error:
         raise ModelNotFoundError(
-            f"{adapter.name}: the model that this adapter belongs to is not there: {error} Or name "
+            f"{adapter.name}: the model that this adapter belongs to is not there: {error.marked} Or name "
             f"another: MODEL+{adapter.name}"
         ) from error
     return replace(base, name=f"{base.name} (base of {adapter.name})")

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from lazarus.blame import Translated
 from lazarus.errors import UnsupportedModelError
 from lazarus.models.faults import one_line
+from lazarus.notes import Notes
 
 _N_TOKENS = 4
 
@@ -23,14 +24,14 @@ def is_hooked(model: PreTrainedModel, stack: nn.Module) -> bool:
     return any(module._forward_pre_hooks or "forward" in vars(module) for module in around)
 
 
-def run_once_whole(model: PreTrainedModel, stack: nn.Module, name: str) -> list[str]:
+def run_once_whole(model: PreTrainedModel, stack: nn.Module, name: str, notes: Notes) -> None:
     """Run a model once on a few tokens, where something is hooked to it outside of its stack.
 
-    Returns a note if it cannot be run so: what is hooked there may not have been done. The decoder of an
+    It is noted if it cannot be run so: what is hooked there may not have been done. The decoder of an
     encoder-decoder asks for more than the tokens that its encoder reads, so such a model is left as it is.
     """
     if model.config.is_encoder_decoder or not is_hooked(model, stack):
-        return []
+        return
 
     def tell(error: Exception) -> UnsupportedModelError:
         return UnsupportedModelError(one_line(error) or type(error).__name__)
@@ -40,8 +41,9 @@ def run_once_whole(model: PreTrainedModel, stack: nn.Module, name: str) -> list[
         with torch.no_grad(), Translated(f"the first pass of {name}", tell):
             model(input_ids=ids)
     except UnsupportedModelError as error:
-        return [
+        notes.add(
+            "hooked-model",
             f"{name}: something is hooked to the whole model, which does not run on token ids alone "
-            f"({error}): if it makes weights ready, they may not be"
-        ]
-    return []
+            f"({error}): if it makes weights ready, they may not be",
+            model=name,
+        )

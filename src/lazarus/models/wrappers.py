@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from lazarus.errors import WeightsError
+from lazarus.notes import Notes
 
 _log = logging.getLogger(__name__)
 _DEEPEST = 6
@@ -34,23 +35,23 @@ class Wrappers:
             key = ".".join(part for part in key.split(".") if part not in self.parts)
         return key.removeprefix(self.prefix)
 
-    def notes(self, name: str, keys: Collection[str]) -> list[str]:
-        """Return a note on how the keys of a checkpoint were read, if anything was taken off them.
+    def note(self, name: str, keys: Collection[str], notes: Notes) -> None:
+        """Note how the keys of a checkpoint were read, if anything was taken off them.
 
         It is logged as a warning too: with another tool than this one, the checkpoint may not load.
         """
         if not self:
-            return []
+            return
         wrapped = [key for key in keys if self.strip(key) != key]
         heads = {key.removesuffix(self.strip(key)) for key in wrapped}
         parts = " and ".join([*self.parts, *filter(None, [self.prefix])])
-        told = f"begin with {heads.pop()}" if len(heads) == 1 else f"have {parts} in them"
-        note = (
-            f"{name}: {len(wrapped)} of its {len(keys)} tensor names {told} (a wrapped model was saved, such "
-            "as a compiled one): they were read without it, and other tools need them renamed"
+        where = f"begin with {heads.pop()}" if len(heads) == 1 else f"have {parts} in them"
+        told = (
+            f"{name}: {len(wrapped)} of its {len(keys)} tensor names {where} (a wrapped model was saved, "
+            "such as a compiled one): they were read without it, and other tools need them renamed"
         )
-        _log.warning("Warning: %s.", note)
-        return [note]
+        _log.warning("Warning: %s.", told)
+        notes.add("wrapped-names", told, model=name)
 
 
 def may_be_wrapped(keys: Collection[str], own_prefix: str) -> bool:

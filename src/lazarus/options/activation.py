@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal, TypedDict
 
 from lazarus.errors import UsageError
+from lazarus.messages import option
 from lazarus.options.checks import check_bound, check_choice, check_count, check_named
 from lazarus.options.common import (
     Device,
@@ -33,8 +34,9 @@ def _check_position(name: str, position: str | int) -> None:
         int(position)
     except (ValueError, TypeError) as error:
         raise UsageError(
-            f"--{name} {position}: not a position. Write auto, last, mean, all, or a token's index "
-            "such as 0 or -2."
+            f"{option(name, position)}: not a position. Write auto, last, mean, all, or a token's index "
+            "such as 0 or -2.",
+            option=name,
         ) from error
 
 
@@ -178,18 +180,21 @@ class Options(Checked):
         super().__post_init__()
         if self.align == "text" and self.position not in ("auto", "last", "mean"):
             raise UsageError(
-                f"--align text compares where the text ends, and --position is {self.position}. "
-                "Use last or mean."
+                f"{option('align', 'text')} compares where the text ends, and {option('position')} is "
+                f"{self.position}. Use last or mean.",
+                option="position",
             )
         if self.expect is not None and self.no_noise_floor:
             raise UsageError(
-                f"--expect {self.expect} asks for more than the noise, and --no-noise-floor leaves the "
-                "noise unmeasured. Leave one of the two out."
+                f"{option('expect', self.expect)} asks for more than the noise, and "
+                f"{option('no_noise_floor', True)} leaves the noise unmeasured. Leave one of the two out.",
+                option="no_noise_floor",
             )
         if not isinstance(parse_token_prompts(self.token_prompts), str) and self.position != "all":
             raise UsageError(
-                f"--token-prompts {self.token_prompts} keeps every token of these prompts, and --position is "
-                f"{self.position}. Use --position all."
+                f"{option('token_prompts', self.token_prompts)} keeps every token of these prompts, and "
+                f"{option('position')} is {self.position}. Use {option('position', 'all')}.",
+                option="token_prompts",
             )
 
     def template_file(self) -> Path | None:
@@ -224,7 +229,7 @@ class OptionArguments(TypedDict, total=False):
 
 
 def read_template(options: Options) -> str | None:
-    """The text of the template file, if `--chat-template` names one.
+    """The text of the template file, if `chat_template` names one.
 
     Raises:
         UsageError: the file cannot be read.
@@ -236,14 +241,16 @@ def read_template(options: Options) -> str | None:
         return path.expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"--chat-template {path}: not UTF-8: byte 0x{error.object[error.start]:02x} at position "
-            f"{error.start}. Convert the file to UTF-8."
+            f"{option('chat_template', path)}: not UTF-8: byte 0x{error.object[error.start]:02x} at position "
+            f"{error.start}. Convert the file to UTF-8.",
+            option="chat_template",
         ) from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(
-            f"--chat-template {path}: cannot be read: {reason}. Write none, base or finetuned (in "
-            "compare: model1 or model2), or the path of a Jinja template."
+            f"{option('chat_template', path)}: cannot be read: {reason}. Write none, base or finetuned (in "
+            "compare: model1 or model2), or the path of a Jinja template.",
+            option="chat_template",
         ) from error
 
 
@@ -276,7 +283,8 @@ def parse_readout(readout: str) -> Literal["auto", "all"] | list[int]:
         return [int(layer) for layer in readout.split(",")]
     except ValueError as error:
         raise UsageError(
-            f"--readout {readout}: not layers. Write auto, all, or layers such as 7,15,-1."
+            f"{option('readout', readout)}: not layers. Write auto, all, or layers such as 7,15,-1.",
+            option="readout",
         ) from error
 
 
@@ -295,8 +303,9 @@ def parse_token_prompts(chosen: str) -> Literal["auto", "none"] | list[int]:
     numbers = [number.strip() for number in str(chosen).split(",")]
     if not all(number.isdecimal() for number in numbers):
         raise UsageError(
-            f"--token-prompts {chosen}: not prompts. Write auto, none, or numbers of prompts, from 0, such "
-            "as 0,3."
+            f"{option('token_prompts', chosen)}: not prompts. Write auto, none, or numbers of prompts, from "
+            "0, such as 0,3.",
+            option="token_prompts",
         )
     return list(dict.fromkeys(map(int, numbers)))
 
@@ -311,7 +320,9 @@ def check_token_prompts(chosen: str, n_prompts: int) -> None:
     absent = [number for number in found if number >= n_prompts] if isinstance(found, list) else []
     if absent:
         raise UsageError(
-            f"--token-prompts {chosen}: there is no prompt {absent[0]} among {n_prompts}, counted from 0."
+            f"{option('token_prompts', chosen)}: there is no prompt {absent[0]} among {n_prompts}, counted "
+            "from 0.",
+            option="token_prompts",
         )
 
 
@@ -332,6 +343,7 @@ def readout_layers(readout: str, n_layers: int) -> list[int]:
     for layer in chosen:
         if not -n_layers <= layer < n_layers:
             raise UsageError(
-                f"--readout {readout}: there is no layer {layer} in models of {n_layers} layers."
+                f"{option('readout', readout)}: there is no layer {layer} in models of {n_layers} layers.",
+                option="readout",
             )
     return sorted({layer % n_layers for layer in chosen})

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from lazarus.errors import UsageError
+from lazarus.messages import option
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXPECTATIONS = ("identical", "changed")
@@ -18,7 +19,7 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         UsageError: it names them.
     """
     if value not in choices:
-        raise UsageError(f"--{name} {value}: not a choice. Write {_either(choices)}.")
+        raise UsageError(f"{option(name, value)}: not a choice. Write {_either(choices)}.", option=name)
 
 
 def _either(choices: Sequence[str]) -> str:
@@ -33,7 +34,7 @@ def check_bound(name: str, value: float | None) -> None:
         UsageError: it is not a number from 0 to 2.
     """
     if value is None or not 0 <= value <= 2:
-        raise UsageError(f"--{name} {value}: give a divergence, a number from 0 to 2.")
+        raise UsageError(f"{option(name, value)}: give a divergence, a number from 0 to 2.", option=name)
 
 
 def check_change(name: str, value: float | None) -> None:
@@ -43,7 +44,9 @@ def check_change(name: str, value: float | None) -> None:
         UsageError: it is not a number of at least 0.
     """
     if value is None or not 0 <= value < math.inf:
-        raise UsageError(f"--{name} {value}: give a relative change, a number of at least 0.")
+        raise UsageError(
+            f"{option(name, value)}: give a relative change, a number of at least 0.", option=name
+        )
 
 
 def check_device(name: str, device: str | None) -> None:
@@ -55,7 +58,9 @@ def check_device(name: str, device: str | None) -> None:
     kind, _, index = str(device).partition(":")
     valid = kind in ("auto", "cpu", "cuda", "mps") and (not index or (kind == "cuda" and index.isdigit()))
     if not valid or str(device).endswith(":"):
-        raise UsageError(f"--{name} {device}: not a device. Write auto, cpu, cuda, cuda:N or mps.")
+        raise UsageError(
+            f"{option(name, device)}: not a device. Write auto, cpu, cuda, cuda:N or mps.", option=name
+        )
 
 
 def check_named(name: str, value: str, *, advice: str) -> None:
@@ -65,7 +70,7 @@ def check_named(name: str, value: str, *, advice: str) -> None:
         UsageError: it is empty, with the advice.
     """
     if value == "":
-        raise UsageError(f"--{name} is empty. {advice}")
+        raise UsageError(f"{option(name)} is empty. {advice}", option=name)
 
 
 def check_count(name: str, value: int | None) -> None:
@@ -75,4 +80,4 @@ def check_count(name: str, value: int | None) -> None:
         UsageError: it is below 1, or a bool.
     """
     if value is None or isinstance(value, bool) or value < 1:
-        raise UsageError(f"--{name} {value}: give a number of at least 1.")
+        raise UsageError(f"{option(name, value)}: give a number of at least 1.", option=name)

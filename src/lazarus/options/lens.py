@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, TypedDict
 
 from lazarus.errors import UsageError
+from lazarus.messages import option
 from lazarus.options.activation import Options
 from lazarus.options.checks import check_count
 from lazarus.options.common import Device, Dtype, LayersPath, Seed, TrustRemoteCode
@@ -104,12 +105,16 @@ def parse_track(given: str | Sequence[str] | None) -> list[str] | None:
     words = _items(given) if isinstance(given, str) else list(given)
     for word in words:
         if not isinstance(word, str) or not word:
-            raise UsageError(f"--track: {word!r} is no token's text. Leave it out, or write a text.")
+            raise UsageError(
+                f"{option('track')}: {word!r} is no token's text. Leave it out, or write a text.",
+                option="track",
+            )
         _check_unicode(word)
     if not words:
         raise UsageError(
-            f"--track {given!r} holds no token. Give some, as in --track 42,Paris, or leave --track out: "
-            "then the first choices of both models are tracked."
+            f"{option('track')} {given!r} holds no token. Give some, as in {option('track', '42,Paris')}, or "
+            f"leave {option('track')} out: then the first choices of both models are tracked.",
+            option="track",
         )
     return list(dict.fromkeys(words))
 
@@ -120,7 +125,9 @@ def _items(row: str) -> list[str]:
         rows = list(csv.reader([row], skipinitialspace=True))
     except csv.Error as error:
         raise UsageError(
-            f"--track {row[:40]!r}: a line break outside of quotation marks. Quote a token that has one."
+            f"{option('track')} {row[:40]!r}: a line break outside of quotation marks. Quote a token that "
+            "has one.",
+            option="track",
         ) from error
     return [item if item.isspace() else item.rstrip() for items in rows for item in items if item]
 
@@ -130,5 +137,6 @@ def _check_unicode(word: str) -> None:
         word.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UsageError(
-            f"--track: {word!a} is not valid Unicode at index {error.start}. Write it in UTF-8."
+            f"{option('track')}: {word!a} is not valid Unicode at index {error.start}. Write it in UTF-8.",
+            option="track",
         ) from error

@@ -6,12 +6,16 @@ the reference in the docs are made from these records (`described`).
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any, Self, get_args, get_type_hints
 
 from lazarus.errors import UsageError
+from lazarus.messages import CAUSE, END, START
+from lazarus.notes import Note
 
 RUN, COMPARE, READ = "How it runs", "What is compared", "How prompts are read"
 """the panels of the help"""
@@ -28,7 +32,7 @@ class Option:
     shown_default: str | None = None
     """what the help shows for the default, where that is None"""
     check: Callable[[str, Any], None] | None = None
-    """takes the option as it is typed, without the dashes, and its value, and raises UsageError"""
+    """takes the option's name and its value, and raises UsageError"""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,35 @@ class Described:
     type: Any
     default: Any
     option: Option
+
+    @property
+    def flag(self) -> str:
+        """The option as it is typed."""
+        return _flag(self.name)
+
+
+def _flag(name: str) -> str:
+    return "--debug" if name == CAUSE else "--" + name.replace("_", "-")
+
+
+_MARKED = re.compile(f'{START}([^={END}]+)(?:=("(?:[^"\\\\]|\\\\.)*"|[^{END}]*))?{END}')
+
+
+def in_flags(marked: str) -> str:
+    """Return a marked message with its options as they are typed: `--dtype float32`, `--localize`."""
+
+    def typed(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        if value is None or value == "True":
+            return _flag(name)
+        return f"{_flag(name)} {json.loads(value) if value.startswith(chr(34)) else value}"
+
+    return _MARKED.sub(typed, marked)
+
+
+def note_in_flags(note: Note) -> Note:
+    """Return a note of a marked text as results have it: with options as they are typed."""
+    return replace(note, text=in_flags(note.text))
 
 
 @cache
@@ -63,13 +96,15 @@ def check(kind: type, **given: Any) -> None:
     """
     known = described(kind)
     if unknown := sorted(given.keys() - known.keys()):
-        raise UsageError(f"unknown option {unknown[0]!r}. The options are {', '.join(known)}.")
+        raise UsageError(
+            f"unknown option {unknown[0]!r}. The options are {', '.join(known)}.", option=unknown[0]
+        )
     for name, value in given.items():
         found = known[name]
         if value is None and type(None) in get_args(found.type):
             continue
         if found.option.check is not None:
-            found.option.check(name.replace("_", "-"), value)
+            found.option.check(name, value)
 
 
 class Checked:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from lazarus.errors import MissingPackageError, PromptsError
+from lazarus.notes import Notes
 from lazarus.prompts.prompt import Prompt
-from lazarus.prompts.rows import FIELDS, counted, from_row, parse_json
+from lazarus.prompts.rows import FIELDS, from_row, note_counted, parse_json
 
 Rows = Iterator[tuple[str, Any]]
 """rows, each with the place where it stands"""
@@ -36,7 +37,7 @@ _NO_PROMPTS = (
 """kinds of files whose lines are no prompts: what they are, what to do, and their suffixes"""
 
 
-def read_file(name: str, notes: list[str]) -> list[Prompt]:
+def read_file(name: str, notes: Notes) -> list[Prompt]:
     """Return the prompts of a file, of which the suffix tells the kind; `-` is standard input.
 
     Raises:
@@ -62,9 +63,9 @@ def read_file(name: str, notes: list[str]) -> list[Prompt]:
     remarks = Counter[str]()
     # Parquet has one schema for all rows: a key that one message has is null in all that lack it.
     prompts = [from_row(row, place, remarks, fills=suffix == ".parquet") for place, row in rows]
-    notes += counted(remarks, name)
+    note_counted(remarks, name, notes)
     if not prompts:
-        notes.append(f"{name} holds no prompt")
+        notes.add("prompt-file", f"{name} holds no prompt")
     return prompts
 
 
@@ -100,14 +101,15 @@ def _standard_input() -> bytes:
     return sys.stdin.buffer.read()
 
 
-def _lines(text: str, name: str, notes: list[str]) -> list[Prompt]:
+def _lines(text: str, name: str, notes: Notes) -> list[Prompt]:
     """Each line is a prompt, without the white space around it; lines of JSON are noted, and left as text."""
     lines = [line.strip() for line in io.StringIO(text, newline=None)]
     lines = [line for line in lines if line]
     if lines and (_is_json(text) or all(_is_json(line) for line in lines)):
-        notes.append(
+        notes.add(
+            "prompt-file",
             f"{name} holds JSON and was read as lines of text, with all braces and quotation marks; of a "
-            "file named .jsonl or .json, `prompt`, `text` or `messages` is read"
+            "file named .jsonl or .json, `prompt`, `text` or `messages` is read",
         )
     return [Prompt(line) for line in lines]
 
@@ -130,7 +132,7 @@ def _json_lines(text: str, name: str) -> Rows:
             yield place, parse_json(line, f"{place}:", "Put one object on each line.")
 
 
-def _json_rows(text: str, name: str, notes: list[str]) -> Rows:
+def _json_rows(text: str, name: str, notes: Notes) -> Rows:
     """The rows of a list, of the one list in an object, or of an object on each line."""
     first, _, rest = text.strip().partition("\n")
     if rest and first.startswith("{") and _is_json(first):
@@ -143,7 +145,8 @@ def _json_rows(text: str, name: str, notes: list[str]) -> Rows:
         if any(key in value for key in FIELDS):
             value = [value]
         elif len(lists) == 1:
-            notes.append(f"{name}: the prompts are those in its field `{lists[0]}`; others were not read")
+            told = f"{name}: the prompts are those in its field `{lists[0]}`; others were not read"
+            notes.add("prompt-file", told)
             value = value[lists[0]]
     if not isinstance(value, list):
         what = f"an object with the fields {sorted(value)}" if isinstance(value, dict) else f"{value!r:.40}"

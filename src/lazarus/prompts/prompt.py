@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lazarus.errors import PromptsError
+from lazarus.messages import option
+from lazarus.notes import Notes
 
 EXAMPLE = "Give one, as in -p 'Hello' or -p @prompts.txt."
 
@@ -28,7 +30,7 @@ class PromptList:
     """The prompts in their order, and what the reader of the result must know about them."""
 
     prompts: list[Prompt] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    notes: Notes = field(default_factory=Notes)
 
 
 def check_prompts(prompts: Sequence[Prompt]) -> None:
@@ -52,7 +54,8 @@ def check_chats(prompts: Sequence[Prompt], chat_template: str) -> None:
         if prompt.messages and chat_template == "none":
             raise PromptsError(
                 f"Prompt {index} is a chat (`messages`), which needs a template to become text. Give "
-                "--chat-template: one of the models' own, or a file."
+                f"{option('chat_template')}: one of the models' own, or a file.",
+                option="chat_template",
             )
 
 

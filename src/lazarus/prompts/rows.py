@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lazarus.errors import PromptsError
+from lazarus.notes import Notes
 from lazarus.prompts.chats import as_json, last_text, read_messages
 from lazarus.prompts.prompt import Prompt, check_unicode
 
@@ -66,9 +67,10 @@ def from_row(row: Any, place: str, remarks: Counter[str], *, fills: bool = False
     return Prompt(text, group, messages, for_template)
 
 
-def counted(remarks: Counter[str], source: str) -> list[str]:
-    """Return the remarks on the rows of a source as notes, each with its number of rows."""
-    return [f"{source}: {remark}: {count}" for remark, count in remarks.items()]
+def note_counted(remarks: Counter[str], source: str, notes: Notes) -> None:
+    """Note the remarks on the rows of a source, each with its number of rows."""
+    for remark, count in remarks.items():
+        notes.add("prompt-rows", f"{source}: {remark}: {count}")
 
 
 def read_text(value: Any, name: str, place: str) -> str:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lazarus.errors import PromptsError
+from lazarus.messages import option
+from lazarus.notes import Notes
 from lazarus.prompts.chats import as_json, read_messages
 from lazarus.prompts.files import read_file
 from lazarus.prompts.prompt import EXAMPLE, Prompt, PromptList, check_prompts
-from lazarus.prompts.rows import counted, from_row, read_text
+from lazarus.prompts.rows import from_row, note_counted, read_text
 
 Item = str | Mapping[str, Any] | Prompt
 
@@ -70,7 +72,9 @@ def make_prompts(
     remarks = Counter[str]()
     prompts = [_from_item(item, f"prompt {index}", remarks) for index, item in enumerate(given)]
     check_prompts(prompts)
-    return PromptList(prompts, counted(remarks, "prompts"))
+    found = PromptList(prompts)
+    note_counted(remarks, "prompts", found.notes)
+    return found
 
 
 def _from_item(item: Item, place: str, remarks: Counter[str]) -> Prompt:
@@ -84,19 +88,21 @@ def _from_item(item: Item, place: str, remarks: Counter[str]) -> Prompt:
     return Prompt(read_text(item.text, "text", place), item.group, messages, for_template)
 
 
-def _from_list(value: str, notes: list[str]) -> list[Prompt]:
+def _from_list(value: str, notes: Notes) -> list[Prompt]:
     """The comma-separated form: one CSV row, white space dropped, empty items dropped."""
     try:
         items = _items(value, strict=False)
     except csv.Error as error:
         raise PromptsError(
             f"-p {value[:40]!r}: a line break outside of quotation marks. Quote a prompt that has one, "
-            "or give it with --no-split."
+            f"or give it with {option('no_split', True)}.",
+            option="no_split",
         ) from error
     if not _is_strict_csv(value):
-        notes.append(
+        notes.add(
+            "prompt-list",
             f"-p {value[:40]!r}: its quotation marks are not those of a CSV row and were read as "
-            "Python's csv reads them; --no-split keeps a prompt as it is"
+            "Python's csv reads them; --no-split keeps a prompt as it is",
         )
     for item in items:
         if item.startswith("@") and not item.startswith("@@"):

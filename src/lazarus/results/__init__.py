@@ -24,7 +24,7 @@ from lazarus.results.lens import (
     TokenEvolution,
 )
 from lazarus.results.lens_glossary import LENS_METRICS
-from lazarus.results.outside import BROKEN, SETTING, NotCompared, differing, outside_notes, told
+from lazarus.results.outside import BROKEN, SETTING, NotCompared, differing, note_outside, told
 from lazarus.results.records import (
     SCHEMA_VERSION,
     ActivationDiffRecord,
@@ -113,7 +113,7 @@ __all__ = [
     "finite_or_none",
     "flag_above",
     "json_schema",
-    "outside_notes",
+    "note_outside",
     "read_json",
     "told",
     "write_json",

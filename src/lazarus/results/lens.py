@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from msgspec import Meta
+from msgspec import Meta, field
 
 from lazarus.results.lens_glossary import LENS_METRICS
 from lazarus.results.records import Environment, ModelInfo, Tool
@@ -113,3 +113,4 @@ class CompareRecord(Record, frozen=True, kw_only=True):
     layers: list[LensPair]
     summary: LensSummary
     notes: list[str]
+    note_codes: list[str] = field(default_factory=list)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
+from lazarus.notes import Notes
 from lazarus.results.rows import Record
 
 BROKEN = "weights that hold NaN or infinity"
@@ -54,8 +55,8 @@ def _listed(names: Sequence[str], most: int = 5) -> str:
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
 
 
-def outside_notes(base: Sequence[NotCompared], finetuned: Sequence[NotCompared]) -> list[str]:
-    """Return notes on what was not compared, and on the settings in which the configurations differ."""
+def note_outside(base: Sequence[NotCompared], finetuned: Sequence[NotCompared], notes: Notes) -> None:
+    """Note what was not compared, and the settings in which the configurations differ."""
     ours, theirs = ({part.what: part for part in parts} for parts in (base, finetuned))
     parts, settings = [], []
     for what, part in (ours | theirs).items():
@@ -71,12 +72,11 @@ def outside_notes(base: Sequence[NotCompared], finetuned: Sequence[NotCompared])
             part.differs
         ]
         parts.append(f"{what}: {where or known}")
-    notes = []
     if parts:
-        notes.append(f"not compared: {'; '.join(parts[:MOST_TOLD])}{_more(parts)}")
+        notes.add("not-compared", f"not compared: {'; '.join(parts[:MOST_TOLD])}{_more(parts)}")
     if settings:
-        notes.append(f"settings that differ: {'; '.join(settings[:MOST_TOLD])}{_more(settings)}")
-    return notes
+        told = f"settings that differ: {'; '.join(settings[:MOST_TOLD])}{_more(settings)}"
+        notes.add("settings-differ", told)
 
 
 def _more(items: Sequence[str]) -> str:

@@ -280,6 +280,7 @@ class ActivationDiffRecord(Record, frozen=True, kw_only=True):
     groups: Groups | None = None
     tokens: list[TokenTrace] | None = None
     notes: list[str]
+    note_codes: list[str] = field(default_factory=list)
 
 
 def contradiction(record: ActivationDiffRecord) -> str | None:

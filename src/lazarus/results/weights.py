@@ -185,6 +185,7 @@ class WeightDiffRecord(Record, frozen=True, kw_only=True):
     unmatched: list[UnmatchedTensor]
     summary: WeightSummary
     notes: list[str]
+    note_codes: list[str] = field(default_factory=list)
     copied_layers: Annotated[
         list[CopiedLayers],
         Meta(description="where the depths differ: which layers of fine-tuned are copies of base's"),

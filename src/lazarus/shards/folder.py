@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from lazarus.errors import SaveError, UsageError
+from lazarus.messages import option
 from lazarus.metrics import State
 from lazarus.ranks import Rank
 
@@ -24,7 +25,7 @@ FEWEST_SHARDS = 64
 SHARDS_A_PROCESS = 8
 """So that no process waits long for another's last shard."""
 
-_ADVICE = "Give another --work-dir, or delete this one."
+_ADVICE = f"Give another {option('work_dir')}, or delete this one."
 _PART = ".part"
 _DAMAGE = (zipfile.BadZipFile, struct.error, ValueError, LookupError, EOFError, OSError, RuntimeError)
 """What numpy and zipfile raise for a file whose bytes are not those that were written."""
@@ -38,6 +39,7 @@ class WorkFolder:
 
     def __init__(self, path: Path, rank: Rank) -> None:
         self.path = path
+        self._named = option("work_dir", path)
         self.rank = rank
         self.most_shards = 0
         """into how many shards the run is cut, at most; known when it has begun"""
@@ -55,8 +57,9 @@ class WorkFolder:
         except (OSError, ValueError) as error:  # ValueError: a null byte in the path
             reason = getattr(error, "strerror", None) or error
             raise UsageError(
-                f"--work-dir {path}: cannot be written: {reason}. Choose another folder, or allow "
-                "writing there."
+                f"{option('work_dir', path)}: cannot be written: {reason}. Choose another folder, or allow "
+                "writing there.",
+                option="work_dir",
             ) from error
         if folder._manifest.exists():
             folder._read_manifest()
@@ -118,8 +121,9 @@ class WorkFolder:
         foreign = sorted(p.name for p in self.path.iterdir() if not p.name.startswith(MANIFEST))
         if foreign and not self._manifest.exists():
             raise UsageError(
-                f"--work-dir {self.path}: this folder holds {foreign[0]!r}, and is no folder of a run. Name "
-                "one that is empty, or that is not there yet."
+                f"{self._named}: this folder holds {foreign[0]!r}, and is no folder of a run. Name "
+                "one that is empty, or that is not there yet.",
+                option="work_dir",
             )
         probe = self.path / f"{MANIFEST}.{os.getpid()}{_PART}"
         probe.touch()
@@ -130,7 +134,7 @@ class WorkFolder:
         if not differing:
             return
         told = "; ".join(f"{key} was {theirs.get(key)}, is {ours.get(key)}" for key in differing)
-        raise UsageError(f"--work-dir {self.path}: it belongs to another run: {told}. {_ADVICE}")
+        raise UsageError(f"{self._named}: it belongs to another run: {told}. {_ADVICE}", option="work_dir")
 
     def _read_manifest(self) -> dict[str, Any]:
         try:
@@ -141,7 +145,7 @@ class WorkFolder:
             fault: object = "it is not what lazarus writes"
         except (OSError, ValueError, KeyError, TypeError) as error:
             fault = error
-        raise UsageError(f"--work-dir {self.path}: {MANIFEST} cannot be read: {fault}. {_ADVICE}")
+        raise UsageError(f"{self._named}: {MANIFEST} cannot be read: {fault}. {_ADVICE}", option="work_dir")
 
     def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
         def save(part: Path) -> None:
@@ -160,8 +164,9 @@ class WorkFolder:
         except OSError as error:
             part.unlink(missing_ok=True)
             raise SaveError(
-                f"--work-dir {self.path}: {path.name} could not be written: {error.strerror or error}. Make "
-                "room there and run again: what is done is kept."
+                f"{self._named}: {path.name} could not be written: {error.strerror or error}. Make "
+                "room there and run again: what is done is kept.",
+                option="work_dir",
             ) from error
 
     @contextmanager
@@ -174,8 +179,9 @@ class WorkFolder:
             return
         except OSError as error:
             raise SaveError(
-                f"--work-dir {self.path}: {name} cannot be locked: {error.strerror or error}. Choose a "
-                "folder on a disk that locks files, and that all processes may write."
+                f"{self._named}: {name} cannot be locked: {error.strerror or error}. Choose a "
+                "folder on a disk that locks files, and that all processes may write.",
+                option="work_dir",
             ) from error
         try:
             yield True

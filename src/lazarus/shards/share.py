@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lazarus.errors import SaveError
+from lazarus.messages import option
 from lazarus.metrics import State
 from lazarus.shards.folder import WorkFolder
 
@@ -65,8 +66,9 @@ def states(folder: WorkFolder, shards: Sequence[Shard]) -> Iterator[State]:
         state = _read(folder, shard)
         if state is None:
             raise SaveError(
-                f"--work-dir {folder.path}: shard {shard.number} was there and cannot be read any more. Run "
-                "again: it alone is missing."
+                f"{option('work_dir', folder.path)}: shard {shard.number} was there and cannot be read any "
+                "more. Run again: it alone is missing.",
+                option="work_dir",
             )
         yield state
 

@@ -24,6 +24,7 @@ from lazarus.models.equality import is_one
 from lazarus.models.faults import one_line, translated
 from lazarus.models.layout import hollow, is_hollow
 from lazarus.models.reference import adapter_settings
+from lazarus.notes import Notes
 from lazarus.weights.checkpoints import Checkpoint, Entry
 from lazarus.weights.components import Place
 from lazarus.weights.parts import Take
@@ -42,8 +43,8 @@ class _Effect:
     shape: tuple[int, ...]
 
 
-def put_adapter(checkpoint: Checkpoint, adapter: Source) -> tuple[Checkpoint, str]:
-    """The checkpoint as it is with an adapter, and the adapter with its type and its commit.
+def put_adapter(checkpoint: Checkpoint, adapter: Source, notes: Notes) -> tuple[Checkpoint, str]:
+    """Return the checkpoint as it is with an adapter, and the adapter with its type and its commit.
 
     Raises:
         AdapterError: it does not fit the model, or works by virtual tokens instead of weights.
@@ -61,11 +62,12 @@ def put_adapter(checkpoint: Checkpoint, adapter: Source) -> tuple[Checkpoint, st
             f"{adapter.name}: its start ({start}) was taken off its model's weights, which takes the whole "
             "model to undo. Merge the adapter and compare the merged model."
         )
-    adapted = put_on(_hollow_copy(empty, checkpoint), adapter)
+    of_files = Notes()
+    adapted = put_on(_hollow_copy(empty, checkpoint), adapter, of_files)
     brought = {**_brought(adapted.model, empty), **{_path(n): t for n, t in adapted.left_out.items()}}
-    changed = _Layers(adapted.model, checkpoint, brought, adapter).applied()
-    unread = (*changed.unread, *adapted.unread)
-    return replace(changed, notes=(*changed.notes, *adapted.notes), unread=unread), adapted.description
+    changed = _Layers(adapted.model, checkpoint, brought, adapter).applied(notes)
+    notes.extend(of_files)  # what the adapter does comes before what its files are
+    return replace(changed, unread=(*changed.unread, *adapted.unread)), adapted.description
 
 
 def _hollow_copy(empty: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedModel:
@@ -110,14 +112,13 @@ class _Layers:
         self._adapter = adapter
         self._layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "base_layer")}
         self._owners = {path: checkpoint.tied[place] for path, place in checkpoint.tied_paths.items()}
-        self._notes: list[str] = []
         self._by_path: dict[str, list[Entry]] = defaultdict(list)
         for entry in checkpoint.entries.values():
             self._by_path[entry.path].append(entry)
         self._merge = lru_cache(maxsize=_KEPT)(self._merge_layer)
 
-    def applied(self) -> Checkpoint:
-        """The checkpoint with every change that the adapter makes.
+    def applied(self, notes: Notes) -> Checkpoint:
+        """Return the checkpoint with every change that the adapter makes.
 
         Raises:
             UnsupportedModelError: a change cannot be brought to the tensors that the files hold.
@@ -131,11 +132,10 @@ class _Layers:
         for path, effect in effects.items():
             if path not in self._owners:
                 entries |= self._changed(path, effect, entries)
-        entries |= self._parted(effects)
+        entries |= self._parted(effects, notes)
         tied = {place: owner for place, owner in self._checkpoint.tied.items() if place not in entries}
         paths = {path: place for path, place in self._checkpoint.tied_paths.items() if place in tied}
-        notes = (*self._checkpoint.notes, *self._notes)
-        return replace(self._checkpoint, entries=entries, tied=tied, tied_paths=paths, notes=notes)
+        return replace(self._checkpoint, entries=entries, tied=tied, tied_paths=paths)
 
     def _brought_view(self, path: str, take: Take | None) -> View | None:
         tensor = self._brought.get(path)
@@ -182,8 +182,11 @@ class _Layers:
             found.append((part.place, part.take))
         return found
 
-    def _parted(self, effects: Mapping[str, _Effect]) -> Iterator[tuple[Place, Entry]]:
-        """The tied parameters that the adapter parts from their owners: it changes one, or both otherwise."""
+    def _parted(self, effects: Mapping[str, _Effect], notes: Notes) -> Iterator[tuple[Place, Entry]]:
+        """Yield the tied parameters that the adapter parts from their owners.
+
+        It changes one alone, or both otherwise.
+        """
         for path, owner in self._owners.items():
             source = self._checkpoint.entries[owner]
             ours, theirs = effects.get(path), effects.get(source.path)
@@ -195,9 +198,11 @@ class _Layers:
             if ours is not None:
                 view = AddedView(view, ours.update)
             elif path not in self._brought or is_same_tensor:
-                self._notes.append(
+                notes.add(
+                    "tied-tensors",
                     f"{self._adapter.name} acts on {owner.component} and not on {place.component}, which is "
-                    "tied to it: unmerged they differ, and a merge into the one tensor would change both"
+                    "tied to it: unmerged they differ, and a merge into the one tensor would change both",
+                    model=self._adapter.name,
                 )
             key = path if path in self._brought else source.key
             yield place, Entry(place, key, path, None, view)

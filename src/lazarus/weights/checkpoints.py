@@ -20,6 +20,7 @@ from lazarus.models.faults import translated
 from lazarus.models.formats import refuse_empty
 from lazarus.models.load import other_shape
 from lazarus.models.wrappers import Wrappers, refuse_unmerged
+from lazarus.notes import Notes
 from lazarus.options import WeightOptions
 from lazarus.tokens import listed
 from lazarus.weights.components import Part, Place
@@ -84,7 +85,6 @@ class Checkpoint:
     n_tensors: int
     n_parameters: int
     stored_dtype: str
-    notes: tuple[str, ...]
     unread: tuple[Unread, ...] = ()
     """other sets of weights in its folder"""
 
@@ -93,26 +93,27 @@ class Checkpoint:
         return self.entries.get(place) or self.entries.get(self.tied.get(place, place))
 
 
-def read_checkpoint(source: Source, options: WeightOptions) -> Checkpoint:
+def read_checkpoint(source: Source, options: WeightOptions, notes: Notes) -> Checkpoint:
     """Find every tensor of a checkpoint; their numbers are read later.
 
     Raises:
         ModelError: its configuration or its files cannot be read, or its weights are refused.
     """
-    structure = learn_structure(source, options.layers_path, trust_remote_code=options.trust_remote_code)
-    notes = [*structure.notes]
+    is_trusted = options.trust_remote_code
+    structure = learn_structure(source, options.layers_path, notes, trust_remote_code=is_trusted)
     unread: tuple[Unread, ...] = ()
     if source.gguf_file:
         stored, made = _read_gguf(structure)
     else:
-        store = open_store(structure.opened, allow_pickle=options.allow_pickle)
-        stored, made, of_names = _read_files(structure, store)
-        notes, unread = [*notes, *store.notes, *of_names], store.unread
+        store = open_store(structure.opened, notes, allow_pickle=options.allow_pickle)
+        stored, made = _read_files(structure, store, notes)
+        unread = store.unread
     refuse_empty(source.name, _empty(structure, stored))
     if not stored:
         raise WeightsError(f"{source.name}: there is no tensor in its files. Fetch the model again.")
     entries = _entries(structure, stored)
     tied = _tied(structure, entries)
+    _note_lacking(structure, stored, made, notes)
     return Checkpoint(
         source=source,
         structure=structure,
@@ -122,7 +123,6 @@ def read_checkpoint(source: Source, options: WeightOptions) -> Checkpoint:
         n_tensors=len(stored),
         n_parameters=sum(math.prod(each.shape) for each in stored),
         stored_dtype=_usual_type(stored),
-        notes=(*notes, *_lacking(structure, stored, made)),
         unread=unread,
     )
 
@@ -135,8 +135,8 @@ def _empty(structure: Structure, stored: Iterable[Stored]) -> list[str]:
     return sorted(each.key for each in stored if 0 in each.shape and each.path in full)
 
 
-def _read_files(structure: Structure, store: Store) -> tuple[list[Stored], set[str], list[str]]:
-    """The tensors of safetensors or .bin files, the parameters that they make, and notes on their names."""
+def _read_files(structure: Structure, store: Store, notes: Notes) -> tuple[list[Stored], set[str]]:
+    """Return the tensors of safetensors or .bin files, and the parameters that they make."""
     known: dict[str, tuple[str, int, bool]] = {}
     made: set[str] = set()
     wrappers, name = Wrappers(), structure.opened.source.name
@@ -149,7 +149,8 @@ def _read_files(structure: Structure, store: Store) -> tuple[list[Stored], set[s
         path, order, in_order = known.get(key, (wrappers.strip(key), _LAST, True))
         view = partial(store.view, key)
         stored.append(Stored(key, path, order, shape, store.dtypes[key], view, in_order))
-    return stored, made, wrappers.notes(name, store.shapes)
+    wrappers.note(name, store.shapes, notes)
+    return stored, made
 
 
 def _paths(model: PreTrainedModel, keys: KeyMap) -> dict[str, tuple[str, int, bool]]:
@@ -218,13 +219,13 @@ def _tied(structure: Structure, entries: Mapping[Place, Entry]) -> dict[str, tup
     }
 
 
-def _lacking(structure: Structure, stored: Iterable[Stored], made: set[str]) -> list[str]:
-    """A note on the parameters that no file holds, or of which not all pieces are there.
+def _note_lacking(structure: Structure, stored: Iterable[Stored], made: set[str], notes: Notes) -> None:
+    """Note the parameters that no file holds, or of which not all pieces are there.
 
     A GGUF file has whole stacks, and not every size that the configuration has.
     """
     if structure.model is None:
-        return []
+        return
     source = structure.opened.source
     pieces: dict[int, list[int]] = defaultdict(list)
     for each in stored:
@@ -241,9 +242,9 @@ def _lacking(structure: Structure, stored: Iterable[Stored], made: set[str]) -> 
             names.append(name)
         elif source.gguf_file is None and len(sizes) > 1 and sum(sizes) < parameter.numel():
             names.append(f"{name} (in part)")
-    if not names:
-        return []
-    return [f"{source.name}: its files lack {len(names)} of the model's parameters: {listed(names, 5)}"]
+    if names:
+        told = f"{source.name}: its files lack {len(names)} of the model's parameters: {listed(names, 5)}"
+        notes.add("missing-tensors", told, model=source.name)
 
 
 def _usual_type(stored: Iterable[Stored]) -> str:

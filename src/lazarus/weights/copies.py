@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lazarus.notes import Notes
 from lazarus.weights.checkpoints import Checkpoint
 from lazarus.weights.views import View, bits, same_bits
 
@@ -60,22 +61,24 @@ def find_copies(base: Checkpoint, finetuned: Checkpoint) -> list[Run]:
     return runs
 
 
-def depth_note(base: Checkpoint, finetuned: Checkpoint, runs: Sequence[Run]) -> str:
-    """Say that the two have different depths, and which layers are copies."""
+def note_depths(base: Checkpoint, finetuned: Checkpoint, runs: Sequence[Run], notes: Notes) -> None:
+    """Note that the two have different depths, and which layers are copies."""
     n_base, n_finetuned = base.structure.n_layers, finetuned.structure.n_layers
     said = (
         f"base has {n_base} layers and fine-tuned {n_finetuned}: they were compared by number, and those "
         "beyond the other's have no counterpart"
     )
     if not runs:
-        return f"{said}. No layer of fine-tuned is a copy of one of base"
+        notes.add("depths-differ", f"{said}. No layer of fine-tuned is a copy of one of base")
+        return
     named = ", ".join(map(str, runs[:_MOST_NAMED]))
     left = len(runs) - _MOST_NAMED
     n_copies = sum(run.n_layers for run in runs)
-    return (
+    notes.add(
+        "depths-differ",
         f"{said}. {n_copies} layers of fine-tuned are copies of base's, bit for bit: {named}"
         + (f" and {left} more" if left > 0 else "")
-        + ("" if n_copies == n_finetuned else f"; the other {n_finetuned - n_copies} are not")
+        + ("" if n_copies == n_finetuned else f"; the other {n_finetuned - n_copies} are not"),
     )
 
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from msgspec.structs import replace
 
+from lazarus.notes import Note, Notes
 from lazarus.results import UnmatchedTensor
 from lazarus.tokens import listed
 from lazarus.weights.checkpoints import Checkpoint, Entry
 from lazarus.weights.components import Place
-from lazarus.weights.copies import Run, depth_note, find_copies
+from lazarus.weights.copies import Run, find_copies, note_depths
 from lazarus.weights.numbers import Pair, UpdatePair, ViewPair
 from lazarus.weights.views import AddedView, PickedRows, View
 from lazarus.weights.vocabulary import Alignment, Vocabulary
@@ -33,14 +34,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Matched:
-    """All rows in base's order, what has no counterpart of its shape, and notes on it.
+    """All rows in base's order, and what has no counterpart of its shape.
 
     A table of which only a part of the rows have a counterpart is in both: that part was compared.
     """
 
     rows: Sequence[Row]
     unmatched: Sequence[UnmatchedTensor]
-    notes: Sequence[str]
     copies: Sequence[Run] = ()
     """where the depths differ: layers of fine-tuned that are copies of base's"""
     n_moved: int = 0
@@ -49,7 +49,7 @@ class Matched:
     """why the rows of tables were matched by their numbers and not by token, where that is so"""
 
 
-def match(base: Checkpoint, finetuned: Checkpoint, vocabulary: Vocabulary) -> Matched:
+def match(base: Checkpoint, finetuned: Checkpoint, vocabulary: Vocabulary, notes: Notes) -> Matched:
     """Pair the two checkpoints' components by their places, and the rows of their vocabularies by token.
 
     Raises:
@@ -68,13 +68,15 @@ def match(base: Checkpoint, finetuned: Checkpoint, vocabulary: Vocabulary) -> Ma
         else:
             unmatched.append(_unmatched(place, ours, theirs))
     parted = [table.unmatched for table in tables if table.unmatched is not None]
-    notes = [*_tied_notes(base, finetuned), *(table.note for table in tables), *_unmatched_notes(unmatched)]
     copies: Sequence[Run] = ()
     if base.structure.n_layers != finetuned.structure.n_layers:
         copies = find_copies(base, finetuned)
-        notes.insert(0, depth_note(base, finetuned, copies))
+        note_depths(base, finetuned, copies, notes)
+    _note_tied(base, finetuned, notes)
+    notes.extend(table.note for table in tables)
+    _note_unmatched(unmatched, notes)
     n_moved = max((table.n_moved for table in tables), default=0)
-    return Matched(rows, [*parted, *unmatched], notes, copies, n_moved, vocabulary.unknown)
+    return Matched(rows, [*parted, *unmatched], copies, n_moved, vocabulary.unknown)
 
 
 def _places(base: Checkpoint, finetuned: Checkpoint) -> Iterator[Place]:
@@ -100,7 +102,7 @@ class _Table:
 
     pair: Pair
     unmatched: UnmatchedTensor | None
-    note: str
+    note: Note
     n_moved: int
 
 
@@ -129,11 +131,12 @@ def _table(place: Place, base: Entry, finetuned: Entry, vocabulary: Vocabulary) 
     counts = len(rows.base_alone), len(rows.finetuned_alone)
     unmatched = None if is_all else replace(_unmatched(place, base, finetuned), rows_alone=counts)
     pair = ViewPair(PickedRows(base.view, rows.base), PickedRows(finetuned.view, rows.finetuned))
-    return _Table(pair, unmatched, _table_note(place, base, finetuned, vocabulary, rows), rows.n_moved)
+    note = Note("vocabularies-differ", _told_of_table(place, (n_base, n_finetuned), vocabulary, rows))
+    return _Table(pair, unmatched, note, rows.n_moved)
 
 
-def _table_note(place: Place, base: Entry, finetuned: Entry, vocabulary: Vocabulary, rows: Alignment) -> str:
-    n_base, n_finetuned, n_both = base.view.shape[0], finetuned.view.shape[0], len(rows.base)
+def _told_of_table(place: Place, n_rows: tuple[int, int], vocabulary: Vocabulary, rows: Alignment) -> str:
+    (n_base, n_finetuned), n_both = n_rows, len(rows.base)
     if not vocabulary.differs:
         return (
             f"{place.component} has {n_base} rows in base and {n_finetuned} in fine-tuned: the first "
@@ -163,36 +166,40 @@ def _unmatched(place: Place, base: Entry | None, finetuned: Entry | None) -> Unm
     )
 
 
-def _tied_notes(base: Checkpoint, finetuned: Checkpoint) -> list[str]:
-    """Return which components use another's tensor, in both or in one of the two."""
-    notes = []
+def _note_tied(base: Checkpoint, finetuned: Checkpoint, notes: Notes) -> None:
+    """Note which components use another's tensor, in both or in one of the two."""
     for place in dict.fromkeys([*base.tied, *finetuned.tied]):
         ours, theirs = base.tied.get(place), finetuned.tied.get(place)
         owner = ours or theirs
         assert owner is not None
         if ours == theirs:
-            notes.append(f"{place.component} is tied to {owner.component} in both: one tensor, compared once")
+            told = f"{place.component} is tied to {owner.component} in both: one tensor, compared once"
+            notes.add("tied-tensors", told)
         elif place in base.entries or place in finetuned.entries:
             tying, other = ("base", "fine-tuned") if ours is not None else ("fine-tuned", "base")
-            notes.append(
+            notes.add(
+                "tied-tensors",
                 f"{place.component} is tied to {owner.component} in {tying} and a tensor of its own in "
-                f"{other}: it was compared with that {owner.component}"
+                f"{other}: it was compared with that {owner.component}",
             )
-    return notes
 
 
-def _unmatched_notes(unmatched: Sequence[UnmatchedTensor]) -> list[str]:
+def _note_unmatched(unmatched: Sequence[UnmatchedTensor], notes: Notes) -> None:
     kinds = {
         "only base has": [t.name for t in unmatched if t.finetuned_shape is None],
         "only fine-tuned has": [t.name for t in unmatched if t.base_shape is None],
     }
-    notes = [f"not compared, because {who} them: {_named(names)}" for who, names in kinds.items() if names]
-    return notes + [
-        f"{t.name} was not compared: its shape is {t.base_shape} in base and {t.finetuned_shape} in "
-        "fine-tuned"
-        for t in unmatched
-        if t.base_shape is not None and t.finetuned_shape is not None
-    ]
+    for who, names in kinds.items():
+        if names:
+            notes.add("unmatched-tensors", f"not compared, because {who} them: {_named(names)}")
+    for t in unmatched:
+        if t.base_shape is not None and t.finetuned_shape is not None:
+            notes.add(
+                "unmatched-tensors",
+                f"{t.name} was not compared: its shape is {t.base_shape} in base and {t.finetuned_shape} in "
+                "fine-tuned",
+                layers=[] if t.layer is None else [t.layer],
+            )
 
 
 def _named(names: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 from lazarus import provenance
 from lazarus.errors import NoDataError
 from lazarus.models import Beside, ModelReference, find_beside
+from lazarus.notes import Notes
 from lazarus.options import WeightOptions
 from lazarus.results import (
     SCHEMA_VERSION,
@@ -28,13 +29,13 @@ from lazarus.results import (
     WeightVerdict,
     differing,
     finite_or_none,
-    outside_notes,
+    note_outside,
 )
 from lazarus.tokens import listed
 from lazarus.weights.checkpoints import Checkpoint
 from lazarus.weights.numbers import Numbers
 from lazarus.weights.pairs import Matched, Row, is_table
-from lazarus.weights.rounding import Rounded, holds, merge_notes
+from lazarus.weights.rounding import Rounded, holds, note_merge
 
 N_MOST_CHANGED = 5
 
@@ -56,13 +57,16 @@ class Side:
     reference: ModelReference
     checkpoint: Checkpoint
     adapter: str | None
-    notes: Sequence[str]
 
 
 def assemble(
-    sides: tuple[Side, Side], matched: Matched, measured: Sequence[Measured], options: WeightOptions
+    sides: tuple[Side, Side],
+    matched: Matched,
+    measured: Sequence[Measured],
+    options: WeightOptions,
+    notes: Notes,
 ) -> WeightDiffRecord:
-    """The whole record of a run.
+    """Return the whole record of a run; `notes` are those on what came before.
 
     Raises:
         NoDataError: the two have no tensor in common.
@@ -80,11 +84,12 @@ def assemble(
             "in every one of them there is NaN or infinity. Fetch or train that model again."
         )
     rows = [_row(row, each, options.threshold) for row, each in zip(matched.rows, measured, strict=True)]
-    limits = _limits(matched, rows, with_spectrum=options.spectrum)
     ours, theirs = find_beside(*map(_beside, (base.checkpoint, finetuned.checkpoint)))
-    limits += _by_number(matched, rows)
+    note_outside(ours, theirs, notes)
+    _note_limits(matched, rows, notes, with_spectrum=options.spectrum)
+    _note_by_number(matched, rows, notes)
     if base.checkpoint.source.place != finetuned.checkpoint.source.place:  # else nothing was merged
-        limits += merge_notes([each.rounded for each in measured if each.rounded is not None])
+        note_merge([each.rounded for each in measured if each.rounded is not None], notes)
     return WeightDiffRecord(
         schema_version=SCHEMA_VERSION,
         command="weight-diff",
@@ -98,11 +103,8 @@ def assemble(
         results=rows,
         unmatched=list(matched.unmatched),
         summary=_summary(sides, rows, matched, measured, differing(ours, theirs)),
-        notes=list(
-            dict.fromkeys(
-                [*base.notes, *finetuned.notes, *matched.notes, *outside_notes(ours, theirs), *limits]
-            )
-        ),
+        notes=notes.texts,
+        note_codes=notes.codes,
         copied_layers=[CopiedLayers(**asdict(run)) for run in matched.copies],
     )
 
@@ -240,8 +242,10 @@ def _causes(sides: tuple[Side, Side]) -> list[str]:
     return ["both checkpoints hold the same weights, bit for bit: one is a copy of the other"]
 
 
-def _limits(matched: Matched, rows: Sequence[TensorRecord], *, with_spectrum: bool) -> list[str]:
-    """Return what a reader must know of the numbers."""
+def _note_limits(
+    matched: Matched, rows: Sequence[TensorRecord], notes: Notes, *, with_spectrum: bool
+) -> None:
+    """Note what a reader must know of the numbers."""
     changed = [row for row in rows if row.n_changed]
     undefined = [row for row in rows if row.relative_change is None]
     matrices = [row for row, pair in zip(rows, matched.rows, strict=True) if min(pair.pair.matrix) > 1]
@@ -257,35 +261,35 @@ def _limits(matched: Matched, rows: Sequence[TensorRecord], *, with_spectrum: bo
         ],
         "tensors with the same bits whose norm is not finite, so that no change of all, or of their layer, "
         "is relative": [row for row in rows if changed and not row.n_changed and row.base_norm is None],
-        "changed matrices without a spectrum, because squares of their change leave float64's range": [
-            row for row in matrices if with_spectrum and row.max_abs_change and row.spectrum is None
-        ],
     }
-    notes = [
-        f"{said}: {len(found)}, {listed([row.name for row in found], 5)}"
-        for said, found in kinds.items()
-        if found
-    ]
+    for said, found in kinds.items():
+        if found:
+            notes.add("undefined-change", f"{said}: {_counted(found)}")
+    if lacking := [row for row in matrices if with_spectrum and row.max_abs_change and row.spectrum is None]:
+        said = "changed matrices without a spectrum, because squares of their change leave float64's range"
+        notes.add("missing-spectrum", f"{said}: {_counted(lacking)}")
     types = {(row.base_dtype, row.finetuned_dtype) for row in changed if not row.rounding}
     narrowed = [f"{ours} to {theirs}" for ours, theirs in sorted(types) if not holds(theirs, ours)]
     if narrowed:
-        notes.append(
+        notes.add(
+            "stored-types",
             f"base and fine-tuned are stored in different types ({', '.join(narrowed)}): a part of the "
-            "change may be the rounding from one to the other"
+            "change may be the rounding from one to the other",
         )
-    return notes
 
 
-def _by_number(matched: Matched, rows: Sequence[TensorRecord]) -> list[str]:
-    """A note where tables differ whose rows could not be matched by token."""
+def _counted(rows: Sequence[TensorRecord]) -> str:
+    return f"{len(rows)}, {listed([row.name for row in rows], 5)}"
+
+
+def _note_by_number(matched: Matched, rows: Sequence[TensorRecord], notes: Notes) -> None:
+    """Note where tables differ whose rows could not be matched by token."""
     tables = [row for row, pair in zip(rows, matched.rows, strict=True) if is_table(pair.place)]
     parted = {each.component for each in matched.unmatched}
     differ = [row.component for row in tables if row.n_changed and row.component not in parted]
-    if matched.by_number is None or not differ:
-        return []
-    return [
-        f"rows of {listed(differ, 4)} were compared by their number and not by token: {matched.by_number}"
-    ]
+    if matched.by_number is not None and differ:
+        told = f"rows of {listed(differ, 4)} were compared by their number and not by token"
+        notes.add("rows-by-number", f"{told}: {matched.by_number}")
 
 
 def _info(side: Side, outside: Sequence[NotCompared]) -> CheckpointInfo:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lazarus.errors import ModelError
 from lazarus.metrics.rounding import Rounding, RoundingTest, unit_in_the_last_place
+from lazarus.notes import Notes
 from lazarus.weights.numbers import N_NUMBERS, Pair, ViewPair, rows_at_once, starts_and_stops
 from lazarus.weights.parallel import until
 from lazarus.weights.views import AddedView, Update, View, bits, open_rows
@@ -146,29 +147,30 @@ def check(candidate: Candidate, stop: Event) -> Rounded:
     return Rounded(candidate.role, dtype, found.result, True, share, found.tells_scalings)
 
 
-def merge_notes(found: Sequence[Rounded]) -> list[str]:
-    """Return notes on the tensors that were held against a merge."""
+def note_merge(found: Sequence[Rounded], notes: Notes) -> None:
+    """Note how the tensors that were held against a merge compare to it."""
     merged = [each for each in found if each.has_update]
-    notes = []
     blind = [each for each in merged if each.holds and not each.tells_scalings]
     if blind:
-        notes.append(
+        notes.add(
+            "merge-too-small",
             f"of {len(blind)} of the {len(merged)} tensors that the adapter changes, a merge with a scaling "
-            f"5 % off would store the same bits: its update is too small there for {blind[0].dtype} to tell"
+            f"5 % off would store the same bits: its update is too small there for {blind[0].dtype} to tell",
         )
     unknown = [each for each in merged if each.result == "unknown"]
     if unknown:
-        notes.append(
+        notes.add(
+            "merge-too-small",
             f"not known of {len(unknown)} of the {len(merged)} tensors that the adapter changes whether they "
-            f"hold its merge: its update is too small there for {unknown[0].dtype} to tell"
+            f"hold its merge: its update is too small there for {unknown[0].dtype} to tell",
         )
     shares = [each.share for each in merged if each.result == "beyond" and each.share is not None]
     if shares:
-        notes.append(
+        notes.add(
+            "merge-scale",
             f"{len(shares)} of the {len(merged)} tensors that the adapter changes hold {median(shares):.2f} "
-            "times its update (median): a right merge holds 1, a skipped one 0, one that was made twice 2"
+            "times its update (median): a right merge holds 1, a skipped one 0, one that was made twice 2",
         )
-    return notes
 
 
 def _add_up(candidate: Candidate, bases: Sequence[bool], stop: Event) -> list[RoundingTest]:

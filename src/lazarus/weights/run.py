@@ -14,8 +14,9 @@ import torch
 from lazarus.errors import UsageError, WeightsError
 from lazarus.faces import WeightDiff
 from lazarus.models import ModelReference, Source, parse_model
-from lazarus.models.load import adapter_of, other_base, source_under
+from lazarus.models.load import adapter_of, note_base, source_under
 from lazarus.models.reference import adapter_base
+from lazarus.notes import Notes
 from lazarus.options import WeightArguments, WeightOptions
 from lazarus.weights.adapters import put_adapter
 from lazarus.weights.checkpoints import Checkpoint, read_checkpoint
@@ -80,7 +81,8 @@ def weight_diff(
     """
     chosen = WeightOptions.make(**options)
     watcher = observer or _Silence()
-    sides = _open_pair(_reference(base), _reference(finetuned), chosen, watcher)
+    notes = Notes()
+    sides = _open_pair(_reference(base), _reference(finetuned), chosen, watcher, notes)
     ours, theirs = (side.checkpoint for side in sides)
     n_layers = max(ours.structure.n_layers, theirs.structure.n_layers)
     watcher.detected((ours.structure.family, theirs.structure.family), n_layers)
@@ -88,14 +90,14 @@ def weight_diff(
         _tokenizers(sides[0]), _tokenizers(sides[1]), trust_remote_code=chosen.trust_remote_code
     )
     try:
-        matched = match(ours, theirs, vocabulary)
+        matched = match(ours, theirs, vocabulary, notes)
         measured = _measure(matched.rows, chosen, watcher)
     except OSError as error:
         raise WeightsError(
             f"{base} and {finetuned}: a file could not be read on the way: {error.strerror or error}. It was "
             "moved or cut short since the run began: fetch the model again."
         ) from error
-    return WeightDiff(assemble(sides, matched, measured, chosen))
+    return WeightDiff(assemble(sides, matched, measured, chosen, notes))
 
 
 def _reference(model: object) -> ModelReference:
@@ -108,27 +110,37 @@ def _reference(model: object) -> ModelReference:
 
 
 def _open_pair(
-    base: ModelReference, finetuned: ModelReference, options: WeightOptions, watcher: Observer
+    base: ModelReference,
+    finetuned: ModelReference,
+    options: WeightOptions,
+    watcher: Observer,
+    notes: Notes,
 ) -> tuple[Side, Side]:
-    """Both checkpoints; where both names stand on one, it is opened once."""
+    """Return both checkpoints; where both names stand on one, it is opened once."""
+    # Both are opened before an adapter is looked at, and what is noted of base comes first all the same.
+    of_finetuned = Notes()
     watcher.loading("base", base.name)
     source = base.model or adapter_base(adapter_of(base))
-    ours = read_checkpoint(source, options)
+    ours = read_checkpoint(source, options, notes)
     watcher.loading("finetuned", finetuned.name)
     their_source = source_under(finetuned, base)
-    theirs = ours if their_source.place == source.place else read_checkpoint(their_source, options)
-    return _side(base, ours), _side(finetuned, theirs)
+    is_same = their_source.place == source.place
+    theirs = ours if is_same else read_checkpoint(their_source, options, of_finetuned)
+    sides = _side(base, ours, notes), _side(finetuned, theirs, of_finetuned)
+    notes.extend(of_finetuned)
+    return sides
 
 
-def _side(reference: ModelReference, checkpoint: Checkpoint) -> Side:
-    """One of the two, with its adapters if there are any."""
-    names, notes = [], list[str]()
+def _side(reference: ModelReference, checkpoint: Checkpoint, notes: Notes) -> Side:
+    """Return one of the two, with its adapters if there are any."""
+    names, on_bases = [], Notes()
     changed = checkpoint
     for adapter in reference.adapters:
-        changed, told = put_adapter(changed, adapter)
+        changed, told = put_adapter(changed, adapter, notes)
         names.append(told)
-        notes += other_base(adapter, checkpoint.source)
-    return Side(reference, changed, " + ".join(names) or None, [*changed.notes, *notes])
+        note_base(adapter, checkpoint.source, on_bases)
+    notes.extend(on_bases)
+    return Side(reference, changed, " + ".join(names) or None)
 
 
 def _tokenizers(side: Side) -> list[Source]:

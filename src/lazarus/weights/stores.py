@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from lazarus.errors import UnsupportedModelError, WeightsError
+from lazarus.messages import option
 from lazarus.models.contents import Unread
 from lazarus.models.faults import translated
 from lazarus.models.opening import Opened, find_weights
 from lazarus.models.quantised import claimed_method, stored_codes
 from lazarus.models.stored import read_headers
+from lazarus.notes import Notes
 from lazarus.tokens import listed
 from lazarus.weights.parts import Take
 from lazarus.weights.views import MemoryView, StoredView, View, type_name
@@ -29,7 +31,6 @@ class Store:
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, str]
     tensors: Mapping[str, Any]
-    notes: tuple[str, ...] = ()
     unread: tuple[Unread, ...] = ()
     """other sets of weights in its folder"""
 
@@ -41,8 +42,8 @@ class Store:
         return StoredView(tensor, take)
 
 
-def open_store(opened: Opened, *, allow_pickle: bool) -> Store:
-    """The tensors of a checkpoint in safetensors files, or in .bin files where that is allowed.
+def open_store(opened: Opened, notes: Notes, *, allow_pickle: bool) -> Store:
+    """Return the tensors of a checkpoint in safetensors files, or in .bin files where that is allowed.
 
     Raises:
         UnsupportedModelError: its numbers are quantised.
@@ -50,6 +51,7 @@ def open_store(opened: Opened, *, allow_pickle: bool) -> Store:
     """
     source = opened.source
     opened, files = find_weights(opened, pickled=True)
+    opened.note(notes)
     with translated(source.name):
         if all(file.endswith(".safetensors") for file in files):
             stored = read_headers(files)
@@ -64,22 +66,22 @@ def open_store(opened: Opened, *, allow_pickle: bool) -> Store:
                 {key: tensor.shape for key, tensor in stored.items()},
                 {key: view.dtype for key, view in views.items()},
                 stored,
-                opened.notes,
                 opened.contents.unread,
             )
         if not allow_pickle:
             raise WeightsError(
                 f"{source.name}: its weights are pickled ({Path(files[0]).name}), and a pickle can run code "
-                "when it is read. Allow torch's reader of plain tensors with --allow-pickle, or load the "
-                "model where you trust it and write it again with save_pretrained."
+                "when it is read. Allow torch's reader of plain tensors with "
+                f"{option('allow_pickle', True)}, or load the model where you trust it and write it again "
+                "with save_pretrained.",
+                option="allow_pickle",
             )
-        return _read_pickles(files, opened)
+        return _read_pickles(files, opened, notes)
 
 
-def _read_pickles(files: Sequence[str], opened: Opened) -> Store:
+def _read_pickles(files: Sequence[str], opened: Opened, notes: Notes) -> Store:
     """The tensors of .bin files, mapped into memory where the file allows; nothing else is unpickled."""
     tensors: dict[str, Tensor] = {}
-    notes = list(opened.notes)
     for file in files:
         found = _read_pickle(file)
         if not isinstance(found, dict):
@@ -88,12 +90,12 @@ def _read_pickles(files: Sequence[str], opened: Opened) -> Store:
         tensors |= {key: _plain(file, key, tensor) for key, tensor in own.items()}
         others = [str(key) for key in found if key not in own]
         if others:
-            notes.append(f"{file}: not compared, because they are no tensors: {listed(others, 5)}")
+            told = f"{file}: not compared, because they are no tensors: {listed(others, 5)}"
+            notes.add("not-tensors", told, model=opened.source.name)
     return Store(
         {key: tuple(tensor.shape) for key, tensor in tensors.items()},
         {key: type_name(tensor.dtype) for key, tensor in tensors.items()},
         tensors,
-        tuple(notes),
         opened.contents.unread,
     )
 

@@ -13,6 +13,8 @@ from lazarus.models import LoadOptions, Source, dissect
 from lazarus.models.checkpoint import build_empty
 from lazarus.models.faults import translated
 from lazarus.models.opening import Opened, open_checkpoint
+from lazarus.notes import Notes
+from lazarus.options import in_flags
 from lazarus.weights.components import Namer, Part, name_by_path
 
 
@@ -25,7 +27,6 @@ class Structure:
     """None where its Python code is its own"""
     namer: Namer | None
     n_layers: int
-    notes: tuple[str, ...]
 
     @property
     def family(self) -> str:
@@ -46,7 +47,9 @@ class Structure:
         return self.namer.parts(path, shape)
 
 
-def learn_structure(source: Source, layers_path: str | None, *, trust_remote_code: bool) -> Structure:
+def learn_structure(
+    source: Source, layers_path: str | None, notes: Notes, *, trust_remote_code: bool
+) -> Structure:
     """Build the empty model of a checkpoint and find its blocks.
 
     Raises:
@@ -54,17 +57,20 @@ def learn_structure(source: Source, layers_path: str | None, *, trust_remote_cod
     """
     options = LoadOptions(None, torch.device("meta"), trust_remote_code, layers_path)
     opened = open_checkpoint(source, options)
+    opened.note(notes)
     with translated(source.name):
         kind = _transformers.registered_class(opened.head, opened.config)
         model = None if kind is None else build_empty(kind, opened.config, [], torch.float32)
     if model is None:
-        note = f"{source.name}: its Python code is its own, so its tensors are named by their keys alone"
-        return Structure(opened, None, None, 0, (*opened.notes, note))
+        told = f"{source.name}: its Python code is its own, so its tensors are named by their keys alone"
+        notes.add("own-code", told, model=source.name)
+        return Structure(opened, None, None, 0)
     try:
         anatomy = dissect(model, layers_path)
     except BlocksNotFoundError as error:
         if layers_path is not None:
             raise
-        note = f"{source.name}: no tensor is in a layer: {error}"
-        return Structure(opened, model, Namer(model, None), 0, (*opened.notes, note))
-    return Structure(opened, model, Namer(model, anatomy), len(anatomy.blocks), opened.notes)
+        told = f"{source.name}: no tensor is in a layer: {in_flags(error.marked)}"
+        notes.add("no-layers", told, model=source.name)
+        return Structure(opened, model, Namer(model, None), 0)
+    return Structure(opened, model, Namer(model, anatomy), len(anatomy.blocks))

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from lazarus.errors import ModelError
 from lazarus.models import Source
 from lazarus.models.tokenizer import TOKENIZER_FILES, first_tokenizer
+from lazarus.options import in_flags
 from lazarus.tokens import listed
 
 _MORE_FILES = ("added_tokens.json", "special_tokens_map.json")
@@ -96,7 +97,7 @@ def read_vocabulary(
         try:
             tokenizer = first_tokenizer(sources, trust_remote_code)
         except ModelError as error:
-            return Vocabulary(unknown=f"the tokenizer of {role} cannot be read ({error})")
+            return Vocabulary(unknown=f"the tokenizer of {role} cannot be read ({in_flags(error.marked)})")
         if tokenizer is None:
             return Vocabulary(unknown=f"{role} brings no tokenizer that would tell which token is where")
         found.append(tokenizer.get_vocab())

@@ -17,6 +17,7 @@ from lazarus.models.gguf.parts import Gguf, read_files
 from lazarus.models.gguf.refusals import refuse_other_kinds, refuse_other_sizes, refuse_unreadable_types
 from lazarus.models.gguf.settings import read_config
 from lazarus.models.reference import Source
+from lazarus.notes import Note, Notes
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class OpenedGguf:
 
     file: Gguf
     config: PretrainedConfig
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
     untaken: Mapping[str, Any]
     """the settings of the file that transformers has no place for"""
 
@@ -48,15 +49,17 @@ def open_gguf(source: Source) -> OpenedGguf:
     refuse_other_kinds(file)
     refuse_unreadable_types(file)
     refuse_other_sizes(file)
-    notes = []
+    notes = Notes()
     named = PurePosixPath(source.gguf_file or "").name
     if named not in source.name and len(file.paths) == 1:
-        notes.append(f"{source.name} holds one model, the GGUF file {named}, which was read")
+        told = f"{source.name} holds one model, the GGUF file {named}, which was read"
+        notes.add("gguf-file", told, model=source.name)
     if len(file.paths) > 1:
-        notes.append(f"{source.name}: all {len(file.paths)} parts of the GGUF model were read")
+        told = f"{source.name}: all {len(file.paths)} parts of the GGUF model were read"
+        notes.add("gguf-file", told, model=source.name)
     with translated(source.name):
-        found = read_config(file)
-    return OpenedGguf(file, found.config, (*notes, *found.notes), found.untaken)
+        config, untaken = read_config(file, notes)
+    return OpenedGguf(file, config, tuple(notes), untaken)
 
 
 def usual_type(file: Gguf) -> str:

@@ -18,6 +18,7 @@ from lazarus.errors import WeightsError
 from lazarus.models.gguf.header import Array
 from lazarus.models.gguf.parts import Gguf, some
 from lazarus.models.gguf.rope import FACTORS, LONG, SHORT, rope_of
+from lazarus.notes import Notes
 
 _EPSILON = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
 _EPSILON_KEYS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
@@ -115,19 +116,10 @@ class _Plain:
         return next((name for name in known if name in self.entries), None)
 
 
-@dataclass(frozen=True)
-class FileConfig:
-    """The configuration that a file describes."""
+def read_config(file: Gguf, notes: Notes) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """Return the configuration that a file describes, and the settings that went into no entry of it.
 
-    config: PretrainedConfig
-    notes: tuple[str, ...]
-    """on what is not as in the file"""
-    untaken: Mapping[str, Any]
-    """the settings that went into no entry and may change a hidden state; None for a table of rotations"""
-
-
-def read_config(file: Gguf) -> FileConfig:
-    """Return the configuration that a file describes.
+    These may change a hidden state, and are noted; the value of a table of rotations is None.
 
     Raises:
         WeightsError: a size that is needed is not in the file, or is not that of its tensors.
@@ -163,8 +155,11 @@ def read_config(file: Gguf) -> FileConfig:
     config = AutoConfig.for_model(kind, **kept, **found)
     _check_vocabulary(file, config)
     left = _untaken(file, taken)
-    notes = (*(_unknown_rope(file, name) for name in tables), *_untaken_note(file, left))
-    return FileConfig(config, (*notes, *_by_class(file, plain)), {**left, **dict.fromkeys(tables)})
+    for name in tables:
+        _note_rope(file, name, notes)
+    _note_untaken(file, left, notes)
+    _note_by_class(file, plain, notes)
+    return config, {**left, **dict.fromkeys(tables)}
 
 
 def _lacks(file: Gguf, keys: list[str]) -> WeightsError:
@@ -273,10 +268,12 @@ def _implied(file: Gguf, plain: _Plain) -> Iterator[tuple[str, str, Any]]:
         yield "rope.scaling.original_context_length", "original_max_position_embeddings", original
 
 
-def _unknown_rope(file: Gguf, tensor: str) -> str:
-    return (
+def _note_rope(file: Gguf, tensor: str, notes: Notes) -> None:
+    notes.add(
+        "gguf-settings",
         f"{file.name}: its rotary positions (rope) are not those of the file: transformers has no scaling "
-        f"like its {tensor}. Differences from the model that it was converted from may come of that alone"
+        f"like its {tensor}. Differences from the model that it was converted from may come of that alone",
+        model=file.name,
     )
 
 
@@ -294,14 +291,16 @@ def _untaken(file: Gguf, taken: AbstractSet[str]) -> dict[str, Any]:
     }
 
 
-def _untaken_note(file: Gguf, left: Mapping[str, Any]) -> list[str]:
+def _note_untaken(file: Gguf, left: Mapping[str, Any], notes: Notes) -> None:
     if not left:
-        return []
+        return
     told = [f"{key} = {_short(value)}" for key, value in left.items()]
-    return [
+    notes.add(
+        "gguf-settings",
         f"{file.name}: not taken from the file, because transformers has no setting for it: {some(told, 8)}. "
-        "Differences from the model that it was converted from may come of that alone"
-    ]
+        "Differences from the model that it was converted from may come of that alone",
+        model=file.name,
+    )
 
 
 def _short(value: Any) -> str:
@@ -309,13 +308,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:40]}…"
 
 
-def _by_class(file: Gguf, plain: _Plain) -> list[str]:
-    """A note on entries that a file may lack, and that its model has by its class."""
+def _note_by_class(file: Gguf, plain: _Plain, notes: Notes) -> None:
+    """Note entries that a file may lack, and that its model has by its class."""
     held = [(key, plain.find(_SETTINGS[key])) for key in _BY_CLASS if file.get(key) is None]
     told = [f"{entry} = {plain.entries[entry]}" for _, entry in held if entry and plain.entries[entry]]
-    if not told:
-        return []
-    return [f"{file.name}: not in the file, and taken from the model's class: {some(told, 8)}"]
+    if told:
+        text = f"{file.name}: not in the file, and taken from the model's class: {some(told, 8)}"
+        notes.add("gguf-settings", text, model=file.name)
 
 
 def _check_vocabulary(file: Gguf, config: PretrainedConfig) -> None:

@@ -1,0 +1,34 @@
+"""Options in messages: marked until it is known whether Python or the command line shows the message."""
+
+from __future__ import annotations
+
+import json
+from pathlib import PurePath
+
+START, END = "\ufdd0", "\ufdd1"
+"""What stands around an option in a message that is not spelled yet.
+
+They are noncharacters: nothing that a message quotes, such as a prompt or another library's text, has them.
+"""
+CAUSE = "__cause__"
+"""the attribute with the error of another library that a message tells of; `--debug` shows it"""
+
+_NO_VALUE = object()
+
+
+def option(name: str, value: object = _NO_VALUE, form: str = "") -> str:
+    """Return an option by its Python name, or with a value, for a message; `form` is a number's.
+
+    >>> in_python(f"Use {option('dtype', 'float32')}, or {option('localize')}.")
+    'Use `dtype="float32"`, or `localize`.'
+    """
+    if value is _NO_VALUE:
+        return f"{START}{name}{END}"
+    is_text = isinstance(value, str | PurePath)
+    literal = json.dumps(str(value), ensure_ascii=False) if is_text else format(value, form)
+    return f"{START}{name}={literal}{END}"
+
+
+def in_python(marked: str) -> str:
+    """Return a marked message with its options as a call has them."""
+    return marked.replace(START, "`").replace(END, "`")
