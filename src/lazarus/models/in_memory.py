@@ -15,9 +15,9 @@ from lazarus.models.whole import run_once_whole
 
 
 def wrap_model(model: nn.Module, name: str, layers_path: str | None = None) -> LoadedModel:
-    """A model that the caller has in memory, an adapter's wrapper taken off its outside.
+    """Return a model that the caller has in memory as a loaded model, without PEFT's wrapper around it.
 
-    One in training mode runs as a second tree over the same weights, so that it stays as it is.
+    A model in training mode is run as a second module tree over the same weights, so that it stays as it is.
     """
     model, notes = _unwrapped(model, name)
     unwrap = getattr(model, "get_base_model", None)
@@ -44,7 +44,8 @@ def _unwrapped(model: nn.Module, name: str) -> tuple[nn.Module, list[str]]:
     """The model inside what torch.compile, or training in parallel, has put around it."""
     notes = []
     while not isinstance(model, PreTrainedModel):
-        # vars() only: a wrapper hands every attribute on, and PEFT's own have none of these.
+        # `_modules`, not getattr: these wrappers hand every attribute on to the model inside. PEFT's has no
+        # submodule of these names.
         inside = next(
             (model._modules[each] for each in ("_orig_mod", "module") if model._modules.get(each)), None
         )
