@@ -1,7 +1,7 @@
 """compare: the logit lens on two models, side by side, for one prompt.
 
 run.py         the order of a run
-reading.py     what each block's output would give as logits, by the model's own norm and head
+reading.py     what each block's output would give as logits, by the model's own norm and LM head
 lens.py        what one model's lens shows: first choices, probabilities, ranks
 vocabulary.py  a model's tokens as texts, and a text's first token
 tracking.py    which tokens are followed through the layers, and where they emerge

@@ -21,8 +21,8 @@ class Outcomes:
     """Next tokens that both models can give, as columns that mean the same in both.
 
     With one vocabulary they are its ids. With two they are the texts that are tokens of both. Whatever one
-    model alone can give is one more outcome: `places` says which outcome each id of each model belongs to. It
-    is None where each id is one.
+    model alone can give is one more outcome. `places` has the outcome of each id of each model, or is None
+    where every id is an outcome of its own.
     """
 
     n_outcomes: int
@@ -35,6 +35,7 @@ class Outcomes:
         if self.places is None:
             return logits[None]
         merged = torch.zeros(self.n_outcomes, dtype=torch.float64)
+        # Log probabilities serve as logits, and an outcome that cannot come has −∞.
         return merged.index_add_(0, self.places[side], logits.double().softmax(-1)).log()[None]
 
 
@@ -42,6 +43,7 @@ def find_outcomes(one: Vocabulary, other: Vocabulary, notes: Notes) -> Outcomes:
     """Return the outcomes that two models have in common; where that is not every token, note it."""
     n_common = min(one.n_tokens, other.n_tokens)
     same_heads = one.n_tokens == other.n_tokens
+    # An LM head may have rows beyond the last token, which pad the table: no id of the tokenizer means them.
     if one.ids == other.ids and (same_heads or max(one.ids.values()) < n_common):
         if same_heads:
             return Outcomes(n_common, None, same_ids=True)
@@ -50,9 +52,11 @@ def find_outcomes(one: Vocabulary, other: Vocabulary, notes: Notes) -> Outcomes:
             f"model 1 has logits for {one.n_tokens} tokens and model 2 for {other.n_tokens}: KL and JS are "
             f"over the {n_common} that both have and one outcome for any other",
         )
+        # All ids that one model alone has fall into the last outcome.
         first, second = (torch.arange(v.n_tokens).clamp(max=n_common) for v in (one, other))
         return Outcomes(n_common + 1, (first, second), same_ids=True)
     common = sorted({t for t in one.texts if t is not None} & {t for t in other.texts if t is not None})
+    # `common` is sorted: a set has another order in every process, and sums are rounded by their order.
     numbers = {text: number for number, text in enumerate(common)}
     n_texts = len(common)
     places = [

@@ -34,6 +34,7 @@ class Lens:
     @cached_property
     def log_totals(self) -> Tensor:
         """log Σ exp(logit) of each layer, in float64, [layers]; not finite where nothing is read."""
+        # Row by row: all logits in float64 would take twice the memory. −∞ adds nothing; +∞ and NaN stay.
         return torch.stack([row.double().logsumexp(-1) for row in self.logits])
 
     @cached_property
@@ -53,6 +54,7 @@ class Lens:
         if not self.valid[layer]:
             return []
         row = self.logits[layer]
+        # Of equal logits topk returns any, so all that reach the last value are sorted again.
         least = row.topk(n_tokens).values[-1]
         found = (row >= least).nonzero()[:, 0].tolist()
         found.sort(key=lambda token: (-float(row[token]), token))
@@ -70,13 +72,13 @@ class Lens:
         return [rank if valid else None for rank, valid in zip(found, self.valid, strict=True)]
 
     def emergence(self, token_id: int) -> int | None:
-        """The first layer from which it is the first choice at every later layer; None if not at the end."""
+        """Return the layer from which a token is the first choice to the end; None if it is not there."""
         others = [layer for layer, first in enumerate(self.first_choices) if first != token_id]
         layer = others[-1] + 1 if others else 0
         return layer if layer < len(self.first_choices) else None
 
     def likeliest(self, token_ids: list[int]) -> int | None:
-        """The most probable of these tokens at the last layer, the first of equal ones; None of none."""
+        """Return the most probable of these tokens at the last layer, the first of equals; None for none."""
         if not token_ids:
             return None
         last = self.logits[-1]

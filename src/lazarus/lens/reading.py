@@ -1,4 +1,4 @@
-"""The logit lens: each block's output at the prompt's last token, through the model's own norm and head."""
+"""The logit lens: each block's output at the last token, through the model's own norm and LM head."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def read_layers(
     seen = _last_states(model, time, ids)
     own = _own_logits(head, seen)
     rows: list[Tensor] = []
+    # Layers take the places of tokens, so that one call of the LM head reads many of them.
     blocks = torch.cat(seen.blocks, dim=time)
+    # The last layers first: they tell whether the others can be read in this way at all.
     for states in reversed(torch.split(blocks, _rows_at_once(model, own.shape[-1]), dim=time)):
         rows.insert(0, _plain(head.read_sequence(states, time)))
         if len(rows) == 1:
@@ -57,7 +59,7 @@ def read_layers(
 
 
 def _reads_last_block(model: LoadedModel, ids: Sequence[int]) -> bool | None:
-    """Return whether the end reads the last block alone, seen with random states in its place.
+    """Return whether the end reads the last block alone, tried with random hidden states in its place.
 
     None if not known.
     """
@@ -82,7 +84,7 @@ def _read_cut(
 ) -> Float[Tensor, "layers vocabulary"]:
     """The logits of the model without the blocks after each one: as many passes as it has blocks.
 
-    `text` is the axis of the tokens in a block's states, and their ids.
+    `text` is the axis of the tokens in a block's hidden states, and their ids.
     """
     (time, ids), rows, blocks = text, list[Tensor](), model.anatomy.blocks
     for n_kept in range(1, len(blocks) + 1):
@@ -101,12 +103,13 @@ def _read_cut(
 
 @contextmanager
 def _cut(model: LoadedModel, n_kept: int) -> Iterator[None]:
-    """The model has its first blocks alone while the context lasts."""
+    """Leave the model its first blocks alone while the context lasts."""
     blocks = model.anatomy.blocks
     places = [
         (parent, name, child)
         for parent in model.model.modules()
         for name, child in parent.named_children()
+        # a module equals only itself: this is the list of these very blocks
         if isinstance(child, nn.ModuleList) and tuple(child) == blocks
     ]
     for parent, name, _ in places:
@@ -131,7 +134,7 @@ def _why_no_logits(model: LoadedModel, conventions: Conventions) -> str:
 
 
 def _last_states(model: LoadedModel, time: int, ids: Sequence[int]) -> Recording:
-    """The output of each block for the last token, and the state [1, hidden] that the head reads there."""
+    """Return each block's output for the last token, and the state [1, hidden] that the LM head reads."""
 
     def last(states: Tensor) -> Tensor:
         if states.shape[time] != len(ids):
@@ -140,6 +143,7 @@ def _last_states(model: LoadedModel, time: int, ids: Sequence[int]) -> Recording
                 "architecture adds positions of its own, so tokens cannot be matched. A shorter prompt may "
                 "not need them."
             )
+        # A view would keep the hidden states of all tokens in memory.
         return states.narrow(time, len(ids) - 1, 1).clone()
 
     input_ids = torch.tensor([ids])
@@ -153,7 +157,7 @@ def _own_logits(head: Head, seen: Recording) -> Tensor:
 
 
 def _rows_at_once(model: LoadedModel, n_tokens: int) -> int:
-    """Layers stand where tokens do, so there can be no more of them than the model's context has."""
+    """Return how many layers are read at once: they stand where tokens do, so the context is the limit."""
     most = max(1, MOST_LOGITS // n_tokens)
     return min(most, model.anatomy.context or most)
 

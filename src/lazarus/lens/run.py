@@ -132,6 +132,7 @@ def _look(models: tuple[LoadedModel, LoadedModel], reading: Reading, watcher: Ob
     """Each model's lens on the prompt, one model after the other."""
     ours = learn(models[0], reading.samples[0], reading.pad_ids[0])
     alike = same_design(models[0].model, models[1].model)
+    # Two models of one design differ in their weights alone, and one probe tells of both.
     theirs = ours if alike else learn(models[1], reading.samples[1], reading.pad_ids[1])
     conventions = (ours, theirs)
     watcher.running(sum(each.n_layers for each in conventions))

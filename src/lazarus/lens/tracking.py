@@ -22,7 +22,7 @@ class Tracked:
 
 
 def find_tracked(lenses: Lenses, words: Sequence[str] | None, *, same_ids: bool) -> list[Tracked]:
-    """The tokens of the given words, or the first choices of both models at the end, a text once.
+    """Return the tokens of the given words, or the first choices of both models at the end, each text once.
 
     A word's token in a model is the first one of the word, with or without a space before it, whichever ends
     more probable. A first choice is that very token in its own model; in the other it is the token of that id

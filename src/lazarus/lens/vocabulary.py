@@ -10,7 +10,7 @@ from typing import Any
 from lazarus.tokens import token_text
 
 _ANCHOR = "\n"
-"""What a text is put after: at the very beginning a tokenizer may add a space of its own."""
+"""What every text is put after: at the very beginning, a tokenizer may add a space of its own."""
 
 
 class Vocabulary:
@@ -27,7 +27,7 @@ class Vocabulary:
         self._known = {i for i in self.ids.values() if i < n_tokens}
 
     def text(self, token_id: int) -> str:
-        """The text of a token; `[id N]` of one that the head has a logit for, and the tokenizer no text."""
+        """Return the text of a token; `[id N]` where it has a logit, and the tokenizer has no text for it."""
         return self._decoded([token_id])[0] if token_id in self._known else f"[id {token_id}]"
 
     @cached_property
@@ -50,11 +50,13 @@ class Vocabulary:
 
     def _decoded(self, ids: Sequence[int]) -> list[str]:
         once, twice = (
+            # Cleaning up would take away spaces before punctuation.
             self.tokenizer.batch_decode([[i] * n for i in ids], clean_up_tokenization_spaces=False)
             for n in (1, 2)
         )
         return [
             both.removeprefix(one)
+            # A part of a character decodes to U+FFFD.
             if "\ufffd" not in both and both.startswith(one)
             else token_text(self.tokenizer, i)
             for i, one, both in zip(ids, once, twice, strict=True)
@@ -74,7 +76,7 @@ class Vocabulary:
         return None
 
     def _begins(self, token_id: int, form: str) -> bool:
-        """True for a token of that text: not the unknown one, a mere space, or one without a logit."""
+        """Return whether a token begins a text: not the unknown one, a mere space, or one without a logit."""
         if token_id not in self._known or token_id == self.tokenizer.unk_token_id:
             return False
         if "\ufffd" in self.tokenizer.decode([token_id]):

@@ -2,7 +2,7 @@
 
 reference.py   what a MODEL names: a Hub id, a folder, a GGUF file, an adapter, MODEL+ADAPTER
 gguf/          GGUF files: their parts, their settings, their tensors
-opening.py     a checkpoint's configuration, class and type, before any weight is read
+opening.py     a checkpoint's configuration, model class and dtype, before any weight is read
 stored.py      the tensors of safetensors files: where they are, reading them, and whether two are the same
 checkpoint.py  how transformers makes parameters of a checkpoint's stored tensors
 wrappers.py    what a wrapper has put around the names of a checkpoint's tensors
@@ -24,7 +24,7 @@ adapter_files.py  what the folder of an adapter holds: its tensors by PEFT's nam
 fitting.py     where an adapter's tensors belong on a model of another class
 adapted.py     what an adapter has put on a model, and whether it changes anything
 formats.py     folders that hold a model in a form that is not read
-faults.py      the faults of the libraries below, told as what to do about them
+faults.py      the faults of the libraries below, put as what to do about them
 settings.py    the settings in which two configurations differ
 outside.py     what two checkpoints hold besides what is compared
 embedders.py   the modules of a sentence-transformers model after its transformer

@@ -30,6 +30,7 @@ def own_state(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for path, module in _walk(model, ""):
         if not _is_adapters(module):
             stored: dict[str, Any] = {}
+            # By torch's own rule of what is stored, of this module alone: `state_dict` goes into children.
             module._save_to_state_dict(stored, path, keep_vars=True)
             yield from stored.items()
 
@@ -76,7 +77,7 @@ def adds_nothing(layer: nn.Module) -> bool | None:
 
 
 def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """A module and those in it, with their prefixes; of an adapter's layers, only what is under them."""
+    """Yield a module and those in it, with their prefixes; of an adapter's layer, only what is under it."""
     if "token_adapter" in module._modules and _is_adapters(module):  # a wrapper around the layer itself
         yield from _walk(module.get_submodule("token_adapter"), path)
         return
@@ -86,6 +87,7 @@ def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
             if child is not None:
                 yield from _walk(child, f"{path}{name}.")
     elif (under := _under(module)) is not None:
+        # Without the name of the wrapper, so that paths are those of the model alone.
         yield from _walk(under, path)
 
 
@@ -119,6 +121,7 @@ def _part_adds_nothing(layer: Any, adapter: str, part: dict[str, Any]) -> bool |
         return False
     if not part:
         return True  # the adapter is not on this layer
+    # A variant of LoRA may compute anything of its factors.
     if adapter in getattr(layer, "lora_variant", {}) or under is None:
         return None
     if part.keys() <= _FACTORS:
@@ -129,6 +132,7 @@ def _part_adds_nothing(layer: Any, adapter: str, part: dict[str, Any]) -> bool |
     if "ia3_l" in part:
         return bool((value == 1).all())
     if "trainable_tokens_delta" in part:
+        # PEFT stores whole rows under this name, not what is added to the old ones.
         rows = under.weight[torch.tensor(layer.token_indices[adapter])]
         return same_bits(value, rows)
     # A module of the same kind stands in for the one under it; of another kind, it does something with it.

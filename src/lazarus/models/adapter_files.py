@@ -63,6 +63,7 @@ def read_adapter(adapter: Source, model: PreTrainedModel, notes: Notes) -> Adapt
 def _peft_name(key: str, stored: Mapping[str, Tensor]) -> str:
     """The name that PEFT gives a tensor, without what a wrapper has put into it."""
     for wrapper in _WRAPPERS:
+        # `module.` is taken off the front alone: it may also be the name of a module within the model.
         key = key.removeprefix(wrapper).replace(f".{wrapper}", ".") if wrapper != "module." else key
     key = key.removeprefix("module.")
     has_outer = any(OUTER in each for each in stored)

@@ -28,16 +28,17 @@ _SIZE_MISMATCH = re.compile(r"size mismatch for (\S+): .*?torch\.Size\((.*?)\).*
 
 
 def share_storage(model: PreTrainedModel) -> PreTrainedModel:
-    """A second module tree over the same weights: new Parameters, the same data.
+    """Return a second module tree over the same weights: new Parameters over the same data.
 
-    The Parameters must be new: PEFT changes `requires_grad` and replaces modules, and neither may
-    reach the base. A quantised one has a class of its own, with more than data in it, and nothing to
-    train: both trees hold it. Only bitsandbytes' 8-bit ones are copied, because they hand their scales
-    over to the first tree that runs. So are all weights of a model that rescales them when it first runs
-    (RWKV): it would do so once for each tree.
+    The Parameters must be new: PEFT changes `requires_grad` and replaces modules, and neither may reach the
+    base. A quantised Parameter has a class of its own, with more than data in it, and nothing to train: both
+    trees hold the same object. Only the 8-bit ones of bitsandbytes are copied, because they hand their scales
+    over to the first tree that runs. All weights are copied of a model that rescales them when it first runs
+    (RWKV): it would rescale them once for each tree.
     """
     if any(hasattr(module, "layers_are_rescaled") for module in model.modules()):
         return copy.deepcopy(model)
+    # deepcopy takes what is in the memo for a copy that was made already.
     memo: dict[int, Any] = {
         id(p): nn.Parameter(p.data, requires_grad=False) if type(p) is nn.Parameter else p
         for p in model.parameters()
@@ -78,6 +79,7 @@ def put_all_on(model: PreTrainedModel, adapters: Sequence[Source], notes: Notes)
     for layer in model.modules() if len(adapters) > 1 else ():
         if hasattr(layer, "base_layer") and hasattr(layer, "lora_A"):
             held = {*layer.lora_A, *layer.lora_embedding_A}
+            # PEFT leaves one adapter active; a sum of several needs all that are on the layer.
             layer.set_adapter([name for name in names if name in held])
     left_out = {path: tensor for each in found for path, tensor in each.left_out.items()}
     unread = tuple(other for each in found for other in each.unread)
@@ -168,9 +170,10 @@ def _inject(
     (adapter, name), (fit, files) = place, found
     config = peft.PeftConfig.from_pretrained(files.folder)
     refuse_virtual(adapter.name, config)
+    # PEFT freezes what an adapter brings only in this mode.
     config.inference_mode = True
     if str(getattr(config, "init_lora_weights", "")).lower() == "olora":
-        # PEFT takes OLoRA's start off the weights in place: not off those that the base shares.
+        # PEFT takes OLoRA's start off float32 weights in place, and the base must keep its own.
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
     if fit.n_rows is not None:
@@ -178,6 +181,7 @@ def _inject(
     adjust(config, fit, (path for path, _ in model.named_modules()))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # one adapter is on another
+        # By default PEFT would cast an adapter in float16 or bfloat16 to float32.
         wrapped = peft.PeftModel(model, config, adapter_name=name, autocast_adapter_dtype=False)
     moved = {fit.moved[key]: tensor for key, tensor in files.tensors.items() if key in fit.moved}
     for key, parameter in wrapped.named_parameters(remove_duplicate=False):  # tied ones have two names
@@ -185,11 +189,14 @@ def _inject(
             parameter.data = parameter.data.clone()
     # Neither is from_pretrained, which warns of keys that are missing instead of saying which.
     if files.is_as_stored and moved.keys() == files.tensors.keys():
+        # PEFT chooses a device by itself where none is given: a GPU, if there is one.
         device = str(model.device)
         report = wrapped.load_adapter(files.folder, name, torch_device=device, autocast_adapter_dtype=False)
         return wrapped, report
     report = peft.set_peft_model_state_dict(wrapped, moved, adapter_name=name)
     prefix = peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
+    # As `load_adapter` does it: the state dict of an adapter lacks all keys of its model. In place, because
+    # the report is a named tuple.
     report.missing_keys[:] = [key for key in report.missing_keys if prefix in key and f".{name}" in key]
     return wrapped, report
 
@@ -247,7 +254,7 @@ def refuse_virtual(name: str, config: Any) -> None:
 
 @contextmanager
 def _fitted(adapter: Source, model: PreTrainedModel) -> Iterator[None]:
-    """Yield what goes wrong inside is the fit of the adapter, unless its file or a package is at fault."""
+    """Report what goes wrong inside as a misfit of the adapter, unless a file or a package is at fault."""
     try:
         yield
     except ModelError as error:
@@ -255,6 +262,7 @@ def _fitted(adapter: Source, model: PreTrainedModel) -> Iterator[None]:
         if fault is None or isinstance(fault, SafetensorError | ImportError):
             raise
         text = one_line(fault)
+        # torch raises a RuntimeError on shapes; PEFT a ValueError on target modules, in several spellings.
         is_of_the_fit = isinstance(fault, RuntimeError) or "arget modules" in text or "arget_modules" in text
         if not is_of_the_fit:
             raise AdapterError(

@@ -20,7 +20,7 @@ class Anatomy:
     """The parts of a model that a comparison needs."""
 
     stack: nn.Module
-    """what is run on token ids: the text stack without its head"""
+    """what is run on token ids: the text stack without an LM head"""
     blocks: tuple[nn.Module, ...]
     """its blocks, in the order in which they are listed"""
     hidden_size: int
@@ -83,10 +83,11 @@ def _text_stack(model: PreTrainedModel) -> nn.Module:
     # Never on the head model: ModernBERT's `decoder` is its head's Linear.
     with Translated(f"the decoder of {type(model).__name__}", partial(_told, model)):
         stack = backbone.get_decoder() if hasattr(backbone, "get_decoder") else backbone
+    # `get_decoder` returns whatever has the name `decoder`, such as a ModuleList or a projection.
     if not isinstance(stack, PreTrainedModel):
         stack = backbone
     if stack is model and model.get_output_embeddings() is not None:
-        # A head whose base_model is itself (Llama 4): the stack is the model inside it.
+        # A model with an LM head that is its own base_model (Llama 4): the stack is the model inside it.
         stack = next((m for m in model.children() if isinstance(m, PreTrainedModel)), model)
     found: nn.Module = stack
     return found
@@ -100,9 +101,10 @@ def _told(model: PreTrainedModel, error: Exception) -> BlocksNotFoundError:
 
 
 def _find_blocks(stack: nn.Module, config: PretrainedConfig, model: PreTrainedModel) -> tuple[nn.Module, ...]:
-    """The one ModuleList as long as the layer count; else what transformers itself records."""
+    """Return the one ModuleList that is as long as the layer count, or else what transformers records."""
     n_layers = getattr(config, "num_hidden_layers", None)
     lists = {name: m for name, m in stack.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    # A list inside another one, such as the experts of a block, may happen to have as many modules.
     outer = {k: m for k, m in lists.items() if not any(k.startswith(o + ".") for o in lists)}
     matching = [m for m in outer.values() if len(m) == n_layers]
     if len(matching) == 1:
@@ -121,9 +123,10 @@ def _find_blocks(stack: nn.Module, config: PretrainedConfig, model: PreTrainedMo
 
 
 def _recorded_class(stack: nn.Module) -> type[nn.Module] | tuple[type[nn.Module], ...] | None:
-    """The class whose outputs transformers collects as hidden states."""
+    """Return the class of the modules whose outputs transformers collects as hidden states."""
     recorders = getattr(stack, "_can_record_outputs", None) or {}
     target = recorders.get("hidden_states")
+    # An entry is a class itself, or a recorder that names one.
     target = getattr(target, "target_class", target)
     return target if isinstance(target, type | tuple) else None
 
@@ -143,7 +146,7 @@ def _blocks_at(model: PreTrainedModel, path: str) -> tuple[nn.Module, ...]:
 
 
 def _context(stack: nn.Module, config: PretrainedConfig) -> int | None:
-    """The positions that the model has; RoBERTa and its kin number theirs from padding_idx + 1."""
+    """Return how many positions the model has; RoBERTa and its kin count theirs from padding_idx + 1."""
     limit: int | None = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
         return None

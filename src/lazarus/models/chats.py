@@ -56,6 +56,7 @@ class ChatTemplate:
         try:
             return str(self.tokenizer.get_chat_template(tools=for_template.get("tools")))
         except ValueError as error:
+            # transformers raises a ValueError for none and for several alike.
             has = "no chat template"
             if isinstance(several, dict) and several:
                 has = f"several chat templates ({', '.join(several)}), and none of them is the default"
@@ -105,6 +106,7 @@ class _Chat:
         """
         given = self.for_template if for_template is None else for_template
         own = inspect.signature(self.tokenizer.apply_chat_template).parameters if given else ()
+        # As keywords they would change what `apply_chat_template` does, and never reach the template.
         if taken := given.keys() & {*own, *_OF_TRANSFORMERS} - {"tools", "documents"}:
             raise ChatTemplateError(
                 f"{self.place}: `chat_template_kwargs` sets `{min(taken)}`, which is no variable of a chat "
@@ -196,10 +198,12 @@ def _forms(messages: Messages) -> Iterator[tuple[Messages, list[str]]]:
     """
     yield messages, []
     ways = itertools.product(*((None, *kind) for kind in _CHANGES))
+    # The first of all ways is no change, which was given already.
     for way in sorted(ways, key=lambda way: sum(change is not None for change in way))[1:]:
         form, remarks = list(messages), []
         for change in filter(None, way):
             changed = [change.of(message) for message in form]
+            # A change without an effect would give a form a second time.
             if changed == form:
                 break
             form = changed
@@ -291,7 +295,7 @@ def _arguments(messages: Messages) -> Iterator[Any]:
 
 
 def _are_quoted(form: Messages, text: str) -> bool:
-    """Return whether arguments that are JSON text are in the text as JSON of a text: quoted once more."""
+    """Return whether arguments that are JSON already are in the text as a JSON string: quoted once more."""
     quoted = [each for each in _arguments(form) if _to_object(each) is not each]
     return any(spelling in text for each in quoted for spelling in (json.dumps(each), _as_json(each)))
 
@@ -311,6 +315,7 @@ def _misread(chat: _Chat, form: Messages, text: str) -> str | None:
         for number, part in enumerate(content):
             if not isinstance(part.get("text"), str) or _is_in(part["text"], text):
                 continue
+            # What is not in the text may be reworded there. Another text in its place settles it.
             others = [*content[:number], {**part, "text": _unlike(part["text"])}, *content[number + 1 :]]
             if chat.ignores(text, _replaced(form, index, others)):
                 return f"leaves out a part of the content. {advice}"

@@ -1,8 +1,8 @@
 """Conversion of the tensors that a checkpoint stores to a model's parameters, transformers' own way.
 
-A checkpoint may name its tensors otherwise than the model does, and may store in pieces what the model holds
-in one (a mixture's experts). So a parameter has a target, the name under which transformers collects its
-pieces, and sources, their keys.
+A checkpoint may name its tensors otherwise than the model does. It may also store in pieces what the model
+holds as one tensor, such as the experts of a mixture. So a parameter has a target, the name under which
+transformers collects its pieces, and sources, which are the keys of these pieces.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from lazarus.models.wrappers import Wrappers, find_wrappers
 
 
 def find_files(source: Source, config: Any, head: Any, *, pickled: bool = False) -> list[str]:
-    """The safetensors files that `head.from_pretrained` would read, fetched from the Hub if need be.
+    """Return the safetensors files that `from_pretrained` of the model class `head` would read.
 
-    With `pickled`, those of a checkpoint that has none: its .bin files.
+    Files on the Hub are fetched. With `pickled`, a checkpoint that has none gives its .bin files.
     """
     where = {"revision": source.revision, "subfolder": source.subfolder}
     explicit = source.weights_file or getattr(config, "transformers_weights", None)
@@ -39,12 +39,12 @@ def build_empty(kind: type[PreTrainedModel], config: Any, files: list[str], dtyp
 
     `dtype` may be "auto".
     """
-    # Building sets the attention's implementation on the configuration: that of another model may be it.
+    # Building sets the attention implementation on the configuration, which another model may hold too.
     return _transformers.empty_model(kind, copy.deepcopy(config), files, dtype)
 
 
 def natural_key(key: str) -> list[tuple[bool, str, int]]:
-    """Return what sorts keys with the numbers in them as numbers: layer 2 before layer 10.
+    """Return a sort key that compares the digits in names as numbers: layer 2 comes before layer 10.
 
     >>> sorted(["h.10.w", "h.2.w", "h.w"], key=natural_key)
     ['h.2.w', 'h.10.w', 'h.w']
@@ -56,10 +56,10 @@ def natural_key(key: str) -> list[tuple[bool, str, int]]:
 class KeyMap:
     """Maps stored tensors to the parameters of a model that they make, by their keys.
 
-    `sources` has, for each target, the keys that are collected for it, and `made` all that comes of these:
-    more than the targets, where one stored tensor is split. `names` stands in
-    for the model's state dict where an adapter has put modules around the model's own. `wrappers` is what
-    is taken off the keys first; found where it is not given.
+    `sources` has, for each target, the keys that are collected for it. `made` has all parameters that come of
+    them, which are more than the targets where one stored tensor is split. `names` stands in for the model's
+    state dict where an adapter has put modules around the model's own. `wrappers` is what is taken off the
+    keys first; it is found where it is not given.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class KeyMap:
         self._names = dict(names or model.state_dict())
         self._converters: dict[str, Any] = {}
         self.made: set[str] = set()
+        # In transformers' own order: some of its renamings begin to act once an earlier key was seen.
         stored = sorted(keys, key=natural_key)
         if wrappers is None:
             wrappers = find_wrappers(
@@ -82,7 +83,7 @@ class KeyMap:
         self.sources = self._find_sources(stored)
 
     def is_plain(self, target: str) -> bool:
-        """Return whether a target is one stored tensor as it is, but for its name and type."""
+        """Return whether a target is one stored tensor as it is, but for its name and dtype."""
         return target not in self._converters and len(self.sources[target]) == 1
 
     def is_in_order(self, target: str) -> bool:
@@ -96,7 +97,7 @@ class KeyMap:
         return self._rules.mapping
 
     def renamed(self, key: str) -> str:
-        """A key as the model would name it, if what is stored under it were a parameter of its own."""
+        """Return a key as the model would name it, if what is stored under it were a parameter of its own."""
         return self._rules.rename(self.wrappers.strip(key), self._names, converts=False)[0]
 
     def _find_sources(self, keys: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -105,6 +106,7 @@ class KeyMap:
         for key in keys:
             inside = self.wrappers.strip(key)
             target, pattern = rules.rename(inside, names)
+            # A rule for older names may also match a key that has the model's own name already.
             if target not in names and inside in names:
                 target, pattern = rules.rename(inside, names, renames=False, converts=False)
             if target in names:
@@ -114,6 +116,7 @@ class KeyMap:
                     converter = next(c for c in rules.converters if pattern in c.source_patterns)
                     self._converters[target] = converter
                     first, *others = converter.target_patterns
+                    # A split gives several parameters; transformers names the target after the first.
                     self.made |= {target.replace(first, other) for other in others}
         return {target: tuple(found) for target, found in sources.items()}
 
@@ -145,7 +148,7 @@ class Conversion:
         return self._into(model, {strip(key): LazyTensor(self.stored[key]) for key in keys}, self.device)
 
     def check(self, model: PreTrainedModel) -> Any:
-        """Put empty parameters of the type and shape that the checkpoint makes into an empty model.
+        """Put empty parameters of the dtype and shape that the checkpoint makes into an empty model.
 
         Returns transformers' report of what is missing, left over or of another shape.
 
@@ -159,7 +162,7 @@ class Conversion:
             )
             for key, s in self.stored.items()
         }
-        # What transformers converts on the CPU whatever the device, for its size, has none here.
+        # transformers moves some large tensors to the CPU to convert them. Tensors on meta have no data.
         on_cpu = [entry for entry in self._keys.mapping if getattr(entry, "force_cpu", False)]
         for entry in on_cpu:
             entry.force_cpu = False
@@ -177,7 +180,7 @@ class Conversion:
         return _transformers.finish(model, report, self._load_config(self.device))
 
     def is_plain(self, target: str) -> bool:
-        """Return whether a target is one stored tensor as it is, but for its name and type."""
+        """Return whether a target is one stored tensor as it is, but for its name and dtype."""
         return self._keys.is_plain(target)
 
     def n_bytes(self, keys: Iterable[str]) -> int:

@@ -88,7 +88,7 @@ def _check_index(source: Source, path: Path) -> None:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return  # told where it is read
+        return  # reported where it is read
     if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
         raise WeightsError(
             f"{source.name}: {INDEX} has no weight_map, which says in which file each tensor is. Fetch it "
@@ -113,6 +113,7 @@ def survey(source: Source, read: Sequence[str]) -> Contents:
     if not others:
         return NOTHING_BESIDE
     unread = [_compare(source, read, each) for each in _sets(folder, others, names)]
+    # Of files in other formats only the age is reported. They are not opened: a pickle could run code.
     known = {Path(path).name for each in unread for path in each.paths}
     newest = max(Path(path).stat().st_mtime for path in read)
     for name in others:
@@ -126,14 +127,14 @@ def survey(source: Source, read: Sequence[str]) -> Contents:
 
 
 def _called(source: Source, read: Sequence[str]) -> str:
-    """The file that a user would name for what is read."""
+    """Return the name of the file that a user would give for what is read."""
     if source.weights_file or len(read) == 1:
         return source.weights_file or Path(read[0]).name
     return INDEX if read[0].endswith(".safetensors") else "pytorch_model.bin.index.json"
 
 
 def _sets(folder: Path, others: Iterable[str], read: set[str]) -> Iterator[Unread]:
-    """The other sets of safetensors that a user could name."""
+    """Yield the other sets of safetensors that a user could name."""
     left = [name for name in others if name.endswith(".safetensors") and not _SHARD.search(name)]
     for index in sorted(folder.glob("*.safetensors.index.json")):
         try:
@@ -148,7 +149,7 @@ def _sets(folder: Path, others: Iterable[str], read: set[str]) -> Iterator[Unrea
 
 
 def _compare(source: Source, read: Sequence[str], other: Unread) -> Unread:
-    """Another set of weights with what is known of it.
+    """Return another set of weights with what is known of it.
 
     Raises:
         WeightsError: it is as whole as the one that is read, holds other values, and neither was named.
@@ -164,6 +165,7 @@ def _compare(source: Source, read: Sequence[str], other: Unread) -> Unread:
         ours, theirs = read_headers(read), read_headers(other.paths)
     except (SafetensorError, OSError, ValueError, KeyError):
         return Unread(other.name, there, said="unreadable")
+    # Under a name that transformers looks for it counts as this model's weights, whatever its keys are.
     if ours.keys() != theirs.keys() and other.name not in (WEIGHTS, INDEX):
         return other  # the set of another tool, under names of its own
     keys = sorted(ours.keys() | theirs.keys())
@@ -171,6 +173,7 @@ def _compare(source: Source, read: Sequence[str], other: Unread) -> Unread:
     first = next(differing, None)
     if first is None:
         return Unread(other.name, there, is_copy=True, said="the same weights")
+    # A variant is rounded to another dtype, so other values are expected of it.
     if _VARIANT.search(other.name):
         return Unread(other.name, there, said="a variant")
     if source.weights_file:

@@ -23,7 +23,8 @@ def same_config(base: PretrainedConfig, finetuned: PretrainedConfig) -> bool:
 
 
 def _shaping(config: PretrainedConfig) -> dict[str, Any]:
-    """The entries of a configuration that shape the computation; one that is None is one that is absent."""
+    """Return the entries of a configuration that shape the computation; None counts as absent."""
+    # From the attributes: `to_dict` makes plain dicts of the configurations inside, of what is stored alone.
     inside = {name: value for name, value in vars(config).items() if isinstance(value, PretrainedConfig)}
     entries = {
         name: value

@@ -97,6 +97,7 @@ def _differ(one: _Module, other: _Module) -> bool | None:
     if one.weights is None or other.weights is None:
         return one.weights != other.weights
     if not one.weights.endswith(".safetensors") or not other.weights.endswith(".safetensors"):
+        # Reading a pickle could run code. The same bytes are the same weights; other bytes may be, too.
         return False if Path(one.weights).read_bytes() == Path(other.weights).read_bytes() else None
     with translated(one.what):
         ours, theirs = read_headers([one.weights]), read_headers([other.weights])

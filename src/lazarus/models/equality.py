@@ -1,7 +1,7 @@
 """Compares two values bit for bit: the same, not the same, or not known.
 
-What cannot be looked into is None, never True: a tensor without elements, an object that keeps its state
-where Python does not see it. Who asks decides what to do about that; nobody may take it for equal.
+What cannot be looked into is answered by None, never by True: a tensor without elements, an object that keeps
+its state where Python does not see it. The caller decides what None means; nobody may take it for equal.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool | None:
     # Other subclasses that dispatch by themselves are wrappers: they have no storage to look into.
     if type(one).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return None
+    # Without this, `as_subclass` and the comparison would run through the overrides of the subclass.
     with torch._C.DisableTorchFunctionSubclass():
         same = _same_elements(one.as_subclass(Tensor), other.as_subclass(Tensor))
     # The rest of it, such as the scales of bitsandbytes' parameters, is in plain attributes.
@@ -115,11 +116,12 @@ def _same_elements(one: Tensor, other: Tensor) -> bool | None:
 def holds_no_number(weight: Tensor) -> bool:
     """Return whether NaN or infinity is among the elements of a tensor, as far as they can be read.
 
-    One pass over the elements: neither can cancel in a sum. A sum that overflows is looked into.
+    One sum tells: neither of the two cancels in it. Where the sum itself overflows, every element is tested.
     """
     if weight.is_meta or type(weight) not in _PLAIN_TENSORS or not weight.is_floating_point():
         return False
     if weight.element_size() == 1:
+        # torch has no `isfinite` for float8_e4m3fn.
         weight = weight.float()
     total = weight.detach().sum(dtype=torch.promote_types(weight.dtype, torch.float32))
     return not total.isfinite() and not bool(weight.isfinite().all())
@@ -130,19 +132,24 @@ def is_one(one: Tensor, other: Tensor) -> bool:
     places = (
         (t.device, t.data_ptr(), t.shape, t.stride(), t.dtype, t.is_conj(), t.is_neg()) for t in (one, other)
     )
+    # Two tensors without memory of their own have the address 0 in common, and nothing else.
     return len(set(places)) == 1 and (one.data_ptr() != 0 or not one.numel())
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """A tensor's elements as integers: NaN is then equal to NaN, and 0 is not equal to −0."""
+    """Return a tensor's elements as integers: NaN is then equal to NaN, and 0 is not equal to −0."""
     plain = tensor.detach().resolve_conj().resolve_neg()
     if plain.dtype.itemsize not in _INTEGERS:
+        # complex128: there is no integer of 16 bytes
         plain = torch.view_as_real(plain)
     return plain.view(_INTEGERS[plain.dtype.itemsize])
 
 
 class Equality:
-    """Compares values of any type. A pair of objects is looked into once, and held for as long."""
+    """Compares values of any type.
+
+    A pair of objects is looked into once. Both are held from then on, so that no other object gets their ids.
+    """
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, ...], tuple[Any, Any, bool | None]] = {}
@@ -155,6 +162,7 @@ class Equality:
             return True
         if type(one) is not type(other):
             return False
+        # By their bits, as tensors: NaN is then equal to NaN, and 0.0 is not equal to −0.0.
         if isinstance(one, float):
             return struct.pack("d", one) == struct.pack("d", other)
         if isinstance(one, _PLAIN):
@@ -183,6 +191,7 @@ class Equality:
         )
 
     def _once(self, one: Any, other: Any, compare: Callable[[Any, Any], bool | None]) -> bool | None:
+        # A tensor that was written to since is another one, though its id is the same.
         pair = (id(one), id(other), _version(one), _version(other))
         if pair not in self._known:
             self._known[pair] = (one, other, True)  # what leads back to itself does not differ by that
@@ -198,10 +207,12 @@ class Equality:
             if one.keys() != other.keys():
                 return False
             beside = ({n: v for n, v in _state(m).items() if n != "data"} for m in (one, other))
+            # A mapping of another class may answer by more than its items.
             if type(one) is not dict and not self.same(*beside):
                 return None
             return every(self.same(one[key], other[key]) for key in one)
         if isinstance(one, set | frozenset):
+            # Other items may be equal by an `__eq__` that does not look at all of them.
             return one == other if all(isinstance(item, _PLAIN) for item in one | other) else None
         ours, theirs = _parts(one), _parts(other)
         if ours is None or theirs is None:
@@ -213,11 +224,12 @@ class Equality:
 
 def _version(value: object) -> int:
     """Return how often a tensor was written to in place, where it counts that."""
+    # An inference tensor raises RuntimeError when it is asked for its version.
     return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """All that shapes a module's forward pass, its tensors and submodules aside."""
+    """Return all that shapes a module's forward pass, its tensors and submodules aside."""
     plain = {name: value for name, value in vars(module).items() if name not in _NOT_COMPARED}
     hooks = [
         [hook for hook in kind.values() if not hasattr(hook, _INERT) and hook.__module__ != _CAPTURING]
@@ -227,12 +239,13 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _parts(value: Any) -> list[Any] | None:
-    """The parts that a value is made of, in order; None where it may have others."""
+    """Return the parts that a value is made of, in order; None where it may have others."""
     if isinstance(value, list | tuple):
         return list(value)
     if isinstance(value, FunctionType):
         empty = CellType()  # a name that is not bound yet
         brought = [cell.cell_contents for cell in value.__closure__ or () if cell != empty]
+        # The globals by their id: the same code in another module may call other functions.
         return [value.__code__, id(value.__globals__), value.__defaults__, value.__kwdefaults__, *brought]
     if isinstance(value, MethodType):
         return [value.__func__, value.__self__]
@@ -242,8 +255,9 @@ def _parts(value: Any) -> list[Any] | None:
 
 
 def _is_transparent(value: object) -> bool:
-    """True where an object holds all in its attributes: of a class in Python, pickled as any other."""
+    """Return whether an object keeps all of its state in attributes: a class in Python, pickled as usual."""
     kind = type(value)
+    # A class that says itself how it is pickled has state that its attributes may not show.
     pickling = ("__reduce__", "__reduce_ex__", "__getstate__")
     return (
         hasattr(value, "__dict__")
@@ -255,7 +269,7 @@ def _is_transparent(value: object) -> bool:
 
 
 def _state(value: object) -> dict[str, Any]:
-    """An object's attributes, those in slots among them."""
+    """Return the attributes of an object, those in slots among them."""
     slots: list[str] = []
     for kind in type(value).__mro__:
         own = vars(kind).get("__slots__", ())

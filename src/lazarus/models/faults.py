@@ -1,4 +1,4 @@
-"""The faults of the libraries below, told as what was wrong and what to do about it."""
+"""The faults of the libraries below, put as what was wrong and what to do about it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ConversionError(RuntimeError):
 
     @classmethod
     def of(cls, texts: Mapping[str, str]) -> ConversionError:
-        """The first of transformers' errors, by their parameters: each a traceback, and the reason."""
+        """Make the error of the first of transformers' texts, one a parameter: a traceback and a reason."""
         target, text = next(iter(texts.items()))
         return cls(f"{target}: {'. '.join(text.strip().splitlines()[-2:])}")
 
@@ -54,7 +54,7 @@ class _Known:
         )
 
 
-# The first that fits is told. Elsewhere transformers' own text is passed on, on one line.
+# The first that fits is used. Where none does, transformers' own text is passed on, on one line.
 _KNOWN = (
     _Known(
         ("trust_remote_code", "execute the configuration file"),
@@ -155,6 +155,7 @@ def translated(name: str) -> Translated:
 
 def _told(name: str, error: Exception) -> ModelError:
     if (found := _conversion_error(error)) is not None:
+        # transformers collects whatever a conversion raises, and a lack of memory is no fault of the files.
         if is_out_of_memory(found):
             found.add_note(f"loading {name}")
             raise found from error
@@ -169,6 +170,7 @@ def _conversion_error(error: Exception) -> ConversionError | None:
     """Return what transformers says in a report of its own, which the exception only names."""
     if "during automatic conversion of the weights" not in str(error):
         return None
+    # The exception only points to a report in the log. A local variable of the frame that raised it has it.
     for frame, _ in traceback.walk_tb(error.__traceback__):
         texts = getattr(frame.f_locals.get("loading_info"), "conversion_errors", None)
         if texts:
@@ -180,11 +182,12 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     fault: BaseException | None = error
     while fault is not None:
         yield fault
+        # transformers raises an OSError of its own for most of the Hub's errors, and has these as the cause.
         fault = fault.__cause__ or fault.__context__
 
 
 def _of_the_hub(name: str, fault: BaseException) -> ModelError | None:
-    """The Hub's own faults; a gated repository is also a RepositoryNotFoundError, so it is first."""
+    """Return the Hub's own faults; a gated repository is also a RepositoryNotFoundError, so it is first."""
     if isinstance(fault, GatedRepoError):
         return ModelNotFoundError(
             f"{name}: this repository is gated. Ask for access on its page on the Hub, then log in "
@@ -217,6 +220,7 @@ def _of_the_files(name: str, error: BaseException) -> ModelError:
         )
     if isinstance(error, JSONDecodeError):  # it does not say which file
         text += f" of the one that begins with {error.doc[:30]!r}"
+    # The tokenizers library, in Rust, raises bare Exceptions.
     if type(error) is Exception:
         return ModelError(
             f"{name}: tokenizer.json cannot be read: {text}. It is damaged, or newer than the package "

@@ -43,7 +43,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class _Move:
-    """A change of the front of paths."""
+    """A change of the prefix of paths."""
 
     old: str
     new: str
@@ -76,6 +76,7 @@ def find_fit(name: str, model: PreTrainedModel, stored: Mapping[str, Shaped]) ->
     left_out = []
     for key, path in paths.items():
         place = owners[key] if owners[key] in modules else move(owners[key])
+        # Where a module alone is missing, its tensor keeps its name: PEFT will report it, and it is refused.
         if place in modules or not _lacks_part((owners[key], place), modules):
             moved[key] = OUTER + (place if place in modules else owners[key]) + path[len(owners[key]) :]
         else:
@@ -92,15 +93,16 @@ def find_fit(name: str, model: PreTrainedModel, stored: Mapping[str, Shaped]) ->
 
 
 def adjust(config: Any, fit: Fit, modules: Iterable[str]) -> None:
-    """Let PEFT's configuration name the modules of this model on which the adapter acts."""
+    """Make PEFT's configuration name the modules of this model on which the adapter acts."""
     names = list(modules)
     saved = getattr(config, "modules_to_save", None)
     if saved:
         config.modules_to_save = [each for each in saved if any(n.endswith(each) for n in names)] or None
     if not fit.paths or getattr(config, "target_modules", None) is None:
         return
-    # All modules of a name may be meant in training, and here those of a tower that was not there.
+    # By their full paths: a short name, such as q_proj, would match in a tower that training did not have.
     config.target_modules = set(fit.paths.values())
+    # These would select a second time, by the paths of the class in training.
     for setting in ("layers_to_transform", "layers_pattern", "exclude_modules"):
         if getattr(config, setting, None) is not None:
             setattr(config, setting, None)
@@ -112,6 +114,7 @@ def adjust(config: Any, fit: Fit, modules: Iterable[str]) -> None:
 def resize(model: PreTrainedModel, n_rows: int) -> None:
     """Give a model's embedding and LM head so many rows; those of a hollow model stay hollow."""
     was_hollow = is_hollow(model.get_input_embeddings().weight)
+    # The caller's random state stays as it is. `mean_resizing` would take the covariance of all old rows.
     with torch.random.fork_rng(devices=[]):  # new rows are drawn at random, and then the adapter's are read
         model.resize_token_embeddings(n_rows, mean_resizing=False)
     model.requires_grad_(requires_grad=False)
@@ -119,12 +122,13 @@ def resize(model: PreTrainedModel, n_rows: int) -> None:
         made: dict[int, Tensor] = {}
         for module in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
             weight = module.weight
+            # A table that is tied to the LM head stays one parameter.
             module.weight = made.setdefault(id(weight), hollow(weight, weight.device))
 
 
 @cache
 def _tuner() -> re.Pattern[str]:
-    """Return where PEFT's own part begins in the name of a tensor that acts on a module."""
+    """Return the pattern of PEFT's own part in the name of a tensor that acts on a module."""
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
     prefixes = {re.escape(prefix) for prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values() if prefix}
@@ -145,7 +149,7 @@ def _owner(path: str) -> str:
 def _shapes(
     stored: Mapping[str, Shaped], owners: Mapping[str, str], homeless: Sequence[str]
 ) -> dict[str, tuple[int | None, int | None]]:
-    """Return each placeless module's outputs and inputs, by a LoRA's factors; None if not known."""
+    """Return the outputs and inputs of each module without a place, by LoRA factors; None if not known."""
     shapes: dict[str, tuple[int | None, int | None]] = dict.fromkeys(homeless, (None, None))
     for key, owner in owners.items():
         if owner in shapes and len(stored[key].shape) == 2:
@@ -160,15 +164,17 @@ def _shapes(
 def _find_move(
     name: str, model: PreTrainedModel, modules: Modules, shapes: Mapping[str, tuple[int | None, int | None]]
 ) -> Callable[[str], str]:
-    """The change of the front of paths that finds the most modules for those that have none.
+    """Return the change of prefix that finds a module for the most paths that have none.
 
     Raises:
         AdapterError: several changes find as many, and not one of them alone leads to the text stack.
     """
     found: dict[frozenset[tuple[str, str]], _Move] = {}
+    # One module of each kind is enough: those of other blocks differ in their numbers alone.
     for owner in {re.sub(r"\d+", "0", owner): owner for owner in shapes}.values():
         first = _NUMBER.search(owner)
         for cut in [0, *(dot.end() for dot in re.finditer(r"\.", owner[: first.start() if first else None]))]:
+            # The path from the first number on, such as layers.0.self_attn, is never cut.
             end = owner[cut:]
             for module in modules:
                 if module == end or module.endswith(f".{end}"):
@@ -186,9 +192,11 @@ def _find_move(
     best = {placed: move for placed, move in found.items() if len(placed) == most}
     if len(best) > 1:
         text = _text_stack(model)
+        # A vision tower may have modules of the same paths; an adapter is meant for the text stack.
         best = {p: m for p, m in best.items() if all(new.startswith(f"{text}.") for _, new in p)} or best
     placed, move = next(iter(best.items()))
     targets = {new for _, new in placed}
+    # Another move that would bring other modules of the adapter to the same places.
     rivals = [
         each
         for other, each in found.items()
@@ -259,6 +267,7 @@ def _rows(
         ):
             rows.add(stored[key].shape[0])
             brought.add(path)
+    # Tensors of two sizes do not tell what the vocabulary was.
     if len(rows) != 1 or rows == {table.num_embeddings}:
         return None
     n_rows = rows.pop()

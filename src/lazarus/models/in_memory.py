@@ -16,9 +16,9 @@ from lazarus.notes import Notes
 
 
 def wrap_model(model: nn.Module, name: str, layers_path: str | None = None) -> LoadedModel:
-    """A model that the caller has in memory, an adapter's wrapper taken off its outside.
+    """Return a model that the caller has in memory as a loaded model, without PEFT's wrapper around it.
 
-    One in training mode runs as a second tree over the same weights, so that it stays as it is.
+    A model in training mode is run as a second module tree over the same weights, so that it stays as it is.
     """
     notes = Notes()
     model = _unwrapped(model, name, notes)
@@ -44,7 +44,8 @@ def wrap_model(model: nn.Module, name: str, layers_path: str | None = None) -> L
 def _unwrapped(model: nn.Module, name: str, notes: Notes) -> nn.Module:
     """Return the model inside what torch.compile, or training in parallel, has put around it."""
     while not isinstance(model, PreTrainedModel):
-        # vars() only: a wrapper hands every attribute on, and PEFT's own have none of these.
+        # `_modules`, not getattr: these wrappers hand every attribute on to the model inside. PEFT's has no
+        # submodule of these names.
         inside = next(
             (model._modules[each] for each in ("_orig_mod", "module") if model._modules.get(each)), None
         )

@@ -23,24 +23,25 @@ from lazarus.models.stored import TORCH_TYPES, same_numbers
 from lazarus.models.tables import Place, Table
 
 SMALL_BYTES = 2**26
-"""embeddings and heads below this size are in memory all the time"""
+"""embeddings and LM heads below this size are in memory all the time"""
 
 Places = Mapping[str, Sequence[Place]]
-"""for each name of a tensor, wherever in the model that tensor is"""
+"""for each name of a tensor, all places of the model that hold that tensor"""
 
 
 class Reader:
-    """Reads a checkpoint's parameters by their targets, into no model that runs."""
+    """Reads a checkpoint's parameters by their targets, into an empty copy of the model that never runs."""
 
     def __init__(self, model: PreTrainedModel, conversion: Conversion) -> None:
         self.conversion = conversion
         self.bytes_read = 0
+        # In the memo, so that deepcopy shares what is in memory instead of copying it.
         filled = {id(t): t for t in (*model.parameters(), *model.buffers()) if not t.is_meta}
         self._empty = copy.deepcopy(model, dict[int, Any](filled))
         self._lock = Lock()
 
     def read(self, targets: Iterable[str]) -> dict[str, Tensor]:
-        """The parameters and buffers that the sources of these targets make, by their names.
+        """Read the parameters and buffers that the sources of these targets make, by their names.
 
         Raises:
             WeightsError: a file is gone, or was cut short since its header was read.
@@ -52,6 +53,7 @@ class Reader:
             before = self._empty.state_dict(keep_vars=True)
             loaded = names_loaded(self._empty, self.conversion.convert(self._empty, keys))
             after = self._empty.state_dict(keep_vars=True)
+            # The copy is emptied again: the caller alone keeps what was read in memory.
             for name in loaded:
                 owner, _, attribute = name.rpartition(".")
                 setattr(self._empty.get_submodule(owner), attribute, before[name])
@@ -104,7 +106,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Layout:
-    """Order in which the parts of a model are read: the blocks as they run, and the head as the last unit."""
+    """Order in which the parts of a model are read: the blocks as they run, and the LM head last."""
 
     units: tuple[Unit, ...]
     rest: tuple[str, ...]
@@ -112,7 +114,7 @@ class Layout:
     tables: Mapping[str, Table]
     """the embeddings that are read by rows, by the names of their weights"""
     head_table: Table | None
-    """the one that is the head's weight too"""
+    """the one that is the weight of the LM head too"""
     places: Places
 
 
@@ -127,12 +129,14 @@ def lay_out(model: PreTrainedModel, blocks: Sequence[nn.Module], conversion: Con
     if isinstance(head, nn.Linear) and head.weight.nbytes >= SMALL_BYTES:
         weight = _names_of(head.weight, state)
         head_table = next((table for name, table in tables.items() if name in weight), None)
+        # An LM head that is tied to a table is held and released with it; tied to anything else, it stays.
         if head_table is None and weight <= outside and len(places[next(iter(weight))]) == 1:
             head_names = weight
     names = [{n for n, t in state.items() if owners[id(t)] == {index}} for index in range(len(blocks))]
     units = [_unit(each, state, conversion) for each in (*names, head_names)]
     apart = {target for unit in units for target in unit.targets} | set(tables)
     rest = tuple(target for target in conversion.sources if target not in apart)
+    # Last, because joining puts another Parameter in place, and all above goes by identity.
     for name, table in tables.items():
         table.join(places[name])
     return Layout(tuple(units), rest, tables, head_table, places)
@@ -150,7 +154,8 @@ def _names_of(tensor: Tensor, state: Mapping[str, Tensor]) -> set[str]:
 def _tables(
     model: PreTrainedModel, conversion: Conversion, places: Places, outside: set[str]
 ) -> dict[str, Table]:
-    """The large embeddings outside the blocks that are stored as they are. Other devices hold them whole."""
+    """Return the large embeddings outside the blocks that are stored as they are; none on other devices."""
+    # An embedding of the whole size costs no memory on a CPU until its rows are written; on a GPU it does.
     if conversion.device.type != "cpu":
         return {}
     tables: dict[str, Table] = {}
@@ -170,9 +175,9 @@ def _tables(
 
 
 def _reads_by_id(module: nn.Module) -> bool:
-    """Return whether a module is an embedding of what it is called with.
+    """Return whether a module is an embedding of the ids that it is called with.
 
-    Some of positions make up their own ids.
+    Some embeddings of positions compute their own ids.
     """
     taken = list(inspect.signature(type(module).forward).parameters)[1:]
     return isinstance(module, nn.Embedding) and taken in (["input"], ["input_ids"])
@@ -203,9 +208,10 @@ def _owners(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> dict[int, se
 
 
 def hollow(tensor: Tensor, device: torch.device) -> Tensor:
-    """A parameter of the same type and shape on a real device that takes no memory: one zero, all over.
+    """Return a parameter of the same dtype and shape on a real device, without memory: one zero, expanded.
 
-    It is the second of two in its memory, so that `is_hollow` tells even one number from a real one.
+    The zero is the second of two in its memory, so that `is_hollow` knows even a single element from a real
+    one.
     """
     one = torch.zeros(2, dtype=tensor.dtype, device=device)[1]
     return nn.Parameter(one.expand(tensor.shape), requires_grad=False)

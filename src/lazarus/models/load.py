@@ -58,7 +58,7 @@ class LoadedModel:
 
     @property
     def run_dtype(self) -> str:
-        """The type in which it runs, such as `float32`."""
+        """Return the dtype in which it runs, such as `float32`."""
         return str(self.model.dtype).removeprefix("torch.")
 
     @property
@@ -120,6 +120,7 @@ def load_pair(
     weights = _load(open_to_load(base_source, options), options)
     announce("finetuned", finetuned.name)
     finetuned_source = source_under(finetuned, base)
+    # Storage is shared between the bare models; `finish` puts adapters on at the end.
     if finetuned_source.place == base_source.place:
         opened = replace(weights.opened, source=finetuned_source)
         other = Weights(opened, share_storage(weights.model), weights.report, Notes(weights.notes))
@@ -175,6 +176,7 @@ def _load(opened: Opened, options: LoadOptions) -> Weights:
     if options.device.type != "cpu":
         arguments["device_map"] = {"": options.device}
     if opened.left_over is not None:
+        # `from_pretrained` would read config.json again, with the claim that is not true.
         arguments["config"] = opened.config
     with translated(source.name):
         if opened.gguf is not None:
@@ -183,6 +185,7 @@ def _load(opened: Opened, options: LoadOptions) -> Weights:
             model, report = opened.head.from_pretrained(
                 source.path,
                 dtype="auto" if opened.quantised or options.dtype is None else options.dtype,
+                # a pickled file can run code when it is read
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # the report names them; transformers' own error does not
@@ -197,6 +200,7 @@ def _load(opened: Opened, options: LoadOptions) -> Weights:
         )
     check_report(weights, options)
     stack = dissect(model, options.layers_path).stack
+    # Before the pass, because a hook that makes weights ready may take itself off.
     weights.is_changed = is_hooked(model, stack)
     run_once_whole(model, stack, source.name, weights.notes)
     model.requires_grad_(requires_grad=False)  # what a quantiser has unpacked is new
@@ -258,6 +262,7 @@ def _load_over(base: Weights, opened: Opened, options: LoadOptions) -> Weights |
     """Load a checkpoint over base's weights where both hold some alike; None where it must be by itself."""
     ours = base.opened
     if (
+        # its weights may no longer be those that its files hold
         base.is_changed
         or ours.source.gguf_file
         or opened.source.gguf_file
@@ -265,6 +270,7 @@ def _load_over(base: Weights, opened: Opened, options: LoadOptions) -> Weights |
         or opened.quantised
         or ours.head is not opened.head
         or not same_config(ours.config, opened.config)
+        # without --dtype, the configuration alone says whether both are stored in one dtype
         or (options.dtype is None and (ours.config.dtype is None or ours.config.dtype != opened.config.dtype))
     ):
         return None
@@ -328,10 +334,11 @@ def other_shape(source: Source, name: str, stored: Sequence[int], configured: Se
 
 
 def _needed_keys(model: PreTrainedModel, options: LoadOptions) -> set[str]:
-    """The names of the tensors of the text stack and of the head that reads it."""
+    """Return the names of the tensors of the text stack and of the LM head."""
     stack = dissect(model, options.layers_path).stack
     needed = _tensors(stack) | _tensors(model.get_output_embeddings())
-    needed -= _tensors(getattr(stack, "pooler", None))  # it only reads the last states
+    needed -= _tensors(getattr(stack, "pooler", None))  # it only reads the last hidden states
+    # A tied tensor has several names, and the report may have any of them.
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {name for name, tensor in named if id(tensor) in needed}
 

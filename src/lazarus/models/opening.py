@@ -1,4 +1,4 @@
-"""A checkpoint before its weights are read: its configuration, the class that loads it, its stored type."""
+"""A checkpoint before its weights are read: its configuration, the class that loads it, its stored dtype."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint whose configuration was read: `head` is the class that loads it."""
+    """A checkpoint whose configuration was read; `head` is the model class that loads it, or an Auto one."""
 
     source: Source
     config: Any
@@ -99,8 +99,9 @@ def where(source: Source, options: LoadOptions) -> dict[str, Any]:
 
 
 def _head_class(config: Any) -> Any:
-    """The checkpoint's own class, so that every one of its tensors has a place."""
+    """Return the model class that a checkpoint names, in which every one of its tensors has a place."""
     for name in config.architectures or ():
+        # A model with code of its own may name a class that transformers does not have.
         if (own := getattr(transformers, name, None)) is not None:
             return own
     remote = getattr(config, "auto_map", None) or {}
@@ -122,7 +123,7 @@ def open_to_load(source: Source, options: LoadOptions) -> Opened:
 
 
 def find_weights(opened: Opened, *, pickled: bool = False) -> tuple[Opened, list[str]]:
-    """Find a checkpoint's files of weights, and hold what its configuration claims against them.
+    """Find a checkpoint's files of weights, and check what its configuration claims against them.
 
     With `pickled`, .bin files do where there are no safetensors.
 
@@ -139,6 +140,7 @@ def find_weights(opened: Opened, *, pickled: bool = False) -> tuple[Opened, list
         stored = read_headers(files)
     if opened.quantised and is_left_over(stored):
         config = copy.deepcopy(opened.config)
+        # With the claim in it, `from_pretrained` would read plain weights as codes of a quantiser.
         del config.quantization_config
         left_over = claimed_method(opened.config)
         return replace(opened, config=config, quantised=False, left_over=left_over), files

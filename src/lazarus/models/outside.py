@@ -71,6 +71,7 @@ def find_outside(
     ours, theirs = (
         _holdings(model, each.tensors) for model, each in zip((base, finetuned), compared, strict=True)
     )
+    # With a dot, because a name of PEFT is taken off only in front of one.
     groups = _groups([*ours, *theirs], {_plain(f"{name}.") for each in compared for name in each.modules})
     sides: tuple[list[NotCompared], list[NotCompared]] = ([], [])
     for group, paths in groups.items():
@@ -141,6 +142,7 @@ def _untaken_parts(
 
 
 def _same_files(one: Unread, other: Unread) -> bool:
+    # Lists of two lengths are no match, by the next line.
     pairs = zip(one.paths, other.paths, strict=False)
     return len(one.paths) == len(other.paths) and all(filecmp.cmp(*pair, shallow=False) for pair in pairs)
 
@@ -151,7 +153,7 @@ def _holdings(model: LoadedModel, compared: AbstractSet[str]) -> dict[str, Held]
 
 
 def _held(model: LoadedModel, compared: AbstractSet[str]) -> dict[str, Held]:
-    """The same without what an adapter brings and the model has no place for."""
+    """Return the same, but for what an adapter brings and the model has no place for."""
     held: dict[str, Held]
     names = model.model.state_dict(keep_vars=True)
     if model.source is None or model.source.gguf_file:
@@ -178,6 +180,7 @@ def _brought(model: LoadedModel) -> Iterator[str]:
     ]
     for name in model.model.state_dict() if adapted else ():
         inside = any(name.startswith(f"{path}.") for path in adapted)
+        # Under these two names PEFT keeps what is the model's own.
         if inside and ".base_layer." not in name and ".original_module." not in name:
             yield name
 
@@ -188,7 +191,7 @@ def _plain(name: str) -> str:
 
 
 def _groups(paths: Iterable[str], modules: AbstractSet[str]) -> dict[str, list[str]]:
-    """The paths by the shortest module that holds them and nothing that is compared.
+    """Return the paths, grouped by the shortest module that holds nothing of what is compared.
 
     Modules that are alike but for one number, as those of many layers, are one group.
     """
@@ -215,7 +218,8 @@ def _called(group: str, path: str) -> str:
 
 
 def _counts(path: str, pair: tuple[Held | None, Held | None]) -> bool:
-    """A buffer that one side alone stores, and that both compute, is no difference."""
+    """Return whether a pair counts: a buffer that both compute and one side alone stores is no difference."""
+    # Older versions of transformers stored the causal mask of GPT-2 as `attn.bias`, with four dimensions.
     is_mask = any(held is not None and len(held.shape) == 4 for held in pair) and path.endswith(".bias")
     return None not in pair or not (is_mask or _COMPUTED.fullmatch(path))
 
@@ -241,6 +245,7 @@ def _same(ours: Held, theirs: Held) -> bool | None:
         return same_numbers(ours, theirs)
     one, other = (read_whole(t) if isinstance(t, StoredTensor) else t.detach() for t in (ours, theirs))
     if type(one) not in _PLAIN_TENSORS or type(other) not in _PLAIN_TENSORS:
+        # Quantised on one side alone: codes and elements cannot be compared.
         return same_bits(one, other) if type(one) is type(other) else None
     if one.is_floating_point() != other.is_floating_point():
         return None

@@ -22,8 +22,8 @@ from lazarus.models.layout import Comparison, Layout, Reader, hollow, lay_out, p
 class Pager:
     """Loads and frees the blocks of one model that was built empty.
 
-    With `base`, the pager of the model that it is compared with, tensors that base holds at that time and
-    with the same numbers in both files are taken from there instead of being read.
+    `base` is the pager of the model that it is compared with. A tensor that base holds at that time, and that
+    has the same elements in both files, is taken from there instead of being read.
     """
 
     def __init__(
@@ -39,10 +39,12 @@ class Pager:
         self.base = base
         self.conversion = conversion
         self._comparison: Comparison | None = None
+        # Tensors are shared only where both models make the same parameters of the same elements.
         if base is not None and conversion.dtype == base.conversion.dtype and same_design(base.model, model):
             self._comparison = Comparison(base.conversion, conversion)
         self._is_twin = base is not None and base.conversion is conversion
         self._layout = self._as_base() if self._is_twin else lay_out(model, blocks, conversion)
+        # After the layout: tables are then part of the model, and the copy shares them.
         self._reader = Reader(model, conversion)
         self._held: dict[int, WeakValueDictionary[str, Tensor]] = {}
         self._same_blocks: dict[int, bool] = {}
@@ -69,7 +71,7 @@ class Pager:
         return self._reader.bytes_read + sum(table.bytes_read for table in tables)
 
     def block_bytes(self, index: int) -> int:
-        """The size of a block in memory, in the type in which it runs."""
+        """Return the size of a block in memory, in the dtype in which it runs."""
         return self._layout.units[index].n_bytes
 
     def load(self, index: int) -> None:
@@ -85,6 +87,7 @@ class Pager:
         tensors = self._from_base(index)
         left = [target for target in self._layout.units[index].targets if target not in tensors]
         tensors |= self._reader.read(left)
+        # Weak, so that a block that was freed is not kept in memory for the sake of the other model.
         self._held[index] = WeakValueDictionary(tensors)
         return tensors
 
@@ -96,12 +99,12 @@ class Pager:
         self._loaded.add(index)
 
     def free(self, index: int) -> None:
-        """Forget the parameters of block `index`; its buffers stay."""
+        """Free the parameters of block `index`; its buffers stay."""
         self._assign(self._layout.units[index].empty)
         self._loaded.discard(index)
 
     def same_as_base(self, index: int) -> bool:
-        """True where block `index` is known to be base's: the same layers, the same weights in the files.
+        """Return whether block `index` is known to be base's: the same layers, the same weights in the files.
 
         Two blocks that are the same are compared to the end, once; of others a few bytes are read.
         """
@@ -113,6 +116,7 @@ class Pager:
         if self.base is None or self._comparison is None:
             return False
         block, other = self.blocks[index], self.base.blocks[index]
+        # None, not known, is not the same: such a block runs by itself.
         if self._equality.same_layers(other, block) is not True:
             return False
         # What is in memory all the time: tensors that another block holds too, and buffers.
@@ -169,7 +173,7 @@ class Pager:
         return answer
 
     def load_head(self) -> None:
-        """Have the output head in memory whole. A small one always is."""
+        """Load the LM head as a whole, if it is not in memory. A small one always is."""
         if self._head in self._loaded:
             return
         if self._layout.head_table is not None:
@@ -177,7 +181,7 @@ class Pager:
         self.load(self._head)
 
     def free_head(self) -> None:
-        """Forget the output head, if it is not in memory all the time."""
+        """Free the LM head, if it is not in memory all the time."""
         if self._head not in self._loaded or self._keeps_head:
             return
         if self._layout.head_table is not None:
@@ -185,14 +189,14 @@ class Pager:
         self.free(self._head)
 
     def keep_embeddings(self) -> None:
-        """Have embeddings and head in memory whole from now on: an adapter copies or changes them."""
+        """Keep embeddings and LM head in memory from now on, for an adapter that copies or changes them."""
         for table in self._layout.tables.values():
             table.hold()
         self.load_head()
         self._keeps_head = True
 
     def use_blocks_on_demand(self) -> None:
-        """Load a block or a head for each call that comes while it is not loaded, from now on."""
+        """Load a block or the LM head for each call that comes while it is not loaded, from now on."""
         for index, block in enumerate(self.blocks):
             self._on_demand(block, index, partial(self.load, index), partial(self.free, index))
         for module in self._head_modules():
@@ -204,7 +208,7 @@ class Pager:
 
     @contextmanager
     def hollow(self) -> Iterator[None]:
-        """Inside, what is not loaded has a type, a shape and a device: an adapter can be put on it."""
+        """Give what is not loaded a dtype, a shape and a device, so that an adapter can be put on inside."""
         units = [(i, unit) for i, unit in enumerate(self._layout.units) if i not in self._loaded]
         for _, unit in units:
             self._assign({name: hollow(tensor, self.device) for name, tensor in unit.empty.items()})
@@ -216,11 +220,11 @@ class Pager:
 
     @property
     def _head(self) -> int:
-        """The index of the head's unit."""
+        """Return the index of the LM head's unit, which is the last."""
         return self.n_blocks
 
     def unfilled(self) -> list[str]:
-        """The names of parameters that nothing will ever fill."""
+        """Return the names of parameters that nothing will ever fill."""
         known = {name for unit in self._layout.units for name in unit.empty}
         state = self.model.state_dict(keep_vars=True)
         return sorted(name for name, tensor in state.items() if tensor.is_meta and name not in known)
@@ -269,7 +273,7 @@ class Pager:
             return {}
         held, unit = dict(self.base._held.get(index, {})), self._layout.units[index]
         names = {*unit.targets, *unit.empty}
-        # A head that is tied here alone has no names in its unit: the one that base holds is not its own.
+        # An LM head that is tied here alone has no names in its unit: the one that base holds is not its own.
         if not held.keys() >= names:
             return {}
         same = [target for target in unit.targets if self._comparison.is_same(target)]
@@ -284,7 +288,7 @@ class Pager:
                 setattr(module, attribute, tensor)
 
     def _head_modules(self) -> list[nn.Module]:
-        """The output head, if it is not in memory all the time."""
+        """Return the LM head's module, if it is not in memory all the time."""
         names = list(self._layout.units[self._head].empty)
         names += [name for name, table in self._layout.tables.items() if table is self._layout.head_table]
         places = [place for name in names for place in self._layout.places[name]]
@@ -298,7 +302,7 @@ class Pager:
 
         @inert
         def before(_module: nn.Module, _args: Any) -> None:
-            # One whose forward is another's for now does not run, and needs no weights.
+            # A block whose forward was replaced for now, by a replay, does not run and needs no weights.
             if index not in self._loaded and vars(module).get("forward") is own:
                 load()
                 for_this_call.append(index)
@@ -310,9 +314,10 @@ class Pager:
                 free()
 
         module.register_forward_pre_hook(before)
+        # Also after an exception: the block would stay in memory otherwise.
         module.register_forward_hook(after, always_call=True)
 
 
 def _alias(tensor: Tensor) -> Tensor:
-    """Another Parameter over the same data: what changes the one leaves the other alone."""
+    """Return another Parameter over the same data: PEFT may change or replace one, and the other stays."""
     return nn.Parameter(tensor.data, requires_grad=False) if isinstance(tensor, nn.Parameter) else tensor

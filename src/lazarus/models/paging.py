@@ -75,6 +75,7 @@ def _open(opened: Opened, options: LoadOptions, base: Pager | None = None) -> We
     source = opened.source
     with translated(source.name):
         model, conversion = _build(opened, options)
+        # With empty tensors: the report is that of `from_pretrained`, and no weight has been read.
         report = conversion.finish(model, conversion.check(model))
     model.eval().requires_grad_(requires_grad=False)
     weights = Weights(opened, model, report)
@@ -111,10 +112,11 @@ def _class_of(opened: Opened) -> type[PreTrainedModel]:
 
 
 def _beside(base: Weights, source: Source) -> Weights:
-    """A second model on the same files, over what base has read."""
+    """Open a second model on the same files, over what base has read."""
     assert base.pager is not None
     model = share_storage(base.model)
     index = {id(module): i for i, module in enumerate(base.model.modules())}
+    # A deep copy lists its modules in the same order.
     modules = list(model.modules())
     blocks = [modules[index[id(block)]] for block in base.pager.blocks]
     pager = Pager(model, blocks, base.pager.conversion, base.pager)
@@ -140,7 +142,7 @@ def _finish(reference: ModelReference, weights: Weights, options: LoadOptions) -
 
 
 def _brought_whole(adapter: Source, settings: dict[str, Any]) -> set[str]:
-    """The last parts of the names of those modules of its model of which an adapter brings all weights."""
+    """Return the modules that an adapter brings whole, by the last parts of their names."""
     saved = settings.get("modules_to_save")
     names = set(saved) if isinstance(saved, list) else set()
     if (path := adapter.file(WEIGHTS)) is not None:
@@ -200,7 +202,7 @@ class Footprint:
     block: int
     """the largest block of each model"""
     rest: int
-    """what is in memory beside the blocks, with large embeddings and heads whole"""
+    """what is in memory beside the blocks, with large embeddings and LM heads whole"""
 
 
 def estimate(base: ModelReference, finetuned: ModelReference, options: LoadOptions) -> Footprint | None:
@@ -212,6 +214,7 @@ def estimate(base: ModelReference, finetuned: ModelReference, options: LoadOptio
         ModelError: a configuration or a header cannot be read.
     """
     sources = [base.model or adapter_base(adapter_of(base)), source_under(finetuned, base)]
+    # By their places: two names of the same files are in memory once.
     sizes = {source.place: source for source in sources}
     try:
         parts = [_sizes(source, options) for source in sizes.values()]
@@ -222,7 +225,7 @@ def estimate(base: ModelReference, finetuned: ModelReference, options: LoadOptio
 
 
 def fits_surely(base: ModelReference, finetuned: ModelReference, options: LoadOptions, room: int) -> bool:
-    """Return whether a pair fits into so many bytes in any type, by its files' sizes; False if not known."""
+    """Return whether a pair fits into so many bytes in any dtype, by its files' sizes; False if not known."""
     sources = {base.model or adapter_base(adapter_of(base)), source_under(finetuned, base)}
     n_bytes = 0
     for source in sources:

@@ -1,4 +1,4 @@
-"""The quantisation that a configuration claims, held against the dtypes of the stored weights.
+"""The quantisation that a configuration claims, checked against the dtypes of the stored weights.
 
 The claim outlives a model that was dequantised and saved again, and it is lost where a configuration comes
 from elsewhere. transformers believes it in both cases.
@@ -39,7 +39,7 @@ def is_left_over(stored: Mapping[str, StoredTensor]) -> bool:
 
 
 def stored_codes(stored: Mapping[str, StoredTensor]) -> Iterator[str]:
-    """Return the keys of the weights that are stored as a quantiser's codes."""
+    """Yield the keys of the weights that are stored as a quantiser's codes."""
     scaled = {key.rpartition(".")[0] for key in stored if _PARAMETER.search(key)}
     for key, tensor in stored.items():
         may_be = len(tensor.shape) > 1 and _WEIGHT.search(key) and tensor.dtype not in _NO_CODES

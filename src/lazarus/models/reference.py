@@ -1,4 +1,4 @@
-"""Meaning of MODEL. A file or folder of that very name comes first, and is never split at @ or +."""
+"""Meaning of MODEL. A file or folder of exactly that name comes first, and is never split at @ or +."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Source:
 
     @property
     def place(self) -> tuple[str, str | None, str]:
-        """Return what makes two sources the same weights, however they are spelled."""
+        """Return a key that is equal for two sources of the same weights, however they are spelled."""
         path = os.path.join(self.path, self.gguf_file) if self.gguf_file else self.path
         return path if self.is_on_hub else os.path.realpath(path), self.revision, self._inside
 
@@ -95,10 +95,12 @@ def parse_model(name: str) -> ModelReference:
         ModelNotFoundError: nothing is there under that name, and it cannot be a Hub id.
         AdapterError: in MODEL+ADAPTER, MODEL is an adapter or ADAPTER is none.
     """
+    # Where no split works, the whole name goes on, so that the error shows what the user typed.
     parts = _parts(name) or [name]
     if len(parts) > 1:
         return _with_adapters(name, _source(parts[0]), [_adapter(part) for part in parts[1:]])
     source = _source(name)
+    # A file that was named counts for more than what else is in its folder.
     if source.kind == "gguf" or source.weights_file or not source.file("adapter_config.json"):
         if source.weights_file in ADAPTER_FILES:
             return ModelReference(name, None, (replace(source, weights_file=None),))
@@ -126,6 +128,7 @@ def adapter_base(adapter: Source) -> Source:
             f"Name it: MODEL+{adapter.name}"
         )
     try:
+        # PEFT's `revision` is that of the base model. A folder has none, so there it is dropped.
         base = _source(f"{named}@{revision}" if revision and _on_disk(str(named)) is None else str(named))
     except ModelNotFoundError as error:
         raise ModelNotFoundError(
@@ -150,9 +153,10 @@ def adapter_settings(adapter: Source) -> dict[str, object]:
 
 
 def _parts(name: str) -> list[str] | None:
-    """The model and its adapters in MODEL+ADAPTER+ADAPTER; None where some part can be nothing.
+    """Split MODEL+ADAPTER+ADAPTER into its parts; None where some part cannot be the name of anything.
 
-    Of several ways to part it, the one whose model is on disk under the longest name.
+    A `+` may also belong to the name of a file. The first way to split that works is taken. Those whose model
+    is on disk are tried first, the longest name before the others.
     """
     if _on_disk(name) is not None:
         return [name]
@@ -178,6 +182,7 @@ def _ways_to_say(source: Source, own: str) -> str:
     both = f"{name}+{name} for the model with the adapter on it"
     if source.kind == "hub":
         return f"{both}; for one of the two alone, download it and name its file"
+    # Pickled weights are refused, so their file is not offered.
     model = f"{name}/{own} for the model, " if "safetensors" in own else ""
     return f"{model}{name}/{ADAPTER_FILES[0]} for the adapter on BASE, {both}"
 
@@ -208,7 +213,7 @@ def _source(name: str) -> Source:
                 f"{name}: this is a file, and neither a .safetensors nor a .gguf one. Name the folder that "
                 "the model is in."
             )
-        # The whole path: transformers takes a bare name from the current folder before any other.
+        # The whole path: transformers looks for a bare name in the current folder before any other.
         return Source(name, "gguf", str(path.parent), gguf_file=first_part(str(path.absolute())))
     if path is not None:
         return _gguf_of(_transformer_of(Source(name, "folder", str(path))))
@@ -229,19 +234,20 @@ def _source(name: str) -> Source:
 
 
 def _pinned(hub_id: str, revision: str | None) -> str | None:
-    """The commit that a revision stands for; the revision itself where the Hub does not say."""
+    """Return the commit that a revision stands for; the revision itself where the Hub does not say."""
     return _transformers.pinned_revision(hub_id, revision or None)
 
 
 def _gguf_of(source: Source) -> Source:
-    """A folder or a repository that holds no weights but a GGUF file is that file."""
+    """Return the source, or its GGUF file where a folder or a repository holds no other weights."""
     if source.subfolder:
         return source
     if source.kind == "folder":
         files = [path.name for path in Path(source.path).iterdir() if path.is_file()]
         file = only_gguf(source.name, files, f"{source.name.rstrip('/')}/{{}}")
         file = file and str(Path(source.path, file).absolute())
-    # A repository of GGUF files may have a config.json too, and then is called so.
+    # A repository of GGUF files may hold a config.json as well; its name then usually says GGUF. Of any other
+    # repository with a configuration the list of files is not asked for: that is one request less.
     elif "gguf" in source.path.lower() or not (
         source.file("config.json") or source.file("adapter_config.json")
     ):
@@ -252,7 +258,7 @@ def _gguf_of(source: Source) -> Source:
 
 
 def _of_file(name: str, path: Path) -> Source:
-    """The folder of a file of safetensors, or of an index of such files, read from that file alone."""
+    """Return the folder of a safetensors file, or of an index, of which that file alone is read."""
     if path.name not in ADAPTER_FILES and not (path.parent / "config.json").is_file():
         raise ModelNotFoundError(
             f"{name}: no config.json beside it, so what model its tensors are of is not known. Put the "
@@ -268,7 +274,7 @@ def _of_file(name: str, path: Path) -> Source:
 
 
 def _transformer_of(source: Source) -> Source:
-    """A sentence-transformers folder is its transformer, which may be in a folder of its own."""
+    """Return the transformer of a sentence-transformers folder, which may be in a folder of its own."""
     if source.file("config.json") or not (listed := source.file("modules.json")):
         return source
     try:

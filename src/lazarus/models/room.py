@@ -27,7 +27,8 @@ def free_bytes(device: torch.device) -> int:
 def _limits(membership: Path, root: Path) -> list[tuple[int, int]]:
     """The limit and the use, in bytes, of each cgroup that this process is in, from its own up to the root.
 
-    Use is anonymous memory: what is cached of files counts as well, but gives way.
+    Use is anonymous memory. The kernel counts cached pages of files as well, but frees them
+    when memory is short.
     """
     try:
         lines = membership.read_text(encoding="ascii").splitlines()
@@ -43,6 +44,7 @@ def _limits(membership: Path, root: Path) -> list[tuple[int, int]]:
         else:
             continue
         own = top / place.lstrip("/")
+        # A limit of any group above holds for this one as well.
         for folder in (own, *own.parents):
             if folder.is_relative_to(top) and (read := _read(folder, limit, stat)) is not None:
                 found.append(read)
@@ -63,6 +65,6 @@ def _read(folder: Path, limit_name: str, stat_name: str) -> tuple[int, int] | No
 
 
 def give_back() -> None:
-    """Hand memory that was freed back to the system: the C library of Linux keeps it for later otherwise."""
+    """Return freed memory to the system, which the C library of Linux would keep for later otherwise."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)

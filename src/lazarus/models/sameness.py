@@ -24,8 +24,8 @@ _SMALL_BYTES = 2**16
 def weights_identical(base: LoadedModel, finetuned: LoadedModel) -> bool | None:
     """Return whether both run on the same weights, bit for bit; None where that is not known.
 
-    An adapter that adds exactly nothing is none. Two that act are weights: the same ones where all that they
-    brought is.
+    An adapter that adds exactly nothing does not count. Adapters that act count as weights: they are the same
+    where all that they brought is the same.
     """
     if _same_files(base, finetuned) or _one_in_memory(base, finetuned):
         return True
@@ -59,6 +59,7 @@ def _one_module(base: nn.Module, finetuned: nn.Module, equality: Equality) -> bo
     ours, theirs = ({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (base, finetuned))
     if ours.keys() != theirs.keys() or not all(_one_tensor(ours[name], theirs[name]) for name in ours):
         return False
+    # What is not known does not count as the same.
     return equality.same_layers(base, finetuned) is True
 
 
@@ -120,7 +121,7 @@ def _same_own(base: LoadedModel, finetuned: LoadedModel, equality: Equality) -> 
 
 
 def _same_adapters(base: LoadedModel, finetuned: LoadedModel, equality: Equality) -> bool | None:
-    """Return whether the adapters of both change the same: nothing, or what the same tensors make."""
+    """Return whether the adapters of both make the same change: none, or the same tensors in one place."""
     layers = [layer for model in (base, finetuned) for layer in adapter_layers(model.model)]
     nothing = every(adds_nothing(layer) for layer in layers)
     if nothing is True:

@@ -39,7 +39,7 @@ _COUNTING_FROM_PAD = re.compile(
     r"roberta|camembert|data2vec|esm|ibert|longformer|luke|markuplm|mpnet|xlm-roberta|xmod|lilt|layoutlmv3"
     r"|m2m_100|nllb|speech|fsmt|prophetnet|seamless|trocr|kosmos|altclip|bridgetower|clap|xglm|evolla"
 )
-"""Model types whose positions begin behind the padding's id: for them it is no setting of a tokenizer."""
+"""Model types that count positions from the padding id, which is then no setting of the tokenizer alone."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,11 @@ def settings_that_differ(base: PretrainedConfig, finetuned: PretrainedConfig) ->
 
 
 def _whole(config: PretrainedConfig) -> dict[str, Any]:
-    """A configuration's entries, with those of its text stack among them as if it had no other."""
+    """Return a configuration's entries, with those of its text stack as if they were its own."""
     text = config.get_text_config(decoder=not config.is_encoder_decoder)
     entries = {str(name): value for name, value in config.to_dict().items()}
     nested = [name for name, value in entries.items() if isinstance(value, Mapping)]
+    # A multimodal configuration and that of its text model alone are then compared entry by entry.
     own = {name for name in nested if getattr(config, name, None) is text}
     return {name: value for name, value in entries.items() if name not in own} | (
         text.to_dict() if own else {}
@@ -97,6 +98,7 @@ def _differing(base: Mapping[Any, Any], finetuned: Mapping[Any, Any], path: str)
 
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, float) and isinstance(other, float | int) and not isinstance(other, bool):
+        # A GGUF file has its settings in float32, and config.json as they were typed.
         return one == other or bool(np.float32(one) == np.float32(other))
     if isinstance(other, float):
         return isinstance(one, int) and not isinstance(one, bool) and _same(other, one)

@@ -15,7 +15,7 @@ from lazarus.models.stored import StoredTensor, read_headers, same_numbers
 def load_over(
     base: PreTrainedModel, files: tuple[list[str], list[str]], device: torch.device
 ) -> PreTrainedModel | None:
-    """A second model over base's weights, with the tensors of its own that differ.
+    """Load a second model over base's weights: only the tensors that differ are read.
 
     `files` are both checkpoints' files; both must be of one class and configuration, in one dtype. None
     where the files do not hold the same keys and shapes, where not one tensor is the same, where their keys
@@ -24,6 +24,7 @@ def load_over(
     if not _transformers.can_convert():
         return None
     try:
+        # What is wrong with the files is reported when the checkpoint is loaded by itself.
         ours, theirs = read_headers(files[0]), read_headers(files[1])
     except (SafetensorError, OSError, ValueError):
         return None
@@ -35,14 +36,17 @@ def load_over(
         return None
     model = share_storage(base)
     differing = [keys for keys in conversion.sources.values() if not same.issuperset(keys)]
+    # All sources of a target, also those that are the same: transformers makes a target of all its pieces.
     conversion.convert(model, (key for keys in differing for key in keys))
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    # Converting replaced one of two tied parameters: until this call the other still holds base's weight.
+    # With missing_keys the one that is stored is taken, whichever it is.
     model.tie_weights(missing_keys=tied - conversion.sources.keys(), recompute_mapping=False)
     return model.eval().requires_grad_(requires_grad=False)
 
 
 def _same_keys(ours: dict[str, StoredTensor], theirs: dict[str, StoredTensor]) -> set[str]:
-    """The keys of the tensors with the same numbers; none where the two files list others."""
+    """Return the keys of the tensors with the same elements; none where the two list other keys or shapes."""
     if {key: s.shape for key, s in ours.items()} != {key: s.shape for key, s in theirs.items()}:
         return set()
     return {key for key in ours if same_numbers(ours[key], theirs[key])}

@@ -32,7 +32,7 @@ TORCH_TYPES = {
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _PREFIX = 4096
 _CHUNK = 2**22
-"""how many bytes, or numbers of another type, are compared at first, and then at once"""
+"""how many bytes (elements, where two dtypes meet) are compared at first, and then at a time"""
 _ALIGNMENT = 64
 
 
@@ -48,7 +48,7 @@ class StoredTensor:
 
 
 def read_headers(files: Sequence[str]) -> dict[str, StoredTensor]:
-    """Every tensor of these files by its key; of two with one key, the later file's.
+    """Return every tensor of these files by its key; of two with one key, that of the later file.
 
     Raises:
         SafetensorError: a file is damaged or cut short.
@@ -56,6 +56,7 @@ def read_headers(files: Sequence[str]) -> dict[str, StoredTensor]:
     """
     stored: dict[str, StoredTensor] = {}
     for path in files:
+        # The header is read twice: safe_open checks it, but does not say at which byte a tensor begins.
         with safe_open(path, framework="pt"):  # it checks the header against the file
             pass
         with Path(path).open("rb") as file:
@@ -70,11 +71,10 @@ def read_headers(files: Sequence[str]) -> dict[str, StoredTensor]:
 
 
 def same_numbers(one: StoredTensor, other: StoredTensor) -> bool:
-    """Return whether two tensors hold the same numbers, bit for bit.
+    """Return whether two tensors hold the same elements, bit for bit.
 
-    Of two that do not, few are read as a rule.
-
-    Floating-point numbers of two types are compared in the wider one.
+    Reading stops at the first difference. Elements of two floating-point dtypes are compared in a dtype that
+    holds both exactly.
 
     Raises:
         OSError: a file is gone, or was cut short since its header was read.
@@ -87,9 +87,11 @@ def same_numbers(one: StoredTensor, other: StoredTensor) -> bool:
         return False
     types = TORCH_TYPES[one.dtype], TORCH_TYPES[other.dtype]
     wider = torch.promote_types(*types)
+    # Two of these four dtypes promote to float32 or float64, never to 16 bits. As integers, NaN equals NaN.
     bits = torch.int64 if wider.itemsize == 8 else torch.int32
 
     def widened(part: bytes, dtype: torch.dtype) -> Tensor:
+        # A bytearray, because torch warns of a buffer that it cannot write to.
         return torch.frombuffer(bytearray(part), dtype=dtype).to(wider).view(bits)
 
     return _alike(
@@ -107,9 +109,9 @@ def _place(stored: StoredTensor) -> tuple[str, int]:
 def _alike(
     one: StoredTensor, other: StoredTensor, units: tuple[int, int], same: Callable[[bytes, bytes], bool]
 ) -> bool:
-    """Return whether all parts of two tensors are the same.
+    """Return whether all parts of two tensors are the same, by `same`.
 
-    `units` are the bytes of what they have as many of.
+    `units` are the sizes in bytes of what both have the same number of: elements, or single bytes.
     """
     with Path(one.path).open("rb") as ours, Path(other.path).open("rb") as theirs:
         ours.seek(one.start)
@@ -130,8 +132,9 @@ def _alike(
 class LazyTensor:
     """A stored tensor that is read when it is indexed, as transformers does with safetensors' own slices.
 
-    Into memory of its own: a view of a mapped file stays in memory for as long as the file is open. But at
-    an address that is to a kernel what the view's would be, because sums depend on it in the last bit.
+    It is read into memory of its own, because a view of a mapped file stays in memory for as long as the file
+    is open. The memory has the same alignment as that view: kernels choose their path by it, and then sums
+    differ in the last bit.
     """
 
     def __init__(self, stored: StoredTensor) -> None:
@@ -140,8 +143,10 @@ class LazyTensor:
     def __getitem__(self, _everything: object) -> Tensor:
         stored, dtype = self.stored, TORCH_TYPES[self.stored.dtype]
         memory = torch.empty(stored.n_bytes + 2 * _ALIGNMENT, dtype=torch.uint8)
+        # A mapping begins at a page, so its view is aligned as `start` is.
         shift = (stored.start - memory.data_ptr()) % _ALIGNMENT
         taken = memory[shift : shift + stored.n_bytes]
+        # Unbuffered: the bytes go straight into the tensor's memory.
         with Path(stored.path).open("rb", buffering=0) as file:
             file.seek(stored.start)
             _fill(memoryview(taken.numpy().data), file)
@@ -149,7 +154,7 @@ class LazyTensor:
 
 
 def _fill(memory: memoryview, file: io.FileIO) -> None:
-    """Read until the memory is full: one call reads two gigabytes at most."""
+    """Read until the memory is full: one call of the system reads at most two gigabytes."""
     done = 0
     while done < len(memory):
         n_read = file.readinto(memory[done:])
@@ -164,10 +169,11 @@ def read_whole(stored: StoredTensor) -> Tensor:
 
 
 def read_rows(stored: StoredTensor, rows: Sequence[int]) -> Tensor:
-    """Some rows of a stored matrix, [rows, columns], in its stored type."""
+    """Return some rows of a stored matrix, [rows, columns], in its stored dtype."""
     n_bytes = stored.n_bytes // stored.shape[0]
     taken = bytearray()
     with Path(stored.path).open("rb") as file:
+        # Rows that follow each other have one difference to their index, and are read in one go.
         for _, run in groupby(enumerate(rows), key=lambda item: item[1] - item[0]):  # neighbours at once
             wanted = [row for _, row in run]
             file.seek(stored.start + wanted[0] * n_bytes)

@@ -20,8 +20,8 @@ _ROWS_AT_ONCE = 4096
 class Table:
     """One embedding of the whole size, on a CPU, whose rows are filled when they are asked for.
 
-    Memory that was never written to takes none. Whatever else holds the same parameter, such as a tied head,
-    needs all rows: `hold` fills them, and `release` forgets them again.
+    Pages that were never written to take no memory. Whatever else holds the same parameter, such as a tied LM
+    head, needs all rows: `hold` fills them, and `release` frees them again.
     """
 
     def __init__(self, stored: StoredTensor, dtype: torch.dtype) -> None:
@@ -34,7 +34,7 @@ class Table:
         self._renew()
 
     def join(self, places: Sequence[Place]) -> None:
-        """Be the parameter at these places of one model, whatever was there before."""
+        """Put the table's parameter at these places of one model, whatever was there before."""
         self._trees.append(places)
         self._put(places)
 
@@ -58,7 +58,7 @@ class Table:
         self.fill(range(len(self._weight)))
 
     def release(self) -> None:
-        """Forget all rows; those that are read later are filled again."""
+        """Free all rows when nobody holds them any more; those that are read later are filled again."""
         self._n_holders -= 1
         if self._n_holders == 0:
             self._renew()
@@ -70,6 +70,7 @@ class Table:
 
     def _renew(self) -> None:
         self._filled: set[int] = set()
+        # New memory, since that of rows which were written to cannot be given back one by one.
         self._weight = torch.empty(self.stored.shape, dtype=self.dtype)
         for places in self._trees:
             self._put(places)

@@ -19,8 +19,9 @@ _N_TOKENS = 4
 
 
 def is_hooked(model: PreTrainedModel, stack: nn.Module) -> bool:
-    """Return whether something runs before the whole model, and not before the stack alone."""
+    """Return whether something is hooked to the whole model that would not run with the stack alone."""
     around = (m for m in model.modules() if m is not stack and any(each is stack for each in m.modules()))
+    # A `forward` among the attributes of an instance was put there by another library.
     return any(module._forward_pre_hooks or "forward" in vars(module) for module in around)
 
 

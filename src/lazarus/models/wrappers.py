@@ -55,7 +55,7 @@ class Wrappers:
 
 
 def may_be_wrapped(keys: Collection[str], own_prefix: str) -> bool:
-    """Return whether the keys alone leave open that they are a wrapper's; `own_prefix` is the model's."""
+    """Return whether the keys may be a wrapper's, by themselves; `own_prefix` is the model's prefix."""
     parts = {part for key in keys for part in key.split(".")}
     inside = bool(_private(keys) or parts & _INNER)
     return inside or any(name != own_prefix for name in _common(keys))
@@ -71,6 +71,7 @@ def find_wrappers(keys: Sequence[str], names: Iterable[str], count: Callable[[li
     own = {part for name in names for part in name.split(".")}
     first = {name.split(".")[0] for name in names}
     inner = {part for key in keys for part in key.split(".")} & _INNER
+    # A name that the model itself has is not taken off, even where a wrapper could have put it there.
     found = Wrappers(tuple(sorted((_private(keys) | inner) - own)))
     stripped = [found.strip(key) for key in keys]
     for _ in range(_DEEPEST):
@@ -102,7 +103,7 @@ def refuse_unmerged(name: str, keys: Iterable[str]) -> None:
 
 
 def _private(keys: Iterable[str]) -> set[str]:
-    """The modules in keys that are private attributes, as wrappers name what is inside of them."""
+    """Return the parts of keys that begin with an underscore, as wrappers call the module inside them."""
     return {part for key in keys for part in key.split(".")[:-1] if part.startswith("_")}
 
 
@@ -113,4 +114,5 @@ def _common(keys: Collection[str]) -> list[str]:
 
 
 def _doubled(keys: Iterable[str], part: str) -> bool:
+    # A wrapper may have the name of a module of the model: model.model.layers is model.layers in a wrapper.
     return any(key.startswith(f"{part}.{part}.") for key in keys)

@@ -68,6 +68,7 @@ def as_json(value: Any, place: str, depth: int = 0) -> Any:
         raise PromptsError(f"{place} has more than {DEEPEST} brackets within brackets. Write it flatter.")
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {key: as_json(item, place, depth + 1) for key, item in value.items()}
+    # Before the lists: to pyarrow a map is a list of pairs, and pairs of texts would pass for lists.
     if isinstance(value, list) and value and all(_is_entry(item) for item in value):
         return as_json(dict(value), place, depth)
     if isinstance(value, list | tuple):

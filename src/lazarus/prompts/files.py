@@ -103,6 +103,7 @@ def _standard_input() -> bytes:
 
 def _lines(text: str, name: str, notes: Notes) -> list[Prompt]:
     """Each line is a prompt, without the white space around it; lines of JSON are noted, and left as text."""
+    # Not splitlines, which also breaks at form feeds and U+2028 within a text.
     lines = [line.strip() for line in io.StringIO(text, newline=None)]
     lines = [line for line in lines if line]
     if lines and (_is_json(text) or all(_is_json(line) for line in lines)):
@@ -126,6 +127,7 @@ def _is_json(text: str) -> bool:
 
 
 def _json_lines(text: str, name: str) -> Rows:
+    # Not splitlines: JSON allows U+2028 and the like within a string.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             place = f"-p @{name}, line {number}"
@@ -156,6 +158,7 @@ def _json_rows(text: str, name: str, notes: Notes) -> Rows:
 
 
 def _csv_rows(text: str, name: str, separator: str) -> Rows:
+    # The default, 131,072 characters a cell, is less than a long prompt has.
     csv.field_size_limit(sys.maxsize)
     # Not strict, csv drops quotation marks out of a text, or takes all lines up to the next one into it.
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
@@ -170,6 +173,7 @@ def _csv_rows(text: str, name: str, separator: str) -> Rows:
             raise PromptsError(f"-p @{name}: two columns are called {twice[0]}. Rename or drop one of them.")
         for row in reader:
             place = f"-p @{name}, line {reader.line_num}"
+            # DictReader keeps cells beyond the header under the key None; empty ones are mere separators.
             surplus = row.pop(None, [])
             if any(surplus):
                 raise PromptsError(

@@ -78,7 +78,7 @@ def make_prompts(
 
 
 def _from_item(item: Item, place: str, remarks: Counter[str]) -> Prompt:
-    """One prompt of a list; a `Prompt` is held to what a row is held to."""
+    """Return one prompt of a list; the same is refused of a `Prompt` as of a row."""
     if isinstance(item, str):
         return Prompt(item)
     if not isinstance(item, Prompt):
@@ -91,6 +91,7 @@ def _from_item(item: Item, place: str, remarks: Counter[str]) -> Prompt:
 def _from_list(value: str, notes: Notes) -> list[Prompt]:
     """The comma-separated form: one CSV row, white space dropped, empty items dropped."""
     try:
+        # Not strict, because a prompt on a command line may have a quotation mark of its own.
         items = _items(value, strict=False)
     except csv.Error as error:
         raise PromptsError(

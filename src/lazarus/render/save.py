@@ -106,6 +106,7 @@ def check_outputs(paths: Sequence[str], command: str, inputs: Sequence[str] = ()
     for path in paths:
         check_output(path, command)
         real = os.path.realpath(path)
+        # A file of a model need not be named to be read: its whole folder is an input.
         overwrites = real in read or (os.path.dirname(real) in read and not _is_ours(real))
         overwrites = overwrites and os.path.isfile(real)
         if overwrites or (real in seen and not _is_special(path)):
@@ -153,6 +154,7 @@ def _check_place(path: str) -> None:
     if Path(path).exists() and not os.access(path, os.W_OK):
         raise OutputError(f"-o {path}: this file is read-only. Choose another, or allow writing.")
     try:
+        # By trying: permissions say nothing of a read-only file system or a quota.
         with tempfile.NamedTemporaryFile(dir=folder, prefix=TEMPORARY):
             pass
     except OSError as error:
@@ -179,6 +181,7 @@ def save(record: Any, path: str) -> list[str]:
     if rows is None:
         _save_one(record, path, write)
         return [path]
+    # The rows first: a page must never name a file that is not there.
     _save_one(record, rows, writer_of(record.command, format_of(rows, record.command)))
     _save_one(record, path, partial(write, rows_file=Path(rows).name))
     return [rows, path]
@@ -213,13 +216,16 @@ def _save_one(record: Any, path: str, write: Writer) -> None:
 
 def _write_and_rename(record: Any, target: Path, write: Writer) -> None:
     target = Path(os.path.realpath(target))  # a link stays a link
+    # In the same folder, because only within one file system a rename is atomic.
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=TEMPORARY)
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as stream:
             write(record, stream)
             stream.flush()
+            # The new name may reach the disk before the bytes do, and a crash would leave an empty file.
             os.fsync(stream.fileno())
+        # mkstemp gives its files to their owner alone.
         temporary.chmod(_mode_for(target))
         temporary.replace(target)
     finally:
@@ -227,14 +233,15 @@ def _write_and_rename(record: Any, target: Path, write: Writer) -> None:
 
 
 def _mode_for(target: Path) -> int:
-    """The permissions of the file that is replaced, or those that a new file gets."""
+    """Return the permissions of the file that is replaced, or those that a new file gets."""
     if target.exists():
         return stat.S_IMODE(target.stat().st_mode)
+    # The mask can only be read by setting another one.
     mask = os.umask(0)
     os.umask(mask)
     return 0o666 & ~mask
 
 
 def _is_special(path: str) -> bool:
-    """A device or a pipe (/dev/stdout), which must be written to and never replaced."""
+    """Return whether a path is a device or a pipe (/dev/stdout), which must never be replaced."""
     return Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir()

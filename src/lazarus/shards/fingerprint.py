@@ -32,7 +32,7 @@ _WITHOUT_EFFECT = {
     "no_split",
     "truncate",
 }
-"""Options that change no state, or only through the ids, the device or the type, which are compared."""
+"""Options that change no hidden state, or only through ids, device and dtype, which are compared."""
 _PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json", "*.py")
 _DIGITS = 16
 
@@ -43,9 +43,9 @@ def fingerprint(
     options: Options,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Names and plain values: the program, both models and their files, the prompts' ids, the options.
+    """Return names and plain values: of the program, both models, their files, the prompts' ids, the options.
 
-    `settings` are those whose `auto` has come to something: they take the options' places.
+    `settings` are the options whose `auto` was decided: they replace the options' own values.
     """
     found = {
         "lazarus": __version__,
@@ -77,7 +77,7 @@ def _of_model(model: LoadedModel) -> dict[str, Any]:
 
 
 def _files_of(source: Source) -> dict[str, Any]:
-    """Size and time of change of what a local model is made of; a Hub model is told by its commit."""
+    """Return size and time of change of the files of a local model, or the commit of one on the Hub."""
     if source.is_on_hub:
         return {f"commit of {source.name}": source.revision}
     if source.gguf_file:
@@ -93,11 +93,12 @@ def _files_of(source: Source) -> dict[str, Any]:
 
 
 def _hash_of_weights(model: LoadedModel) -> str:
-    """Of a model in memory: its configuration, and every tensor's name, type, shape and bytes."""
+    """Return a hash of a model in memory: its configuration, every tensor's name, dtype, shape and bytes."""
     config = json.dumps(model.model.config.to_dict(), sort_keys=True, default=str)
     found = hashlib.sha256(config.encode())
     for name, tensor in model.model.state_dict().items():
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        # As bytes, because NumPy has no bfloat16.
         found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()[:_DIGITS]
 

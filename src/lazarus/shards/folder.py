@@ -32,7 +32,7 @@ _DAMAGE = (zipfile.BadZipFile, struct.error, ValueError, LookupError, EOFError, 
 
 
 class WorkFolder:
-    """A folder that processes share: the manifest of their run, and the states of its shards.
+    """A folder that processes share: the manifest of their run, and what each shard has accumulated.
 
     Files appear whole or not at all: each is written beside its place, under its lock, and renamed.
     """
@@ -72,11 +72,13 @@ class WorkFolder:
             UsageError: the folder belongs to another run.
             SaveError: the disk gave out.
         """
+        # The first process writes the manifest, and all of them read what it has written.
         with self._locked(MANIFEST):
             if not self._manifest.exists():
                 shards = max(FEWEST_SHARDS, SHARDS_A_PROCESS * self.rank.world)
                 self._write_manifest({"fingerprint": fingerprint, "most_shards": shards})
             found = self._read_manifest()
+        # Through JSON as the other one was: tuples are lists there.
         self._check_same(found["fingerprint"], json.loads(json.dumps(fingerprint)))
         self.most_shards = found["most_shards"]
 
@@ -91,7 +93,7 @@ class WorkFolder:
             yield ours
 
     def read(self, number: int) -> State | None:
-        """Return what a shard came to; None where its file is absent or damaged."""
+        """Return what a shard has accumulated; None where its file is absent or damaged."""
         path = self._shard(number)
         if not path.exists():
             return None
@@ -102,7 +104,7 @@ class WorkFolder:
             return None
 
     def write(self, number: int, state: Mapping[str, NDArray[Any]]) -> None:
-        """Keep what a shard came to; its lock is held.
+        """Write what a shard has accumulated; its lock is held.
 
         Raises:
             SaveError: the disk gave out.
@@ -112,12 +114,14 @@ class WorkFolder:
             with part.open("wb") as stream:
                 np.savez(stream, allow_pickle=False, **dict(state))
                 stream.flush()
+                # The new name may reach the disk before the bytes do, and a crash would leave an empty shard.
                 os.fsync(stream.fileno())
 
         self._replace(self._shard(number), save)
 
     def _check_place(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
+        # Another process may be about to write the manifest: its lock and its part are no foreign files.
         foreign = sorted(p.name for p in self.path.iterdir() if not p.name.startswith(MANIFEST))
         if foreign and not self._manifest.exists():
             raise UsageError(
@@ -125,6 +129,7 @@ class WorkFolder:
                 "one that is empty, or that is not there yet.",
                 option="work_dir",
             )
+        # mkdir says nothing of a folder that is there already. By the process id: several may probe at once.
         probe = self.path / f"{MANIFEST}.{os.getpid()}{_PART}"
         probe.touch()
         probe.unlink(missing_ok=True)

@@ -32,7 +32,7 @@ def run_shards(
     run: Callable[[Shard], State],
     advanced: Callable[[int], None],
 ) -> int:
-    """See to it that every shard is done, by this process or another; returns how many were before.
+    """Return when every shard is done, by this process or another, with how many were done before.
 
     A shard that another process is running is waited for. If that process dies, its lock is free, and the
     shard is run here. `advanced` is told the tokens of the shards that are not run here.
@@ -57,7 +57,7 @@ def run_shards(
 
 
 def states(folder: WorkFolder, shards: Sequence[Shard]) -> Iterator[State]:
-    """Yield what the shards came to, in their order.
+    """Yield what each shard has accumulated, in their order.
 
     Raises:
         SaveError: a file that was there cannot be read any more.
@@ -77,6 +77,7 @@ def _run_one(folder: WorkFolder, left: Sequence[Shard], run: Callable[[Shard], S
     """Run the first shard that nobody else is running; None if there is none."""
     for shard in left:
         with folder.claimed(shard.number) as ours:
+            # Another process may have finished it between the look at its file and this lock.
             if ours and _read(folder, shard) is None:
                 folder.write(shard.number, {**run(shard), _COVERS: np.asarray(shard.prompts)})
                 return shard
@@ -85,6 +86,7 @@ def _run_one(folder: WorkFolder, left: Sequence[Shard], run: Callable[[Shard], S
 
 def _read(folder: WorkFolder, shard: Shard) -> State | None:
     state = folder.read(shard.number)
+    # By its prompts: a file of the same number may be of another division into shards.
     if state is None or not np.array_equal(state.pop(_COVERS, np.zeros(0)), np.asarray(shard.prompts)):
         return None
     return state

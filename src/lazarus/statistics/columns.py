@@ -8,19 +8,19 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 BLOCK = 2_000_000
-"""Resamples and permutations are drawn in blocks of at most so many numbers, 16 MB an array."""
+"""Resamples and permutations are drawn in blocks of at most so many elements, 16 MB an array."""
 
 
 def in_canonical_order(divergence: Floats) -> Floats:
-    """The prompts in an order that depends neither on how they came nor on the order of layers."""
-    # NaN is given a number, one that no sum of others makes up: a prompt without any is not one of zeros.
+    """Return the prompts in an order that depends neither on how they came nor on the order of layers."""
+    # NaN gets a value of its own, so that a prompt without any divergence is not sorted as one of zeros.
     key = np.sort(np.nan_to_num(divergence, nan=-np.pi), axis=1).sum(1)
     ordered: Floats = divergence[np.argsort(key, kind="stable")]
     return ordered
 
 
 def column_means(divergence: Floats) -> Floats:
-    """The mean over prompts at each layer, [layers]; NaN where no prompt has a number."""
+    """Return the mean over prompts at each layer, [layers]; NaN where no prompt has a value."""
     n_present = (~np.isnan(divergence)).sum(0)
     mean: Floats = np.nansum(divergence, axis=0) / np.where(n_present > 0, n_present, np.nan)
     return mean

@@ -51,7 +51,7 @@ def group_curves(divergence: Floats, groups: Sequence[str | None]) -> list[Group
 
 
 def contrasts(divergence: Floats, groups: Sequence[str | None], floor: Floats, seed: int) -> list[Contrast]:
-    """The first group in order of appearance (the one under suspicion) against each of the others.
+    """Compare the first group in order of appearance (the one under suspicion) with each of the others.
 
     A label-permutation test with the largest log ratio over layers as the statistic (Westfall & Young
     1993, Resampling-Based Multiple Testing): exact while there are at most 9,999 ways to deal the labels,
@@ -76,6 +76,7 @@ def _contrast(names: tuple[str, str], members: dict[str, Floats], floor: Floats,
     sizes = [len(prompts) for prompts in measured]
     columns = _columns(np.concatenate([in_canonical_order(prompts) for prompts in measured]), floor)
     log_ratio = _log_ratio(np.arange(sum(sizes)) < sizes[0], columns, floor)
+    # nanargmax raises where all is NaN.
     layer = None if np.isnan(log_ratio).all() else int(np.nanargmax(log_ratio))
     testable = layer is not None and min(sizes) >= 2
     p_value = _permutation_p(sizes[0], columns, floor, seed) if testable else None
@@ -115,6 +116,7 @@ def _permutation_p(n_a: int, columns: Floats, floor: Floats, seed: int) -> float
         """The largest log ratio over layers of each deal; what is dealt is the prompts' indices."""
         in_a = np.zeros((*prompts_a.shape[:-1], n_prompts), dtype=bool)
         np.put_along_axis(in_a, prompts_a.astype(np.int64), True, axis)
+        # fmax passes over NaN, the layers that this deal leaves out.
         return np.fmax.reduce(_log_ratio(in_a, columns, floor), axis=-1, initial=-np.inf)
 
     prompts = np.split(np.arange(n_prompts), [n_a])

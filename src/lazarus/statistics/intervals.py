@@ -41,7 +41,7 @@ def intervals(divergence: Floats, seed: int) -> Intervals | None:
     Statist. 16:927) on the logarithm of the mean, studentised with sd / (√n · mean). Whole prompts are
     resampled, the same ones for every layer, so that the largest statistic over layers of each resample
     gives the simultaneous bound (Romano & Wolf 2005, J. Am. Stat. Assoc. 100:94). NaN is left out of its
-    layer: one with fewer than 5 numbers has NaN ends. Where all are equal, both ends are that number.
+    layer: one with fewer than 5 values has NaN ends. Where all are equal, both ends are that value.
     """
     # Not scipy.stats.bootstrap: it has neither studentised nor simultaneous intervals, and the jackknife
     # of its BCa is quadratic in the number of prompts.
@@ -72,7 +72,7 @@ def onset(band_low: Floats, floor: Floats) -> int | None:
 
 
 def _bootstrap_t(divergence: Floats, random: np.random.Generator) -> Floats:
-    """Low, high and simultaneous low end, [3, layers], of layers that have enough unequal numbers."""
+    """Return low, high and simultaneous low end, [3, layers], of layers that have enough unequal values."""
     from scipy.special import stdtrit
 
     mean = column_means(divergence)
@@ -103,6 +103,7 @@ def _studentised(relative: Floats, lowest: Floats, random: np.random.Generator) 
             n_drawn, first, second = np.split(counts @ columns, 3, axis=1)
             first, second = first / n_drawn, second / n_drawn
             variance = second - first**2
+            # The standard error of log mean* is sd* / (√n · mean*), and mean* is 1 + first.
             statistic = np.log1p(first) * (1 + first) / np.sqrt(variance / (n_drawn - 1))
             degenerate = np.where(first < 0, lowest, np.nan)
             blocks.append(np.where(variance > DEGENERATE * second, statistic, degenerate))
@@ -115,6 +116,7 @@ def _resamples(n_prompts: int, random: np.random.Generator) -> Iterator[Floats]:
     for start in range(0, N_REPLICATES, block):
         size = min(block, N_REPLICATES - start)
         drawn = random.integers(n_prompts, size=(size, n_prompts))
+        # One bincount for all resamples: each counts in a range of its own.
         drawn += np.arange(size)[:, None] * n_prompts
         counts = np.bincount(drawn.ravel(), minlength=size * n_prompts)
         yield counts.reshape(size, n_prompts).astype(np.float64)

@@ -26,10 +26,10 @@ class Floor:
 
 
 def noise_floor(trials: Sequence[tuple[float, float]], dtype: str) -> Floor:
-    """The floor at one site, from the mean relative L2 and divergence of each trial of the noise.
+    """Return the floor at one site, from the mean relative L2 and divergence of each trial of the noise.
 
     `FACTOR` times the largest relative L2, and its square times the largest divergence, which is of
-    second order. Never below half a unit in the last place, the rounding of a single number.
+    second order. Never below half a unit in the last place, the rounding of a single element.
     """
     rounding = EPSILONS.get(dtype, EPSILONS["float32"]) / 2
     largest_l2 = max((l2 for l2, _ in trials), default=0.0)
@@ -52,4 +52,5 @@ def find_verdict(seen: Mapping[S, float], floors: Mapping[S, Floor]) -> Verdict 
         return "identical"
     if any(site in floors and value > floors[site].relative_l2 for site, value in differing.items()):
         return "changed"
+    # A site without a floor may differ by noise or not: nobody knows, so there is no verdict.
     return "within_noise" if differing.keys() <= floors.keys() else None

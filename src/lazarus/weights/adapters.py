@@ -1,6 +1,6 @@
 """A checkpoint with an adapter: which of its tensors the adapter changes, and how. No model is merged.
 
-PEFT says it, on an empty copy of the model: what its modules become is what its forward pass computes with.
+PEFT is asked, on an empty copy of the model: the layers that it puts there are those that would run.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def put_adapter(checkpoint: Checkpoint, adapter: Source, notes: Notes) -> tuple[
 
 
 def _hollow_copy(empty: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedModel:
-    """A second empty model, on the CPU and without memory all the same, for an adapter to be put on.
+    """Return a second empty model on which an adapter can be put: on the CPU, and still without memory.
 
     Its parameters are tied as they are when the checkpoint has been loaded: an adapter may bring one of them.
     """
@@ -84,11 +84,12 @@ def _hollow_copy(empty: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedMo
 
 
 def _brought(model: PreTrainedModel, empty: PreTrainedModel) -> dict[str, Tensor]:
-    """The tensors of the model that the adapter brings whole, by their paths: a head, biases."""
+    """Return the tensors of the model that the adapter brings whole, by their paths: an LM head, biases."""
     own = set(empty.state_dict())
     found = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         path = _path(name)
+        # A parameter that is still hollow is the model's own: what the adapter brought has memory.
         if path in own and ".original_module." not in name and not tensor.is_meta and not is_hollow(tensor):
             found[path] = tensor.detach()
     return found
@@ -110,11 +111,13 @@ class _Layers:
         self._checkpoint = checkpoint
         self._brought = brought
         self._adapter = adapter
+        # Layers of PEFT, of whatever type, keep the module that they wrap under this name.
         self._layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "base_layer")}
         self._owners = {path: checkpoint.tied[place] for path, place in checkpoint.tied_paths.items()}
         self._by_path: dict[str, list[Entry]] = defaultdict(list)
         for entry in checkpoint.entries.values():
             self._by_path[entry.path].append(entry)
+        # A layer is merged once for its weight and its bias. The cache is freed with this object.
         self._merge = lru_cache(maxsize=_KEPT)(self._merge_layer)
 
     def applied(self, notes: Notes) -> Checkpoint:
@@ -130,6 +133,7 @@ class _Layers:
         }
         entries |= self._new_entries()
         for path, effect in effects.items():
+            # A tied parameter is no entry: it changes with its owner, unless `_parted` finds otherwise.
             if path not in self._owners:
                 entries |= self._changed(path, effect, entries)
         entries |= self._parted(effects, notes)
@@ -154,7 +158,7 @@ class _Layers:
     def _changed(
         self, path: str, effect: _Effect, entries: Mapping[Place, Entry]
     ) -> Iterator[tuple[Place, Entry]]:
-        """The components of one parameter, with its update on top."""
+        """Yield the components of one parameter, with its update on top."""
         for place, take in self._components(path, effect.shape):
             entry = entries[place]
             update = part_of_update(effect.update, effect.shape, take)
@@ -174,6 +178,7 @@ class _Layers:
         found = []
         for part in self._checkpoint.structure.parts(path, shape):
             entry = self._checkpoint.entries.get(part.place)
+            # For its shape alone.
             whole = MemoryView(torch.empty(shape, device="meta"), "", part.take)
             if own or entry is None or not entry.in_order or entry.view.shape != whole.shape:
                 raise self._refusal(
@@ -225,11 +230,12 @@ class _Layers:
             path, shape = f"{module}.{attribute}", tuple(parameter.shape)
             if product is None:
                 yield path, _Effect(Merged(partial(self._merged, name, attribute), shape), shape)
+            # The other parameters, such as a bias, a plain LoRA leaves as they are.
             elif attribute == "weight":
                 yield path, _Effect(product, shape)
 
     def _of_parameter(self, path: str, layer: Any, base: nn.Module) -> tuple[str, _Effect]:
-        """A LoRA on one parameter, most often that of all experts.
+        """Return the update by a LoRA on one parameter, most often that of all experts.
 
         llama.cpp stores an expert's matrix by outputs, also where the model's parameter is by inputs.
         """
@@ -246,12 +252,13 @@ class _Layers:
         tokens = sorted(rows)
         new = layer.trainable_tokens_delta[ADAPTER].detach().double()[[rows[token] for token in tokens]]
         table = self._view(path, shape)
+        # A copy, because the next row may be read into the same memory.
         old = [table.read(token, token + 1).double().clone() for token in tokens]
         index = torch.tensor(tokens, dtype=torch.int64)
         return Replaced((shape[0], shape[1]), index, new - torch.cat(old))
 
     def _view(self, path: str, shape: tuple[int, ...]) -> View:
-        """A tensor of the model as the adapter finds it.
+        """Return a tensor of the model as the adapter finds it.
 
         Raises:
             UnsupportedModelError: the files do not hold it, or in another layout.
@@ -287,8 +294,10 @@ class _Layers:
         layer, module = copy.deepcopy(self._layers[name]), _path(name)
         base: Any = layer.base_layer
         before = {}
+        # A list, because each parameter is replaced below.
         for attribute, parameter in list(base.named_parameters(recurse=False)):
             view = self._view(f"{module}.{attribute}", tuple(parameter.shape))
+            # Copies: the merge changes the weight in place, and what was read may be overwritten.
             tensor = view.read(0, view.matrix[0]).reshape(view.shape).to(torch.float64, copy=True)
             before[attribute] = tensor
             setattr(base, attribute, nn.Parameter(tensor.to(dtype, copy=True), requires_grad=False))
@@ -310,7 +319,7 @@ class _Layers:
 
 
 def _same_tensor(one: Tensor | None, other: Tensor | None) -> bool:
-    """Return whether both are the model's own, or PEFT has tied what the adapter brings."""
+    """Return whether both are the model's own, or one tensor of the adapter that PEFT has tied."""
     if one is None or other is None:
         return one is other
     return is_one(one, other)

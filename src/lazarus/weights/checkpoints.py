@@ -1,4 +1,4 @@
-"""One checkpoint as components: each with its place, the key of its tensor, and a view of its numbers."""
+"""One checkpoint as components: each with its place, the key of its tensor, and a view of its elements."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ViewOf(Protocol):
     """Gives a view of a tensor, or of a part of it."""
 
     def __call__(self, take: Take | None, /) -> View:
-        """Nothing is read yet."""
+        """Return the view; nothing is read yet."""
         ...
 
 
@@ -60,7 +60,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Entry:
-    """One component: where it is, its tensor's names in the files and in the model, and its numbers."""
+    """One component: where it is, its tensor's names in the files and in the model, and a view of it."""
 
     place: Place
     key: str
@@ -184,7 +184,7 @@ def _read_gguf(structure: Structure) -> tuple[list[Stored], set[str]]:
                 and place != _LAST
                 and tensor.view.shape != parameters[tensor.target].shape
             ):
-                # The layout of queries and keys depends on the number of heads: here both would be wrong.
+                # The layout of queries and keys depends on the number of heads, which is then wrong as well.
                 wanted = parameters[tensor.target].shape
                 raise other_shape(opened.source, tensor.target, tensor.view.shape, wanted)
             stored.append(Stored(tensor.key, tensor.path, place, tensor.view.shape, tensor.view.dtype, view))
@@ -195,6 +195,7 @@ def _read_gguf(structure: Structure) -> tuple[list[Stored], set[str]]:
 def _entries(structure: Structure, stored: Iterable[Stored]) -> dict[Place, Entry]:
     """The components in the model's order; of two in one place, the second is whole and called by its key."""
     found: dict[Place, Entry] = {}
+    # The pieces of one parameter have its place in common: experts are sorted by their numbers.
     for each in sorted(stored, key=lambda each: (each.order, natural_key(each.path))):
         parts = structure.parts(each.path, each.shape)
         if any(part.place in found for part in parts):
@@ -206,7 +207,7 @@ def _entries(structure: Structure, stored: Iterable[Stored]) -> dict[Place, Entr
 
 
 def _tied(structure: Structure, entries: Mapping[Place, Entry]) -> dict[str, tuple[Place, Place]]:
-    """The parameters that are not stored but tied to others: their places, and their owners.."""
+    """Return the parameters that are not stored but tied to others: their places, and their owners."""
     if structure.model is None:
         return {}
     by_path = {entry.path: place for place, entry in entries.items()}
@@ -233,6 +234,7 @@ def _note_lacking(structure: Structure, stored: Iterable[Stored], made: set[str]
     order = {name: place for place, name in enumerate(structure.model.state_dict())}
     held = set(made)
     ties: dict[str, str] = structure.model.all_tied_weights_keys
+    # A checkpoint may hold either of two tied parameters, or both.
     held |= {tied for tied, owner in ties.items() if owner in held}
     held |= {owner for tied, owner in ties.items() if tied in held}
     names = []
@@ -248,7 +250,7 @@ def _note_lacking(structure: Structure, stored: Iterable[Stored], made: set[str]
 
 
 def _usual_type(stored: Iterable[Stored]) -> str:
-    """The type of most of the stored numbers."""
+    """Return the dtype of most of the stored elements."""
     counts: Counter[str] = Counter()
     for each in stored:
         counts[each.dtype] += math.prod(each.shape)

@@ -56,6 +56,7 @@ class Namer:
 
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy | None) -> None:
         """Learn a model, which may be empty; `anatomy` is None where its blocks cannot be found."""
+        # With duplicates: a block that runs at several places (ALBERT) is found under any of its paths.
         self._modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
         self._tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)
         self._input, self._output = model.get_input_embeddings(), model.get_output_embeddings()
@@ -123,11 +124,12 @@ class Namer:
     def _find_layers(self) -> dict[str, int]:
         """The path of each block, and its index."""
         blocks = self._anatomy.blocks if self._anatomy else ()
+        # Reversed, so that the first place of a block that is listed several times counts.
         index = {id(block): layer for layer, block in reversed(list(enumerate(blocks)))}
         return {name: index[id(each)] for name, each in self._modules.items() if id(each) in index}
 
     def _find_blocks(self) -> dict[int, Block]:
-        """The tensors in each block. Without a norm after the last, norms are after their sublayers."""
+        """Return the tensors in each block. Without a final norm, norms come after their sublayers."""
         pre_norm = any(
             self._outside(path) == "final_norm" for path in self._tensors if not self._block_of(path)
         )
@@ -135,12 +137,14 @@ class Namer:
         for path in self._tensors:
             block = self._block_of(path)
             if block is not None:
+                # One expert stands for all: rules ask which kinds of tensors there are.
                 inside = re.sub(r"\bexperts\.\d+", "experts.0", path[len(block) + 1 :])
                 names[self._layers[block]].add(inside)
         return {layer: Block(frozenset(inside), pre_norm) for layer, inside in names.items()}
 
     def _find_shared(self) -> frozenset[Place]:
-        """The places that two tensors of the model would have: these keep their paths."""
+        """Return the places that two tensors of the model would share: these tensors keep their paths."""
+        # Of a tied tensor the first path alone: two names of one tensor are no conflict.
         first = {id(tensor): path for path, tensor in reversed(self._tensors.items())}
         places = Counter(self._named(path).place for path in first.values())
         return frozenset(place for place, count in places.items() if count > 1)

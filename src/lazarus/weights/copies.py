@@ -50,6 +50,7 @@ def find_copies(base: Checkpoint, finetuned: Checkpoint) -> list[Run]:
     for place, layer in theirs.items():
         following = runs[-1].base + runs[-1].n_layers if runs else place
         alike = sorted(prints.get(_fingerprint(layer), ()), key=lambda i: (i != following, i))
+        # The fingerprint only narrows the search: what is called a copy was compared to the end.
         origin = next((i for i in alike if _same(ours[i], layer)), None)
         if origin is None:
             continue
@@ -95,7 +96,7 @@ def _layers(checkpoint: Checkpoint) -> dict[int, Layer]:
 
 
 def _fingerprint(layer: Layer) -> str:
-    """A hash of the first elements of every tensor, as float64: of whatever dtype they are stored in."""
+    """Return a hash of the first elements of every tensor, in float64, whatever their stored dtype is."""
     found = hashlib.sha256()
     for component in sorted(layer):
         view = layer[component]

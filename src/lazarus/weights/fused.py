@@ -1,8 +1,8 @@
-"""Tensors that are several components in one: which of their numbers are whose.
+"""Tensors that are several components in one: which of their elements belong to which.
 
-The order of the parts is in no configuration: it is how a model's code cuts what the tensor gives. So it is
-told by the module that holds the tensor, and each layout of `_LAYOUTS` is that of transformers' own code. A
-tensor whose layout is not known for certain stays whole.
+The order of the parts is in no configuration. It is how a model's code cuts what the tensor computes. So the
+module that holds the tensor decides, and each layout of `_LAYOUTS` is that of transformers' own code. Without
+a layout that is known for certain, the tensor stays whole.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Layout:
         if self.n_groups == 1:
             return [(name, (slice(end - n, end),)) for (name, n), end in zip(self.sizes, ends, strict=True)]
         return [
+            # An int takes an axis of length 1 away, so that the part is a matrix as any other.
             (name, (_ALL, end - 1 if n == 1 else slice(end - n, end)))
             for (name, n), end in zip(self.sizes, ends, strict=True)
         ]
@@ -65,9 +66,10 @@ def pieces(component: str, shape: tuple[int, ...], holder: Holder) -> list[tuple
     `component` is the name of the whole, such as `attn_qkv.bias` or `experts.mlp_gate_up`.
     """
     name, suffix = (component[:-5], ".bias") if component.endswith(".bias") else (component, "")
+    # The group is that of experts, if there is one: `experts.mlp_gate_up`.
     group, _, bare = name.rpartition(".")
     if (group and not group.startswith(("expert", "shared_expert"))) or not shape:
-        return []  # a part of a quantised weight, whose numbers are in another order
+        return []  # a part of a quantised weight, whose elements are in another order
     n_experts = _n_experts(group, bare, shape, holder)
     if not n_experts:
         return [
@@ -134,6 +136,7 @@ def _layout(bare: str, n: int, holder: Holder) -> tuple[str, Layout | None]:
 
 def _gate_and_up(n: int, holder: Holder) -> Layout:
     """Two halves, the gate (what goes through the activation) first; or gate and up in turns (gpt-oss)."""
+    # transformers' decorator for classes of experts sets this; a module without it has two halves.
     if getattr(holder.owner, "is_concatenated", True):
         return Layout(1, (("gate", n // 2), ("up", n // 2)))
     return Layout(n // 2, (("gate", 1), ("up", 1)))
@@ -146,6 +149,7 @@ def _attention(fused: str, n: int, holder: Holder) -> Layout | None:
         return _in_order(names, n // len(names))
     if hasattr(parent, "in_proj_qkv") or hasattr(parent, "in_proj_qkvz"):
         return _gated_delta(holder, fused)
+    # By a base as well: custom code often derives from a class of transformers, and cuts as it does.
     kinds = (each for each in type(parent).__mro__ if each.__module__.startswith("transformers."))
     layouts = (_LAYOUTS.get(each.__name__) for each in kinds)
     layout = next((each for each in layouts if each is not None), None)

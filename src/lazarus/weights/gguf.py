@@ -23,7 +23,7 @@ from lazarus.weights.views import MemoryView, Rows, View
 
 _EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps\.weight")
 _PLAIN = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""GGUF's names of the types that others have too"""
+"""the ggml types that are dtypes of torch too"""
 _N_BYTES = 2**22
 """how much of two tensors is compared at once"""
 _KEPT = 2
@@ -49,6 +49,7 @@ class GgufFile:
     def __init__(self, file: Gguf, model: PreTrainedModel) -> None:
         self._tensors = file.tensors
         self._translation = translate(file, model)
+        # Several components may be parts of one tensor, which is then dequantised once for them.
         self.whole = lru_cache(maxsize=_KEPT)(self._whole)
 
     def tensors(self) -> Iterator[GgufTensor]:
@@ -63,6 +64,7 @@ class GgufFile:
                 continue
             module = target.removesuffix(".weight").rpartition(".")[0]
             for expert in range(tensor.shape[0]):
+                # The name that a checkpoint has for one expert where it does not stack them.
                 path = f"{module}.{expert}.{stack[1]}_proj.weight"
                 yield GgufTensor(key, path, target, expert, self.view(key, expert, None))
 
@@ -99,12 +101,13 @@ class _GgufRows:
 
     @property
     def dtype(self) -> str:
-        """The name of its stored type."""
+        """Return the name of its stored dtype, or of its ggml type."""
         return _PLAIN.get(self.kind.name, str(self.kind.name))
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
         """Return what it is once it is dequantised."""
+        # Codes, and bfloat16, are rows of bytes; no ggml type has unsigned bytes as its elements.
         if self.data.dtype != np.uint8:
             return self.data.shape
         import gguf
@@ -124,7 +127,7 @@ class _GgufRows:
         return self._numbers(rows).reshape(stop - start, -1)
 
     def same_codes(self, other: object) -> bool:
-        """Return whether the same is stored; if not, the numbers may still be equal."""
+        """Return whether the same codes are stored; if not, the elements may still be equal."""
         return isinstance(other, _GgufRows) and self.kind == other.kind and _same(self.data, other.data)
 
     def everything(self) -> Tensor:
@@ -163,9 +166,9 @@ class _WholeView:
         return self._view().read(start, stop)
 
     def same_codes(self, other: object) -> bool:
-        """Return whether the same is stored, and the same is made of it.
+        """Return whether the same codes are stored, and the same is made of them.
 
-        If not, the numbers may still be equal.
+        If not, the elements may still be equal.
         """
         return (
             isinstance(other, _WholeView)
@@ -188,4 +191,5 @@ def _same(one: NDArray[Any], other: NDArray[Any]) -> bool:
         return False
     step = max(1, _N_BYTES * len(one) // max(one.nbytes, 1))
     parts = (slice(start, start + step) for start in range(0, len(one), step))
+    # As bytes: codes may look like NaN, which is not equal to itself.
     return all(one[part].tobytes() == other[part].tobytes() for part in parts)

@@ -1,6 +1,6 @@
 """The measures of one pair of tensors, in float64 and in parts.
 
-f and b are all the numbers of the fine-tuned and of the base tensor, as one vector each, and d = f − b.
+f and b are all elements of the fine-tuned and of the base tensor, as one vector each, and d = f − b.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 from lazarus.weights.views import Update, View, bits, open_rows, same_bits
 
 N_NUMBERS = 2**17
-"""As many at once: fewer leave Python a share of the time, more leave the caches (2.2 ns a number here)."""
+"""Elements read at once. With fewer, Python takes part of the time; more leave the caches (2.2 ns each)."""
 _TINY = 1e-280
-"""Sums of squares below are not to be trusted: squares of single numbers were rounded to denormals, or 0."""
+"""Sums of squares below this are not to be trusted: single squares were rounded to denormals, or to 0."""
 _CANCELLED = 1e-2
 """Where ‖f‖² is less than this share of ‖b‖² it is summed from f, not from b and d."""
 _MOST_SCALING = 1000
@@ -40,6 +40,7 @@ class Chunk:
     @property
     def finetuned(self) -> Float64[Tensor, "rows columns"]:
         """f in float64."""
+        # Where f was read it is taken as it is: b + d would be rounded.
         return self.base + self.change if self.stored is None else self.stored.double()
 
 
@@ -64,7 +65,7 @@ class Pair(Protocol):
 
     @property
     def finetuned_dtype(self) -> str:
-        """The type that the fine-tuned numbers were rounded to; float64 where they were not."""
+        """Return the dtype to which the fine-tuned elements were rounded; float64 where they were not."""
         ...
 
     def identical(self) -> bool:
@@ -72,7 +73,7 @@ class Pair(Protocol):
         ...
 
     def chunks(self, n_numbers: int) -> Iterator[Chunk]:
-        """All rows in order, about `n_numbers` numbers at a time.
+        """Yield all rows in order, about `n_numbers` elements at a time.
 
         The tensors of one chunk may be overwritten by the next.
         """
@@ -83,9 +84,9 @@ class Pair(Protocol):
 class ViewPair:
     """Two tensors that are both stored.
 
-    f − b is exact for numbers of up to 32 bits unless they are 2²⁹ times apart, and rounded to float64 for
-    all others. A number has changed where its bits have: −0.0 is not 0.0, and a NaN is itself. Those of two
-    types are compared in float64.
+    f − b is exact for elements of up to 32 bits unless they are 2²⁹ times apart, and rounded to float64 for
+    all others. An element has changed where its bits have: −0.0 is not 0.0, and NaN equals itself. Elements
+    of two dtypes are compared in float64.
 
     Raises:
         ValueError: they have different shapes.
@@ -110,7 +111,7 @@ class ViewPair:
 
     @property
     def finetuned_dtype(self) -> str:
-        """The type of the fine-tuned numbers."""
+        """Return the dtype of the fine-tuned elements."""
         return self.finetuned.dtype
 
     def identical(self) -> bool:
@@ -136,6 +137,7 @@ class ViewPair:
                 b, f = ours.read(start, stop), theirs.read(start, stop)
                 base.copy_(b)
                 change.copy_(f)
+                # Before the subtraction: `change` still holds f.
                 one, other = (b, f) if b.dtype == f.dtype else (base, change)
                 np.not_equal(bits(one).numpy(), bits(other).numpy(), out=differs[: stop - start])
                 n_changed = int(np.count_nonzero(differs[: stop - start]))
@@ -144,7 +146,7 @@ class ViewPair:
 
 @dataclass(frozen=True, eq=False)
 class UpdatePair:
-    """A stored tensor and what an adapter adds to it; a number has changed where that is not 0.
+    """A stored tensor and what an adapter adds to it; an element has changed where that is not 0.
 
     Raises:
         ValueError: the update is of another shape.
@@ -169,7 +171,7 @@ class UpdatePair:
         return self.base.matrix
 
     def identical(self) -> bool:
-        """Unknown until the update has been computed."""
+        """Return whether there is no element at all: the update has not been computed yet."""
         return math.prod(self.matrix) == 0
 
     def chunks(self, n_numbers: int) -> Iterator[Chunk]:
@@ -209,14 +211,14 @@ class Numbers:
     max_abs_change: float
     n_changed: int
     share_changed: float
-    """of all numbers, 0 to 1; 0 of none"""
+    """of all elements, 0 to 1; 0 where there are none"""
     base_norm: float | None
     """‖b‖; None where it was not needed: the bits are the same"""
     change_norm: float
 
 
 def measure(pair: Pair, n_numbers: int = N_NUMBERS) -> Numbers:
-    """The numbers of a pair. Tensors with the same bits are recognised from these, without arithmetic.
+    """Measure a pair. Tensors with the same bits are recognised by them, without arithmetic.
 
     Raises:
         OSError: a file is missing or too short.
@@ -240,7 +242,7 @@ def measure(pair: Pair, n_numbers: int = N_NUMBERS) -> Numbers:
 
 
 def base_norm(pair: Pair, n_numbers: int = N_NUMBERS) -> float:
-    """‖b‖, for the sums over tensors of which some did not change; NaN if it is not finite.
+    """Return ‖b‖, for the sums over tensors of which some did not change; NaN if it is not finite.
 
     Raises:
         OSError: the file is missing or too short.
@@ -254,6 +256,7 @@ def base_norm(pair: Pair, n_numbers: int = N_NUMBERS) -> float:
             numbers = wide[: stop - start].copy_(rows.read(start, stop))
             scale = _scale(_largest(0.0, numbers))
             norms.append(float(numbers.mul_(scale).norm()) / scale)
+    # hypot scales by itself: no square overflows.
     return _finite(math.hypot(*norms))
 
 
@@ -272,12 +275,13 @@ class _Norms:
     product: float
 
     def cosine(self) -> float:
-        """b̂·f̂; of similar vectors 1 − ½‖b̂ − f̂‖², which tells apart what the product rounds to 1.
+        """Return b̂·f̂; of similar vectors 1 − ½‖b̂ − f̂‖², where the product would round to 1.
 
         ½‖b̂ − f̂‖² = (‖d‖² − (‖f‖ − ‖b‖)²) / (2‖f‖‖b‖).
         """
         if self.base == self.finetuned == 0:
             return 1.0
+        # So far apart, the product loses no digits, and the formula below has nothing to gain.
         if self.change > min(self.base, self.finetuned) / 2:
             return min(max(self.product, -1.0), 1.0) if math.isfinite(self.product) else math.nan
         # As two factors: a square may overflow where a norm does not.
@@ -288,7 +292,7 @@ class _Norms:
 
 @dataclass
 class _Sums:
-    """b·b, d·d and b·d over the chunks, the largest |d|, and how many numbers have changed."""
+    """b·b, d·d and b·d over the chunks, the largest |d|, and how many elements have changed."""
 
     base: float = 0.0
     change: float = 0.0
@@ -319,6 +323,7 @@ class _Sums:
     def norms(self) -> _Norms:
         """The norms, where this is safe."""
         base, finetuned = math.sqrt(self.base), math.sqrt(self.finetuned)
+        # ‖f‖ − ‖b‖ as (‖f‖² − ‖b‖²) / (‖f‖ + ‖b‖): the difference of the roots would cancel.
         longer = (2 * self.cross + self.change) / (finetuned + base)
         product = (self.base + self.cross) / (base * finetuned)
         return _Norms(base, finetuned, math.sqrt(self.change), longer, product)
@@ -332,13 +337,14 @@ def _add_up(pair: Pair, n_numbers: int) -> _Sums:
 
 
 def _largest(before: float, tensor: Tensor) -> float:
-    """The larger of `before` and the largest absolute value; NaN where there is one."""
+    """Return the larger of `before` and the largest absolute value; NaN where there is one."""
     numbers = tensor.numpy()
+    # NumPy hands NaN on; max() of Python keeps or drops it by its place.
     return float(np.maximum(before, np.maximum(numbers.max(), -numbers.min())))
 
 
 def _scaled_norms(pair: Pair, n_numbers: int) -> _Norms:
-    """The norms by two passes: squares of numbers that a power of two has brought near 1."""
+    """Return the norms by two passes: squares of elements that a power of two has brought near 1."""
     largest = [0.0, 0.0, 0.0]
     for chunk in pair.chunks(n_numbers):
         largest = [_largest(before, part) for before, part in zip(largest, _three(chunk), strict=True)]
@@ -359,7 +365,8 @@ def _three(chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _scale(largest: float) -> float:
-    """The power of two by which `largest` comes near 1; 1 for 0 and for what is not finite."""
+    """Return the power of two by which `largest` comes near 1; 1 for 0 and for what is not finite."""
     if largest == 0 or not math.isfinite(largest):
         return 1.0
+    # A power of two, so that scaling rounds nothing. The limit keeps the factor itself in range.
     return math.ldexp(1.0, min(max(-math.frexp(largest)[1], -_MOST_SCALING), _MOST_SCALING))

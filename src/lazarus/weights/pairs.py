@@ -1,4 +1,4 @@
-"""Pairs the tensors of two checkpoints; what has no counterpart is told."""
+"""Pairs the tensors of two checkpoints; what has no counterpart is reported."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Matched:
     n_moved: int = 0
     """tokens that have another id in fine-tuned"""
     by_number: str | None = None
-    """why the rows of tables were matched by their numbers and not by token, where that is so"""
+    """why the rows of tables were matched by their index and not by token, where that is so"""
 
 
 def match(base: Checkpoint, finetuned: Checkpoint, vocabulary: Vocabulary, notes: Notes) -> Matched:
@@ -90,7 +90,7 @@ def _places(base: Checkpoint, finetuned: Checkpoint) -> Iterator[Place]:
 
 
 def _pair(base: View, finetuned: View) -> Pair:
-    """An update on the very same tensor is what has changed, and need not be subtracted out again."""
+    """Return the pair of two views; an update on the very same tensor is the change by itself."""
     if isinstance(finetuned, AddedView) and finetuned.view == base:
         return UpdatePair(base, finetuned.update)
     return ViewPair(base, finetuned)
@@ -160,6 +160,7 @@ def _unmatched(place: Place, base: Entry | None, finetuned: Entry | None) -> Unm
     return UnmatchedTensor(
         layer=place.layer,
         component=place.component,
+        # a tensor that is tied has no key of its own
         name=one.key if one.place == place else place.component,
         base_shape=None if base is None else list(base.view.shape),
         finetuned_shape=None if finetuned is None else list(finetuned.view.shape),

@@ -67,12 +67,10 @@ def measure_all(
     n_threads: int,
     on_done: Callable[[int], Any] | None = None,
 ) -> list[T]:
-    """Return what `measure_one` says of each pair, in their order, from `n_threads` threads.
+    """Return what `measure_one` returns for each pair, in their order, from `n_threads` threads.
 
-    The largest go first.
-
-    `on_done` is called here, with a pair's index, as each is ready. The first error ends all, and is raised
-    once the other threads have ended, which they do at their next chunk; so does an interrupt.
+    The largest pairs go first. `on_done` is called in this thread, with a pair's index, as each is ready. The
+    first error, or an interrupt, ends all: the other threads end at their next chunk, and then it is raised.
     """
     tasks = [partial(_measured, measure_one, pair) for pair in pairs]
     return run_all(tasks, [math.prod(pair.matrix) for pair in pairs], n_threads, on_done)
@@ -93,6 +91,7 @@ def run_all(
     done: dict[int, T] = {}
     with _single_threads(n_threads) as pool:
         try:
+            # Otherwise one thread may begin the largest last, while the others have nothing to do.
             largest_first = sorted(range(len(tasks)), key=lambda i: -sizes[i])
             places: dict[Future[T], int] = {pool.submit(tasks[i], stop): i for i in largest_first}
             for future in as_completed(places):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Take:
-    """A part of a tensor: its numbers in the shape `dims`, row-major, then `index`, with ints and slices.
+    """A part of a tensor: its elements in the shape `dims`, row-major, then `index`, with ints and slices.
 
     The steps of slices are positive.
     """
@@ -50,7 +50,7 @@ class Layout:
         return place
 
     def regular(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """The rows start to stop in runs whose rows are all equally far apart, as (start, stop)."""
+        """Yield the rows start to stop in runs whose rows are all equally far apart, as (start, stop)."""
         length = self.inner[0]
         while start < stop:
             end = min(stop, (start // length + 1) * length)
@@ -63,11 +63,12 @@ class Layout:
 
 
 def lay_out(shape: tuple[int, ...], take: Take | None, dtype: torch.dtype) -> Layout:
-    """Return where the rows of a tensor of this shape and type are, or those of a part of it.
+    """Return where the rows of a tensor of this shape and dtype are, or those of a part of it.
 
     Raises:
         ValueError: `take` does not fit the shape.
     """
+    # On meta, torch computes the offset and the strides of a part, and nothing is allocated.
     part = part_of(torch.empty(shape, dtype=dtype, device="meta"), take)
     rows, columns = as_matrix(tuple(part.shape))
     axes: list[tuple[int, int]] = []
@@ -75,6 +76,7 @@ def lay_out(shape: tuple[int, ...], take: Take | None, dtype: torch.dtype) -> La
     for length, stride in zip(part.shape[:n_leading], part.stride()[:n_leading], strict=True):
         if axes and axes[-1][1] == length * stride:
             axes[-1] = (axes[-1][0] * length, stride)
+        # The stride of an axis of length 1 means nothing.
         elif length != 1:
             axes.append((length, stride))
     last = part.stride()[-1] if part.ndim > 1 else 1

@@ -152,7 +152,7 @@ def _row(row: Row, measured: Measured, threshold: float) -> TensorRecord:
 
 
 def _layers(rows: Sequence[TensorRecord], measured: Sequence[Measured]) -> list[WeightLayerRecord]:
-    """Each block: the root of the sum of its tensors' squared changes, over that of their squared norms."""
+    """Return each block: the root of the sum of squared changes, over that of squared norms."""
     found = []
     for layer in sorted({row.layer for row in rows if row.layer is not None}):
         inside = [each.numbers for row, each in zip(rows, measured, strict=True) if row.layer == layer]
@@ -214,11 +214,13 @@ def _verdict(
 ) -> tuple[WeightVerdict, list[str]]:
     """Return the verdict on all tensors, and what may explain it."""
     changed = [each.rounded for each in measured if each.numbers.n_changed]
+    # Whatever was compared, a tensor on one side alone and a token with another id are changes.
     if matched.unmatched or matched.n_moved:
         return "changed", []
     if not changed:
         return "identical", _causes(sides)
     found = [each for each in changed if each is not None and each.holds]
+    # Rounding explains all that changed, and in one direction, or it explains nothing.
     if len(found) < len(changed) or len({each.stored for each in found}) > 1:
         return "changed", []
     base, finetuned = sides

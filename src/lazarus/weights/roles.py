@@ -36,7 +36,7 @@ class Block:
     """a norm whose name does not say where it stands is before its sublayer, not after it"""
 
     def has(self, pattern: str, inside: str = "") -> bool:
-        """True where a tensor of the block has a path that begins with `inside` and goes on with a match."""
+        """Return whether the path of a tensor of the block is `inside` and then something that matches."""
         return any(re.search(pattern, n[len(inside) :]) for n in self.names if n.startswith(inside))
 
 
@@ -57,6 +57,7 @@ def component_of(path: str, block: Block) -> str | None:
     A fused tensor has the name of all that is in it: `attn_qkv`, `mlp_gate_up`, `experts.mlp_gate_up`.
     """
     stem, suffix = _without_attribute(path)
+    # A block of Zamba holds the transformer that several of them share under this name.
     found = _at_block(re.sub(r"^shared_transf(ormer)?\.", "", stem), block) or _in_owner(
         stem.split("."), block
     )
@@ -94,7 +95,10 @@ def _at_block(stem: str, block: Block) -> str | None:
 
 
 def _norms_what_attention_adds(block: Block) -> bool:
-    """`post_attention_layernorm` is before the MLP, as in Llama, unless the MLP has other norms."""
+    """Return whether `post_attention_layernorm` norms the output of attention.
+
+    It stands before the MLP, as in Llama, unless the MLP has other norms.
+    """
     if block.has(r"^pre_(feedforward|mlp|ff)_layernorm\."):
         return True
     return block.has(r"^post_feedforward_layernorm\.") and not block.has(r"^input_layernorm\.")
@@ -121,7 +125,7 @@ def _in_owner(tokens: list[str], block: Block) -> str | None:
 
 
 def _enter(owner: _Owner, tokens: list[str], depth: int, block: Block) -> _Owner | None:
-    """Return what a tensor lies in once a container more is known; None where that token is no container."""
+    """Return the owner of a tensor with one container more; None where the next token is no container."""
     token, is_leaf = tokens[depth], depth == len(tokens) - 1
     inside = ".".join(tokens[: depth + 1]) + "."
     if owner.kind == "mlp" and _is_router(token, inside, block):
@@ -141,7 +145,7 @@ def _enter(owner: _Owner, tokens: list[str], depth: int, block: Block) -> _Owner
 
 
 def _is_router(token: str, inside: str, block: Block) -> bool:
-    """`gate` is a router where there are experts, and not in a block that is known to have none."""
+    """Return whether a container is a router: `gate` is none in a block that is known to have no experts."""
     if token == "router":
         return True
     return token == "gate" and (not block.names or block.has(r"experts?\b|input_linear"))
@@ -163,6 +167,7 @@ def _grouped(owner: _Owner, token: str, block: Block) -> _Owner:
 def _kind(token: str, inside: str, leaf: str, block: Block) -> str | None:
     found = next((kind for pattern, kind in KINDS if re.fullmatch(pattern, token)), None)
     if found == "mixer":
+        # Without a model, the tensor itself is all that is known of the mixer.
         return _mixer(token, inside, block if block.names else Block(frozenset({inside + leaf})))
     if found == "mlp" and block.has(r"^receptance\.", inside):
         return "channel_mix"
@@ -195,7 +200,7 @@ def _named(owner: _Owner, leaf: str, block: Block) -> str:
 
 
 def _own_name(prefix: str, leaf: str) -> str:
-    """Return what no table knows has its own name behind its owner's, without a word said twice."""
+    """Return the name of what no table knows: its own after its owner's, without saying a word twice."""
     last = prefix.rpartition("_")[2]
     return f"{prefix}_{_tidy(leaf).removeprefix(last + '_')}"
 
@@ -219,13 +224,13 @@ def _placed(name: str, block: Block) -> str:
 
 
 def _tidy(leaf: str) -> str:
-    """A leaf's own words, without those that say nothing: `q_a_layernorm` → q_a_norm, `in_proj` → in."""
+    """Return a leaf without words that say nothing: `q_a_layernorm` → q_a_norm, `in_proj` → in."""
     words = re.sub(r"_proj\b|_proj(?=_)", "", leaf).replace("layernorm", "norm")
     return re.sub(r"\W+", "_", words).strip("_").lower()
 
 
 def outside(path: str) -> str | None:
-    """The name of a tensor of the text stack outside its blocks, from its path there; None without a rule."""
+    """Return the name of a tensor outside the blocks, by its path in the text stack; None without a rule."""
     stem, suffix = _without_attribute(path)
     if re.fullmatch(r"(.*\.)?embeddings\.(LayerNorm|norm)", stem):
         return "embed_norm" + suffix
@@ -240,7 +245,7 @@ def outside(path: str) -> str | None:
 
 
 def head(path: str) -> str | None:
-    """The name of a tensor of the language model's head, from its path in the model; None without a rule."""
+    """Return the name of a tensor of the LM head, from its path in the model; None without a rule."""
     stem, suffix = _without_attribute(path)
     if stem in ("lm_head", "lm_head.decoder"):
         return "lm_head" + suffix
@@ -255,5 +260,5 @@ def head(path: str) -> str | None:
 
 
 def own_name(path: str) -> str:
-    """Return what no rule knows keeps its path, without `.weight`."""
+    """Return the path without `.weight`: the name of what no rule knows."""
     return path.removesuffix(".weight")

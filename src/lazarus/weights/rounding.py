@@ -66,6 +66,7 @@ class Candidate:
                 opened.enter_context(open_rows(each)) for each in (self.stored, self.base, *self.updates)
             )
             for start, stop in starts_and_stops(self.base.matrix[0], step):
+                # Copies, because a reader may use its memory again for the next rows.
                 below = base.read(start, stop).to(torch.float64, copy=True)
                 change, lost = torch.zeros_like(below), torch.zeros_like(below)
                 size = below.abs()
@@ -99,8 +100,8 @@ class _Part:
 def candidates(pair: Pair) -> list[Candidate]:
     """Return the ways in which a pair may differ by rounding alone.
 
-    Where one tensor has an adapter's update on it, the other is the rounded one. Without an adapter it is
-    that of the narrower dtype, or either, where neither dtype holds every number of the other.
+    Where one tensor has an adapter's update on it, the other is the rounded one. Without an adapter the
+    rounded one is that of the narrower dtype, or either, where neither dtype holds every value of the other.
     """
     if not isinstance(pair, ViewPair):
         return []  # an update on the very tensor that it is compared with: nothing was merged
@@ -120,7 +121,7 @@ _Apart = tuple[View, list[Update]]
 
 
 def _apart(view: View) -> _Apart:
-    """A view without the updates on top of it, and these."""
+    """Return a view without the updates on top of it, and these updates."""
     updates = []
     while isinstance(view, AddedView):
         updates.append(view.update)
@@ -129,7 +130,7 @@ def _apart(view: View) -> _Apart:
 
 
 def check(candidate: Candidate, stop: Event) -> Rounded:
-    """Hold a stored tensor against what rounding alone would have made of the other.
+    """Check a stored tensor against what rounding alone would have made of the other.
 
     Raises:
         OSError: a file is missing or too short.
@@ -137,8 +138,10 @@ def check(candidate: Candidate, stop: Event) -> Rounded:
     dtype = candidate.stored.dtype
     if not candidate.updates:
         return Rounded(candidate.role, dtype, _copied(candidate, stop))
+    # A base in a wider dtype may have been cast before the merge, or the merge after it.
     bases = [False] if holds(dtype, candidate.base.dtype) else [False, True]
     tests = _add_up(candidate, bases, stop)
+    # Where neither base fits, the one that is as it was stored is reported.
     found = next((test for test in tests if test.result in ("exact", "rounded")), tests[0])
     if found.result == "beyond" and (merged := candidate.merged_in_dtype()) is not None:
         with suppress(ModelError):  # an adapter's rule may have steps that torch does not have in that dtype
@@ -206,7 +209,7 @@ def _toward_zero(nearest: Tensor, exact: Float64[Tensor, "rows columns"]) -> Flo
 
 
 def holds(wide: str, narrow: str) -> bool:
-    """Return whether a dtype holds every number of another; one of GGUF's types holds only its own."""
+    """Return whether a dtype holds every value of another; a ggml type holds only its own."""
     one, other = getattr(torch, wide, None), getattr(torch, narrow, None)
     if one is None or other is None:
         return wide == narrow

@@ -42,7 +42,7 @@ class Observer(Protocol):
         """Both are open: what they are, and how many layers are compared."""
 
     def running(self, n_numbers: int) -> None:
-        """The tensors begin: so many numbers in all."""
+        """The tensors begin: so many elements in all."""
 
     def advanced(self, n_numbers: int) -> None:
         """Count so many more elements as compared."""
@@ -146,11 +146,12 @@ def _side(reference: ModelReference, checkpoint: Checkpoint, notes: Notes) -> Si
 def _tokenizers(side: Side) -> list[Source]:
     """Return where its tokenizer may be: beside an adapter, or beside the weights."""
     adapters = side.reference.adapters
+    # The adapter on top comes first: its training may have added tokens.
     return [*reversed(adapters), side.checkpoint.source]
 
 
 def _measure(rows: Sequence[Row], options: WeightOptions, watcher: Observer) -> list[Measured]:
-    """The numbers of every pair and, where it is asked for, the spectrum of each changed matrix."""
+    """Return the measures of every pair and, where it is asked for, the spectrum of each changed matrix."""
 
     def measure_one(pair: Pair) -> Measured:
         numbers = measure(pair)
@@ -170,7 +171,7 @@ def _measure(rows: Sequence[Row], options: WeightOptions, watcher: Observer) -> 
 
 
 def _add_norms(pairs: Sequence[Pair], measured: list[Measured], n_threads: int) -> None:
-    """The norms of those that did not change: a layer's change is relative to all that is in it."""
+    """Add the norms of tensors that did not change: a layer's change is relative to all that is in it."""
     lacking = [i for i, each in enumerate(measured) if each.numbers.base_norm is None]
     norms = measure_all([pairs[i] for i in lacking], base_norm, n_threads)
     for i, norm in zip(lacking, norms, strict=True):
@@ -185,5 +186,6 @@ def _add_rounding(pairs: Sequence[Pair], measured: list[Measured], n_threads: in
     found = run_all([partial(check, candidate) for _, candidate in ways], sizes, n_threads)
     for (i, _), rounded in zip(ways, found, strict=True):
         before = measured[i].rounded
+        # Two ways may have been tried, one for each side; the one that holds is kept.
         if before is None or (rounded.holds and not before.holds):
             measured[i] = replace(measured[i], rounded=rounded)

@@ -23,7 +23,7 @@ MOST_EXACT = 1024
 """The smaller side up to which all σ are computed: 0.2 s for 2048 × 1024, 3.5 s for twice the sides."""
 _N_NUMBERS = 2**18
 _MOST_HELD = 2**20
-"""how many numbers are read at once, and held of a wide matrix"""
+"""how many elements are read at once, and held of a wide matrix"""
 _SKETCHES = ((64, 3), (256, 2))
 """Columns of the sketch, and its products with AᵀA; the next where the last does not hold enough."""
 _ENOUGH = 0.9
@@ -32,9 +32,9 @@ _GRAM_SAFE = 1e-10
 """Where λ_min of AᵀA is above this share of λ_max, its rounding moves no σ by more than 1e-10 σ₁."""
 _TINY = 1e-250
 _LEAST_ENERGY = 1e-290
-"""Squares that sum to less are rounded to denormals, or to 0."""
+"""Where squares sum to less, single ones were rounded to denormals, or to 0."""
 _TAIL, _TAIL_SPREAD = 1.1, 6.0
-"""How much more than expected the energy of n rounded numbers may be: a tenth and 6/√n, three deviations."""
+"""How much more than expected the energy of n rounded values may be: a tenth and 6/√n, three deviations."""
 _GAP = 1.5
 """An adapter's σ end, those of a full fine-tune sink into the noise: the next is smaller by this factor."""
 _FLOAT64_NOISE = 1e-12
@@ -45,9 +45,9 @@ _EXPONENT_BITS = 0x7FF0000000000000
 
 
 def spectrum(pair: Pair, seed: int, finetuned_dtype: str, method: Method | None = None) -> Spectrum | None:
-    """The singular values of f − b, a matrix with sides above 1; None where its squares are no numbers, or 0.
+    """Return the singular values of f − b, with sides above 1; None where its squares are not finite, or 0.
 
-    `finetuned_dtype` is the type to which f was rounded; `method` forces one, else the size decides.
+    `finetuned_dtype` is the dtype to which f was rounded; `method` forces one, else the size decides.
 
     Stable rank: Rudelson & Vershynin 2007. Effective rank: Roy & Vetterli 2007.
 
@@ -81,6 +81,7 @@ def spectrum(pair: Pair, seed: int, finetuned_dtype: str, method: Method | None 
 
 def _effective_rank(sigma: Tensor) -> float:
     shares = sigma / sigma.sum()
+    # xlogy gives 0 for 0 · log 0.
     return math.exp(float(-torch.xlogy(shares, shares).sum()))
 
 
@@ -93,9 +94,10 @@ class _Rounding:
 
 
 def _adapter_rank(sigma: Tensor, energy: float, rounding: _Rounding, matrix: tuple[int, int]) -> int | None:
-    """The number of σ clear of the noise, if they are few, hold half, and leave no more than the noise."""
+    """Return how many σ are clear of the noise, if they are few, hold half of all, and leave only noise."""
     numerical = max(matrix) * torch.finfo(torch.float64).eps * float(sigma[0])
     rank = int((sigma > max(rounding.edge, numerical)).sum())
+    # A rank near the full one is no adapter, and where no σ is left there is no tail to judge.
     if not 1 <= rank <= min(matrix) // 4 or rank == len(sigma):
         return None
     above = float(sigma[:rank].square().sum())
@@ -106,9 +108,9 @@ def _adapter_rank(sigma: Tensor, energy: float, rounding: _Rounding, matrix: tup
 
 
 def _look(pair: Pair, dtype: str) -> tuple[float, _Rounding | None]:
-    """‖f − b‖² and the rounding: a number in [2ᵉ, 2ᵉ⁺¹) is rounded with an error of variance ulp²/12.
+    """Return ‖f − b‖² and the rounding: a value in [2ᵉ, 2ᵉ⁺¹) is rounded with an error of variance ulp²/12.
 
-    It is None of a type of which it is not known: quantised numbers.
+    The rounding is None where it is not known, as of quantised elements.
 
     Independent noise with variances v_ij has its largest σ at about max_i √Σ_j v_ij + max_j √Σ_i v_ij
     (Bandeira & van Handel 2016; of equal variances the edge of Marchenko & Pastur 1967).
@@ -120,7 +122,9 @@ def _look(pair: Pair, dtype: str) -> tuple[float, _Rounding | None]:
         change = chunk.change.reshape(-1)
         energy += torch.dot(change, change).item()
         if precision is not None:
+            # The exponent bits alone are the power of two below |f|, which its ulp is a fixed share of.
             powers = (chunk.base + chunk.change).view(torch.int64).bitwise_and_(_EXPONENT_BITS)
+            # Below its smallest normal value, the ulp of a dtype gets no smaller.
             squares = powers.view(torch.float64).clamp_(min=_smallest_normal(dtype)).square_()
             largest_row = max(largest_row, float(squares.sum(1).max()))
             columns += squares.sum(0)
@@ -153,6 +157,7 @@ def _all_values(pair: Pair) -> Tensor:
         squares: Tensor = torch.linalg.eigvalsh(gram).flip(0)
         if float(squares[0]) > _TINY and float(squares[-1]) > _GRAM_SAFE * float(squares[0]):
             return squares.sqrt()
+    # Blocks of less than twice the triangle would mostly factorise the triangle again.
     return _values(_tall_blocks(pair, max(_N_NUMBERS, 2 * size**2)))
 
 
@@ -201,6 +206,7 @@ def _largest_values(pair: Pair, seed: int, energy: float) -> Tensor:
     for size, n_products in _SKETCHES:
         size = min(size, *pair.matrix)
         more = torch.randn(pair.matrix[1], size - basis.shape[1], generator=random, dtype=torch.float64)
+        # The larger sketch goes on from what the smaller one has found.
         basis = torch.linalg.qr(torch.cat([basis, more], 1)).Q
         for _ in range(n_products):
             basis = torch.linalg.qr(_product(pair, basis)).Q

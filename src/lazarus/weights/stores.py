@@ -46,10 +46,11 @@ def open_store(opened: Opened, notes: Notes, *, allow_pickle: bool) -> Store:
     """Return the tensors of a checkpoint in safetensors files, or in .bin files where that is allowed.
 
     Raises:
-        UnsupportedModelError: its numbers are quantised.
+        UnsupportedModelError: its weights are quantised.
         WeightsError: there are no weights, they are pickled, or a file is damaged.
     """
     source = opened.source
+    # Pickled files are found in any case, so that the refusal below can name --allow-pickle.
     opened, files = find_weights(opened, pickled=True)
     opened.note(notes)
     with translated(source.name):
@@ -101,10 +102,10 @@ def _read_pickles(files: Sequence[str], opened: Opened, notes: Notes) -> Store:
 
 
 def _plain(file: str, key: str, tensor: Tensor) -> Tensor:
-    """The tensor as plain numbers in memory.
+    """Return the tensor with plain elements in memory.
 
     Raises:
-        WeightsError: it is sparse or quantised, or has no numbers.
+        WeightsError: it is sparse or quantised, or has no elements.
     """
     is_dense = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
     if not is_dense:
@@ -113,6 +114,7 @@ def _plain(file: str, key: str, tensor: Tensor) -> Tensor:
             f"{file}: {key} is {kind}, and plain numbers are compared. Load the model and write it again "
             "with save_pretrained."
         )
+    # A lazy conjugate or negative would be read as the elements under it.
     return tensor.resolve_conj().resolve_neg()
 
 

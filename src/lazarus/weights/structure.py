@@ -60,6 +60,7 @@ def learn_structure(
     opened.note(notes)
     with translated(source.name):
         kind = _transformers.registered_class(opened.head, opened.config)
+        # The dtype does not matter: names and shapes are asked for.
         model = None if kind is None else build_empty(kind, opened.config, [], torch.float32)
     if model is None:
         told = f"{source.name}: its Python code is its own, so its tensors are named by their keys alone"

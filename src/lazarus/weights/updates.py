@@ -35,15 +35,16 @@ class Product:
         return self.left[start:stop] @ self.right
 
     def magnitude(self, start: int, stop: int, /) -> Float64[Tensor, "rows columns"]:
-        """(rank + 1) Σ|left·right| of rows start to stop: a dot product rounds by no more, in units of ε."""
+        """Return (rank + 1) Σ|left·right| of rows start to stop: the most that rounding takes, in ε."""
         return (self.left[start:stop].abs() @ self.right.abs()).mul_(self.right.shape[0] + 1)
 
     def part(self, take: Take) -> Product | None:
-        """The part that is whole rows, or whole columns, of the matrix; None of any other."""
+        """Return a part that is whole rows, or whole columns, of the matrix; None for any other part."""
         n_rows, n_columns = self.matrix
         dims, index = take.dims, take.index
         has_rows = any(isinstance(each, slice) for each in index) or len(index) < len(dims) - 1
         if dims[-1] == n_columns and len(index) < len(dims) and has_rows:
+            # The indices of the rows are cut as the rows themselves would be.
             return Product(self.left[torch.arange(n_rows).view(dims[:-1])[index].reshape(-1)], self.right)
         if dims[0] == n_rows and index[0] == slice(None):
             columns = torch.arange(n_columns).view(dims[1:])[index[1:]]
@@ -76,7 +77,7 @@ class Stack:
         return self._joined(start, stop, Product.magnitude)
 
     def part(self, take: Take) -> Product | None:
-        """One expert's update, or a part of it; None of what is not of one expert."""
+        """Return one expert's update, or a part of it; None for what is not of one expert."""
         n_experts, n_rows = self.left.shape[:2]
         if take.dims[0] != n_experts or not take.index or not isinstance(take.index[0], int):
             return None
@@ -191,22 +192,25 @@ def part_of_update(update: Update, shape: tuple[int, ...], take: Take | None) ->
 
 
 def low_rank(layer: Any) -> Product | Stack | None:
-    """A plain LoRA layer's update; None where the adapter has another rule than scaling·B·A."""
+    """Return the update of a plain LoRA layer; None where the adapter has another rule than scaling·B·A."""
     from peft.tuners.lora import Embedding, Linear
     from peft.tuners.lora.layer import ParamWrapper
 
+    # The exact classes: one that is derived from them may have another rule.
     if type(layer) not in (Linear, Embedding, ParamWrapper) or layer.lora_variant.get(ADAPTER) is not None:
         return None
     if layer.lora_bias.get(ADAPTER):
         return None
     scaling = float(layer.scaling[ADAPTER])
     if type(layer) is Embedding:
+        # The weight of an embedding is [tokens, width], the transpose of B·A.
         a, b = layer.lora_embedding_A[ADAPTER], layer.lora_embedding_B[ADAPTER]
         return Product(a.T.double() * scaling, b.T.double())
     if type(layer) is ParamWrapper and layer.num_experts > 1:
         left, right, _ = layer.get_delta_factors(ADAPTER)
         return Stack(left.detach(), right.detach(), scaling)
     a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    # GPT-2 stores the weight of a Conv1D as [inputs, outputs], so the update is turned too.
     if layer.fan_in_fan_out:
         return Product(a.T.double() * scaling, b.T.double())
     return Product(b.double() * scaling, a.double())

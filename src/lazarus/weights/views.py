@@ -27,7 +27,7 @@ MORE_TYPES = {
 }
 """What safetensors stores besides, which no parameter of a model is made from."""
 _FIRST, _CHUNK = 1024, 2**16
-"""how many numbers are compared at first, and then at once"""
+"""how many elements are compared at first, and then at a time"""
 _WASTE = 8
 """Where reading across gaps would read more than this many times what is wanted, each row is read alone."""
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -38,7 +38,7 @@ class Rows(Protocol):
     """An object that reads rows of a matrix."""
 
     def read(self, start: int, stop: int, /) -> Shaped[Tensor, "rows columns"]:
-        """Rows start to stop, [stop − start, columns], in their own type."""
+        """Return rows start to stop, [stop − start, columns], in their own dtype."""
         ...
 
 
@@ -53,7 +53,7 @@ class View(Rows, Protocol):
 
     @property
     def dtype(self) -> str:
-        """The name of its stored type, such as bfloat16, or Q8_0 of a GGUF file."""
+        """Return the name of its stored dtype, such as bfloat16, or its ggml type, such as Q8_0."""
         ...
 
     @property
@@ -77,7 +77,7 @@ class Update(Protocol):
 
 
 def type_name(dtype: torch.dtype) -> str:
-    """A type's name, such as bfloat16."""
+    """Return the name of a dtype, such as bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -86,7 +86,7 @@ class StoredView:
     """A tensor in a safetensors file, or a part of it.
 
     Raises:
-        ValueError: the type is not one that torch can read, or `take` does not fit the shape.
+        ValueError: the dtype is not one that torch can read, or `take` does not fit the shape.
     """
 
     stored: StoredTensor
@@ -104,7 +104,7 @@ class StoredView:
 
     @property
     def torch_type(self) -> torch.dtype:
-        """The type in the file."""
+        """Return the dtype in the file."""
         return (TORCH_TYPES | MORE_TYPES)[self.stored.dtype]
 
     @property
@@ -114,7 +114,7 @@ class StoredView:
 
     @property
     def dtype(self) -> str:
-        """The name of the type in the file."""
+        """Return the name of the dtype in the file."""
         return type_name(self.torch_type)
 
     @property
@@ -142,6 +142,7 @@ class _FileRows:
     def __init__(self, view: StoredView) -> None:
         self.start = view.stored.start
         self.layout = view.layout
+        # A complex element is two real ones, and the layout counts these.
         self.dtype = view.torch_type.to_real() if view.torch_type.is_complex else view.torch_type
         self.taken = self.across = torch.empty(0, dtype=self.dtype)
         self.file = Path(view.stored.path).open("rb", buffering=0)  # noqa: SIM115  closed by __exit__
@@ -177,6 +178,7 @@ class _FileRows:
                 self.across = torch.empty(span, dtype=self.dtype)
             self._fill(self.layout.place(row), self.across[:span])
             strides = (self.layout.inner[1], self.layout.column_stride)
+            # The gaps between the rows were read with them, and are stepped over here.
             taken.copy_(self.across.as_strided(tuple(taken.shape), strides))
 
     def _fill(self, place: int, memory: Tensor) -> None:
@@ -191,7 +193,7 @@ class _FileRows:
 
 @dataclass(frozen=True, eq=False)
 class MemoryView:
-    """A tensor in memory, or a part of it; `dtype` names the type that it was stored in.
+    """A tensor in memory, or a part of it; `dtype` names the dtype that it was stored in.
 
     Raises:
         ValueError: `take` does not fit the shape.
@@ -250,7 +252,7 @@ class AddedView:
 
     @property
     def dtype(self) -> str:
-        """The sum is not rounded to a stored type."""
+        """Return float64: the sum is not rounded to a stored dtype."""
         return "float64"
 
     @property
@@ -341,26 +343,25 @@ class _Picked:
 
 
 def open_rows(view: Rows) -> AbstractContextManager[Rows]:
-    """The rows of a view or of an update, to be read by one thread; what is read is overwritten by the next.
+    """Open the rows of a view or of an update, for one thread; what was read is overwritten by the next read.
 
-    What has to be opened, or computed whole, for its rows is so once, by its method `rows`.
+    What has to be opened, or computed whole, is so once, by its method `rows`.
     """
     opened: Callable[[], AbstractContextManager[Rows]] | None = getattr(view, "rows", None)
     return nullcontext(view) if opened is None else opened()
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The same memory as integers: equal where all bits are, so −0.0 is not 0.0, and a NaN is itself."""
+    """Return the same memory as integers, equal where all bits are: −0.0 is not 0.0, NaN equals itself."""
     return tensor.view(_BITS[tensor.dtype.itemsize])
 
 
 def same_bits(one: View, other: View) -> bool:
-    """Return whether two views hold the same numbers, bit for bit.
+    """Return whether two views hold the same elements, bit for bit.
 
-    Of two that do not, few are read as a rule.
-
-    Numbers of two types are compared in float64, which holds all that are stored but large int64 exactly.
-    Quantised ones need not be dequantised where their codes are the same (`same_codes`).
+    Reading stops at the first difference. Elements of two dtypes are compared in float64, which holds all
+    that are stored but large int64 exactly. Quantised ones are not dequantised where their codes are the same
+    (`same_codes`).
 
     Raises:
         OSError: a file is missing or too short.
@@ -384,6 +385,7 @@ def same_bits(one: View, other: View) -> bool:
 
 
 def _place(view: StoredView) -> tuple[str, int, str, Layout]:
+    # In the Hub's cache, files of two revisions may be links to one.
     return os.path.realpath(view.stored.path), view.stored.start, view.stored.dtype, view.layout
 
 

@@ -45,7 +45,7 @@ class Vocabulary:
     base: Mapping[str, int] | None = None
     finetuned: Mapping[str, int] | None = None
     unknown: str | None = None
-    """why rows can be matched by their numbers only"""
+    """why rows can be matched by their index only"""
     spelled_otherwise: bool = False
     """whether one of the two may spell the other's tokens in another way: llama.cpp does"""
 
@@ -69,6 +69,7 @@ class Vocabulary:
                 places.setdefault(row, other)
         left, taken = set(range(n_base)) - places.keys(), set(range(n_finetuned)) - set(places.values())
         named_in_both = set(self.base.values()) & set(self.finetuned.values())
+        # Two names for one row are two tokens, unless one of the two may only spell it otherwise.
         padding = left & taken if self.spelled_otherwise else (left & taken) - named_in_both
         places |= {row: row for row in padding}
         ours = np.array(sorted(places), dtype=np.int64)
@@ -90,6 +91,7 @@ def read_vocabulary(
 ) -> Vocabulary:
     """Read the tokens of two models; each has the sources of its tokenizer, an adapter's first."""
     files = [_files(sources) for sources in (base, finetuned)]
+    # The same files are the same tokens, and neither tokenizer need be loaded.
     if (base[-1].place == finetuned[-1].place and not any(files)) or files[0] == files[1] != {}:
         return Vocabulary()
     found: list[Mapping[str, int]] = []

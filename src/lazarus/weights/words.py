@@ -11,7 +11,7 @@ import re
 
 Table = tuple[tuple[str, str], ...]
 
-# Containers, by their names alone. A mixer is told by what is in it.
+# Containers, by their names alone. A mixer is known by what is in it.
 KINDS: Table = (
     (r"encoder_attn|cross_?attn|cross_?attention|EncDecAttention", "cross_attn"),
     (r"(self_?)?(attn|att|attention)|SelfAttention|multi_head_attention|rel_attn|self|linear_attn", "mixer"),
@@ -62,6 +62,7 @@ _LINEAR_ATTENTION: Table = (
     (r"(o_)?norm", "ssm_norm"),
     (r"(f|f_a|f_b|g_a|g_b)_proj", "ssm_{leaf}"),
 )
+# The digits are places in an nn.Sequential: 0 is the first Linear, 1 the activation, 2 the second Linear.
 _MLP: Table = (
     (r"gate_proj|proj_up_gate|wi_0|w1|w_in\.w_0", "{p}_gate"),
     (
@@ -126,6 +127,7 @@ IN_BLOCK: Table = (
     (r"full_layer_layer_norm", "mlp_post_norm"),
     (r"encoder_attn_layer_norm|cross_attn_layer_norm", "cross_attn_norm?"),
     (r"mamba_decoder\.input_layernorm", "ssm_pre_norm"),
+    # RWKV norms the embedding in its first block.
     (r"pre_ln", "embed_norm"),
     (r"intermediate\.dense|fc1|ffn", "mlp_up"),
     (r"output\.dense|fc2|ffn_output", "mlp_down"),
@@ -155,7 +157,7 @@ OUTSIDE: Table = (
     (r"position_embeddings?|embed_positions|wpe|positions_embed", "pos_embed"),
     (r"token_type_embeddings", "token_type_embed"),
     (r"word_embeddings_layernorm|layernorm_embedding|embed_tokens\.embed_norm|embed_norm", "embed_norm"),
-    # LFM2 norms its last state with a norm of this name.
+    # LFM2 norms its last hidden state with a norm of this name.
     (r"norm|norm_f|ln_f|ln_out|out_norm|final_(layer_?)?norm|embedding_norm", "final_norm"),
     (r"lm_head|embed_out|output_projection|lm_head\.decoder", "lm_head"),
     (r"embed_tokens\.(\d+)", "embed_{rest}"),

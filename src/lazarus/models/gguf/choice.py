@@ -18,7 +18,7 @@ _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".on
 _NO_MODEL = re.compile(r"(?i).*(mmproj|imatrix).*")
 """What a GGUF file is called that belongs to a model beside it."""
 _UNREACHABLE: tuple[Any, ...] = HfHubHTTPError.__bases__
-"""OSError, and the one of the HTTP library under huggingface_hub, which has had three."""
+"""OSError, and the error of the HTTP library under huggingface_hub, which has used several of them."""
 
 
 def first_part(file: str) -> str:
@@ -38,6 +38,7 @@ def only_gguf(name: str, files: Iterable[str], naming: str) -> str | None:
         ModelNotFoundError: there are several.
     """
     listed = sorted(files)
+    # With other weights beside it, the folder is a checkpoint as usual, and that is what is meant.
     if any(file.lower().endswith(_OTHER_WEIGHTS) for file in listed):
         return None
     found: dict[str, str] = {}
@@ -45,6 +46,7 @@ def only_gguf(name: str, files: Iterable[str], naming: str) -> str | None:
         base = PurePosixPath(file).name
         if base.lower().endswith(".gguf") and not _NO_MODEL.fullmatch(base):
             part = PART.fullmatch(base)
+            # All parts of a split model count as one; the list is sorted, so the first part stands for them.
             found.setdefault(file.removesuffix(base) + (part["stem"] if part else base), file)
     if len(found) > 1:
         choices = [naming.format(file) for file in found.values()]

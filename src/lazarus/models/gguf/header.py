@@ -81,12 +81,13 @@ def read_header(name: str, path: str) -> Header:
 
     Raises:
         WeightsError: it is no GGUF file, or is damaged.
-        UnsupportedModelError: it is of a version, a byte order or a type that is not read.
+        UnsupportedModelError: it is of a version, a byte order or a ggml type that is not read.
         OSError: it cannot be opened.
     """
     found, file = Path(path).stat(), Path(path).name
     name = name if name.endswith(file) else f"{name}: {file}"
     try:
+        # Size and time are for the cache alone: a file that was written again is read again.
         return _read(name, os.path.abspath(path), found.st_size, found.st_mtime_ns)
     except (ValueError, struct.error) as error:
         raise WeightsError(
@@ -142,6 +143,7 @@ class _Bytes:
                 return [self.value(kind) for _ in range(length)]
             if kind in _SCALARS:
                 self.skip(length * struct.calcsize(f"<{_SCALARS[kind]}"))
+            # Strings have their lengths before them, so that they can only be skipped one by one.
             for _ in range(0 if kind in _SCALARS else length):
                 self.value(kind)
             return Array(length)
@@ -154,6 +156,7 @@ class _Bytes:
 
 def _parse(name: str, path: str, file: _Bytes) -> Header:
     (version,) = file.numbers("I")
+    # A small number whose bytes are in the other order has its low half empty.
     if version & 0xFFFF == 0:
         raise UnsupportedModelError(
             f"{name}: this file is big-endian, and transformers reads little-endian GGUF files. Convert a "
@@ -182,7 +185,9 @@ def _parse(name: str, path: str, file: _Bytes) -> Header:
     alignment = metadata.get("general.alignment", _ALIGNMENT)
     if not isinstance(alignment, int) or alignment <= 0:
         raise ValueError(f"its general.alignment is {alignment!r}")
+    # Offsets count from the end of the header, rounded up to the alignment.
     begin = -(-file.place // alignment) * alignment
+    # A mapping of its own, because the one of the header is closed when it has been read.
     mapped = np.memmap(path, mode="r", dtype=np.uint8)
     tensors = {}
     for tensor, (kind, shape, start) in listed.items():
@@ -194,7 +199,7 @@ def _parse(name: str, path: str, file: _Bytes) -> Header:
 
 
 def _type_of(name: str, tensor: str, kind: int, shape: tuple[int, ...]) -> tuple[Any, int]:
-    """Return gguf's type of a tensor, and how many bytes it takes."""
+    """Return the ggml type of a tensor, and how many bytes it takes."""
     import gguf
 
     if kind not in {each.value for each in gguf.GGMLQuantizationType}:

@@ -48,7 +48,7 @@ def read_files(source: Source) -> Gguf:
     Raises:
         ModelNotFoundError: the file that was named is not there.
         WeightsError: a file is damaged, or the parts are not all there or not of one model.
-        UnsupportedModelError: a file is of a version, a byte order or a type that is not read.
+        UnsupportedModelError: a file is of a version, a byte order or a ggml type that is not read.
     """
     file = source.gguf_file
     assert file is not None
@@ -108,6 +108,7 @@ def _check(source: Source, file: str, headers: Sequence[Header]) -> None:
     count = len(headers)
     for number, header in enumerate(headers):
         part = PurePosixPath(header.path).name
+        # split.no begins with 0, and the numbers in names with 1.
         held = (_split(header, "no", 0) + 1, _split(header, "count", 1))
         if held != (number + 1, count):
             raise WeightsError(

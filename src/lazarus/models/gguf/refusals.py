@@ -81,6 +81,7 @@ def refuse_other_kinds(file: Gguf) -> None:
             raise _refusal(file, other, f"general.architecture is {file.architecture!r}")
         found = [name for name in file.tensors if other.tensors.fullmatch(name)]
         found += [key for key in file.metadata if other.keys.fullmatch(key)]
+        # None of these kinds has an embedding; a model may have keys or tensors like theirs besides.
         if found and "token_embd.weight" not in file.tensors:
             raise _refusal(file, other, f"it holds {found[0]}")
     if kind != "model":
@@ -124,6 +125,7 @@ def _is_readable(kind: Any) -> bool:
 
     _, n_bytes = gguf.GGML_QUANT_SIZES[kind]
     try:
+        # gguf has no list of the types that it can dequantise, so one block of each is tried.
         gguf.dequantize(np.zeros((1, n_bytes), dtype=np.uint8), kind)
     except NotImplementedError:
         return False

@@ -42,7 +42,7 @@ class Rope:
     untaken: tuple[str, ...] = ()
     """tensors of the file that transformers has no setting for"""
     rotated_share: float | None = None
-    """how much of a head turns, where that is not what the class has: `partial_rotary_factor`"""
+    """how much of an attention head turns, where that is not what the class has: `partial_rotary_factor`"""
 
 
 def rope_of(file: Gguf, plain: Mapping[str, Any], head_dim: int) -> Rope:
@@ -76,6 +76,7 @@ def _one_rope(file: Gguf, plain: Mapping[str, Any], head_dim: int) -> Rope:
         tensors = tuple(name for name in (FACTORS, LONG, SHORT) if name in file.tensors)
         return Rope(parameters, frozenset(taken), tensors, share)
     kind = scaling["rope_type"]
+    # Entries of another type of scaling would be read as those of this one.
     if kind != parameters.get("rope_type", "default"):
         parameters = {key: value for key, value in parameters.items() if key in _OF_EVERY_TYPE}
     taken |= {"rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"}
@@ -109,6 +110,7 @@ def _scaling(file: Gguf, base: float, width: int) -> dict[str, Any] | None:
         return _longrope(found, file.get("rope.scaling.attn_factor"), original, context)
     if FACTORS in file.tensors:
         factors = _factors(file, FACTORS)
+        # llama.cpp divides by both, the factors of the tensor and the one factor of the metadata.
         if kind == "linear" and len(factors) == width // 2:
             return _by_frequency(factors * factor, base, width, context)
         return None
@@ -144,6 +146,7 @@ def _longrope(
     found = {name: values.tolist() for name, values in factors.items()}
     found |= {"rope_type": "longrope", "original_max_position_embeddings": original}
     ratio = context / original
+    # What transformers computes by itself from the two lengths; only another value needs an entry.
     usual = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
     if attention is not None and not math.isclose(attention, usual, rel_tol=1e-6):
         found["attention_factor"] = attention
@@ -151,13 +154,13 @@ def _longrope(
 
 
 def _by_frequency(factors: NDArray[np.float64], base: float, width: int, context: int) -> dict[str, Any]:
-    """Frequencies each divided by a factor of its own: Llama 3's rule, where it gives these factors."""
+    """Return a scaling that divides each frequency by its own factor: Llama 3's, where it fits."""
     if (factors == factors[0]).all():
         one = float(factors[0])
         return {"rope_type": "default"} if one == 1 else {"rope_type": "linear", "factor": one}
     if (found := _llama3(factors, base, width)) is not None:
         return found
-    # LongRoPE with the same factors for long and short texts is just that: every frequency by its own.
+    # LongRoPE with the same factors for long and short texts is just that: each frequency has its own factor.
     listed = factors.tolist()
     return {
         "rope_type": "longrope",
@@ -170,7 +173,7 @@ def _by_frequency(factors: NDArray[np.float64], base: float, width: int, context
 
 
 def _llama3(factors: NDArray[np.float64], base: float, width: int) -> dict[str, Any] | None:
-    """The parameters of Llama 3's rule that give these factors; None if there are none, or not only one set.
+    """Return the parameters of Llama 3's rule that give these factors; None without a single set of them.
 
     Between the high and the low frequencies the inverse of a factor is linear in the frequency. This gives
     the original length and the low and high factor, but for a common multiple: low is 1, as in every Llama.
@@ -189,6 +192,7 @@ def _llama3(factors: NDArray[np.float64], base: float, width: int) -> dict[str, 
         return None
     original = round(float(np.mean((shares * (high - 1) + 1) / turns[between])))
     smooth = ((original * turns - 1) / (high - 1)).clip(0, 1)
+    # The fit may be of another rule: the factors that it gives must be those of the file.
     if not np.allclose(1 / ((1 - smooth) / largest + smooth), factors, rtol=1e-5, atol=0):
         return None
     return {

@@ -72,7 +72,7 @@ _INERT = {
     "pooling_type",  # after the last block
     "attention.value_length",  # the shape of a tensor, as the next one
     "attention.value_length_swa",
-    "nextn_predict_layers",  # its layers are tensors without a place, which are told by themselves
+    "nextn_predict_layers",  # its layers are tensors without a place, which are reported by themselves
 }
 _NEUTRAL: Mapping[str, Any] = {
     "attention.causal": True,
@@ -128,6 +128,7 @@ def read_config(file: Gguf, notes: Notes) -> tuple[PretrainedConfig, dict[str, A
     try:
         settings, _ = PretrainedConfig.get_config_dict(file.paths[0], gguf_file=file.paths[0])
     except KeyError as error:
+        # transformers takes some keys for granted; the error of a dict then names the key alone.
         if str(error.args[0]).startswith((f"{file.architecture}.", "tokenizer.")):
             raise _lacks(file, [str(error.args[0])]) from error
         raise
@@ -142,6 +143,7 @@ def read_config(file: Gguf, notes: Notes) -> tuple[PretrainedConfig, dict[str, A
     tables = [name for name in (FACTORS, LONG, SHORT) if name in file.tensors]
     for key, entry, value in (*_stated(file, plain), *_implied(file, plain)):
         taken.add(key)
+        # An entry of None that follows from others, and the value that follows, are the same setting.
         if plain.entries[entry] != value and (plain.entries[entry], value) != (None, neutral.get(key)):
             found.setdefault(entry, value)
     if plain.entries.get("rope_parameters"):
@@ -192,7 +194,7 @@ def _refuse_missing(file: Gguf, plain: _Plain) -> None:
 
 
 def _value(file: Gguf, key: str) -> Any:
-    """A key's value, of a list for every layer their common one; None where it says nothing."""
+    """Return the value of a key; of a list over the layers their common one. None where it says nothing."""
     value = file.get(key)
     if isinstance(value, list) and value and all(each == value[0] for each in value):
         value = value[0]
@@ -200,7 +202,7 @@ def _value(file: Gguf, key: str) -> Any:
 
 
 def _shared_head_dim(file: Gguf) -> int:
-    """The width of a head where heads share the hidden size."""
+    """Return the width of an attention head where the heads share the hidden size."""
     heads = _value(file, "attention.head_count")
     return int(file.get("embedding_length")) // heads if isinstance(heads, int) else 0
 
@@ -210,18 +212,19 @@ def _head_dim(file: Gguf) -> int:
 
 
 def _neutral(file: Gguf) -> dict[str, Any]:
-    """The values of keys at which they change nothing, or are what follows without them."""
+    """Return the values at which keys change nothing, or say what follows without them."""
     return {
         **_NEUTRAL,
         "attention.head_count_kv": file.get("attention.head_count"),
         "attention.key_length": _shared_head_dim(file),
+        # As it was stored, in float32, and read: by its shortest decimal form.
         "attention.scale": float(str(np.float32(max(_head_dim(file), 1) ** -0.5))),
         "feed_forward_length": 4 * file.get("embedding_length"),
     }
 
 
 def _stated(file: Gguf, plain: _Plain) -> Iterator[tuple[str, str, Any]]:
-    """The keys that are entries of the configuration, and their values there; of two for one, the first."""
+    """Yield the keys that are entries of the configuration, with their values; of two for one, the first."""
     stated: dict[str, Any] = {}
     for key, names in _SETTINGS.items():
         value, entry = _value(file, key), plain.find(names)
@@ -230,6 +233,7 @@ def _stated(file: Gguf, plain: _Plain) -> Iterator[tuple[str, str, Any]]:
         if isinstance(value, list) and plain.entries[entry] not in (value, max(value)):
             continue  # one value a layer, which transformers did not take either
         if key == "block_count":
+            # llama.cpp counts layers that predict further tokens as blocks; transformers lacks these layers.
             value -= file.get("nextn_predict_layers") or 0
         if stated.setdefault(entry, value) != value:
             continue
@@ -239,7 +243,7 @@ def _stated(file: Gguf, plain: _Plain) -> Iterator[tuple[str, str, Any]]:
 
 
 def _implied(file: Gguf, plain: _Plain) -> Iterator[tuple[str, str, Any]]:
-    """Entries that follow from other keys and from tensors, by the rules of GGUF and llama.cpp."""
+    """Yield entries that follow from other keys and from tensors, by the rules of GGUF and llama.cpp."""
     heads, width = _value(file, "attention.head_count"), _head_dim(file)
     if (
         heads

@@ -2,7 +2,7 @@
 
 llama.cpp has other names, and other layouts for some tensors (Llama's queries and keys are permuted).
 transformers has two tables of them: processors of numpy arrays, and for newer architectures conversions like
-those of its other checkpoints.
+those of its other checkpoints. Each of the two is a `Translation`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _READING = "Dequantising GGUF tensors"
 
 @dataclass(frozen=True)
 class _Outside:
-    """A module with its children but not theirs: transformers would go through every module of the model.
+    """A module with its children, which have none: transformers would go through every module of the model.
 
     It looks at children because some files were written from the stack alone (BLOOM's).
     """
@@ -116,7 +116,7 @@ class _Processed:
         return np.asarray(result.weights)
 
     def is_untouched(self, key: str, shape: tuple[int, ...]) -> bool:
-        """Return whether transformers takes a tensor as it is: then so it takes the numbers of its rows."""
+        """Return whether transformers takes a tensor as it is, by trying it on the indices of its rows."""
         numbers = np.arange(1.0, shape[0] + 1)
         numbers = numbers if len(shape) == 1 else numbers.reshape(-1, *[1] * (len(shape) - 1))
         return np.array_equal(self.processed(key, numbers), numbers)
@@ -130,6 +130,7 @@ class _Processed:
             result = self._process(key, tensor.elements(), kept)
             if result.name is not None:
                 kept["tensors"][target] = torch.tensor(np.asarray(result.weights)).to(dtype)
+        # Some processors put their tensors in there themselves, in float32.
         return {name: tensor.to(dtype) for name, tensor in kept["tensors"].items()}
 
     def _process(self, key: str, weights: NDArray[Any], kept: dict[str, Any]) -> Any:
@@ -164,6 +165,7 @@ class _Converted:
     def processed(self, key: str, weights: NDArray[Any]) -> NDArray[Any]:
         """Return a tensor's elements in transformers' layout."""
         _, pattern, converter = self._places[key]
+        # A copy, because torch warns of an array that cannot be written to, such as a mapped one.
         found = {pattern: torch.from_numpy(np.array(weights))}
         return np.asarray(self._convert(converter, found))
 
@@ -217,6 +219,7 @@ def load(
     dtype = stored_dtype(file) if dtype is None else dtype
     translation = translate(file, build_empty(kind, config, [], dtype))
     arguments = {} if device.type == "cpu" else {"device_map": {"": device}}
+    # With a state dict and no name, `from_pretrained` loads what it is given, and reports on it as on files.
     model, report = kind.from_pretrained(
         None,
         config=config,
@@ -254,6 +257,7 @@ def read_unplaced(source: Source, kind: type[PreTrainedModel], config: Pretraine
 
 def stored_dtype(file: Gguf) -> torch.dtype:
     """Return the dtype that holds every element of a file: float32 where any is quantised."""
+    # llama.cpp stores vectors in float32, whatever the matrices are stored in.
     kinds = {tensor.kind.name for tensor in file.tensors.values() if len(tensor.shape) > 1}
     plain = {"BF16": torch.bfloat16, "F16": torch.float16}
     return plain.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32

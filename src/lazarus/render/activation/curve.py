@@ -53,7 +53,7 @@ GROUP_STYLES: tuple[tuple[str, Any, str], ...] = (
 
 
 def draw_curve(record: ActivationDiffRecord, axes: Axes) -> None:
-    """Draw the divergence per layer with what it is to be held against; CKA where widths differ."""
+    """Draw the divergence per layer with what it is to be compared with; CKA where widths differ."""
     series = LayerSeries.of(record)
     entries: list[Entry] = []
     if measured(series.divergence):
@@ -116,6 +116,7 @@ def _draw_interval(series: LayerSeries, axes: Axes) -> Artist:
     low, high = _array(series.low), _array(series.high)
     band = axes.fill_between(series.layers, low, high, color=BLUE, alpha=0.22, linewidth=0)
     band.set(gid="interval", zorder=2)
+    # Padded, so that the first and the last layer have a neighbour that is not measured.
     is_measured = np.pad(~np.isnan(low), 1)
     alone = np.flatnonzero(is_measured[1:-1] & ~is_measured[:-2] & ~is_measured[2:])
     if len(alone):  # a band needs two layers side by side to be seen
@@ -126,6 +127,7 @@ def _draw_interval(series: LayerSeries, axes: Axes) -> Artist:
 
 def _draw_groups(record: ActivationDiffRecord, axes: Axes) -> list[Entry]:
     entries: list[Entry] = []
+    # There is a style for each group that is drawn at most, so that some may be left.
     for i, (curve, (color, dashes, marker)) in enumerate(zip(_groups(record), GROUP_STYLES, strict=False)):
         values = _array(curve.divergence)
         (line,) = axes.plot(range(len(values)), values, color=color, linestyle=dashes, linewidth=0.9)

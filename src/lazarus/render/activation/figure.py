@@ -77,6 +77,7 @@ def draw_heatmap(record: ActivationDiffRecord, axes: Axes, *, sort: bool = False
         aspect="auto",
         cmap=matplotlib.colormaps["cividis"].with_extremes(bad="#C0C0C0"),
         vmin=0.0,
+        # two models that are the same have no range of colours
         vmax=float(np.nanmax(divergence, initial=0.0)) or 1.0,
     )
     number_layers(record, axes)

@@ -21,7 +21,7 @@ def payload(record: ActivationDiffRecord, sample: Sample, tokens: TokenSample | 
     """All that the scripts need of the prompts and tokens that the page has; equal for equal results.
 
     A matrix is {rows, columns, base64}: float64, little-endian, row by row, NaN where nothing was measured,
-    so that the page has the result's very numbers.
+    so that the page has the exact values of the result.
     """
     return {
         "series": _series(record),

@@ -102,6 +102,7 @@ def choose_tokens(record: ActivationDiffRecord, n_prompts: int) -> TokenSample |
     if not record.tokens:
         return None
     a_row = BYTES_A_CELL * len(record.layers)
+    # What the cells of the prompts leave is for the tokens.
     spare = MOST_MATRIX_BYTES - a_row * n_prompts
     traces: list[TokenTrace] = []
     for trace in record.tokens:
@@ -119,6 +120,7 @@ def choose_tokens(record: ActivationDiffRecord, n_prompts: int) -> TokenSample |
 def worst_first(divergence: NDArray[np.float64]) -> list[int]:
     """The prompts by their largest divergence at any layer, [prompts, layers]; those without any last."""
     largest = np.where(np.isnan(divergence), -np.inf, divergence).max(axis=1)
+    # Stable, so that equal prompts keep their order, and the page its bytes.
     return [int(i) for i in np.argsort(-largest, kind="stable")]
 
 
@@ -128,12 +130,13 @@ def _chosen(record: ActivationDiffRecord, count: int) -> list[int]:
         return list(range(n_prompts))
     ranked = worst_first(record.results.column("divergence"))
     worst = ranked[: count // 2]
+    # By the run's own seed and in a fixed order, so that one result always gives the same page.
     drawn = random.Random(record.settings.seed).sample(sorted(ranked[count // 2 :]), count - count // 2)
     return sorted([*worst, *drawn])
 
 
 def _longest(texts: Sequence[str]) -> int:
-    """After how many characters every text is cut so that all of them fit."""
+    """Return after how many characters every text is cut so that all of them fit."""
     low, high = LEAST_CHARACTERS, MOST_CHARACTERS
     if sum(_size(text[:high]) for text in texts) <= MOST_TEXT_BYTES:
         return high

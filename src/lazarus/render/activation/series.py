@@ -31,7 +31,7 @@ class LayerSeries:
 
     @classmethod
     def of(cls, record: ActivationDiffRecord) -> LayerSeries:
-        """The series of a result."""
+        """Return the series of a result."""
         layers = record.layers
         return cls(
             layers=[layer.layer for layer in layers],

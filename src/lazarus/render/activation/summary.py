@@ -59,7 +59,7 @@ def _causes(record: ActivationDiffRecord) -> str:
 
 
 def _coarse(record: ActivationDiffRecord) -> str:
-    """A light fine-tune disappears in the noise of a narrow type."""
+    """Say that a light fine-tune disappears in the noise of a narrow dtype."""
     if record.settings.dtype == "float32":
         return ""
     return f". The noise of {record.settings.dtype} hides light changes: run with --dtype float32"
@@ -82,12 +82,13 @@ def _largest(record: ActivationDiffRecord) -> str:
         ):
             return "one model can give next tokens that the other cannot; see the notes"
         return "the two have states that cannot be compared; see the notes"
+    # Of sites above their floors the largest change counts; where none is, the one that comes nearest.
     name, value, floor = max(above or measured, key=lambda place: place[1] if above else place[1] / place[2])
     return f"relative L2 {short(value)} at {name}, {_times(value / floor)} the noise floor"
 
 
 def _times(ratio: float) -> str:
-    """No more digits than the noise has: it is another one on another machine."""
+    """Return a ratio with no more digits than the noise has, which is another one on another machine."""
     most = next((limit for limit in (1000, 100, 10) if ratio > limit), None)
     return f"{ratio:.1f} times" if most is None else f"over {most:,} times"
 

@@ -100,7 +100,7 @@ def output(record: ActivationDiffRecord) -> Table | None:
 
 @dataclass(frozen=True)
 class ReadoutLayer:
-    """Tokens that the mean difference promotes and suppresses at one layer, by either model's head."""
+    """Tokens that the mean difference promotes and suppresses at one layer, by either model's LM head."""
 
     layer: int
     static_share: Cell

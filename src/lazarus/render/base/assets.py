@@ -27,6 +27,7 @@ def script(names: Sequence[str], folder: Path) -> str:
     own = folder / "js"
     paths = [own if (own / f"{name}.js").is_file() else HERE / "js" for name in names]
     parts = [_read(path / f"{name}.js") for path, name in zip(paths, names, strict=True)]
+    # In a scope of their own, so that no name of theirs meets one of the library's.
     return '"use strict";\n(() => {\n' + "\n".join(parts) + "})();\n"
 
 

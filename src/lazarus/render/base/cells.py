@@ -65,6 +65,7 @@ def shown(value: Value, form: str = "") -> str:
         return "yes" if value else "no"
     if isinstance(value, float) and form.endswith("f"):
         text = format(value, form)
+        # A small change must not be shown as none.
         return format(value, ".1e") if value and not float(text) else text
     return format(value, form)
 

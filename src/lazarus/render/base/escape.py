@@ -9,7 +9,7 @@ PROMPT_CHARACTERS = 50
 
 
 def escaped(text: str) -> str:
-    r"""The text with control characters written out, so that it stays on its line.
+    r"""Return the text with control characters written out, so that it stays on its line.
 
     >>> escaped("a\tb\x1b[0m")
     'a\\tb\\x1b[0m'

@@ -40,8 +40,11 @@ STYLE: dict[str, Any] = {
     "ytick.major.width": 0.6,
     "xtick.major.size": 3,
     "ytick.major.size": 3,
+    # TrueType: many publishers refuse the Type 3 fonts that are the default.
     "pdf.fonttype": 42,
+    # text stays text, which can be searched and edited
     "svg.fonttype": "none",
+    # ids are random without it, and two files of one result would differ
     "svg.hashsalt": "lazarus",
 }
 # No date in it: the same record gives the same bytes.
@@ -62,7 +65,9 @@ def write_picture(
     from matplotlib import style
     from matplotlib.figure import Figure
 
+    # "default" first: whatever the reader has set has no part in the file.
     with style.context(["default", STYLE]):
+        # Not pyplot's figure, which would choose a backend and be kept until it is closed.
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         figure.savefig(stream, format=format, dpi=DPI, metadata=METADATA[format])
@@ -101,6 +106,7 @@ def drawable(text: str, most: int) -> str:
     """
     from matplotlib import font_manager
 
+    # A character without a glyph would be drawn as an empty box, with a warning for each.
     font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
     return _shortened(
         "".join(

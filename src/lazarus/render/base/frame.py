@@ -65,6 +65,7 @@ def write_page(kit: Kit, context: Mapping[str, Any], data: object, stream: IO[by
             }
         )
     )
+    # Half a surrogate pair, which a prompt or a name may have, cannot be encoded.
     stream.write(page.encode("utf-8", "replace"))
 
 
@@ -85,6 +86,7 @@ def _environment() -> Environment:
     return Environment(
         loader=FileSystemLoader(RENDER),
         autoescape=True,
+        # a name that is missing is an error, not an empty place in the page
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -92,7 +94,7 @@ def _environment() -> Environment:
 
 
 def _policy(scripts: Sequence[str]) -> str:
-    """No request of any kind, and no script but these."""
+    """Return the page's Content-Security-Policy: no request of any kind, and no script but these."""
     hashes = " ".join(assets.csp_hash(script) for script in scripts)
     return (
         f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; "

@@ -20,7 +20,7 @@ MOST_ROWS_OPEN = 16
 MARK = "***"
 NOT_MEASURED = "–"
 INK = "#010203"
-"""stands for the notebook's own text colour while the curve is drawn"""
+"""stands for the notebook's own text colour while the curve is drawn: matplotlib takes no `currentColor`"""
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,14 @@ Kind = Literal["int64", "float64", "string", "bool_"]
 
 def write_csv(columns: Mapping[str, Any], stream: IO[bytes]) -> None:
     """Write columns of one length, RFC 4180, in UTF-8; a value that there is none of, or NaN, is empty."""
+    # UTF-8 has no bytes for half a surrogate pair, which is written out.
     text = io.TextIOWrapper(
         stream, encoding="utf-8", errors="backslashreplace", newline="", write_through=True
     )
     writer = csv.writer(text)
     writer.writerow(columns)
     writer.writerows(map(_written, row) for row in zip(*columns.values(), strict=True))
+    # The wrapper would close the stream, which is the caller's, when it is deleted.
     text.detach()
 
 
@@ -43,6 +45,7 @@ def _written(value: Any) -> Any:
         value = value.item()
     if isinstance(value, bool):
         return str(value).lower()
+    # Only NaN is not equal to itself.
     return "" if value is None or value != value else value
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+# In HTML, only `<` can end a script element. U+2028 and U+2029 ended lines of JavaScript before ES2019.
 _UNSAFE = re.compile("[<\u2028\u2029\ud800-\udfff]")
 
 
@@ -19,6 +20,7 @@ def in_script(value: object) -> str:
     >>> in_script("</script>")
     '"\\u003c/script>"'
     """
+    # NaN and Infinity, which Python writes by default, are no JSON.
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
@@ -29,6 +31,7 @@ def matrix(values: NDArray[np.float64]) -> dict[str, Any]:
     >>> matrix(np.array([[1.0]]))
     {'rows': 1, 'columns': 1, 'base64': 'AAAAAAAA8D8='}
     """
+    # Little-endian on every machine, as the browser reads it.
     data = np.ascontiguousarray(values, dtype="<f8").tobytes()
     return {
         "rows": values.shape[0],

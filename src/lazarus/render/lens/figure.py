@@ -99,6 +99,7 @@ def _draw(model: LensModel, axes: Axes, row_inches: float) -> AxesImage:
 def _write_tokens(model: LensModel, axes: Axes, n_ranks: int, row_inches: float) -> None:
     from matplotlib.patches import Rectangle
 
+    # As large as a row allows, and then as many characters as the cell is wide.
     size = min(LARGEST_POINTS, max(SMALLEST_POINTS, 0.7 * row_inches * POINTS_AN_INCH))
     most = max(2, int(PANEL_INCHES / n_ranks * POINTS_AN_INCH / (size * CHARACTER_EMS)) - 1)
     final = last_choice(model)
@@ -106,6 +107,7 @@ def _write_tokens(model: LensModel, axes: Axes, n_ranks: int, row_inches: float)
         for rank, token in enumerate(layer.top[:n_ranks]):
             colour = "white" if (token.probability or 0.0) >= DARK else "black"
             text = axes.text(rank, i, drawable(_spaced(token.token), most), color=colour, fontsize=size)
+            # A token with two $ in it is no mathematics.
             text.set(ha="center", va="center", parse_math=False, clip_on=True, gid=f"token-{i}-{rank + 1}")
             if final is not None and token.token_id == final.token_id:
                 box = Rectangle((rank - 0.5, i - 0.5), 1, 1, fill=False, edgecolor=VERMILLION, linewidth=0.7)

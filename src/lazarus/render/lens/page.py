@@ -91,6 +91,7 @@ def tracked_plots(record: CompareRecord) -> list[tuple[str, plots.Plot]]:
         name = quoted_token(title(record, index))
         lines = [
             plots.Line(of, style, model.tracked[index].probability)
+            # two of three styles: the third is for JS in the other plot
             for of, style, model in zip(names(record), STYLES, _models(record), strict=False)
         ]
         told = "; ".join(

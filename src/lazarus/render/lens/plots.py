@@ -91,6 +91,7 @@ def _curve(line: Line, top: float) -> Curve:
 
 def _points(line: Line, top: float) -> Iterator[Point]:
     n_layers = len(line.values)
+    # A point between two gaps has no line, and would not be seen.
     alone = {stretch[0][0] for stretch in _stretches(line.values) if len(stretch) == 1}
     for layer, value in enumerate(line.values):
         if value is not None and (n_layers <= MOST_MARKED or layer in alone):
@@ -99,7 +100,7 @@ def _points(line: Line, top: float) -> Iterator[Point]:
 
 
 def _stretches(values: Values) -> list[list[tuple[int, float]]]:
-    """The layers and values between two gaps."""
+    """Return the layers and values between any two gaps."""
     found: list[list[tuple[int, float]]] = [[]]
     for layer, value in enumerate(values):
         if value is None:

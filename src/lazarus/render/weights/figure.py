@@ -174,6 +174,7 @@ def _draw(record: WeightDiffRecord, shown: Map, strip: Strip, axes: Axes) -> Any
         edgecolors=EDGE,
         linewidth=0.3,
     )
+    # The first component is at the top, as in a table.
     axes.set_ylim(rows, 0)
     labels = [drawable(name, NAME_CHARACTERS) for name in strip.names]
     axes.set_yticks(np.arange(rows) + 0.5, labels, parse_math=False)
@@ -188,7 +189,7 @@ def _draw(record: WeightDiffRecord, shown: Map, strip: Strip, axes: Axes) -> Any
 
 
 def _scale(shown: Map) -> tuple[LogNorm, Colormap]:
-    """Log from the least change to the largest; exactly 0 is below it and has a colour of its own."""
+    """Return a log scale from the least change to the largest; exactly 0 is below it, in its own colour."""
     import matplotlib
     from matplotlib.colors import LogNorm
 
@@ -245,6 +246,7 @@ def _by_kind(record: WeightDiffRecord, grid: Grid) -> Strip:
 
 def _largest(strip: Strip, count: int) -> Strip:
     most = np.nanmax(np.nan_to_num(strip.values, nan=-1.0), axis=1)
+    # The largest are kept in the order of the model.
     kept = np.sort(np.argsort(-most, kind="stable")[:count])
     return Strip([strip.names[i] for i in kept], strip.values[kept])
 

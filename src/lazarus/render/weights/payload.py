@@ -50,6 +50,7 @@ class Kept:
         """The most changed of each, where there is no room for all."""
         ranked = most_changed_first(record.results)
         place = np.empty(len(ranked) + 1, dtype=np.int64)
+        # The last place is for NO_TENSOR, which is −1: after every tensor.
         place[ranked], place[-1] = np.arange(len(ranked)), len(ranked)
         best = place[grid.places].min(axis=1) if grid.components and grid.layers else np.zeros(0)
         room = MOST_CELLS // max(1, len(grid.layers))
@@ -67,7 +68,7 @@ def payload(record: WeightDiffRecord, grid: Grid, kept: Kept) -> dict[str, Any]:
     """All that the scripts need; equal for equal results.
 
     A matrix is {rows, columns, base64}: float64, little-endian, row by row, NaN where there is no number,
-    so that the page has the result's very numbers.
+    so that the page has the exact values of the result.
     """
     return {
         "formats": {name: metric.format for name, metric in WEIGHT_METRICS.items()},

@@ -97,7 +97,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def n_elements(row: TensorRecord) -> int:
-    """Return how many numbers a tensor has."""
+    """Return how many elements a tensor has."""
     return math.prod(row.shape)
 
 

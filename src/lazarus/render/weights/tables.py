@@ -19,7 +19,7 @@ MOST_UNMATCHED = 100
 
 @dataclass(frozen=True)
 class Bars:
-    """A table whose rows have a bar each: 0 to 1 of the largest of them."""
+    """A table whose rows have a bar each, with its length as a share of the longest one."""
 
     table: Table
     shares: Sequence[float]
