@@ -13,7 +13,7 @@ from peft.tuners.lora import Linear
 
 from factories import perturbed, save_model, tiny_llama, tiny_tokenizer
 from layouts import compare
-from lazarus.activation.rounding import find_rounding
+from lazarus.activation.rounding import PART, find_rounding
 from lazarus.errors import GateNotMetError
 from lazarus.models import wrap_model
 
@@ -84,6 +84,19 @@ def test_a_change_of_one_unit_in_a_few_elements_is_no_rounding() -> None:
         weight[0] = torch.nextafter(weight[0], torch.full_like(weight[0], 9.0))
     assert find_rounding(wrap_model(model, "base"), wrap_model(other, "other")) is None
     assert find_rounding(wrap_model(model, "base"), wrap_model(perturbed(model), "other")) is None
+
+
+@pytest.mark.parametrize("row", [0, -1])
+def test_one_element_beyond_rounding_is_found_wherever_it_is(row: int) -> None:
+    original = tiny_llama(vocab_size=4096)
+    stored = copy.deepcopy(original).to(torch.bfloat16)
+    table = stored.model.embed_tokens.weight
+    assert table.numel() > PART  # more than is looked at together
+    pair = wrap_model(original, "original"), wrap_model(stored, "stored")
+    assert find_rounding(*pair) is not None
+    with torch.no_grad():
+        table[row, -1] *= 2
+    assert find_rounding(*pair) is None
 
 
 def test_what_an_adapter_brings_whole_is_compared_as_it_is() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 import lazarus
 from architectures import build
 from factories import perturbed, tiny_llama, word_tokenizer
-from lazarus.batches import Padding, TokenBatch
-from lazarus.engine import NoisePlan, learn_pair, one_ulp_away, pick_sample, run_noise
+from lazarus.batches import BatchPair, Padding, TokenBatch
+from lazarus.engine import NoisePlan, Work, learn_pair, one_ulp_away, pick_sample, run
 from lazarus.engine.noise import nudged
 from lazarus.models import wrap_model
 from lazarus.sites import Position
@@ -186,6 +187,17 @@ def test_many_prompts_run_in_two_halves_and_with_more_padding() -> None:
     assert trials(plan, batch_of(5)) == [[([0], 8)], [([0], 8)]]
 
 
+def test_a_sample_of_more_prompts_runs_twice_in_one_batch_where_there_is_room() -> None:
+    """Base has run them in other batches, so that these are others already."""
+    plan = replace(plan_for(8), among_others=True)
+    assert trials(plan, batch_of(5, 4, 2)) == [[([0, 1, 2, 0, 1, 2], 0)]]
+    assert plan.copies(batch_of(5, 4, 2)) == 2
+    tight = replace(plan, batch_tokens=29)  # of 30
+    assert trials(tight, batch_of(5, 4, 2)) == trials(plan_for(8), batch_of(5, 4, 2))
+    few = replace(plan_for(5), among_others=True)
+    assert trials(few, batch_of(5, 4)) == trials(plan_for(5), batch_of(5, 4))
+
+
 @pytest.mark.parametrize(
     ("context", "n_prefix", "extra"),
     [
@@ -228,9 +240,10 @@ def test_in_each_trial_every_token_is_nudged_before_the_first_block(position: Po
     batches = [TokenBatch(prompts[:3], 0).after(3), TokenBatch(prompts[3:], 0).after(3)]
     plan = NoisePlan(8, 512, position, "right", 0)
     passed: list[int] = []
-    found = list(run_noise(pair, batches, plan, passed.append))
-    assert passed == [sum(batch.lengths) for batch in batches]
-    after_first = [states for states in found if states.site == 0]
+    work = Work(BatchPair.same(batches), batches, plan, position, localize=False)
+    found = list(run(pair, work, passed.append))
+    assert passed == [sum(batch.lengths) for batch in batches for _ in ("both models", "the noise")]
+    after_first = [states for states in found if states.site == 0 and states.trial is not None]
     assert [states.trial for states in after_first] == [0, 1, 0, 1]
     assert [states.prompts.tolist() for states in after_first] == [[0, 1, 2]] * 2 + [[3]] * 2
     for states in after_first:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from architectures import CAUSAL, ENCODER_DECODERS, ENCODERS, MULTIMODAL, REFUSED, UNBUILDABLE, build
 from factories import perturbed, tiny_llama
 from lazarus.batches import BatchPair, TokenBatch, make_batches
-from lazarus.engine import ModelPair, NoisePlan, Work, learn_pair, run_noise, run_pairs
+from lazarus.engine import ModelPair, NoisePlan, Work, learn_pair, run
 from lazarus.engine.streamed import KEPT_SHARE, run_streamed
 from lazarus.errors import SaveError
 from lazarus.models import dissect, wrap_model
@@ -89,8 +89,7 @@ def streamed(pair: ModelPair, work: Work) -> Pairs:
 
 
 def resident(pair: ModelPair, work: Work) -> Pairs:
-    pairs = run_pairs(pair, work.batches, work.position, lambda _: None, localize=work.localize)
-    return by_site([*pairs, *run_noise(pair, work.sample, work.noise, lambda _: None)])
+    return by_site(run(pair, work, lambda _: None))
 
 
 def by_site(pairs: Iterable[StatePair]) -> Pairs:
@@ -158,7 +157,7 @@ def test_every_position_with_any_memory(
     n_files: list[int] = []
     tagged = run_streamed(pair, work, lambda _: n_files.append(sum(p.is_file() for p in folder.rglob("*"))))
     assert_same_bits(by_site(tagged), resident(pair, work))
-    n_passes = 2 * len(work.batches) + 3 * len(work.sample)
+    n_passes = 2 * len(work.batches) + 2 * len(work.sample)
     waiting = n_files[len(work.batches) + len(work.sample) - 1]  # after the first block
     if kept_bytes == 3000:
         assert 0 < waiting < n_passes
@@ -297,6 +296,25 @@ def test_the_noise_runs_in_the_same_turn_of_each_block() -> None:
     assert Counter(own)[0] > len(work.batches)
     theirs = Counter(index for name, index, _ in calls if name == "finetuned")
     assert theirs == dict.fromkeys(range(4), 2 * len(work.batches))  # on its own states, and on base's
+
+
+@pytest.mark.parametrize("run_work", [resident, streamed], ids=["resident", "streamed"])
+@pytest.mark.parametrize("position", ["last", "mean", "all"])
+def test_the_noise_is_the_same_where_its_batches_run_through_both_models_elsewhere(
+    position: Position, run_work: Callable[[ModelPair, Work], Pairs]
+) -> None:
+    """As where the work is shared: then base alone runs the batches with prompts of the sample again."""
+    base = tiny_llama()
+    pair = pair_of(base, perturbed(base))
+    work = work_for(pair, position, n_sampled=8, lengths=(5, 1, 9, 7, 7, 6, 3, 8, 2, 4))
+    work = replace(work, noise=replace(work.noise, among_others=True))
+    again = [b.base for b in work.batches if any(prompt < 8 for prompt in b.base.prompts)]
+    parts = replace(work, sample=[]), replace(work, batches=[], again=again)
+    run, noise = (run_work(pair, part) for part in parts)
+    assert not any(trial is not None for trial, _, _ in run)
+    assert {trial for trial, _, _ in noise} == {0, 1}
+    assert_same_bits({**run, **noise}, run_work(pair, work))
+    assert_same_bits({**run, **noise}, resident(pair, work))
 
 
 def test_blocks_that_are_the_same_and_get_the_same_run_once() -> None:

@@ -44,6 +44,8 @@ class _Part:
 
     batches: Sequence[BatchPair]
     sample: Sequence[TokenBatch]
+    again: Sequence[TokenBatch] = ()
+    """batches of other parts, of which the noise needs what base makes of them; not counted as work"""
 
     @property
     def n_tokens(self) -> int:
@@ -57,7 +59,9 @@ class _Part:
         """At most so many runs of consecutive batches, and the noise, which is one piece of work."""
         edges = np.linspace(0, len(self.batches), min(len(self.batches), most) + 1).astype(int).tolist()
         runs = [_Part(self.batches[start:end], []) for start, end in pairwise(edges)]
-        return [*runs, _Part([], self.sample)] if self.sample else runs
+        sampled = {prompt for batch in self.sample for prompt in batch.prompts}
+        again = [pair.base for pair in self.batches if not sampled.isdisjoint(pair.base.prompts)]
+        return [*runs, _Part([], self.sample, again)] if self.sample else runs
 
 
 @dataclass(frozen=True)
@@ -80,14 +84,16 @@ class Job:
     def run(self, part: _Part) -> Iterator[StatePair]:
         """Yield every pair of states of a part."""
         plan = self.plan
+        n_sampled = sum(len(batch.members) for batch in part.sample)
         noise = NoisePlan(
-            n_prompts=sum(len(batch.members) for batch in part.sample),
+            n_prompts=n_sampled,
             batch_tokens=plan.batch_tokens,
             position=plan.position,
             padding=self.pair.padding(plan.longest),
             seed=plan.seed,
+            among_others=n_sampled < len(plan.repeats.distinct),
         )
-        work = Work(part.batches, part.sample, noise, plan.position, plan.localize)
+        work = Work(part.batches, part.sample, noise, plan.position, plan.localize, part.again)
         return run(self.pair, work, self.advanced)
 
 

@@ -10,6 +10,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -18,11 +19,14 @@ from torch import Tensor, nn
 from lazarus.blame import Translated
 from lazarus.errors import AdapterError
 from lazarus.facts import Rounded
-from lazarus.metrics.rounding import RoundingTest, unit_in_the_last_place
+from lazarus.metrics.rounding import RoundingTest, beyond_rounding, unit_in_the_last_place
 from lazarus.models import LoadedModel, settings_that_differ
 
 _NARROW = (torch.bfloat16, torch.float16)
 _TYPES = (Tensor, nn.Parameter, nn.Buffer)
+PART = 2**16
+"""Elements that are looked at together: few enough to stay in a processor's cache."""
+
 Parts = tuple[Tensor, Tensor | None, Tensor | None]
 """
 a tensor without its adapters, and what they add to it, in float64; None where there is none. Of several, the
@@ -56,15 +60,20 @@ def _test(stored: LoadedModel, exact: LoadedModel) -> Rounded | None:
     dtype: torch.dtype | None = None
     with torch.no_grad():
         for name, read in found.items():
-            (x, own, _), (w, update, size) = read(), source[name]()
+            (x, own, _), parts = read(), source[name]()
+            w, update, _ = parts
             if own is not None or type(x) not in _TYPES or type(w) not in _TYPES or x.shape != w.shape:
                 return None
             if update is None and (x.data_ptr() == w.data_ptr() or torch.equal(x, w.to(x.device))):
                 continue
+            # Of most fine-tunes the first part tells, and neither all weights nor a whole tensor are read.
+            if all(_cannot_be(x, parts, each) for each in ([dtype] if dtype else _NARROW)):
+                return None
             dtype = dtype or _stored_dtype(stored.model)
             if dtype is None:
                 return None
-            tests.append(_tested((x, w, update), dtype, size))
+            tests.append(RoundingTest(dtype))
+            tests[-1].add(*_in_float64(x, parts, dtype))
             if tests[-1].result not in ("exact", "rounded"):
                 return None
     if dtype is None:
@@ -74,29 +83,42 @@ def _test(stored: LoadedModel, exact: LoadedModel) -> Rounded | None:
     return Rounded(stored.name, exact.name, str(dtype).removeprefix("torch."), len(tests), kept)
 
 
+def _cannot_be(stored: Tensor, source: Parts, dtype: torch.dtype) -> bool:
+    """Look for a part of a tensor that is not base + update, rounded to `dtype`; one is enough."""
+    is_weight = isinstance(stored, nn.Parameter) and stored.is_floating_point()
+    columns = (repeat(None) if t is None else torch.split(t.flatten(), PART) for t in source)
+    for x, w, update, size in zip(torch.split(stored.flatten(), PART), *columns, strict=False):
+        if is_weight and not _holds(dtype, x):
+            return True
+        if beyond_rounding(dtype, *_in_float64(x, (w, update, size), dtype)).any():
+            return True
+    return False
+
+
 def _stored_dtype(model: nn.Module) -> torch.dtype | None:
     """The 16-bit dtype that holds every weight of a model; None where none does.
 
     One tensor does not tell: a norm's weights, all 1, are numbers of every dtype.
     """
     weights = [weight for weight in model.parameters() if weight.is_floating_point()]
-    for dtype in _NARROW:
-        if all(torch.equal(weight.to(dtype).to(weight.dtype), weight) for weight in weights):
-            return dtype
-    return None
+    return next((dtype for dtype in _NARROW if all(_holds(dtype, weight) for weight in weights)), None)
 
 
-def _tested(
-    parts: tuple[Tensor, Tensor, Tensor | None], dtype: torch.dtype, size: Tensor | None
-) -> RoundingTest:
-    """Hold one stored tensor against base + update; of several adapters, each merge may have rounded."""
-    stored, base, update = parts
-    test = RoundingTest(dtype)
+def _holds(dtype: torch.dtype, weight: Tensor) -> bool:
+    return torch.equal(weight.to(dtype).to(weight.dtype), weight)
+
+
+def _in_float64(
+    stored: Tensor, source: Parts, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """A stored tensor, base, the update, and what computing it has lost.
+
+    Of several adapters, each merge may have rounded.
+    """
+    base, update, size = source
     x, w = stored.double(), base.to(stored.device).double()
     d = torch.zeros_like(w) if update is None else update.to(stored.device)
-    lost = None if size is None else unit_in_the_last_place(w.abs() + size.to(w.device), dtype)
-    test.add(x, w, d, lost)
-    return test
+    return x, w, d, None if size is None else unit_in_the_last_place(w.abs() + size.to(w.device), dtype)
 
 
 def _effective(model: nn.Module) -> Iterator[tuple[str, Callable[[], Parts]]]:

@@ -23,7 +23,7 @@ noise.py       base against base, with what ought not to matter changed
 from lazarus.engine.coverage import Coverage, find_coverage
 from lazarus.engine.finite import Break, broken_weights, find_break, note_of_weights
 from lazarus.engine.head import NO_HEAD, Head
-from lazarus.engine.noise import NoisePlan, one_ulp_away, pick_sample, run_noise
+from lazarus.engine.noise import NoisePlan, one_ulp_away, pick_sample
 from lazarus.engine.pair import ModelPair, check_shapes, learn_pair
 from lazarus.engine.positions import check_positions
 from lazarus.engine.prefix import PrefixPlan, common_prefix, share_prefix
@@ -55,7 +55,6 @@ __all__ = [
     "one_ulp_away",
     "pick_sample",
     "run",
-    "run_noise",
     "run_pairs",
     "share_prefix",
 ]

@@ -9,11 +9,13 @@ from itertools import count
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lazarus.batches import Padding, TokenBatch
 from lazarus.engine.pair import ModelPair
-from lazarus.engine.side import Side, joined, logit_pairs
+from lazarus.engine.side import Side, States, joined, logit_pairs
+from lazarus.facts import Site
 from lazarus.sites import Position, StatePair
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -35,19 +37,32 @@ class NoisePlan:
     position: Position
     padding: Padding
     seed: int
+    among_others: bool = False
+    """whether these are a sample: then base has run them in the company of other prompts"""
 
     def copies(self, batch: TokenBatch) -> int:
         """Return how often the prompts of a batch are run at once, within the tokens of one batch."""
         if self.padding == "one_by_one":
             return 1
         room = self.batch_tokens // (len(batch.members) * batch.padded_length)
-        return max(1, min(-(-FEWEST_ROWS // self.n_prompts), room))
+        wanted = max(self._copies_of_few, 2 if self.among_others else 1)
+        return max(1, min(wanted, room))
+
+    @property
+    def _copies_of_few(self) -> int:
+        return -(-FEWEST_ROWS // self.n_prompts)
 
     def recomposed(self, batch: TokenBatch, context: int | None) -> list[list[TokenBatch]]:
-        """The same prompts in the same order: in two halves, or several times, and with more padding."""
+        """The same prompts in the same order, in batches that base has not run: each item is run at once.
+
+        Many prompts of a sample run twice in one batch, which is fuller than two; all prompts of a run in two
+        halves, and again with more padding; few ones several times, without and with more padding.
+        """
         n_copies = self.copies(batch)
         extra_padding = self._extra_padding(batch, context)
         padded = replace(batch, members=batch.members * n_copies, extra_padding=extra_padding)
+        if n_copies > self._copies_of_few:
+            return [[replace(padded, extra_padding=0)]]
         if n_copies > 1:
             return [[replace(padded, extra_padding=0)], [padded]]
         middle = len(batch.members) // 2
@@ -72,37 +87,93 @@ def pick_sample(n_prompts: int, seed: int) -> list[int]:
     return sorted(torch.randperm(n_prompts, generator=generator)[:most].tolist())
 
 
-def run_noise(
-    pair: ModelPair,
-    batches: Sequence[TokenBatch],
-    plan: NoisePlan,
-    advanced: Callable[[int], None],
-) -> Iterator[StatePair]:
-    """Base against base with what ought not to matter changed; yields each trial's number and pairs.
+class Sample:
+    """Base's compared rows of a few prompts, kept from the run until the noise is measured on them."""
 
-    Each trial runs the same prompts in other batches, with other padding where padding is right for the
-    model, and with the first block's input moved by one unit in the last place; a prefix that runs once is
-    moved as well. Few prompts are run several times in a batch, a trial each time. Both states of a pair
-    are base's: no second copy of the weights is needed.
+    def __init__(self, batches: Sequence[TokenBatch]) -> None:
+        self._wanted = {prompt for batch in batches for prompt in batch.prompts}
+        self._rows: dict[tuple[Site, int], Tensor] = {}
+
+    def take(self, site: Site, prompts: Int[Tensor, " rows"], rows: Float[Tensor, "rows width"]) -> None:
+        """Keep those rows of a batch of the run that are of these prompts; for the logits, what is read."""
+        for prompt in self._wanted.intersection(prompts.tolist()):
+            own = torch.nonzero(prompts == prompt).flatten()
+            self._rows[site, prompt] = rows[own.to(rows.device)]
+
+    def holds(self, site: Site, batch: TokenBatch) -> bool:
+        """Return whether the rows of all prompts of a batch are there."""
+        return all((site, prompt) in self._rows for prompt in batch.prompts)
+
+    def give(self, site: Site, batch: TokenBatch) -> Float[Tensor, "rows width"]:
+        """Return the rows of a batch's prompts, in its order; they are kept no longer."""
+        return torch.cat([self._rows.pop((site, prompt)) for prompt in batch.prompts])
+
+
+class Noise:
+    """Base against base with what ought not to matter changed.
+
+    What base makes of the prompts is taken from the run. Each trial runs them again in other batches, with
+    other padding where padding is right for the model, and with the first block's input moved by one unit in
+    the last place; a prefix that runs once is moved as well. Both states of a pair are base's: no second copy
+    of the weights is needed.
     """
-    base = Side(pair.base, pair.base_conventions)
-    generator = torch.Generator().manual_seed(plan.seed)
-    for batch in batches:
-        plain = base.run(batch, plan.position)
+
+    def __init__(self, pair: ModelPair, batches: Sequence[TokenBatch], plan: NoisePlan) -> None:
+        self.pair = pair
+        self.plan = plan
+        self.sample = Sample(batches)
+        self._waiting = list(batches)
+        self._head = self._side().head
+        self._generator = torch.Generator().manual_seed(plan.seed)
+
+    def take(self, states: States) -> None:
+        """Take what base made of a batch of the run."""
+        # zip stops at the last site of the pair: a final norm that base alone has is none.
+        for site, rows in zip(self.pair.sites, states.sites, strict=False):
+            self.sample.take(site, states.prompts, rows)
+        self.sample.take("logits", states.head_prompts, states.head_rows)
+
+    def run(self, advanced: Callable[[int], None]) -> Iterator[StatePair]:
+        """Yield each trial's number and pairs, of all prompts whose batches have run by now.
+
+        The batches of the run and of the sample are in one order, so that few rows wait.
+        """
+        while self._waiting and self.sample.holds("logits", self._waiting[0]):
+            batch = self._waiting.pop(0)
+            yield from self._run(batch)
+            advanced(batch.n_tokens)
+
+    def _run(self, batch: TokenBatch) -> Iterator[StatePair]:
+        sites = [site for site in self.pair.sites if self.sample.holds(site, batch)]
+        plain, read = [self.sample.give(site, batch) for site in sites], self.sample.give("logits", batch)
         trials = count()
-        for parts in plan.recomposed(batch, pair.base.anatomy.context):
-            moved, other_base = [], Side(pair.base, pair.base_conventions)
-            with nudged(pair.base.anatomy.blocks[0], generator):
-                other_base.begin(batch, plan.position)
-            for part in parts:
-                with nudged(pair.base.anatomy.blocks[0], generator):
-                    moved.append(other_base.run(part, plan.position))
-            for other in joined(moved).split(plan.copies(batch)):
+        for parts in self.plan.recomposed(batch, self.pair.base.anatomy.context):
+            moved = self._moved(batch, parts)
+            for other in moved.split(n_copies(parts, batch)):
                 trial = next(trials)
-                for site, b, f in zip(pair.sites, plain.sites, other.sites, strict=False):
-                    yield StatePair(site, plain.prompts, b, f, trial=trial)
-                yield from logit_pairs(base.head, base.head, plain, other, trial)
-        advanced(batch.n_tokens)
+                for site, b, f in zip(sites, plain, other.sites, strict=False):
+                    yield StatePair(site, other.prompts, b, f, trial=trial)
+                ours = States(other.prompts, plain, other.head_prompts, read)
+                yield from logit_pairs(self._head, self._head, ours, other, trial)
+
+    def _moved(self, batch: TokenBatch, parts: Sequence[TokenBatch]) -> States:
+        """Run the parts of a batch, one after the other, on a first block's input that is moved."""
+        block, side = self.pair.base.anatomy.blocks[0], self._side()
+        with nudged(block, self._generator):
+            side.begin(batch, self.plan.position)
+        found = []
+        for part in parts:
+            with nudged(block, self._generator):
+                found.append(side.run(part, self.plan.position))
+        return joined(found)
+
+    def _side(self) -> Side:
+        return Side(self.pair.base, self.pair.base_conventions)
+
+
+def n_copies(parts: Sequence[TokenBatch], batch: TokenBatch) -> int:
+    """Return how often the prompts of a batch are in these parts."""
+    return sum(len(part.members) for part in parts) // len(batch.members)
 
 
 @contextmanager

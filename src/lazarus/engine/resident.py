@@ -12,7 +12,7 @@ from lazarus.engine.local import beside
 from lazarus.engine.pair import ModelPair
 from lazarus.engine.positions import RowPicker
 from lazarus.engine.replay import Passed, recording
-from lazarus.engine.side import Begun, Side, logit_pairs
+from lazarus.engine.side import Begun, Side, States, logit_pairs
 from lazarus.sites import Position, StatePair
 
 
@@ -26,32 +26,58 @@ def run_pairs(
 ) -> Iterator[StatePair]:
     """Run every batch through both models; yields each site's pair of states, batch by batch.
 
-    Only the compared rows of one batch are ever kept. The first blocks that the two models have in common
-    run once. `localize` also runs each block of the fine-tuned model on what base's block receives.
     `advanced` is told the tokens of each batch when it is done.
 
     Raises:
         DeviceError: a batch does not fit the device's memory.
     """
-    base, finetuned = Side(pair.base, pair.base_conventions), Side(pair.finetuned, pair.finetuned_conventions)
+    resident = Resident(pair, position, localize=localize)
     for batch in batches:
+        yield from resident.run(batch)[1]
+        advanced(batch.base.n_tokens)
+
+
+class Resident:
+    """Both models of a pair, ready to run batches.
+
+    Only the compared rows of one batch are ever kept. The first blocks that the two models have in common
+    run once. `localize` also runs each block of the fine-tuned model on what base's block receives.
+    """
+
+    def __init__(self, pair: ModelPair, position: Position, *, localize: bool) -> None:
+        self.pair = pair
+        self.position = position
+        self.localize = localize
+        self.base = Side(pair.base, pair.base_conventions)
+        self.finetuned = Side(pair.finetuned, pair.finetuned_conventions)
+
+    def run(self, batch: BatchPair) -> tuple[States, Iterator[StatePair]]:
+        """Run a batch through both models; returns base's states, and each site's pair.
+
+        Raises:
+            DeviceError: the batch does not fit the device's memory.
+        """
+        pair, position = self.pair, self.position
         local: list[Tensor] = []
-        picking = base.picking(RowPicker.of(batch.base, position))
+        picking = self.base.picking(RowPicker.of(batch.base, position))
         passed, n_common = Passed(), pair.n_common if batch.base is batch.finetuned else 0
-        base.begin(batch.base, position)
+        self.base.begin(batch.base, position)
         with (
             recording(pair.base.anatomy.blocks[:n_common], passed.add),
-            beside(pair, picking, local) if localize else nullcontext(),
+            beside(pair, picking, local) if self.localize else nullcontext(),
         ):
-            ours = base.run(batch.base, position)
-        begun = Begun(n_common, passed, ours, base.prefix_of(batch.base, position)) if n_common else None
-        theirs = finetuned.run(batch.finetuned, position, begun)
-        del begun, passed
+            ours = self.base.run(batch.base, position)
+        prefix = self.base.prefix_of(batch.base, position)
+        begun = Begun(n_common, passed, ours, prefix) if n_common else None
+        theirs = self.finetuned.run(batch.finetuned, position, begun)
+        return ours, self._pairs(ours, theirs, local)
+
+    def _pairs(self, ours: States, theirs: States, local: Sequence[Tensor]) -> Iterator[StatePair]:
+        pair = self.pair
         matched = [theirs.sites[0], *(theirs.sites[1 + i] for i in pair.matched), theirs.sites[-1]]
         own: Sequence[Tensor | None] = local or [None] * len(pair.matched)
         # zip stops at the last common site: a final norm that only one of them has is no site.
         for site, b, f, changed in zip(pair.sites, ours.sites, matched, [None, *own, None], strict=False):
             yield StatePair(site, ours.prompts, b, f, changed)
         if pair.shares_vocabulary:
-            yield from logit_pairs(base.head, finetuned.head, ours, theirs)
-        advanced(batch.base.n_tokens)
+            yield from logit_pairs(self.base.head, self.finetuned.head, ours, theirs)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from lazarus.engine.noise import run_noise
+from lazarus.engine.noise import Noise
 from lazarus.engine.pair import ModelPair
-from lazarus.engine.resident import run_pairs
+from lazarus.engine.resident import Resident
 from lazarus.engine.streamed import run_streamed
 from lazarus.engine.work import Work
 from lazarus.sites import StatePair
@@ -24,5 +24,15 @@ def run(pair: ModelPair, work: Work, advanced: Callable[[int], None]) -> Iterato
     if pair.streams:
         yield from run_streamed(pair, work, advanced)
         return
-    yield from run_pairs(pair, work.batches, work.position, advanced, localize=work.localize)
-    yield from run_noise(pair, work.sample, work.noise, advanced)
+    noise = Noise(pair, work.sample, work.noise)
+    resident = Resident(pair, work.position, localize=work.localize)
+    for batch in work.batches:
+        ours, pairs = resident.run(batch)
+        yield from pairs
+        noise.take(ours)
+        del ours, pairs  # the trials need room as well
+        advanced(batch.base.n_tokens)
+        yield from noise.run(advanced)
+    for again in work.again:
+        noise.take(resident.base.run(again, work.position))
+        yield from noise.run(advanced)

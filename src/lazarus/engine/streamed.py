@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from lazarus.batches import TokenBatch
 from lazarus.engine.arguments import Arguments
 from lazarus.engine.kept import KeptStates, check_room
 from lazarus.engine.local import beside
-from lazarus.engine.noise import NoisePlan, nudged
+from lazarus.engine.noise import NoisePlan, Sample, n_copies, nudged
 from lazarus.engine.pair import ModelPair
 from lazarus.engine.positions import RowPicker
 from lazarus.engine.recorder import Take
@@ -128,12 +128,12 @@ class _Pass:
 
 
 class _NoisePass:
-    """Base against itself on one batch: run plainly, and moved in several trials."""
+    """Base against itself on one batch: as the run has it, and moved in several trials."""
 
     def __init__(self, side: Side, batch: TokenBatch, plan: NoisePlan, kept: KeptStates) -> None:
         self.side = side
-        self.n_copies = plan.copies(batch)
-        self.plain = _Pass(side, batch, plan.position, kept)
+        self.batch = batch
+        self.prompts = RowPicker.of(batch, plan.position).prompts
         self.moved = [
             [_Pass(side, part, plan.position, kept) for part in parts]
             for parts in plan.recomposed(batch, side.model.anatomy.context)
@@ -142,35 +142,41 @@ class _NoisePass:
     @property
     def passes(self) -> list[_Pass]:
         """All of them."""
-        return [self.plain, *(part for parts in self.moved for part in parts)]
+        return [part for parts in self.moved for part in parts]
 
-    def step(self, index: int, generator: torch.Generator) -> Iterator[StatePair]:
+    def step(self, index: int, generator: torch.Generator, sample: Sample) -> Iterator[StatePair]:
         """Run block `index` in every trial."""
-        plain, prompts = self.plain.step(index), self.plain.picker.prompts
-        trials = count()
+        block, trials = self.side.model.anatomy.blocks[0], count()
+        entered, plain = (
+            None if index else sample.give("embedding", self.batch),
+            sample.give(index, self.batch),
+        )
         for parts in self.moved:
-            block = self.side.model.anatomy.blocks[0]
             steps = [p.step(index, _NOTHING if index else nudged(block, generator)) for p in parts]
-            rows = torch.cat([step.rows for step in steps]).chunk(self.n_copies)
+            n = self._n_copies(parts)
+            rows = torch.cat([step.rows for step in steps]).chunk(n)
             before = [step.embedding for step in steps if step.embedding is not None]
-            entered = torch.cat(before).chunk(self.n_copies) if before else [None] * self.n_copies
-            for other, embedding in zip(rows, entered, strict=True):
+            embeddings = torch.cat(before).chunk(n) if before else [None] * n
+            for other, embedding in zip(rows, embeddings, strict=True):
                 trial = next(trials)
-                if embedding is not None:
-                    assert plain.embedding is not None
-                    yield StatePair("embedding", prompts, plain.embedding, embedding, trial=trial)
-                yield StatePair(index, prompts, plain.rows, other, trial=trial)
+                if embedding is not None and entered is not None:
+                    yield StatePair("embedding", self.prompts, entered, embedding, trial=trial)
+                yield StatePair(index, self.prompts, plain, other, trial=trial)
 
-    def ends(self, has_final_norm: bool) -> Iterator[StatePair]:
+    def ends(self, has_final_norm: bool, sample: Sample) -> Iterator[StatePair]:
         """The pairs after the final norm and at the logits."""
-        plain = self.plain.end()
-        trials = count()
+        plain = [sample.give("final_norm", self.batch)] if has_final_norm else []
+        read, trials = sample.give("logits", self.batch), count()
         for parts in self.moved:
-            for other in joined([part.end() for part in parts]).split(self.n_copies):
+            for other in joined([part.end() for part in parts]).split(self._n_copies(parts)):
                 trial = next(trials)
-                if has_final_norm:
-                    yield StatePair("final_norm", plain.prompts, plain.sites[0], other.sites[0], trial=trial)
-                yield from logit_pairs(self.side.head, self.side.head, plain, other, trial)
+                for final in plain:
+                    yield StatePair("final_norm", other.prompts, final, other.sites[0], trial=trial)
+                ours = States(other.prompts, plain, other.head_prompts, read)
+                yield from logit_pairs(self.side.head, self.side.head, ours, other, trial)
+
+    def _n_copies(self, parts: Sequence[_Pass]) -> int:
+        return n_copies([part.batch for part in parts], self.batch)
 
 
 class _Blocks:
@@ -212,7 +218,9 @@ class _Stream:
         self.heads = base.head, finetuned.head
         self.ours = [_Pass(base, b.base, work.position, kept) for b in work.batches]
         self.theirs = [_Pass(finetuned, b.finetuned, work.position, kept) for b in work.batches]
+        self.again = [_Pass(base, batch, work.position, kept) for batch in work.again]
         self.noise = [_NoisePass(base, batch, work.noise, kept) for batch in work.sample]
+        self.sample = Sample(work.sample)
         self.our_blocks, self.their_blocks = _Blocks(pair.base, reader), _Blocks(pair.finetuned, reader)
         self.generator = torch.Generator().manual_seed(work.noise.seed)
         self.n_done = 0
@@ -221,7 +229,7 @@ class _Stream:
     @property
     def state_bytes(self) -> int:
         """Return what the states of all passes take, between two blocks."""
-        passes = [*self.ours, *self.theirs, *(p for noise in self.noise for p in noise.passes)]
+        passes = [*self.ours, *self.theirs, *self.again, *(p for noise in self.noise for p in noise.passes)]
         return sum(p.state_bytes for p in passes)
 
     def layer(self, layer: int, advanced: Callable[[int], None]) -> Iterator[StatePair]:
@@ -234,9 +242,11 @@ class _Stream:
             for ours, other in zip(self.ours, self.theirs, strict=True):
                 yield from self._pair(layer, ours, other, is_new)
                 advanced(_share(ours.batch.n_tokens, layer, len(self.pair.matched)))
+            for again in self.again:
+                self._keep(layer, again, again.step(layer))
             for noise in self.noise:
-                yield from noise.step(layer, self.generator)
-                advanced(_share(noise.plain.batch.n_tokens, layer, len(self.pair.matched)))
+                yield from noise.step(layer, self.generator, self.sample)
+                advanced(_share(noise.batch.n_tokens, layer, len(self.pair.matched)))
         self.n_done = counterpart + 1
 
     def ends(self) -> Iterator[StatePair]:
@@ -245,12 +255,15 @@ class _Stream:
         with _heads_in_memory(self.pair):
             for ours, theirs in zip(self.ours, self.theirs, strict=True):
                 b, f = ours.end(), theirs.end()
+                self._keep_end(b)
                 if "final_norm" in self.pair.sites:
                     yield StatePair("final_norm", b.prompts, b.sites[0], f.sites[0])
                 if self.pair.shares_vocabulary:
                     yield from logit_pairs(*self.heads, b, f)
+            for again in self.again:
+                self._keep_end(again.end())
             for noise in self.noise:
-                yield from noise.ends("final_norm" in self.pair.sites)
+                yield from noise.ends("final_norm" in self.pair.sites, self.sample)
 
     def _pair(self, layer: int, ours: _Pass, theirs: _Pass, is_new: bool) -> Iterator[StatePair]:
         local: list[Tensor] = []
@@ -259,6 +272,7 @@ class _Stream:
         b = ours.step(layer, beside(self.pair, pick, local, layer) if runs_beside else _NOTHING)
         if self.work.localize and same:
             local = [b.rows]
+        self._keep(layer, ours, b)
         if not is_new:  # base is the deeper one: the same block again
             rows = theirs.rows()
         else:
@@ -268,6 +282,16 @@ class _Stream:
             if b.embedding is not None and f.embedding is not None:
                 yield StatePair("embedding", prompts, b.embedding, f.embedding)
         yield StatePair(layer, prompts, b.rows, rows, local[0] if local else None)
+
+    def _keep(self, layer: int, ours: _Pass, step: _Step) -> None:
+        """Keep what the noise needs of a block of base."""
+        self.sample.take(layer, ours.picker.prompts, step.rows)
+        if step.embedding is not None:
+            self.sample.take("embedding", ours.picker.prompts, step.embedding)
+
+    def _keep_end(self, end: States) -> None:
+        self.sample.take("final_norm", end.prompts, end.sites[0])
+        self.sample.take("logits", end.head_prompts, end.head_rows)
 
     def _is_same(self, layer: int) -> bool:
         """Return whether a block is the same in both models, and called on the same tokens."""

@@ -12,10 +12,12 @@ from lazarus.sites import Position
 
 @dataclass(frozen=True)
 class Work:
-    """Batches for both models, and a sample for base against itself."""
+    """Batches for both models, and a sample of their prompts for base against itself."""
 
     batches: Sequence[BatchPair]
     sample: Sequence[TokenBatch]
     noise: NoisePlan
     position: Position
     localize: bool
+    again: Sequence[TokenBatch] = ()
+    """batches with prompts of the sample, here for base alone: both models run them elsewhere"""

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lazarus.metrics.states import State, to_float64
+from lazarus.metrics.states import State, sum_by_prompt, to_float64
 
 FEWEST_FOR_CKA = 50
 """Below, the estimate is too noisy to be worth printing."""
@@ -70,20 +70,18 @@ class KeptRows:
         kept = torch.nonzero(slots >= 0).flatten()
         if not len(kept):
             return
-        places, order = torch.unique(slots[kept], return_inverse=True)
-        self.base = self._placed(self.base, base[kept.to(base.device)], places, order)
-        self.finetuned = self._placed(self.finetuned, finetuned[kept.to(finetuned.device)], places, order)
-        self.seen[places.numpy()] = True
+        places, order, counts = torch.unique(slots[kept], return_inverse=True, return_counts=True)
 
-    def _placed(self, store: Tensor | None, rows: Tensor, places: Tensor, order: Tensor) -> Tensor:
-        """The store with these rows in it, each prompt's averaged."""
-        if store is None:
-            store = torch.zeros(len(self.slots), rows.shape[1], dtype=torch.float32)
-        sums = torch.zeros(len(places), rows.shape[1], dtype=torch.float64)
-        sums.index_add_(0, order, to_float64(rows).cpu())
-        counts = torch.bincount(order, minlength=len(places))
-        store[places] = (sums / counts[:, None]).float()
-        return store
+        def placed(store: Tensor | None, states: Tensor) -> Tensor:
+            """The store with these states in it, each prompt's averaged."""
+            if store is None:
+                store = torch.zeros(len(self.slots), states.shape[1], dtype=torch.float32)
+            rows = to_float64(states[kept.to(states.device)]).cpu()
+            store[places] = (sum_by_prompt(rows, order, len(places)) / counts[:, None]).float()
+            return store
+
+        self.base, self.finetuned = placed(self.base, base), placed(self.finetuned, finetuned)
+        self.seen[places.numpy()] = True
 
     def state(self) -> State:
         """The rows that are kept, each model's, and their places."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lazarus.metrics.states import Rows, State
+from lazarus.metrics.states import Rows, State, sum_by_prompt
 
 Floats = NDArray[np.float64]
 
@@ -40,15 +40,15 @@ class Directions:
             return
         _, place, counts = torch.unique(index, return_inverse=True, return_counts=True)
         b, f = rows.base_unit, rows.finetuned_unit
-        base, finetuned = _by_prompt(b, place, len(counts)), _by_prompt(f, place, len(counts))
+        base, finetuned = sum_by_prompt(b, place, len(counts)), sum_by_prompt(f, place, len(counts))
         weights = counts.double()[:, None]
-        shifts = _by_prompt(rows.finetuned - rows.base, place, len(counts)) / weights
+        shifts = sum_by_prompt(rows.finetuned - rows.base, place, len(counts)) / weights
         self.base_sum = self.base_sum + _numpy(base.sum(0))
         self.finetuned_sum = self.finetuned_sum + _numpy(finetuned.sum(0))
         self.within += float((base * finetuned).sum())
         self.n_rows += len(index)
         self.n_pairs_within += int(counts.square().sum())
-        products = _by_prompt(b * f, place, len(counts)) / weights
+        products = sum_by_prompt(b * f, place, len(counts)) / weights
         self.products = self.products + _numpy(products.sum(0))
         self.shift = self.shift + _numpy(shifts.sum(0))
         self.shift_squares += float(shifts.square().sum())
@@ -117,15 +117,6 @@ def normalized_divergence(divergence: float, unrelated_similarity: float) -> flo
     """
     room = 1 - unrelated_similarity
     return divergence / room if room >= SMALLEST_BASELINE else float("nan")
-
-
-def _by_prompt(
-    rows: Float[Tensor, "rows hidden"], place: Int[Tensor, " rows"], n_prompts: int
-) -> Float[Tensor, "prompts hidden"]:
-    if n_prompts == len(rows):
-        return rows[place.argsort()]
-    sums = torch.zeros(n_prompts, rows.shape[1], dtype=rows.dtype, device=rows.device)
-    return sums.index_add_(0, place, rows)
 
 
 def _numpy(values: Tensor) -> Floats:

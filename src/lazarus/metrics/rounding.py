@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 from torch import Tensor
 
 Rounding = Literal["exact", "rounded", "beyond", "unknown"]
@@ -38,6 +38,22 @@ def unit_in_the_last_place(
     # frexp gives m in [0.5, 1) with value = m · 2ᵉ; below the smallest normal number the distance stays.
     exponents = torch.frexp(values.abs().clamp(min=finfo.smallest_normal)).exponent - 1
     return torch.ldexp(torch.full_like(values, finfo.eps), exponents)
+
+
+def beyond_rounding(
+    dtype: torch.dtype,
+    stored: Float64[Tensor, "*shape"],
+    base: Float64[Tensor, "*shape"],
+    change: Float64[Tensor, "*shape"],
+    lost: Float64[Tensor, "*shape"] | None = None,
+) -> Bool[Tensor, "*shape"]:
+    """Return which elements X are further from W + D than one unit in the last place of the largest term.
+
+    An element that is not finite is. `lost` is how far from D the merge may have computed it.
+    """
+    largest = torch.maximum(torch.maximum(stored.abs(), base.abs()), change.abs())
+    allowed = unit_in_the_last_place(largest, dtype)
+    return ~((stored - (base + change)).abs() <= (allowed if lost is None else allowed + lost))
 
 
 @dataclass
@@ -80,14 +96,10 @@ class RoundingTest:
 
         `lost` is how far from D the merge may have computed it, before it rounded to the stored dtype.
         """
-        exact = base + change
-        rounded = self._rounded(exact)
-        largest = torch.maximum(torch.maximum(stored.abs(), base.abs()), change.abs())
-        allowed = unit_in_the_last_place(largest, self.dtype)
-        near = (stored - exact).abs() <= (allowed if lost is None else allowed + lost)
+        rounded = self._rounded(base + change)
         self.n_elements += stored.numel()
         self.n_inexact += int((stored != rounded).sum())
-        self.n_beyond += int((~near).sum())  # counts what is not finite as well
+        self.n_beyond += int(beyond_rounding(self.dtype, stored, base, change, lost).sum())
         right, found, update = (rounded - base).flatten(), (stored - base).flatten(), change.flatten()
         self._squares += torch.dot(right, right).item()
         self._stored += torch.dot(found, found).item()

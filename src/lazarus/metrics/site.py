@@ -72,9 +72,9 @@ class SiteMeasures:
             count_by_prompt(self.n_not_finite, prompts, not_finite)
             return
         rows = Rows.of(base, finetuned)
-        self.n_unlike += rows.count_unlike()
-        np.add.at(self.n_unmeasured, prompts.cpu().numpy()[rows.unmeasured().cpu().numpy()], 1)
         if not rows.valid.all():
+            self.n_unlike += rows.count_unlike()
+            np.add.at(self.n_unmeasured, prompts.cpu().numpy()[rows.unmeasured().cpu().numpy()], 1)
             count_by_prompt(self.n_not_finite, prompts, rows.not_finite())
         values = compare_rows(rows, self.plan.centered)
         self.means.update(prompts, values)

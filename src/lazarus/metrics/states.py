@@ -183,6 +183,16 @@ def compare_local(rows: Rows) -> RowValues:
     return RowValues(torch.stack(columns, dim=-1), rows.valid)
 
 
+def sum_by_prompt(
+    rows: Float[Tensor, "rows hidden"], place: Int[Tensor, " rows"], n_prompts: int
+) -> Float[Tensor, "prompts hidden"]:
+    """The sum of each prompt's rows; `place` says which prompt each row belongs to, and none has no row."""
+    if n_prompts == len(rows):
+        return rows[place.argsort()]
+    sums = torch.zeros(n_prompts, rows.shape[1], dtype=rows.dtype, device=rows.device)
+    return sums.index_add_(0, place, rows)
+
+
 def count_by_prompt(
     counts: NDArray[np.int64], prompts: Int[Tensor, " rows"], sides: Sequence[Bool[Tensor, " rows"]]
 ) -> None:
