@@ -183,6 +183,9 @@ def test_an_error_of_ours_that_another_library_wraps_is_told() -> None:
 def test_files_are_at_fault_whoever_opens_them(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="base: a file is missing"), translated("base"):
         stored.read_rows(stored.StoredTensor(str(tmp_path / "no"), "F32", (1,), 0, 4), [0])
+    (tmp_path / "short").write_bytes(bytes(6))
+    with pytest.raises(OSError, match="short: cut short"):
+        stored.read_rows(stored.StoredTensor(str(tmp_path / "short"), "F32", (2, 1), 0, 8), [0, 1])
 
 
 def test_a_full_disk_is_told_as_that() -> None:

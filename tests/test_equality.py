@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections import OrderedDict, UserDict
+from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -94,6 +94,7 @@ def same(one: Any, other: Any) -> bool | None:
         ([torch.float16, torch.device("cpu"), Color.RED], [torch.float16, torch.device("cpu"), Color.RED]),
         ({"a": torch.ones(2), "b": [NAN]}, {"b": [NAN], "a": torch.ones(2)}),
         (UserDict(a=1), UserDict(a=1)),
+        (OrderedDict(a=1, b=2), OrderedDict(a=1, b=2)),
         (Labelled(1, a=1), Labelled(1, a=1)),
         (BaseModelOutput(torch.ones(2)), BaseModelOutput(torch.ones(2))),
         (Scale(2.0, [torch.ones(1)]), Scale(2.0, [torch.ones(1)])),
@@ -128,6 +129,7 @@ def test_what_has_the_same_contents_is_the_same(one: Any, other: Any) -> None:
         ({"a": 1}, {"a": 2}),
         ({"a": 1}, {"a": 1, "b": 1}),
         ({"a": 1}, OrderedDict(a=1)),
+        (OrderedDict(a=1, b=2), OrderedDict(b=2, a=1)),
         (UserDict(a=1), UserDict(a=2)),
         (Scale(2.0), Scale(3.0)),
         (Scale(2.0).double, Scale(3.0).double),
@@ -159,6 +161,7 @@ def test_what_differs_in_anything_is_not_the_same(one: Any, other: Any) -> None:
         lambda: {"a": [threading.Lock()]},
         lambda: Plain(a=threading.Lock()),
         lambda: {Plain()},
+        lambda: defaultdict(int, a=1),
     ],
 )
 def test_of_what_keeps_its_state_to_itself_nothing_is_known(make: Callable[[], Any]) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -27,7 +28,7 @@ from transformers import (
 
 from factories import perturbed, save_model, tiny_llama, tiny_tokenizer
 from layouts import compare, edit_json, edit_weights, save_sentence_transformer
-from lazarus import ActivationDiff, WeightDiff, weight_diff
+from lazarus import ActivationDiff, WeightDiff, activation_diff, weight_diff
 from lazarus.errors import GateNotMetError
 from lazarus.models.settings import settings_that_differ
 from lazarus.results import NotCompared
@@ -146,6 +147,18 @@ def test_a_buffer_that_an_older_version_stored_is_no_difference(tmp_path: Path) 
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     older = edit_weights(plain, tmp_path / "older", lambda tensors: tensors.update({name: torch.ones(4)}))
     compare(plain, older).check_gates(expect="identical")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint16], ids=str)
+def test_of_two_dtypes_that_torch_cannot_promote_nothing_is_known(dtype: torch.dtype, tmp_path: Path) -> None:
+    plain = save_model(tmp_path / "plain", tiny_llama(), tiny_tokenizer())
+    table = torch.zeros(4, dtype=torch.int32 if dtype is torch.uint16 else torch.float32)
+    stored = edit_weights(plain, tmp_path / "stored", lambda tensors: tensors.update(table=table))
+    model = tiny_llama()
+    model.register_buffer("table", torch.zeros(4).to(dtype))
+    diff = activation_diff(stored, model, ["a b c"], tokenizer=AutoTokenizer.from_pretrained(plain))
+    (found,) = diff.record.base.not_compared
+    assert found.differs is None
 
 
 def test_an_adapter_on_what_is_not_compared_is_found(tmp_path: Path) -> None:

@@ -140,6 +140,17 @@ def test_a_token_in_place_of_another_has_no_counterpart(base: Path, tmp_path: Pa
         diff.check_gates(fail_above=10)
 
 
+def test_tables_without_a_token_in_common_are_not_compared(base: Path, tmp_path: Path) -> None:
+    diff = weight_diff(base, with_tables(base, tmp_path / "other", [f"x{i}" for i in range(N)], lambda t: t))
+    assert rows_of(diff) == {}
+    assert [found.rows_alone for found in diff.record.unmatched] == [(N, N), (N, N)]
+    (note,) = (n for n in diff.notes if n.startswith("embed "))
+    assert note.startswith(
+        "embed was not compared: no token is in both vocabularies; 40 rows are only in base"
+    )
+    assert diff.summary.verdict == "changed"
+
+
 def test_rows_without_a_token_are_compared_by_number(tmp_path: Path) -> None:
     """They pad a table, and a new token takes one of them."""
     base = saved(tmp_path / "base", WORDS, N + 8)

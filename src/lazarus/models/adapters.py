@@ -81,6 +81,7 @@ def put_all_on(model: PreTrainedModel, adapters: Sequence[Source], notes: Notes)
             held = {*layer.lora_A, *layer.lora_embedding_A}
             # PEFT leaves one adapter active; a sum of several needs all that are on the layer.
             layer.set_adapter([name for name in names if name in held])
+            layer.requires_grad_(False)  # which PEFT turned on again
     left_out = {path: tensor for each in found for path, tensor in each.left_out.items()}
     unread = tuple(other for each in found for other in each.unread)
     return Adapted(model, " + ".join(each.description for each in found), left_out, unread)

@@ -30,7 +30,7 @@ def find_files(source: Source, config: Any, head: Any, *, pickled: bool = False)
     where = {"revision": source.revision, "subfolder": source.subfolder}
     explicit = source.weights_file or getattr(config, "transformers_weights", None)
     files = _transformers.checkpoint_files(source.path, where, explicit, pickled=pickled)
-    more = [source.file(name) for name in getattr(head, "extra_files", ())]
+    more = [source.file(name) for name in getattr(type(config), "extra_files", ())]
     return list(dict.fromkeys([*files, *(path for path in more if path is not None)]))
 
 

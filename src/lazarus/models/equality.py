@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import struct
 from abc import ABCMeta
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from functools import partial
@@ -43,6 +44,7 @@ _NOT_COMPARED = {
     *("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"),
 }
 """Attributes of a module that say nothing of what its forward pass computes from its tensors."""
+_MAPPINGS = (object, dict, OrderedDict)
 _HEAP_TYPE = 1 << 9
 """the flag of a class that is made at run time, as classes in Python are"""
 
@@ -209,9 +211,11 @@ class Equality:
             if one.keys() != other.keys():
                 return False
             beside = ({n: v for n, v in _state(m).items() if n != "data"} for m in (one, other))
-            # A mapping of another class may answer by more than its items.
-            if type(one) is not dict and not self.same(*beside):
+            # A mapping of another class may answer by more than its items, such as a default.
+            if type(one) is not dict and not (_keeps_items_alone(one) and self.same(*beside)):
                 return None
+            if isinstance(one, OrderedDict) and list(one) != list(other):
+                return False
             return every(self.same(one[key], other[key]) for key in one)
         if isinstance(one, set | frozenset):
             # Other items may be equal by an `__eq__` that does not look at all of them.
@@ -254,6 +258,11 @@ def _parts(value: Any) -> list[Any] | None:
     if isinstance(value, partial):
         return [value.func, value.args, value.keywords]
     return [_state(value)] if dataclasses.is_dataclass(value) or _is_transparent(value) else None
+
+
+def _keeps_items_alone(value: Mapping[Any, Any]) -> bool:
+    """Return whether a mapping has no state in C besides its items, as a defaultdict has its default."""
+    return all(base in _MAPPINGS or base.__flags__ & _HEAP_TYPE for base in type(value).__mro__)
 
 
 def _is_transparent(value: object) -> bool:

@@ -27,7 +27,7 @@ from lazarus.models.gguf.tensors import read_unplaced
 from lazarus.models.load import LoadedModel
 from lazarus.models.reference import Source
 from lazarus.models.settings import settings_that_differ
-from lazarus.models.stored import StoredTensor, read_headers, read_whole, same_numbers
+from lazarus.models.stored import TORCH_TYPES, StoredTensor, read_headers, read_whole, same_numbers
 from lazarus.results import SETTING, NotCompared
 
 Held = StoredTensor | Tensor
@@ -243,13 +243,18 @@ def _same(ours: Held, theirs: Held) -> bool | None:
         if ours.dtype != theirs.dtype and not {ours.dtype, theirs.dtype} <= _FLOATS:
             return None  # codes of one quantisation, and elements of the other
         return same_numbers(ours, theirs)
+    if any(isinstance(t, StoredTensor) and t.dtype not in TORCH_TYPES for t in (ours, theirs)):
+        return None
     one, other = (read_whole(t) if isinstance(t, StoredTensor) else t.detach() for t in (ours, theirs))
     if type(one) not in _PLAIN_TENSORS or type(other) not in _PLAIN_TENSORS:
         # Quantised on one side alone: codes and elements cannot be compared.
         return same_bits(one, other) if type(one) is type(other) else None
     if one.is_floating_point() != other.is_floating_point():
         return None
-    wider = torch.promote_types(one.dtype, other.dtype)
+    try:
+        wider = torch.promote_types(one.dtype, other.dtype)
+    except RuntimeError:  # torch promotes neither float8 nor wide unsigned integers
+        return None
     return same_bits(one.to(wider), other.to(wider))
 
 

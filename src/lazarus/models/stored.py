@@ -28,6 +28,11 @@ TORCH_TYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "C64": torch.complex64,
+    # No parameter of a model is made from these.
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _PREFIX = 4096
@@ -177,5 +182,8 @@ def read_rows(stored: StoredTensor, rows: Sequence[int]) -> Tensor:
         for _, run in groupby(enumerate(rows), key=lambda item: item[1] - item[0]):  # neighbours at once
             wanted = [row for _, row in run]
             file.seek(stored.start + wanted[0] * n_bytes)
-            taken += file.read(len(wanted) * n_bytes)
+            part = file.read(len(wanted) * n_bytes)
+            if len(part) < len(wanted) * n_bytes:
+                raise OSError(f"{stored.path}: cut short")
+            taken += part
     return torch.frombuffer(taken, dtype=TORCH_TYPES[stored.dtype]).view(len(rows), *stored.shape[1:])

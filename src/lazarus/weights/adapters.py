@@ -148,8 +148,9 @@ class _Layers:
     def _new_entries(self) -> dict[Place, Entry]:
         """Return what the adapter brings of the model that the files do not hold."""
         found = {}
-        for path in self._brought.keys() - self._by_path.keys() - self._owners.keys():
-            tensor = self._brought[path]
+        for path, tensor in self._brought.items():
+            if path in self._by_path or path in self._owners:
+                continue
             for part in self._checkpoint.structure.parts(path, tuple(tensor.shape)):
                 view = MemoryView(tensor, type_name(tensor.dtype), part.take)
                 found[part.place] = Entry(part.place, path, path, part.take, view)

@@ -62,7 +62,7 @@ def match(base: Checkpoint, finetuned: Checkpoint, vocabulary: Vocabulary, notes
             unmatched.append(_unmatched(place, ours, theirs))
         elif _is_table(place, ours, theirs) and (table := _table(place, ours, theirs, vocabulary)):
             tables.append(table)
-            rows.append(Row(place, ours, theirs, table.pair))
+            rows += [Row(place, ours, theirs, table.pair)] if table.pair is not None else []
         elif ours.view.shape == theirs.view.shape:
             rows.append(Row(place, ours, theirs, _pair(ours.view, theirs.view)))
         else:
@@ -100,7 +100,8 @@ def _pair(base: View, finetuned: View) -> Pair:
 class _Table:
     """A vocabulary's tensor, of which not every row is compared with the row of its number."""
 
-    pair: Pair
+    pair: Pair | None
+    """None where no row of the one is a row of the other"""
     unmatched: UnmatchedTensor | None
     note: Note
     n_moved: int
@@ -126,11 +127,12 @@ def _table(place: Place, base: Entry, finetuned: Entry, vocabulary: Vocabulary) 
         both = np.arange(min(n_base, n_finetuned))
         rows = Alignment(both, both, range(len(both), n_base), range(len(both), n_finetuned))
     is_all = not rows.base_alone and not rows.finetuned_alone
-    if (is_all and not rows.n_moved) or not len(rows.base):
+    if is_all and not rows.n_moved:
         return None
     counts = len(rows.base_alone), len(rows.finetuned_alone)
     unmatched = None if is_all else replace(_unmatched(place, base, finetuned), rows_alone=counts)
-    pair = ViewPair(PickedRows(base.view, rows.base), PickedRows(finetuned.view, rows.finetuned))
+    picked = PickedRows(base.view, rows.base), PickedRows(finetuned.view, rows.finetuned)
+    pair = ViewPair(*picked) if len(rows.base) else None
     note = Note("vocabularies-differ", _told_of_table(place, (n_base, n_finetuned), vocabulary, rows))
     return _Table(pair, unmatched, note, rows.n_moved)
 
@@ -144,6 +146,8 @@ def _told_of_table(place: Place, n_rows: tuple[int, int], vocabulary: Vocabulary
             + (f" by their number and not by token: {vocabulary.unknown}" if vocabulary.unknown else "")
         )
     said = f"{place.component} was compared by token in {n_both} rows"
+    if not n_both:
+        said = f"{place.component} was not compared: no token is in both vocabularies"
     if rows.n_moved:
         said += f", of which {rows.n_moved} are at another id in fine-tuned"
     ours, theirs = len(rows.base_alone), len(rows.finetuned_alone)

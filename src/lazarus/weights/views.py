@@ -19,13 +19,6 @@ from torch import Tensor
 from lazarus.models.stored import TORCH_TYPES, StoredTensor
 from lazarus.weights.parts import Layout, Take, as_matrix, lay_out, part_of
 
-MORE_TYPES = {
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}
-"""What safetensors stores besides, which no parameter of a model is made from."""
 _FIRST, _CHUNK = 1024, 2**16
 """how many elements are compared at first, and then at a time"""
 _WASTE = 8
@@ -93,7 +86,7 @@ class StoredView:
     take: Take | None = None
 
     def __post_init__(self) -> None:
-        if self.stored.dtype not in TORCH_TYPES | MORE_TYPES:
+        if self.stored.dtype not in TORCH_TYPES:
             raise ValueError(f"{self.stored.path}: numbers of type {self.stored.dtype} cannot be read")
         _ = self.layout
 
@@ -105,7 +98,7 @@ class StoredView:
     @property
     def torch_type(self) -> torch.dtype:
         """Return the dtype in the file."""
-        return (TORCH_TYPES | MORE_TYPES)[self.stored.dtype]
+        return TORCH_TYPES[self.stored.dtype]
 
     @property
     def shape(self) -> tuple[int, ...]:
