@@ -10,8 +10,8 @@ from msgspec import Struct
 from benchmarks import places
 
 _ENGINE = (
-    "noise positions kept work run resident side streamed pair replay prefix probe head recorder "
-    "past local arguments coverage finite"
+    "noise positions spill work run resident runner streamed pair replay prefix probe head recorder "
+    "prefix_cache local arguments coverage finite"
 )
 MODULES = (
     *(f"engine/{name}.py" for name in _ENGINE.split()),
@@ -32,11 +32,11 @@ TESTED_BY = {
     "engine/coverage.py": "outside claims weight_diff",
     "engine/finite.py": "finite gates claims",
     "engine/pair.py": "engine align streamed repeats",
-    "engine/past.py": "prefix replay",
+    "engine/prefix_cache.py": "prefix replay",
     "engine/probe.py": "engine architectures",
     "engine/recorder.py": "engine head finite",
     "engine/resident.py": "engine streamed local",
-    "engine/side.py": "engine streamed prefix",
+    "engine/runner.py": "engine streamed prefix",
     "models/adapted.py": "sameness claims adapters",
     "models/equality.py": "equality sameness sharing replay",
     "models/sameness.py": "sameness sharing paging",

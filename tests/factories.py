@@ -11,11 +11,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from lazarus.metrics import Directions, KeptRows, PromptMeans, SiteMeasures
+from lazarus.metrics import CkaRows, Directions, PromptMeans, SiteMeasures
 from lazarus.notes import CODES
 
 M = TypeVar("M", bound=PreTrainedModel)
-A = TypeVar("A", PromptMeans, KeptRows, Directions, SiteMeasures)
+A = TypeVar("A", PromptMeans, CkaRows, Directions, SiteMeasures)
 
 OF_THE_RUN = {"common-blocks", "repeated-prompts", "few-prompts", "alike-prompts", "dominant-dimension"}
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from factories import joined
-from lazarus.metrics import FEWEST_FOR_CKA, KeptRows, debiased_cka
+from lazarus.metrics import FEWEST_FOR_CKA, CkaRows, debiased_cka
 from reference import biased_cka, prompt_means, unbiased_cka
 
 Floats = NDArray[np.float64]
@@ -95,8 +95,8 @@ def states(seed: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tenso
 
 def kept(
     rows: Sequence[int], base: Tensor, finetuned: Tensor, slots: dict[int, int] | None = None
-) -> KeptRows:
-    store = KeptRows(SLOTS if slots is None else slots)
+) -> CkaRows:
+    store = CkaRows(SLOTS if slots is None else slots)
     index = torch.tensor(rows, dtype=torch.long)
     store.update(torch.tensor(OWNERS)[index], base[index], finetuned[index])
     return store
@@ -121,7 +121,7 @@ def test_any_order_and_split_by_prompts_and_any_merge_give_the_same(
     order: list[int], cuts: list[int]
 ) -> None:
     pair = states(3)
-    updated, merged = KeptRows(SLOTS), KeptRows(SLOTS)
+    updated, merged = CkaRows(SLOTS), CkaRows(SLOTS)
     for prompts in np.split(np.array(order), cuts):
         rows = [row for prompt in prompts for row in range(len(OWNERS)) if OWNERS[row] == prompt]
         index = torch.tensor(rows, dtype=torch.long)
@@ -139,8 +139,8 @@ def test_merging_leaves_its_parts_alone_and_empty_is_neutral() -> None:
     seen = left.seen.copy()
     whole = joined(left, right)
     assert whole.cka() == joined(right, left).cka() == pytest.approx(expected(*pair), rel=1e-6)
-    assert joined(whole, KeptRows(SLOTS)).cka() == joined(KeptRows(SLOTS), whole).cka() == whole.cka()
-    alone = joined(KeptRows(SLOTS), left)
+    assert joined(whole, CkaRows(SLOTS)).cka() == joined(CkaRows(SLOTS), whole).cka() == whole.cka()
+    alone = joined(CkaRows(SLOTS), left)
     alone.update(torch.tensor([N - 1]), pair[0][-1:], pair[1][-1:])
     assert (left.seen == seen).all()
     assert left.base is not None
@@ -156,7 +156,7 @@ def test_only_the_prompts_that_have_a_place_are_kept() -> None:
     assert store.base is not None
     assert store.base.shape == (50, 6)
     assert store.cka() == pytest.approx(expected(*pair, rows), rel=1e-6)
-    assert joined(KeptRows({}), kept(range(9), *pair, slots={})).base is None
+    assert joined(CkaRows({}), kept(range(9), *pair, slots={})).base is None
 
 
 def test_below_fifty_prompts_there_is_none() -> None:
@@ -165,7 +165,7 @@ def test_below_fifty_prompts_there_is_none() -> None:
     for n_prompts, measured in ((49, False), (50, True)):
         rows = [row for row in range(len(OWNERS)) if OWNERS[row] < n_prompts]
         assert np.isfinite(kept(rows, *pair).cka()) == measured
-    assert np.isnan(KeptRows(SLOTS).cka())
+    assert np.isnan(CkaRows(SLOTS).cka())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

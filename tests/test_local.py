@@ -18,7 +18,7 @@ from architectures import CAUSAL, REFUSED, UNBUILDABLE, build
 from factories import perturbed, tiny_llama, word_tokenizer
 from lazarus.engine import learn_pair
 from lazarus.engine.local import beside
-from lazarus.engine.recorder import Recorder, Take
+from lazarus.engine.recorder import Recorder, RowSelection
 from lazarus.errors import ShapeMismatchError, UnsupportedModelError
 from lazarus.models import dissect, wrap_model
 from reference import States, as_rows, run_whole
@@ -186,7 +186,7 @@ def outputs_beside(
     pair = learn_pair(models[0], models[1], (LONG[0], LONG[0]), (0, 0))
     with beside(pair, torch.Tensor.clone, local):
         seen = Recorder(models[0]).run(
-            ids, torch.ones_like(ids), Take(torch.Tensor.clone, torch.Tensor.clone)
+            ids, torch.ones_like(ids), RowSelection(torch.Tensor.clone, torch.Tensor.clone)
         )
     return seen.blocks, local
 

@@ -25,7 +25,7 @@ from lazarus.batches import BatchPair, make_batches
 from lazarus.engine import ModelPair, learn_pair, run_pairs
 from lazarus.engine.arguments import Arguments
 from lazarus.engine.probe import passes_go_on
-from lazarus.engine.recorder import Recorder, Take
+from lazarus.engine.recorder import Recorder, RowSelection
 from lazarus.engine.replay import (
     Passed,
     Returned,
@@ -315,7 +315,7 @@ class _Pass:
 
     def run(self, ids: Sequence[int] = IDS[0]) -> Tensor:
         rows = torch.tensor([ids])
-        take = Take(torch.Tensor.detach, torch.Tensor.clone)
+        take = RowSelection(torch.Tensor.detach, torch.Tensor.clone)
         final = self.recorder.run(rows, torch.ones_like(rows), take).final
         assert final is not None
         return final

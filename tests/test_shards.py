@@ -25,14 +25,14 @@ from lazarus.demo import BASE, FINETUNED, PROMPTS
 from lazarus.errors import SaveError, UsageError
 from lazarus.loading import pick_device
 from lazarus.metrics import (
+    AccumulatorState,
+    CkaRows,
     Directions,
-    KeptRows,
     PromptMeans,
     Rows,
     RowValues,
     SiteMeasures,
     SitePlan,
-    State,
 )
 from lazarus.ranks import Rank, find_rank
 from lazarus.shards import Shard, WorkFolder, run_shards, states
@@ -326,7 +326,7 @@ def test_each_process_begins_at_a_place_of_its_own(tmp_path: Path) -> None:
         folder = WorkFolder.open(str(tmp_path / str(rank.number)), rank)
         own: list[int] = []
 
-        def run(shard: Shard, own: list[int] = own) -> State:
+        def run(shard: Shard, own: list[int] = own) -> AccumulatorState:
             own.append(shard.number)
             return {"sums": np.full(2, shard.number)}
 
@@ -527,8 +527,8 @@ def _directions(seen: Seen | None = None) -> Directions:
     return made
 
 
-def _kept(seen: Seen | None = None) -> KeptRows:
-    made = KeptRows({prompt: place for place, prompt in enumerate((0, 2, 3, 5, 8))})
+def _kept(seen: Seen | None = None) -> CkaRows:
+    made = CkaRows({prompt: place for place, prompt in enumerate((0, 2, 3, 5, 8))})
     if seen is not None:
         made.update(*seen)
     return made

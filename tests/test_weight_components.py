@@ -30,7 +30,7 @@ from architectures import CAUSAL, ENCODER_DECODERS, ENCODERS, MULTIMODAL, UNBUIL
 from lazarus.errors import BlocksNotFoundError
 from lazarus.models import Anatomy, dissect
 from lazarus.weights.components import Namer, Part, Place, name_by_path
-from lazarus.weights.fused import Layout
+from lazarus.weights.fused import FusedLayout
 
 ALL = tuple(n for n in (*CAUSAL, *ENCODERS, *ENCODER_DECODERS, *MULTIMODAL) if n not in UNBUILDABLE)
 WITHOUT_BLOCKS = ("blt", "xlm")
@@ -622,7 +622,7 @@ def test_a_tensor_of_another_shape_than_its_layout_stays_whole() -> None:
 
 
 def test_a_layout_is_fitting_or_not() -> None:
-    layout = Layout(2, (("q", 3), ("k", 1)))
+    layout = FusedLayout(2, (("q", 3), ("k", 1)))
     assert (layout.fits(8), layout.fits(9), layout.dims) == (True, False, (2, 4))
     assert dict(layout.parts())["k"] == (slice(None), 3)
 

@@ -15,13 +15,13 @@ from lazarus.metrics import (
     MOST_KEPT,
     OUTPUT_METRICS,
     ROW_METRICS,
+    AccumulatorState,
     Outcomes,
     PromptMeans,
     Rows,
     RowValues,
     SiteMeasures,
     SitePlan,
-    State,
     compare_logits,
     compare_rows,
     count_by_prompt,
@@ -125,7 +125,7 @@ class Accumulation:
                     self.sites[each.site].update(each.prompts, each.base, each.finetuned, each.local)
         return self
 
-    def state(self) -> State:
+    def state(self) -> AccumulatorState:
         """Return what was seen, as arrays by their names."""
         found = within("output", self.output.state())
         if self.n_logits_not_finite.any():
@@ -137,7 +137,7 @@ class Accumulation:
                 found |= within(f"noise/{trial}/{site}", means.state())
         return found
 
-    def add(self, state: State) -> None:
+    def add(self, state: AccumulatorState) -> None:
         """Take in what another one has seen, from its `state`."""
         parts = parts_of(state)
         named: dict[str, Site] = {str(site): site for site in (*self.facts.sites, "logits")}

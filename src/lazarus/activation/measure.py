@@ -13,7 +13,7 @@ from lazarus.activation.accumulation import Accumulation
 from lazarus.activation.runplan import RunPlan
 from lazarus.batches import BatchPair, TokenBatch
 from lazarus.engine import ModelPair, NoisePlan, Work, run
-from lazarus.metrics import State
+from lazarus.metrics import AccumulatorState
 from lazarus.notes import Note
 from lazarus.shards import Shard, WorkFolder, run_shards, states
 from lazarus.sites import StatePair
@@ -104,7 +104,7 @@ def _measure_shared(job: Job, folder: WorkFolder, totals: Accumulation) -> list[
     parts = job.whole.cut(most)
     shards = [Shard(i, part.prompts, part.n_tokens) for i, part in enumerate(parts)]
 
-    def run_shard(shard: Shard) -> State:
+    def run_shard(shard: Shard) -> AccumulatorState:
         return Accumulation(totals.facts, totals.plan).take(job.run(parts[shard.number])).state()
 
     n_before = run_shards(folder, shards, run_shard, job.advanced)

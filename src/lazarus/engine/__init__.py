@@ -8,13 +8,13 @@ local.py       the fine-tuned model's blocks on base's states: what each block i
 probe.py       one short pass that learns how a model's blocks behave, and checks it
 coverage.py    the tensors that a comparison can see
 pair.py        two models, what they have in common, and what cannot be asked of them
-past.py        what a model has read already, and its cache of it
-side.py        one of the two models, ready to run batches
+prefix_cache.py  the KV cache of a prefix, from which a pass goes on
+runner.py      one of the two models, ready to run batches
 replay.py      blocks that need not run: a pass goes on from what they returned before
 arguments.py   what a block was called with, and whether another call is the same
 resident.py    both models in memory, batch by batch
 streamed.py    a block of each model in memory at a time, over all batches
-kept.py        what passes hold between two blocks, in memory or in files
+spill.py       hidden states between two blocks, in memory or in files
 run.py         either of the two, on a piece of work (work.py)
 prefix.py      whether a prefix that all prompts have in common runs once
 noise.py       base against base, with what ought not to matter changed

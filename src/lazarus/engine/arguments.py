@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from lazarus.engine.past import holds_keys_and_values
+from lazarus.engine.prefix_cache import holds_keys_and_values
 from lazarus.models import Equality
 
 _CONSTANT = (
@@ -76,7 +76,7 @@ class Arguments:
 
     @classmethod
     def of(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Arguments:
-        """Take down what a block is being called with."""
+        """RowSelection down what a block is being called with."""
         return cls(tuple(map(_taken_down, args)), {name: _taken_down(v) for name, v in kwargs.items()})
 
     def without_states(self) -> Arguments:

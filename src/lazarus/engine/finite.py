@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 
 from lazarus.blame import is_out_of_memory, is_own
 from lazarus.engine.head import MOST_LOGITS, Head
-from lazarus.engine.recorder import Recorder, Take, calling, first_tensor
+from lazarus.engine.recorder import Recorder, RowSelection, calling, first_tensor
 from lazarus.engine.replay import StoppedError
 from lazarus.errors import DeviceError, UnsupportedModelError
 from lazarus.facts import Site
@@ -129,7 +129,9 @@ def find_break(
             for block in dict.fromkeys(model.anatomy.blocks):
                 stack.callback(block.register_forward_hook(take, with_kwargs=True).remove)
             seen = Recorder(model).run(
-                input_ids, torch.ones_like(input_ids), Take(lambda states: states[:0], torch.Tensor.detach)
+                input_ids,
+                torch.ones_like(input_ids),
+                RowSelection(lambda states: states[:0], torch.Tensor.detach),
             )
     except StoppedError:
         broken, call = found[0]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lazarus.batches import Padding, TokenBatch
 from lazarus.engine.pair import ModelPair
-from lazarus.engine.side import Side, States, joined, logit_pairs
+from lazarus.engine.runner import Runner, States, joined, logit_pairs
 from lazarus.facts import Site
 from lazarus.sites import Position, StatePair
 
@@ -123,11 +123,11 @@ class Noise:
         self.plan = plan
         self.sample = Sample(batches)
         self._waiting = list(batches)
-        self._head = self._side().head
+        self._head = self._runner().head
         self._generator = torch.Generator().manual_seed(plan.seed)
 
     def take(self, states: States) -> None:
-        """Take what base made of a batch of the run."""
+        """RowSelection what base made of a batch of the run."""
         # zip stops at the last site of the pair: a final norm that base alone has is none.
         for site, rows in zip(self.pair.sites, states.sites, strict=False):
             self.sample.take(site, states.prompts, rows)
@@ -158,17 +158,17 @@ class Noise:
 
     def _moved(self, batch: TokenBatch, parts: Sequence[TokenBatch]) -> States:
         """Run the parts of a batch, one after the other, on a first block's input that is moved."""
-        block, side = self.pair.base.anatomy.blocks[0], self._side()
+        block, runner = self.pair.base.anatomy.blocks[0], self._runner()
         with nudged(block, self._generator):
-            side.begin(batch, self.plan.position)
+            runner.begin(batch, self.plan.position)
         found = []
         for part in parts:
             with nudged(block, self._generator):
-                found.append(side.run(part, self.plan.position))
+                found.append(runner.run(part, self.plan.position))
         return joined(found)
 
-    def _side(self) -> Side:
-        return Side(self.pair.base, self.pair.base_conventions)
+    def _runner(self) -> Runner:
+        return Runner(self.pair.base, self.pair.base_conventions)
 
 
 def n_copies(parts: Sequence[TokenBatch], batch: TokenBatch) -> int:

@@ -26,7 +26,7 @@ from lazarus.engine.head import (
     reads_blocks,
     run_with_head,
 )
-from lazarus.engine.recorder import Recorder, Recording, Take, first_tensor
+from lazarus.engine.recorder import Recorder, Recording, RowSelection, first_tensor
 from lazarus.engine.replay import Call, can_replay, recording, stopping_after
 from lazarus.errors import BlocksNotFoundError, NoDataError
 from lazarus.messages import option
@@ -161,7 +161,7 @@ def passes_go_on(model: LoadedModel, ids: Sequence[int], pad_id: int, counts: Se
     input_ids, mask = _probe_batch(ids, pad_id)
 
     def run() -> Tensor:
-        last = recorder.run(input_ids, mask, Take(torch.Tensor.detach, torch.Tensor.clone)).final
+        last = recorder.run(input_ids, mask, RowSelection(torch.Tensor.detach, torch.Tensor.clone)).final
         assert last is not None
         return last
 
@@ -181,7 +181,7 @@ def _probe_batch(ids: Sequence[int], pad_id: int) -> tuple[Int[Tensor, "b t"], I
 
 
 def _whole(recorder: Recorder, input_ids: Tensor, mask: Tensor) -> Recording:
-    return recorder.run(input_ids, mask, Take(torch.Tensor.detach, torch.Tensor.detach))
+    return recorder.run(input_ids, mask, RowSelection(torch.Tensor.detach, torch.Tensor.detach))
 
 
 def _check_calls(model: LoadedModel, seen: Recording) -> None:

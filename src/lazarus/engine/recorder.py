@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from lazarus.blame import Translated
-from lazarus.engine.past import Past
+from lazarus.engine.prefix_cache import PrefixCache
 from lazarus.errors import DeviceError, LazarusError, UnsupportedModelError
 from lazarus.messages import CAUSE, option
 from lazarus.models import LoadedModel
 
 
 @dataclass(frozen=True)
-class Take:
+class RowSelection:
     """Choice of the rows to keep of a block's hidden states, and of the last one [batch, time, hidden]."""
 
     block: Callable[[Tensor], Tensor]
@@ -85,27 +85,27 @@ class Recorder:
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
-        take: Take,
+        take: RowSelection,
         first: int = 0,
-        past: Past | None = None,
+        prefix_cache: PrefixCache | None = None,
     ) -> Recording:
         """One forward pass without the head, recorded from block `first` on.
 
-        It goes on from `past`, and keeps a cache; without one it runs without a cache.
+        It goes on from `prefix_cache`, and keeps a cache; without one it runs without a cache.
 
         Raises:
             DeviceError: the device lacks an operator.
             UnsupportedModelError: the forward pass fails on token ids alone.
         """
         mask = attention_mask.to(self.device)
-        given = {"attention_mask": mask} if past is None else past.arguments(mask)
+        given = {"attention_mask": mask} if prefix_cache is None else prefix_cache.arguments(mask)
         arguments = accepted(self.stack, **given)
         with torch.no_grad(), self.attached(take.block, first) as recording:
             with calling(self.model, input_ids.shape):
                 output = self.stack(input_ids=input_ids.to(self.device), **arguments)
             last = getattr(output, "last_hidden_state", None)
             recording.final = take.final(first_tensor(output) if last is None else last)
-            recording.cache = None if past is None else getattr(output, "cache", None)
+            recording.cache = None if prefix_cache is None else getattr(output, "cache", None)
         return recording
 
 

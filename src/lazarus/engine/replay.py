@@ -83,7 +83,7 @@ class Passed:
     """each block's arguments; of hidden states, those of the first block alone"""
 
     def add(self, call: Call) -> None:
-        """Take in the next block's call."""
+        """RowSelection in the next block's call."""
         self.received.append(call.received.without_states() if self.returned else call.received)
         self.returned.append(Returned.of(call.output))
         self.states = first_tensor(call.output)

@@ -12,7 +12,7 @@ from lazarus.engine.local import beside
 from lazarus.engine.pair import ModelPair
 from lazarus.engine.positions import RowPicker
 from lazarus.engine.replay import Passed, recording
-from lazarus.engine.side import Begun, Side, States, logit_pairs
+from lazarus.engine.runner import Begun, Runner, States, logit_pairs
 from lazarus.sites import Position, StatePair
 
 
@@ -48,8 +48,8 @@ class Resident:
         self.pair = pair
         self.position = position
         self.localize = localize
-        self.base = Side(pair.base, pair.base_conventions)
-        self.finetuned = Side(pair.finetuned, pair.finetuned_conventions)
+        self.base = Runner(pair.base, pair.base_conventions)
+        self.finetuned = Runner(pair.finetuned, pair.finetuned_conventions)
 
     def run(self, batch: BatchPair) -> tuple[States, Iterator[StatePair]]:
         """Run a batch through both models; returns base's states, and each site's pair.

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from lazarus.batches import TokenBatch
 from lazarus.engine.arguments import Arguments
-from lazarus.engine.kept import KeptStates, check_room
 from lazarus.engine.local import beside
 from lazarus.engine.noise import NoisePlan, Sample, n_copies, nudged
 from lazarus.engine.pair import ModelPair
 from lazarus.engine.positions import RowPicker
-from lazarus.engine.recorder import Take
+from lazarus.engine.recorder import RowSelection
 from lazarus.engine.replay import (
     Call,
     Passed,
@@ -28,7 +27,8 @@ from lazarus.engine.replay import (
     stopping_after,
     stopping_before,
 )
-from lazarus.engine.side import Side, States, joined, logit_pairs
+from lazarus.engine.runner import Runner, States, joined, logit_pairs
+from lazarus.engine.spill import SpillBuffer, check_room
 from lazarus.engine.work import Work
 from lazarus.models import Equality, LoadedModel, free_bytes, give_back
 from lazarus.sites import Position, StatePair
@@ -49,13 +49,13 @@ class _Step:
 
 
 class _Pass:
-    """One batch's way through one model, a block at a time; between two blocks its states are kept."""
+    """One batch's way through one model, a block at a time; between two blocks its states wait in a buffer."""
 
-    def __init__(self, side: Side, batch: TokenBatch, position: Position, kept: KeptStates) -> None:
-        self.side = side
+    def __init__(self, runner: Runner, batch: TokenBatch, position: Position, buffer: SpillBuffer) -> None:
+        self.runner = runner
         self.batch = batch
-        self.kept = kept
-        self.blocks = side.model.anatomy.blocks
+        self.buffer = buffer
+        self.blocks = runner.model.anatomy.blocks
         self.picker = RowPicker.of(batch, position)
         self.head_picker = RowPicker.of(batch, "last") if self.picker.average else self.picker
         self.is_alike = True
@@ -65,7 +65,7 @@ class _Pass:
     def state_bytes(self) -> int:
         """The size of one hidden state a token, padding included."""
         n_tokens = len(self.batch.members) * self.batch.padded_length
-        return int(n_tokens * self.side.conventions.width * self.side.model.model.dtype.itemsize)
+        return int(n_tokens * self.runner.conventions.width * self.runner.model.model.dtype.itemsize)
 
     def step(self, index: int, around: AbstractContextManager[Any] = _NOTHING) -> _Step:
         """Run block `index`, with something around it."""
@@ -89,18 +89,18 @@ class _Pass:
         """The compared rows after the last block that ran."""
         states = self._passed().states
         assert states is not None
-        return self.side.picking(self.picker)(states)
+        return self.runner.picking(self.picker)(states)
 
     def end(self) -> States:
         """The compared rows after the final norm, and those that the head reads."""
-        final, head = self.kept.take((self, "end"))
+        final, head = self.buffer.take((self, "end"))
         return States(self.picker.prompts, [final], self.head_picker.prompts, head)
 
     def _ends_with(self, index: int) -> bool:
         return index == len(self.blocks) - 1
 
     def _passed(self) -> Passed:
-        return Passed.of_parts(self.kept.take(self)) if self in self.kept else Passed()
+        return Passed.of_parts(self.buffer.take(self)) if self in self.buffer else Passed()
 
     def _run(self, index: int, passed: Passed) -> None:
         """A pass from block `index` on, to its end or to that of the block."""
@@ -108,7 +108,7 @@ class _Pass:
         def final(states: Tensor) -> Tensor:
             head = self.head_picker.pick(states)
             rows = head if self.head_picker is self.picker else self.picker.pick(states)
-            self.kept.put((self, "end"), (rows, head))
+            self.buffer.put((self, "end"), (rows, head))
             return rows
 
         ends = self._ends_with(index)
@@ -116,13 +116,13 @@ class _Pass:
             replaying(self.blocks[:index], passed, verify=False),
             _NOTHING if ends else stopping_after(self.blocks[index]),
         ):
-            take = Take(torch.Tensor.detach, final)
-            self.side.recorder.run(*self.batch.padded(), take, first=len(self.blocks))
+            take = RowSelection(torch.Tensor.detach, final)
+            self.runner.recorder.run(*self.batch.padded(), take, first=len(self.blocks))
 
     def _taken(self, call: Call, passed: Passed) -> _Step:
-        pick, first = self.side.picking(self.picker), not passed.returned
+        pick, first = self.runner.picking(self.picker), not passed.returned
         passed.add(call)
-        self.kept.put(self, passed.parts())
+        self.buffer.put(self, passed.parts())
         assert passed.states is not None
         return _Step(call, pick(call.args[0]) if first else None, pick(passed.states))
 
@@ -130,13 +130,13 @@ class _Pass:
 class _NoisePass:
     """Base against itself on one batch: as the run has it, and moved in several trials."""
 
-    def __init__(self, side: Side, batch: TokenBatch, plan: NoisePlan, kept: KeptStates) -> None:
-        self.side = side
+    def __init__(self, runner: Runner, batch: TokenBatch, plan: NoisePlan, buffer: SpillBuffer) -> None:
+        self.runner = runner
         self.batch = batch
         self.prompts = RowPicker.of(batch, plan.position).prompts
         self.moved = [
-            [_Pass(side, part, plan.position, kept) for part in parts]
-            for parts in plan.recomposed(batch, side.model.anatomy.context)
+            [_Pass(runner, part, plan.position, buffer) for part in parts]
+            for parts in plan.recomposed(batch, runner.model.anatomy.context)
         ]
 
     @property
@@ -146,7 +146,7 @@ class _NoisePass:
 
     def step(self, index: int, generator: torch.Generator, sample: Sample) -> Iterator[StatePair]:
         """Run block `index` in every trial."""
-        block, trials = self.side.model.anatomy.blocks[0], count()
+        block, trials = self.runner.model.anatomy.blocks[0], count()
         entered, plain = (
             None if index else sample.give("embedding", self.batch),
             sample.give(index, self.batch),
@@ -173,7 +173,7 @@ class _NoisePass:
                 for final in plain:
                     yield StatePair("final_norm", other.prompts, final, other.sites[0], trial=trial)
                 ours = States(other.prompts, plain, other.head_prompts, read)
-                yield from logit_pairs(self.side.head, self.side.head, ours, other, trial)
+                yield from logit_pairs(self.runner.head, self.runner.head, ours, other, trial)
 
     def _n_copies(self, parts: Sequence[_Pass]) -> int:
         return n_copies([part.batch for part in parts], self.batch)
@@ -208,18 +208,18 @@ class _Blocks:
 class _Stream:
     """A pair on its way, a block at a time."""
 
-    def __init__(self, pair: ModelPair, work: Work, kept: KeptStates, reader: Executor | None) -> None:
+    def __init__(self, pair: ModelPair, work: Work, buffer: SpillBuffer, reader: Executor | None) -> None:
         self.pair = pair
         self.work = work
         base, finetuned = (
-            Side(pair.base, pair.base_conventions),
-            Side(pair.finetuned, pair.finetuned_conventions),
+            Runner(pair.base, pair.base_conventions),
+            Runner(pair.finetuned, pair.finetuned_conventions),
         )
         self.heads = base.head, finetuned.head
-        self.ours = [_Pass(base, b.base, work.position, kept) for b in work.batches]
-        self.theirs = [_Pass(finetuned, b.finetuned, work.position, kept) for b in work.batches]
-        self.again = [_Pass(base, batch, work.position, kept) for batch in work.again]
-        self.noise = [_NoisePass(base, batch, work.noise, kept) for batch in work.sample]
+        self.ours = [_Pass(base, b.base, work.position, buffer) for b in work.batches]
+        self.theirs = [_Pass(finetuned, b.finetuned, work.position, buffer) for b in work.batches]
+        self.again = [_Pass(base, batch, work.position, buffer) for batch in work.again]
+        self.noise = [_NoisePass(base, batch, work.noise, buffer) for batch in work.sample]
         self.sample = Sample(work.sample)
         self.our_blocks, self.their_blocks = _Blocks(pair.base, reader), _Blocks(pair.finetuned, reader)
         self.generator = torch.Generator().manual_seed(work.noise.seed)
@@ -267,7 +267,7 @@ class _Stream:
 
     def _pair(self, layer: int, ours: _Pass, theirs: _Pass, is_new: bool) -> Iterator[StatePair]:
         local: list[Tensor] = []
-        same, prompts, pick = self._is_same(layer), ours.picker.prompts, ours.side.picking(ours.picker)
+        same, prompts, pick = self._is_same(layer), ours.picker.prompts, ours.runner.picking(ours.picker)
         runs_beside = self.work.localize and not same
         b = ours.step(layer, beside(self.pair, pick, local, layer) if runs_beside else _NOTHING)
         if self.work.localize and same:
@@ -320,10 +320,10 @@ def run_streamed(pair: ModelPair, work: Work, advanced: Callable[[int], None]) -
         DeviceError: a batch does not fit the device's memory.
     """
     free = free_bytes(pair.base.device)
-    with KeptStates(free // KEPT_SHARE) as kept, ThreadPoolExecutor(1) as reader:
+    with SpillBuffer(free // KEPT_SHARE) as buffer, ThreadPoolExecutor(1) as reader:
         ahead = _block_bytes(pair) < free // 4  # of the two that are read meanwhile, and two that compute
-        stream = _Stream(pair, work, kept, reader if ahead else None)
-        check_room(stream.state_bytes, kept.budget_bytes)
+        stream = _Stream(pair, work, buffer, reader if ahead else None)
+        check_room(stream.state_bytes, buffer.budget_bytes)
         for layer in range(pair.base_conventions.n_layers):
             yield from stream.layer(layer, advanced)
         yield from stream.ends()

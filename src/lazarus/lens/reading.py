@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lazarus.engine import Conventions, Head
 from lazarus.engine.head import MOST_LOGITS, NO_HEAD, alike, reads_blocks, run_with_head
-from lazarus.engine.recorder import Recorder, Recording, Take
+from lazarus.engine.recorder import Recorder, Recording, RowSelection
 from lazarus.errors import UnsupportedModelError
 from lazarus.models import LoadedModel
 from lazarus.notes import Notes
@@ -147,7 +147,7 @@ def _last_states(model: LoadedModel, time: int, ids: Sequence[int]) -> Recording
         return states.narrow(time, len(ids) - 1, 1).clone()
 
     input_ids = torch.tensor([ids])
-    take = Take(last, lambda states: states[:, len(ids) - 1])
+    take = RowSelection(last, lambda states: states[:, len(ids) - 1])
     return Recorder(model).run(input_ids, torch.ones_like(input_ids), take)
 
 

@@ -12,7 +12,7 @@ site.py        all of them at one site
 Everything here is float64: on the few rows that are compared, never on whole activations.
 """
 
-from lazarus.metrics.cka import FEWEST_FOR_CKA, MOST_KEPT, KeptRows, debiased_cka
+from lazarus.metrics.cka import FEWEST_FOR_CKA, MOST_KEPT, CkaRows, debiased_cka
 from lazarus.metrics.directions import Directions, normalized_divergence
 from lazarus.metrics.outcomes import Outcomes, match_outcomes
 from lazarus.metrics.output import OUTPUT_METRICS, compare_logits, has_distribution
@@ -20,10 +20,10 @@ from lazarus.metrics.site import SiteMeasures, SitePlan
 from lazarus.metrics.states import (
     LOCAL_METRICS,
     ROW_METRICS,
+    AccumulatorState,
     PromptMeans,
     Rows,
     RowValues,
-    State,
     centered_divergence,
     compare_local,
     compare_rows,
@@ -44,15 +44,15 @@ __all__ = [
     "MOST_KEPT",
     "OUTPUT_METRICS",
     "ROW_METRICS",
+    "AccumulatorState",
+    "CkaRows",
     "Directions",
-    "KeptRows",
     "Outcomes",
     "PromptMeans",
     "RowValues",
     "Rows",
     "SiteMeasures",
     "SitePlan",
-    "State",
     "TokenTraces",
     "centered_divergence",
     "compare_local",

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lazarus.metrics.states import State, sum_by_prompt, to_float64
+from lazarus.metrics.states import AccumulatorState, sum_by_prompt, to_float64
 
 FEWEST_FOR_CKA = 50
 """Below, the estimate is too noisy to be worth printing."""
@@ -47,7 +47,7 @@ def _hsic(k: Float[Tensor, "rows rows"], m: Float[Tensor, "rows rows"]) -> float
     return float((k * m).sum() - n / (n - 2) * (x @ y) + x.sum() * y.sum() / ((n - 1) * (n - 2)))
 
 
-class KeptRows:
+class CkaRows:
     """Keeps one row a prompt of both models, the mean over the prompt's compared tokens, for CKA.
 
     `slots` gives the prompts that are kept a place each. An update brings whole prompts.
@@ -83,7 +83,7 @@ class KeptRows:
         self.base, self.finetuned = placed(self.base, base), placed(self.finetuned, finetuned)
         self.seen[places.numpy()] = True
 
-    def state(self) -> State:
+    def state(self) -> AccumulatorState:
         """The rows that are kept, each model's, and their places."""
         if self.base is None or self.finetuned is None:
             return {}
@@ -94,7 +94,7 @@ class KeptRows:
             "finetuned": self.finetuned.numpy()[places],
         }
 
-    def add(self, state: State) -> None:
+    def add(self, state: AccumulatorState) -> None:
         """Take in what another one holds, from its `state`; they kept different prompts."""
         if not state:
             return

@@ -8,7 +8,7 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lazarus.metrics.states import Rows, State, sum_by_prompt
+from lazarus.metrics.states import AccumulatorState, Rows, sum_by_prompt
 
 Floats = NDArray[np.float64]
 
@@ -54,11 +54,11 @@ class Directions:
         self.shift_squares += float(shifts.square().sum())
         self.n_prompts += len(counts)
 
-    def state(self) -> State:
+    def state(self) -> AccumulatorState:
         """The sums and the counts."""
         return {name: np.asarray(value) for name, value in vars(self).items()}
 
-    def add(self, state: State) -> None:
+    def add(self, state: AccumulatorState) -> None:
         """Take in what another accumulator has seen, from its `state`."""
         for name, value in vars(self).items():
             added = state[name]

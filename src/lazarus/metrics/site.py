@@ -9,14 +9,14 @@ import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lazarus.metrics.cka import KeptRows
+from lazarus.metrics.cka import CkaRows
 from lazarus.metrics.directions import Directions
 from lazarus.metrics.states import (
     LOCAL_METRICS,
     ROW_METRICS,
+    AccumulatorState,
     PromptMeans,
     Rows,
-    State,
     compare_local,
     compare_rows,
     count_by_prompt,
@@ -49,7 +49,7 @@ class SiteMeasures:
         self.means = PromptMeans(ROW_METRICS, plan.n_prompts)
         self.local = PromptMeans(LOCAL_METRICS, plan.n_prompts)
         self.directions = Directions()
-        self.kept = KeptRows(plan.kept)
+        self.kept = CkaRows(plan.kept)
         self.traces = TokenTraces(plan.traced)
         self.n_unlike = 0
         """pairs that are left out of every mean, zero or not finite, and not the same in both models"""
@@ -83,7 +83,7 @@ class SiteMeasures:
         if local is not None:
             self.local.update(prompts, compare_local(Rows.of(base, local)))
 
-    def state(self) -> State:
+    def state(self) -> AccumulatorState:
         """Return what all of them have seen."""
         found = {"n_unlike": np.asarray(self.n_unlike)}
         if self.n_unmeasured.any():
@@ -94,7 +94,7 @@ class SiteMeasures:
             found |= within(name, getattr(self, name).state())
         return found
 
-    def add(self, state: State) -> None:
+    def add(self, state: AccumulatorState) -> None:
         """Take in what others have seen, from their `state`."""
         self.n_unlike += state["n_unlike"].item()
         self.n_unmeasured += state.get("n_unmeasured", 0)

@@ -16,11 +16,11 @@ from torch import Tensor
 ROW_METRICS = ("divergence", "relative_l2", "norm_ratio", "centered_divergence")
 LOCAL_METRICS = ("local_relative_l2", "local_divergence")
 
-State = dict[str, NDArray[Any]]
+AccumulatorState = dict[str, NDArray[Any]]
 """What an accumulator has seen, as arrays with names: what is written to a file, and read back."""
 
 
-def within(name: str, state: Mapping[str, NDArray[Any]]) -> State:
+def within(name: str, state: Mapping[str, NDArray[Any]]) -> AccumulatorState:
     """The state as a part, called `name`, of a larger one.
 
     >>> within("means", {"sums": np.zeros(1)})
@@ -29,13 +29,13 @@ def within(name: str, state: Mapping[str, NDArray[Any]]) -> State:
     return {f"{name}/{key}": array for key, array in state.items()}
 
 
-def parts_of(state: Mapping[str, NDArray[Any]]) -> dict[str, State]:
+def parts_of(state: Mapping[str, NDArray[Any]]) -> dict[str, AccumulatorState]:
     """The parts of a larger state, by their names.
 
     >>> parts_of({"means/sums": np.zeros(1), "kept/base": np.zeros(2)})
     {'means': {'sums': array([0.])}, 'kept': {'base': array([0., 0.])}}
     """
-    parts: dict[str, State] = {}
+    parts: dict[str, AccumulatorState] = {}
     for key, array in state.items():
         name, slash, rest = key.partition("/")
         if slash:
@@ -224,13 +224,13 @@ class PromptMeans:
         np.add.at(self.n_rows, index[valid], 1)
         np.add.at(self.n_excluded, index[~valid], 1)
 
-    def state(self) -> State:
+    def state(self) -> AccumulatorState:
         """Return what was seen, of the prompts that were seen."""
         prompts = np.flatnonzero(self.n_rows + self.n_excluded)
         counts = {"n_rows": self.n_rows[prompts], "n_excluded": self.n_excluded[prompts]}
         return {"prompts": prompts, "sums": self.sums[prompts], **counts}
 
-    def add(self, state: State) -> None:
+    def add(self, state: AccumulatorState) -> None:
         """Take in what another accumulator has seen, from its `state`."""
         prompts = state["prompts"]
         for name in ("sums", "n_rows", "n_excluded"):

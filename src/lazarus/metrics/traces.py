@@ -9,7 +9,7 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lazarus.metrics.states import ROW_METRICS, RowValues, State
+from lazarus.metrics.states import ROW_METRICS, AccumulatorState, RowValues
 
 _DIVERGENCE = ROW_METRICS.index("divergence")
 
@@ -33,7 +33,7 @@ class TokenTraces:
         for prompt in self.traced.intersection(owners.tolist()):
             self.of_prompt[prompt] = values[owners == prompt]
 
-    def state(self) -> State:
+    def state(self) -> AccumulatorState:
         """The prompts that were seen, in order, how many tokens each has, and all their values in a row."""
         prompts = sorted(self.of_prompt)
         found = [self.of_prompt[prompt] for prompt in prompts]
@@ -43,7 +43,7 @@ class TokenTraces:
             "divergence": np.concatenate([np.empty(0), *found]),
         }
 
-    def add(self, state: State) -> None:
+    def add(self, state: AccumulatorState) -> None:
         """Take in what another one holds, from its `state`; they saw different prompts."""
         parts = np.split(state["divergence"], np.cumsum(state["n_tokens"])[:-1])
         self.of_prompt |= dict(zip(state["prompts"].tolist(), parts, strict=False))

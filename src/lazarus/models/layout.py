@@ -61,8 +61,8 @@ class Reader:
         return {name: after[name].requires_grad_(requires_grad=False) for name in loaded}
 
 
-class Comparison:
-    """Comparison of the elements of two checkpoints' tensors, each when it is first asked for."""
+class StoredComparison:
+    """StoredComparison of the elements of two checkpoints' tensors, each when it is first asked for."""
 
     def __init__(self, base: Conversion, finetuned: Conversion) -> None:
         self._base = base
@@ -105,7 +105,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ReadingOrder:
     """Order in which the parts of a model are read: the blocks as they run, and the LM head last."""
 
     units: tuple[Unit, ...]
@@ -118,7 +118,7 @@ class Layout:
     places: Places
 
 
-def lay_out(model: PreTrainedModel, blocks: Sequence[nn.Module], conversion: Conversion) -> Layout:
+def lay_out(model: PreTrainedModel, blocks: Sequence[nn.Module], conversion: Conversion) -> ReadingOrder:
     """Decide what of an empty model is read when. What two blocks have in common is part of the rest."""
     state = model.state_dict(keep_vars=True)
     places, owners = places_of(model), _owners(model, blocks)
@@ -139,7 +139,7 @@ def lay_out(model: PreTrainedModel, blocks: Sequence[nn.Module], conversion: Con
     # Last, because joining puts another Parameter in place, and all above goes by identity.
     for name, table in tables.items():
         table.join(places[name])
-    return Layout(tuple(units), rest, tables, head_table, places)
+    return ReadingOrder(tuple(units), rest, tables, head_table, places)
 
 
 def _unit(names: set[str], state: Mapping[str, Tensor], conversion: Conversion) -> Unit:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from lazarus.models.checkpoint import Conversion
 from lazarus.models.design import same_design
 from lazarus.models.equality import Equality, every, holds_no_number, inert, same_bits
-from lazarus.models.layout import Comparison, Layout, Reader, hollow, lay_out, places_of
+from lazarus.models.layout import Reader, ReadingOrder, StoredComparison, hollow, lay_out, places_of
 
 
 class Pager:
@@ -38,10 +38,10 @@ class Pager:
         self.n_blocks = len(self.blocks)
         self.base = base
         self.conversion = conversion
-        self._comparison: Comparison | None = None
+        self._comparison: StoredComparison | None = None
         # Tensors are shared only where both models make the same parameters of the same elements.
         if base is not None and conversion.dtype == base.conversion.dtype and same_design(base.model, model):
-            self._comparison = Comparison(base.conversion, conversion)
+            self._comparison = StoredComparison(base.conversion, conversion)
         self._is_twin = base is not None and base.conversion is conversion
         self._layout = self._as_base() if self._is_twin else lay_out(model, blocks, conversion)
         # After the layout: tables are then part of the model, and the copy shares them.
@@ -151,7 +151,7 @@ class Pager:
             return False
         if self._layout.places.keys() != other._layout.places.keys():
             return False
-        compared = Comparison(other.conversion, self.conversion)
+        compared = StoredComparison(other.conversion, self.conversion)
         tables = tuple(self._layout.tables), tuple(other._layout.tables)
         pairs = [tables, *((one.targets, another.targets) for one, another in zip(ours, theirs, strict=True))]
         answer = every(same_bits(self._at(name), other._at(name)) for name in self._filled(other))
@@ -247,7 +247,7 @@ class Pager:
                 apart |= {n for n, p in pager._layout.places.items() if p == pager._layout.places[table]}
         return (name for name in self._layout.places if name not in apart)
 
-    def _as_base(self) -> Layout:
+    def _as_base(self) -> ReadingOrder:
         """Base's layout over the places of this model, which was made over base's weights."""
         assert self.base is not None
         places = places_of(self.model)

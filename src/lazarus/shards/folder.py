@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from lazarus.errors import SaveError, UsageError
 from lazarus.messages import option
-from lazarus.metrics import State
+from lazarus.metrics import AccumulatorState
 from lazarus.ranks import Rank
 
 MANIFEST = "manifest.json"
@@ -92,7 +92,7 @@ class WorkFolder:
         with self._locked(self._shard(number).name, timeout_seconds=0) as ours:
             yield ours
 
-    def read(self, number: int) -> State | None:
+    def read(self, number: int) -> AccumulatorState | None:
         """Return what a shard has accumulated; None where its file is absent or damaged."""
         path = self._shard(number)
         if not path.exists():

@@ -10,7 +10,7 @@ import numpy as np
 
 from lazarus.errors import SaveError
 from lazarus.messages import option
-from lazarus.metrics import State
+from lazarus.metrics import AccumulatorState
 from lazarus.shards.folder import WorkFolder
 
 PAUSE_SECONDS = 0.2
@@ -29,7 +29,7 @@ class Shard:
 def run_shards(
     folder: WorkFolder,
     shards: Sequence[Shard],
-    run: Callable[[Shard], State],
+    run: Callable[[Shard], AccumulatorState],
     advanced: Callable[[int], None],
 ) -> int:
     """Return when every shard is done, by this process or another, with how many were done before.
@@ -56,7 +56,7 @@ def run_shards(
     return max(n_before, 0)
 
 
-def states(folder: WorkFolder, shards: Sequence[Shard]) -> Iterator[State]:
+def states(folder: WorkFolder, shards: Sequence[Shard]) -> Iterator[AccumulatorState]:
     """Yield what each shard has accumulated, in their order.
 
     Raises:
@@ -73,7 +73,9 @@ def states(folder: WorkFolder, shards: Sequence[Shard]) -> Iterator[State]:
         yield state
 
 
-def _run_one(folder: WorkFolder, left: Sequence[Shard], run: Callable[[Shard], State]) -> Shard | None:
+def _run_one(
+    folder: WorkFolder, left: Sequence[Shard], run: Callable[[Shard], AccumulatorState]
+) -> Shard | None:
     """Run the first shard that nobody else is running; None if there is none."""
     for shard in left:
         with folder.claimed(shard.number) as ours:
@@ -84,7 +86,7 @@ def _run_one(folder: WorkFolder, left: Sequence[Shard], run: Callable[[Shard], S
     return None
 
 
-def _read(folder: WorkFolder, shard: Shard) -> State | None:
+def _read(folder: WorkFolder, shard: Shard) -> AccumulatorState | None:
     state = folder.read(shard.number)
     # By its prompts: a file of the same number may be of another division into shards.
     if state is None or not np.array_equal(state.pop(_COVERS, np.zeros(0)), np.asarray(shard.prompts)):

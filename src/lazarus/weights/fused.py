@@ -32,7 +32,7 @@ class Holder:
 
 
 @dataclass(frozen=True)
-class Layout:
+class FusedLayout:
     """The division of one axis: into equal groups, in each of which every part has so many rows."""
 
     n_groups: int
@@ -116,13 +116,13 @@ def _output_axis(bare: str, shape: tuple[int, ...], holder: Holder) -> int:
     return 0
 
 
-def _layout(bare: str, n: int, holder: Holder) -> tuple[str, Layout | None]:
+def _layout(bare: str, n: int, holder: Holder) -> tuple[str, FusedLayout | None]:
     """Return what stands before the parts' names, and the layout of an axis of length n.
 
     None if it is one part.
     """
     if bare.endswith("mlp_gate_up"):
-        layout: Layout | None = _gate_and_up(n, holder)
+        layout: FusedLayout | None = _gate_and_up(n, holder)
         stem = bare.removesuffix("gate_up")
     elif bare == "ssm_beta_alpha":
         stem, layout = "ssm_", _gated_delta(holder, "ba")
@@ -134,15 +134,15 @@ def _layout(bare: str, n: int, holder: Holder) -> tuple[str, Layout | None]:
     return stem, layout if layout is not None and layout.fits(n) else None
 
 
-def _gate_and_up(n: int, holder: Holder) -> Layout:
+def _gate_and_up(n: int, holder: Holder) -> FusedLayout:
     """Two halves, the gate (what goes through the activation) first; or gate and up in turns (gpt-oss)."""
     # transformers' decorator for classes of experts sets this; a module without it has two halves.
     if getattr(holder.owner, "is_concatenated", True):
-        return Layout(1, (("gate", n // 2), ("up", n // 2)))
-    return Layout(n // 2, (("gate", 1), ("up", 1)))
+        return FusedLayout(1, (("gate", n // 2), ("up", n // 2)))
+    return FusedLayout(n // 2, (("gate", 1), ("up", 1)))
 
 
-def _attention(fused: str, n: int, holder: Holder) -> Layout | None:
+def _attention(fused: str, n: int, holder: Holder) -> FusedLayout | None:
     parent: Any = holder.parent
     if isinstance(holder.owner, Conv1D):
         names = "kv" if getattr(parent, "is_cross_attention", False) else "qkv"
@@ -156,54 +156,54 @@ def _attention(fused: str, n: int, holder: Holder) -> Layout | None:
     return layout(parent, n) if layout is not None else None
 
 
-def _in_order(names: str, size: int, n_groups: int = 1) -> Layout:
-    return Layout(n_groups, tuple((name, size) for name in names))
+def _in_order(names: str, size: int, n_groups: int = 1) -> FusedLayout:
+    return FusedLayout(n_groups, tuple((name, size) for name in names))
 
 
-def _thirds(_: Any, n: int) -> Layout:
+def _thirds(_: Any, n: int) -> FusedLayout:
     """All of q, then all of k, then all of v."""
     return _in_order("qkv", n // 3)
 
 
-def _by_head(module: Any, n: int) -> Layout:
+def _by_head(module: Any, n: int) -> FusedLayout:
     """q, k and v of the first head, of the second head, …"""
     n_heads = _size(module, "num_heads", "num_attention_heads")
     return _in_order("qkv", n // (3 * n_heads), n_heads)
 
 
-def _grouped_queries(module: Any, n: int) -> Layout:
+def _grouped_queries(module: Any, n: int) -> FusedLayout:
     """All of q, k and v in order, of which k and v have fewer heads."""
     width = _size(module, "num_key_value_heads") * _size(module, "head_dim")
-    return Layout(1, (("q", n - 2 * width), ("k", width), ("v", width)))
+    return FusedLayout(1, (("q", n - 2 * width), ("k", width), ("v", width)))
 
 
-def _falcon(module: Any, n: int) -> Layout:
+def _falcon(module: Any, n: int) -> FusedLayout:
     n_heads, width = _size(module, "num_heads"), _size(module, "head_dim")
     if module.new_decoder_architecture:
         n_groups = _size(module, "num_kv_heads")
-        return Layout(n_groups, (("q", n_heads // n_groups * width), ("k", width), ("v", width)))
+        return FusedLayout(n_groups, (("q", n_heads // n_groups * width), ("k", width), ("v", width)))
     if module.multi_query:
-        return Layout(1, (("q", n_heads * width), ("k", width), ("v", width)))
+        return FusedLayout(1, (("q", n_heads * width), ("k", width), ("v", width)))
     return _by_head(module, n)
 
 
-def _gpt_bigcode(module: Any, n: int) -> Layout:
+def _gpt_bigcode(module: Any, n: int) -> FusedLayout:
     if not module.multi_query:
         return _by_head(module, n)
     width = _size(module, "kv_dim")
-    return Layout(1, (("q", n - 2 * width), ("k", width), ("v", width)))
+    return FusedLayout(1, (("q", n - 2 * width), ("k", width), ("v", width)))
 
 
-def _codegen(module: Any, n: int) -> Layout:
+def _codegen(module: Any, n: int) -> FusedLayout:
     """Return the parts of CodeGen's fused matrix as it was on four devices: q, v and k of each."""
     return _in_order("qvk", n // (3 * _size(module, "mp_num")), _size(module, "mp_num"))
 
 
-def _keys_and_values(_: Any, n: int) -> Layout:
+def _keys_and_values(_: Any, n: int) -> FusedLayout:
     return _in_order("kv", n // 2)
 
 
-_LAYOUTS: dict[str, Callable[[Any, int], Layout]] = {
+_LAYOUTS: dict[str, Callable[[Any, int], FusedLayout]] = {
     "BloomAttention": _by_head,
     "CodeGenAttention": _codegen,
     "DbrxAttention": _grouped_queries,
@@ -223,7 +223,7 @@ _LAYOUTS: dict[str, Callable[[Any, int], Layout]] = {
 """by the class of attention, as far as a tensor of q, k and v is cut by rows in transformers' code"""
 
 
-def _gated_delta(holder: Holder, fused: str) -> Layout | None:
+def _gated_delta(holder: Holder, fused: str) -> FusedLayout | None:
     """Linear attention by the gated delta rule: in order (Qwen 3.5), or by group of values (Qwen 3 Next)."""
     module: Any = holder.parent
     names = ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim")
@@ -232,10 +232,12 @@ def _gated_delta(holder: Holder, fused: str) -> Layout | None:
     n_keys, n_values, key, value = (int(getattr(module, name)) for name in names)
     per_group = n_values // n_keys
     if fused == "qkv":
-        return Layout(1, (("q", n_keys * key), ("k", n_keys * key), ("v", n_values * value)))
+        return FusedLayout(1, (("q", n_keys * key), ("k", n_keys * key), ("v", n_values * value)))
     if fused == "ba":
-        return Layout(n_keys, (("beta", per_group), ("alpha", per_group)))
-    return Layout(n_keys, (("q", key), ("k", key), ("v", per_group * value), ("gate", per_group * value)))
+        return FusedLayout(n_keys, (("beta", per_group), ("alpha", per_group)))
+    return FusedLayout(
+        n_keys, (("q", key), ("k", key), ("v", per_group * value), ("gate", per_group * value))
+    )
 
 
 def _size(module: Any, *names: str) -> int:

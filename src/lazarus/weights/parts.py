@@ -26,7 +26,7 @@ class Take:
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowLayout:
     """Place of the rows of a matrix in a row-major file, counted in elements.
 
     `outer` and `inner` are (length, stride) of the axes that the rows run along, the last one apart;
@@ -62,7 +62,7 @@ class Layout:
         return (n_rows - 1) * self.inner[1] + (self.matrix[1] - 1) * self.column_stride + 1
 
 
-def lay_out(shape: tuple[int, ...], take: Take | None, dtype: torch.dtype) -> Layout:
+def lay_out(shape: tuple[int, ...], take: Take | None, dtype: torch.dtype) -> RowLayout:
     """Return where the rows of a tensor of this shape and dtype are, or those of a part of it.
 
     Raises:
@@ -81,7 +81,7 @@ def lay_out(shape: tuple[int, ...], take: Take | None, dtype: torch.dtype) -> La
             axes.append((length, stride))
     last = part.stride()[-1] if part.ndim > 1 else 1
     inner = axes.pop() if axes else (1, columns)
-    return Layout(tuple(part.shape), (rows, columns), int(part.storage_offset()), tuple(axes), inner, last)
+    return RowLayout(tuple(part.shape), (rows, columns), int(part.storage_offset()), tuple(axes), inner, last)
 
 
 def part_of(tensor: Tensor, take: Take | None) -> Tensor:

@@ -51,7 +51,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Side:
+class NamedCheckpoint:
     """One of the two: what the user named, its checkpoint, and its adapter if it has one."""
 
     reference: ModelReference
@@ -60,7 +60,7 @@ class Side:
 
 
 def assemble(
-    sides: tuple[Side, Side],
+    sides: tuple[NamedCheckpoint, NamedCheckpoint],
     matched: Matched,
     measured: Sequence[Measured],
     options: WeightOptions,
@@ -177,7 +177,7 @@ def _together(numbers: Sequence[Numbers]) -> float | None:
 
 
 def _summary(
-    sides: tuple[Side, Side],
+    sides: tuple[NamedCheckpoint, NamedCheckpoint],
     rows: Sequence[TensorRecord],
     matched: Matched,
     measured: Sequence[Measured],
@@ -210,7 +210,7 @@ def _summary(
 
 
 def _verdict(
-    sides: tuple[Side, Side], matched: Matched, measured: Sequence[Measured]
+    sides: tuple[NamedCheckpoint, NamedCheckpoint], matched: Matched, measured: Sequence[Measured]
 ) -> tuple[WeightVerdict, list[str]]:
     """Return the verdict on all tensors, and what may explain it."""
     changed = [each.rounded for each in measured if each.numbers.n_changed]
@@ -231,7 +231,7 @@ def _verdict(
     return "rounding", [f"{stored} is {other}{adapter} {'and ' if adapter else ''}rounded to {dtypes}"]
 
 
-def _causes(sides: tuple[Side, Side]) -> list[str]:
+def _causes(sides: tuple[NamedCheckpoint, NamedCheckpoint]) -> list[str]:
     """Return why nothing changed, as far as it can be known."""
     base, finetuned = sides
     adapters = [side.adapter for side in sides if side.adapter is not None]
@@ -294,7 +294,7 @@ def _note_by_number(matched: Matched, rows: Sequence[TensorRecord], notes: Notes
         notes.add("rows-by-number", f"{told}: {matched.by_number}")
 
 
-def _info(side: Side, outside: Sequence[NotCompared]) -> CheckpointInfo:
+def _info(side: NamedCheckpoint, outside: Sequence[NotCompared]) -> CheckpointInfo:
     checkpoint, source = side.checkpoint, side.checkpoint.source
     kind: Literal["hub", "folder", "gguf", "adapter"] = "adapter" if side.adapter else source.kind
     return CheckpointInfo(

@@ -23,7 +23,7 @@ from lazarus.weights.checkpoints import Checkpoint, read_checkpoint
 from lazarus.weights.numbers import Pair, base_norm, measure
 from lazarus.weights.pairs import Row, match
 from lazarus.weights.parallel import measure_all, run_all
-from lazarus.weights.record import Measured, Side, assemble
+from lazarus.weights.record import Measured, NamedCheckpoint, assemble
 from lazarus.weights.rounding import candidates, check
 from lazarus.weights.spectrum import spectrum
 from lazarus.weights.vocabulary import read_vocabulary
@@ -115,7 +115,7 @@ def _open_pair(
     options: WeightOptions,
     watcher: Observer,
     notes: Notes,
-) -> tuple[Side, Side]:
+) -> tuple[NamedCheckpoint, NamedCheckpoint]:
     """Return both checkpoints; where both names stand on one, it is opened once."""
     # Both are opened before an adapter is looked at, and what is noted of base comes first all the same.
     of_finetuned = Notes()
@@ -131,7 +131,7 @@ def _open_pair(
     return sides
 
 
-def _side(reference: ModelReference, checkpoint: Checkpoint, notes: Notes) -> Side:
+def _side(reference: ModelReference, checkpoint: Checkpoint, notes: Notes) -> NamedCheckpoint:
     """Return one of the two, with its adapters if there are any."""
     names, on_bases = [], Notes()
     changed = checkpoint
@@ -140,10 +140,10 @@ def _side(reference: ModelReference, checkpoint: Checkpoint, notes: Notes) -> Si
         names.append(told)
         note_base(adapter, checkpoint.source, on_bases)
     notes.extend(on_bases)
-    return Side(reference, changed, " + ".join(names) or None)
+    return NamedCheckpoint(reference, changed, " + ".join(names) or None)
 
 
-def _tokenizers(side: Side) -> list[Source]:
+def _tokenizers(side: NamedCheckpoint) -> list[Source]:
     """Return where its tokenizer may be: beside an adapter, or beside the weights."""
     adapters = side.reference.adapters
     # The adapter on top comes first: its training may have added tokens.

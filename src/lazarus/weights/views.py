@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lazarus.models.stored import TORCH_TYPES, StoredTensor
-from lazarus.weights.parts import Layout, Take, as_matrix, lay_out, part_of
+from lazarus.weights.parts import RowLayout, Take, as_matrix, lay_out, part_of
 
 _FIRST, _CHUNK = 1024, 2**16
 """how many elements are compared at first, and then at a time"""
@@ -91,7 +91,7 @@ class StoredView:
         _ = self.layout
 
     @cached_property
-    def layout(self) -> Layout:
+    def layout(self) -> RowLayout:
         """Return where its rows are."""
         return lay_out(self.stored.shape, self.take, self.torch_type)
 
@@ -377,7 +377,7 @@ def same_bits(one: View, other: View) -> bool:
     return True
 
 
-def _place(view: StoredView) -> tuple[str, int, str, Layout]:
+def _place(view: StoredView) -> tuple[str, int, str, RowLayout]:
     # In the Hub's cache, files of two revisions may be links to one.
     return os.path.realpath(view.stored.path), view.stored.start, view.stored.dtype, view.layout
 

@@ -10,7 +10,7 @@ from lazarus.render.base.frame import Kit, unsaid, write_page
 from lazarus.render.weights import tables
 from lazarus.render.weights.answers import answers, headline
 from lazarus.render.weights.grid import Grid
-from lazarus.render.weights.payload import Kept, payload
+from lazarus.render.weights.payload import PageSelection, payload
 from lazarus.render.weights.summary import summary_lines
 from lazarus.results import WeightDiffRecord
 from lazarus.results.glossary import WEIGHT_METRICS
@@ -37,11 +37,11 @@ def write_html(record: WeightDiffRecord, stream: IO[bytes]) -> None:
     48 layers of 128 experts are below 3,000,000 bytes; of more the page has the most changed, and says so.
     """
     grid = Grid.of(record)
-    kept = Kept.of(record, grid)
+    kept = PageSelection.of(record, grid)
     write_page(KIT, _context(record, grid, kept), payload(record, grid, kept), stream)
 
 
-def _context(record: WeightDiffRecord, grid: Grid, kept: Kept) -> dict[str, Any]:
+def _context(record: WeightDiffRecord, grid: Grid, kept: PageSelection) -> dict[str, Any]:
     """Return what the template says of the result, whatever part of it the page has."""
     return {
         "command": "weight difference",
@@ -68,7 +68,7 @@ def _context(record: WeightDiffRecord, grid: Grid, kept: Kept) -> dict[str, Any]
     }
 
 
-def _left_out(record: WeightDiffRecord, kept: Kept) -> list[str]:
+def _left_out(record: WeightDiffRecord, kept: PageSelection) -> list[str]:
     """Return what there is no room for; the most changed is there."""
     places = (
         (len(kept.components), kept.n_components, "components in the map"),

@@ -34,7 +34,7 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Kept:
+class PageSelection:
     """Indices of the rows and tensors that the page holds, in their order in the result."""
 
     components: Sequence[int]
@@ -46,7 +46,7 @@ class Kept:
     n_spectra: int
 
     @classmethod
-    def of(cls, record: WeightDiffRecord, grid: Grid) -> Kept:
+    def of(cls, record: WeightDiffRecord, grid: Grid) -> PageSelection:
         """The most changed of each, where there is no room for all."""
         ranked = most_changed_first(record.results)
         place = np.empty(len(ranked) + 1, dtype=np.int64)
@@ -64,7 +64,7 @@ class Kept:
         )
 
 
-def payload(record: WeightDiffRecord, grid: Grid, kept: Kept) -> dict[str, Any]:
+def payload(record: WeightDiffRecord, grid: Grid, kept: PageSelection) -> dict[str, Any]:
     """All that the scripts need; equal for equal results.
 
     A matrix is {rows, columns, base64}: float64, little-endian, row by row, NaN where there is no number,
@@ -82,7 +82,7 @@ def payload(record: WeightDiffRecord, grid: Grid, kept: Kept) -> dict[str, Any]:
     }
 
 
-def _tensors(record: WeightDiffRecord, kept: Kept) -> dict[str, Any]:
+def _tensors(record: WeightDiffRecord, kept: PageSelection) -> dict[str, Any]:
     """The kept tensors as columns; what many of them share is there once."""
     rows = [record.results[i] for i in kept.tensors]
     components, component = _distinct(rows, lambda row: row.component)
@@ -100,7 +100,7 @@ def _tensors(record: WeightDiffRecord, kept: Kept) -> dict[str, Any]:
     }
 
 
-def _spectra(record: WeightDiffRecord, kept: Kept) -> dict[str, Any]:
+def _spectra(record: WeightDiffRecord, kept: PageSelection) -> dict[str, Any]:
     """The spectra by the place of their tensor in the page."""
     place = {index: i for i, index in enumerate(kept.tensors)}
     found = {i: record.results[i].spectrum for i in kept.spectra if i in place}

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from lazarus.batches import TokenBatch
 from lazarus.engine.head import MOST_LOGITS, Head
-from lazarus.engine.past import Past, holds_keys_and_values
 from lazarus.engine.positions import RowPicker
+from lazarus.engine.prefix_cache import PrefixCache, holds_keys_and_values
 from lazarus.engine.probe import Conventions
-from lazarus.engine.recorder import Recorder, Take
+from lazarus.engine.recorder import Recorder, RowSelection
 from lazarus.engine.replay import Passed, UnlikeError, replaying
 from lazarus.errors import UnsupportedModelError
 from lazarus.models import LoadedModel, same_bits
@@ -41,7 +41,7 @@ class States:
 class Prefix:
     """A prefix as a model has read it: the KV cache, and the compared rows at every site."""
 
-    past: Past
+    prefix_cache: PrefixCache
     sites: Sequence[Tensor]
 
 
@@ -61,7 +61,7 @@ class Begun:
         return self.states.sites[: 1 + self.n_blocks]
 
 
-class Side:
+class Runner:
     """One of the two models, ready to run batches. A prefix that stands before several of them runs once."""
 
     def __init__(self, model: LoadedModel, conventions: Conventions) -> None:
@@ -82,14 +82,14 @@ class Side:
             return
         ids = torch.tensor([batch.prefix])
         picker = RowPicker.of(batch, position).of_prefix(len(batch.prefix))
-        take = Take(self.picking(picker), picker.pick)
-        seen = self.recorder.run(ids, torch.ones_like(ids), take, past=Past())
+        take = RowSelection(self.picking(picker), picker.pick)
+        seen = self.recorder.run(ids, torch.ones_like(ids), take, prefix_cache=PrefixCache())
         if not holds_keys_and_values(seen.cache):
             raise UnsupportedModelError(
                 f"{self.model.name} keeps more than keys and values of what it has read, or nothing, so a "
                 "prefix that prompts have in common has to run with each of them."
             )
-        self._prefixes[key] = Prefix(Past(len(batch.prefix), seen.cache), seen.sites)
+        self._prefixes[key] = Prefix(PrefixCache(len(batch.prefix), seen.cache), seen.sites)
 
     def run(self, batch: TokenBatch, position: Position, begun: Begun | None = None) -> States:
         """The compared rows of one batch. The head reads them too, or the last ones where they are means.
@@ -135,8 +135,10 @@ class Side:
 
         first = max(0, len(known) - 1)
         prefix = self.prefix_of(batch, position)
-        past = prefix.past if prefix else None
-        seen = self.recorder.run(*batch.padded(), Take(self.picking(picker), final), first, past)
+        prefix_cache = prefix.prefix_cache if prefix else None
+        seen = self.recorder.run(
+            *batch.padded(), RowSelection(self.picking(picker), final), first, prefix_cache
+        )
         embedding = [] if known else [seen.embedding]
         taken = [rows for rows in (*embedding, *seen.blocks, seen.final) if rows is not None]
         if prefix:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lazarus.engine.kept import KeptStates, check_room
+from lazarus.engine.spill import SpillBuffer, check_room
 from lazarus.errors import SaveError
 
 NESTED = (
@@ -65,7 +65,7 @@ def as_bytes(states: Tensor) -> Tensor:
 def test_tensors_come_back_bit_for_bit(folder: Path, dtype: torch.dtype, budget: int) -> None:
     generator = torch.Generator().manual_seed(0)
     states = (torch.randn(3, 5, generator=generator) * 3).to(dtype)
-    with KeptStates(budget) as kept:
+    with SpillBuffer(budget) as kept:
         kept.put("states", states)
         assert bool(list(folder.iterdir())) == (budget == 0)
         assert_same(kept.take("states"), states.clone())
@@ -73,7 +73,7 @@ def test_tensors_come_back_bit_for_bit(folder: Path, dtype: torch.dtype, budget:
 
 @pytest.mark.parametrize("budget", [0, 10**6], ids=["file", "memory"])
 def test_values_come_back_in_their_structure(folder: Path, budget: int) -> None:
-    with KeptStates(budget) as kept:
+    with SpillBuffer(budget) as kept:
         kept.put("nested", NESTED)
         for _ in range(2):  # it stays there
             assert_same(kept.take("nested"), NESTED)
@@ -81,7 +81,7 @@ def test_values_come_back_in_their_structure(folder: Path, budget: int) -> None:
 
 @pytest.mark.parametrize("value", [[], (None, 3), {}, (torch.zeros(0, 4), torch.tensor(7))], ids=repr)
 def test_values_with_hardly_a_tensor_in_them_come_back(folder: Path, value: Any) -> None:
-    with KeptStates(0) as kept:
+    with SpillBuffer(0) as kept:
         kept.put("full", torch.ones(3))
         kept.put("slight", value)
         assert_same(kept.take("slight"), value)
@@ -90,14 +90,14 @@ def test_values_with_hardly_a_tensor_in_them_come_back(folder: Path, value: Any)
 def test_what_is_not_finite_and_what_is_not_contiguous_come_back(folder: Path) -> None:
     odd = torch.tensor([[float("nan"), -0.0, float("inf")], [-float("inf"), 1e-45, 0.0]])
     views = (odd, odd.T, odd[:, 1], odd[:1].expand(4, 3))
-    with KeptStates(0) as kept:
+    with SpillBuffer(0) as kept:
         kept.put("views", views)
         assert_same(kept.take("views"), views)
 
 
 def test_a_value_that_was_in_a_file_is_apart_from_it(folder: Path) -> None:
     """Otherwise it would change, or be gone, with the next block's."""
-    with KeptStates(0) as kept:
+    with SpillBuffer(0) as kept:
         kept.put("a", torch.zeros(1000))
         first = kept.take("a")
         kept.put("a", torch.ones(1000))
@@ -117,7 +117,7 @@ def test_what_stays_in_memory_never_exceeds_the_budget(puts: list[tuple[int, int
     """Counted on the tensors that are still alive, and every value comes back whichever way it went."""
     expected: dict[int, Tensor] = {}
     alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
-    with KeptStates(budget) as kept:
+    with SpillBuffer(budget) as kept:
         for key, size in puts:
             expected[key] = torch.full((size,), float(key * 100 + size))
             states = expected[key].clone()
@@ -134,7 +134,7 @@ def test_what_stays_in_memory_never_exceeds_the_budget(puts: list[tuple[int, int
 
 
 def test_the_budget_is_used(folder: Path) -> None:
-    with KeptStates(1000) as kept:
+    with SpillBuffer(1000) as kept:
         for key in range(2):
             kept.put(key, torch.zeros(125))
         assert list(folder.iterdir()) == []
@@ -146,7 +146,7 @@ def test_the_budget_is_used(folder: Path) -> None:
 
 
 def test_not_a_byte_goes_beyond_the_budget(folder: Path) -> None:
-    with KeptStates(3) as kept:
+    with SpillBuffer(3) as kept:
         for key in range(3):
             kept.put(key, torch.zeros(1, dtype=torch.uint8))
         assert kept.spilled_bytes == 0
@@ -160,7 +160,7 @@ def test_not_a_byte_goes_beyond_the_budget(folder: Path) -> None:
 
 
 def test_a_value_that_grows_beyond_the_budget_moves_to_a_file(folder: Path) -> None:
-    with KeptStates(400) as kept:
+    with SpillBuffer(400) as kept:
         kept.put("grows", torch.zeros(100))
         kept.put("grows", torch.ones(101))
         assert kept.spilled_bytes == 404
@@ -181,7 +181,7 @@ class _StopError(Exception):
 
 
 def test_no_file_is_left_behind(folder: Path) -> None:
-    with KeptStates(8) as kept:
+    with SpillBuffer(8) as kept:
         for key in range(4):
             kept.put(key, torch.zeros(2))
         assert len(files(folder)) == 3
@@ -190,7 +190,7 @@ def test_no_file_is_left_behind(folder: Path) -> None:
 
 def test_no_file_is_left_behind_by_an_exception(folder: Path) -> None:
     def fail() -> None:
-        with KeptStates(0) as kept:
+        with SpillBuffer(0) as kept:
             kept.put("a", torch.zeros(2))
             assert len(files(folder)) == 1
             raise _StopError
@@ -201,7 +201,7 @@ def test_no_file_is_left_behind_by_an_exception(folder: Path) -> None:
 
 
 def test_files_that_are_gone_already_are_no_error_at_the_end(folder: Path) -> None:
-    with KeptStates(0) as kept:
+    with SpillBuffer(0) as kept:
         kept.put("a", torch.zeros(2))
         for path in folder.iterdir():
             shutil.rmtree(path)
@@ -210,7 +210,7 @@ def test_files_that_are_gone_already_are_no_error_at_the_end(folder: Path) -> No
 
 
 def test_nothing_is_written_before_something_has_to_be(folder: Path) -> None:
-    with KeptStates(100) as kept:
+    with SpillBuffer(100) as kept:
         kept.put("a", torch.zeros(2))
         assert kept.spilled_bytes == 0
         assert list(folder.iterdir()) == []
@@ -229,7 +229,7 @@ def small_disk() -> Iterator[None]:
 
 def test_a_disk_that_takes_no_more_says_what_to_do(folder: Path) -> None:
     def fill() -> None:
-        with KeptStates(0) as kept:
+        with SpillBuffer(0) as kept:
             kept.put("small", torch.zeros(2))
             with small_disk():
                 kept.put("large", torch.zeros(10_000))

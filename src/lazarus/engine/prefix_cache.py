@@ -22,7 +22,7 @@ from lazarus._transformers import idle_layers, kv_layers
 
 
 @dataclass(frozen=True)
-class Past:
+class PrefixCache:
     """The tokens before those of a pass, the same ones for every row, and the model's cache of them."""
 
     n_tokens: int = 0

@@ -20,7 +20,7 @@ from lazarus.errors import SaveError
 from lazarus.messages import option
 
 
-class KeptStates:
+class SpillBuffer:
     """Values that hold tensors, by key; whatever does not fit the budget waits in a file of its own.
 
     A key that was in memory once stays there, and one that was not goes to its file each time: every key
@@ -36,7 +36,7 @@ class KeptStates:
         self._used_bytes = 0
         self._names = count()
 
-    def __enter__(self) -> KeptStates:
+    def __enter__(self) -> SpillBuffer:
         return self
 
     def __exit__(
