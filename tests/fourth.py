@@ -11,7 +11,7 @@ from msgspec import Struct
 from lazarus.cli.app import introspect
 from lazarus.cli.output import check_outputs, print_and_save
 from lazarus.cli.reporting import reported
-from lazarus.faces import Face
+from lazarus.result_classes import Result
 from lazarus.results import Metric, Tool
 from lazarus.version import __version__
 
@@ -27,7 +27,7 @@ class Tally(Struct, frozen=True, kw_only=True):
     note_codes: list[str] = []
 
 
-class TallyResult(Face[Tally]):
+class TallyResult(Result[Tally]):
     """The result of tally."""
 
     kind = Tally

@@ -165,7 +165,7 @@ def test_version_and_schema() -> None:
     jsonschema.Draft202012Validator.check_schema(printed)
 
 
-LIGHT = "import lazarus, lazarus.cli, lazarus.results, lazarus.prompts, lazarus.faces, lazarus.render.save"
+LIGHT = "import lazarus.cli, lazarus.results, lazarus.prompts, lazarus.result_classes, lazarus.render.save"
 HELP = "import sys, lazarus.cli as c; sys.argv = ['', '--help']\ntry: c.main()\nexcept SystemExit: pass"
 HEAVY = "import lazarus; lazarus.activation_diff"  # the test of this test
 

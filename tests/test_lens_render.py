@@ -22,12 +22,12 @@ from matplotlib.patches import Rectangle
 from msgspec.structs import replace
 from PIL import Image
 
-from lazarus.faces import Comparison, load_result
 from lazarus.render.base import assets
 from lazarus.render.lens import figure, page, plots, table, text
 from lazarus.render.lens.summary import names, summary_lines, title
 from lazarus.render.lens.tokens import MOST_CHARACTERS, shortened
 from lazarus.render.save import formats_of, writer_of
+from lazarus.result_classes import Comparison, load_result
 from lazarus.results import CompareRecord, LensModel, json_schema
 from lazarus.results.lens_glossary import LENS_METRICS
 from made_lens import PROMPT, hostile_record, lens_record, unmeasured_record

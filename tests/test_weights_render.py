@@ -23,11 +23,11 @@ from typer.testing import CliRunner
 from factories import save_model, tiny_llama
 from lazarus.cli import app
 from lazarus.errors import GateNotMetError
-from lazarus.faces import WeightDiff
 from lazarus.render.weights import table, text
 from lazarus.render.weights.figure import Map, write_figure
 from lazarus.render.weights.grid import Grid, pooled_change
 from lazarus.render.weights.summary import MOST_LINES, summary_lines
+from lazarus.result_classes import WeightDiff
 from lazarus.results import (
     NotCompared,
     Spectrum,

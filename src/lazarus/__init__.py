@@ -29,8 +29,8 @@ if TYPE_CHECKING:
         iter_state_pairs,
     )
     from lazarus.errors import LazarusError
-    from lazarus.faces import ActivationDiff, Comparison, WeightDiff, load_result
     from lazarus.lens import compare
+    from lazarus.result_classes import ActivationDiff, Comparison, WeightDiff, load_result
     from lazarus.weights import weight_diff
 
 __all__ = [
@@ -65,10 +65,10 @@ _HOMES = {
     "iter_state_pairs": "lazarus.activation",
     "compare": "lazarus.lens",
     "weight_diff": "lazarus.weights",
-    "ActivationDiff": "lazarus.faces",
-    "Comparison": "lazarus.faces",
-    "WeightDiff": "lazarus.faces",
-    "load_result": "lazarus.faces",
+    "ActivationDiff": "lazarus.result_classes",
+    "Comparison": "lazarus.result_classes",
+    "WeightDiff": "lazarus.result_classes",
+    "load_result": "lazarus.result_classes",
     "LazarusError": "lazarus.errors",
 }
 

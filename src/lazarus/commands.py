@@ -22,7 +22,7 @@ class Command:
     record: str
     """what it saves: a msgspec struct with `schema_version`, `command`, `tool` and `notes`"""
     result: str
-    """what a user of the library holds: a face over the record"""
+    """the result class, which holds the record"""
     view: str
     """the package of its renderers: `table` (columns, KINDS, write_markdown), `page` (write_html), `figure`
     (write_figure), each a module or an attribute of the package; a format that has none is not written"""
@@ -64,7 +64,7 @@ register(
     Command(
         name="activation-diff",
         record="lazarus.results:ActivationDiffRecord",
-        result="lazarus.faces:ActivationDiff",
+        result="lazarus.result_classes:ActivationDiff",
         view="lazarus.render.activation",
         metrics="lazarus.results:METRICS",
         cli="lazarus.cli.activation",
@@ -74,7 +74,7 @@ register(
     Command(
         name="weight-diff",
         record="lazarus.results:WeightDiffRecord",
-        result="lazarus.faces:WeightDiff",
+        result="lazarus.result_classes:WeightDiff",
         view="lazarus.render.weights",
         metrics="lazarus.results:WEIGHT_METRICS",
         cli="lazarus.cli.weights",
@@ -84,7 +84,7 @@ register(
     Command(
         name="compare",
         record="lazarus.results:CompareRecord",
-        result="lazarus.faces:Comparison",
+        result="lazarus.result_classes:Comparison",
         view="lazarus.render.lens",
         metrics="lazarus.results:LENS_METRICS",
         cli="lazarus.cli.lens",

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from lazarus.activation import Prompts, activation_diff
 from lazarus.errors import GateNotMetError, LazarusError, UsageError
-from lazarus.faces import ActivationDiff
 from lazarus.models import find_tokenizer
 from lazarus.options import OptionArguments, Options
 from lazarus.prompts import make_prompts
 from lazarus.ranks import Rank
+from lazarus.result_classes import ActivationDiff
 
 if TYPE_CHECKING:
     from transformers import Trainer

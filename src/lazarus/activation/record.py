@@ -13,11 +13,11 @@ from lazarus.activation.findings import Findings
 from lazarus.activation.limits import note_limits
 from lazarus.activation.traces import Read, trace_tokens
 from lazarus.errors import NoDataError
-from lazarus.faces import ActivationDiff
 from lazarus.facts import NOTHING_KNOWN, WeightFacts
 from lazarus.notes import Notes
 from lazarus.options import note_in_flags
 from lazarus.provenance import environment, now, tool
+from lazarus.result_classes import ActivationDiff
 from lazarus.results import (
     SCHEMA_VERSION,
     ActivationDiffRecord,

@@ -18,7 +18,6 @@ from lazarus.activation.prepare import Given, Observer, Prepared, prepare
 from lazarus.activation.readout import read_differences
 from lazarus.activation.record import About, conclude
 from lazarus.errors import UsageError
-from lazarus.faces import ActivationDiff
 from lazarus.facts import PairFacts
 from lazarus.loading import Model, Role, pick_device
 from lazarus.messages import option
@@ -29,6 +28,7 @@ from lazarus.prompts import Prompt, PromptList, check_chats, make_prompts
 from lazarus.provenance import environment
 from lazarus.ranks import Rank, find_rank
 from lazarus.reading import Reading
+from lazarus.result_classes import ActivationDiff
 from lazarus.shards import WorkFolder, fingerprint
 from lazarus.sites import Position, StatePair, compared_tokens
 from lazarus.tokens import token_text

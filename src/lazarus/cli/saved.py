@@ -41,7 +41,7 @@ def show(
     """
     with reported(debug):
         from lazarus.errors import UsageError
-        from lazarus.faces import load_result
+        from lazarus.result_classes import load_result
 
         found: Any = load_result(Path(result).expanduser())
         check_outputs(output or [], found.record.command, [result])

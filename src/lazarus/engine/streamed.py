@@ -49,7 +49,7 @@ class _Step:
 
 
 class _Pass:
-    """One batch's way through one model, a block at a time; between two blocks its states wait in a buffer."""
+    """Way of one batch through one model, a block at a time; between two its states are in a buffer."""
 
     def __init__(self, runner: Runner, batch: TokenBatch, position: Position, buffer: SpillBuffer) -> None:
         self.runner = runner

@@ -8,7 +8,6 @@ from typing import Any, Protocol, Unpack, runtime_checkable
 from lazarus.blame import MemoryFaults
 from lazarus.engine import Conventions, broken_weights, learn, note_of_weights
 from lazarus.errors import PromptsError
-from lazarus.faces import Comparison
 from lazarus.lens.lens import Lens
 from lazarus.lens.reading import read_layers
 from lazarus.lens.record import LensFacts, make_record
@@ -20,6 +19,7 @@ from lazarus.options import CompareArguments, CompareOptions, note_in_flags, rea
 from lazarus.prompts import Prompt, PromptList, check_chats, make_prompts
 from lazarus.ranks import Rank
 from lazarus.reading import Asked, Reading, read_prompts
+from lazarus.result_classes import Comparison
 from lazarus.tokens import TokenizedPrompt
 
 

@@ -12,12 +12,12 @@ from typing import Literal, Protocol, Unpack, runtime_checkable
 import torch
 
 from lazarus.errors import UsageError, WeightsError
-from lazarus.faces import WeightDiff
 from lazarus.models import ModelReference, Source, parse_model
 from lazarus.models.load import adapter_of, note_base, source_under
 from lazarus.models.reference import adapter_base
 from lazarus.notes import Notes
 from lazarus.options import WeightArguments, WeightOptions
+from lazarus.result_classes import WeightDiff
 from lazarus.weights.adapters import put_adapter
 from lazarus.weights.checkpoints import Checkpoint, read_checkpoint
 from lazarus.weights.numbers import Pair, base_norm, measure

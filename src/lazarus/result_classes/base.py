@@ -33,11 +33,11 @@ class Record(Protocol):
 R = TypeVar("R", bound=Record)
 
 
-class Face(Generic[R]):
-    """A thin face over a record, which is the whole result as plain data."""
+class Result(Generic[R]):
+    """Base of the result classes; `record` is the whole result as plain data."""
 
     kind: ClassVar[type[Any]]
-    """the record that it is a face of"""
+    """the class of its record"""
     has_gates: ClassVar[bool] = False
     """whether it has a threshold, and gates that `show` holds it against"""
 

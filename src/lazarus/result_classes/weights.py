@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from lazarus.errors import GateNotMetError
-from lazarus.faces.face import Face, data_frame
 from lazarus.messages import option
 from lazarus.options import WeightOptions, check
 from lazarus.render.weights import figure, notebook, table, text
+from lazarus.result_classes.base import Result, data_frame
 from lazarus.results import TensorRecord, WeightDiffRecord, WeightLayerRecord, WeightSummary, differing
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-class WeightDiff(Face[WeightDiffRecord]):
+class WeightDiff(Result[WeightDiffRecord]):
     """The result of `weight_diff`.
 
     `record` is the whole of it as plain data; the properties are its parts that are used most.

@@ -1,6 +1,6 @@
-"""The result classes of the library: a thin face over each command's record. No torch here.
+"""Result classes of the library, each over a command's record; free of torch.
 
-face.py        what every result can do: save itself, be read back, tell its notes
+base.py        what every result can do: save itself, be read back, tell its notes
 activation.py  ActivationDiff, the result of activation-diff
 weights.py     WeightDiff, the result of weight-diff
 lens.py        Comparison, the result of compare
@@ -11,12 +11,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from lazarus.commands import commands
-from lazarus.faces.activation import ActivationDiff
-from lazarus.faces.face import Face, read_record
-from lazarus.faces.lens import Comparison
-from lazarus.faces.weights import WeightDiff
+from lazarus.result_classes.activation import ActivationDiff
+from lazarus.result_classes.base import Result, read_record
+from lazarus.result_classes.lens import Comparison
+from lazarus.result_classes.weights import WeightDiff
 
-__all__ = ["ActivationDiff", "Comparison", "Face", "WeightDiff", "load_result"]
+__all__ = ["ActivationDiff", "Comparison", "Result", "WeightDiff", "load_result"]
 
 
 def load_result(path: str | Path) -> ActivationDiff | WeightDiff | Comparison:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lazarus.faces.face import Face, data_frame
 from lazarus.render.lens import notebook, text
+from lazarus.result_classes.base import Result, data_frame
 from lazarus.results import CompareRecord, LensModel, LensPair, LensSummary
 
 if TYPE_CHECKING:
     import pandas
 
 
-class Comparison(Face[CompareRecord]):
+class Comparison(Result[CompareRecord]):
     """The result of `compare`: the logit lens of two models on one prompt.
 
     `record` is the whole of it as plain data; the properties are its parts that are used most.

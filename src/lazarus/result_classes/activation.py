@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lazarus.errors import GateNotMetError
-from lazarus.faces.face import Face, data_frame
 from lazarus.messages import option
 from lazarus.options import Options, check
 from lazarus.render.activation import figure, notebook, text
 from lazarus.render.activation.summary import verdict
+from lazarus.result_classes.base import Result, data_frame
 from lazarus.results import (
     BROKEN,
     ActivationDiffRecord,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-class ActivationDiff(Face[ActivationDiffRecord]):
+class ActivationDiff(Result[ActivationDiffRecord]):
     """The result of `activation_diff`.
 
     `record` is the whole of it as plain data; the properties are its parts that are used most.
