@@ -23,7 +23,7 @@ from lazarus.models import LoadedModel, same_design, shared_blocks, weights_iden
 from lazarus.models.adapters import share_storage
 from lazarus.models.checkpoint import build_empty
 from lazarus.models.design import same_config
-from lazarus.models.stored import read_headers, same_numbers
+from lazarus.models.stored import read_headers, same_elements
 
 NAMES = [n for n in (*CAUSAL, *ENCODERS, *ENCODER_DECODERS) if n not in UNBUILDABLE and n not in REFUSED]
 
@@ -222,9 +222,9 @@ def test_numbers_are_the_same_bit_for_bit_in_the_wider_type(
         path = str(tmp_path / name)
         save_file({"x": tensor}, path)
         stored.append(read_headers([path])["x"])
-    assert same_numbers(*stored) is expected
-    assert same_numbers(*reversed(stored)) is expected
-    assert same_numbers(stored[0], stored[0]) is True
+    assert same_elements(*stored) is expected
+    assert same_elements(*reversed(stored)) is expected
+    assert same_elements(stored[0], stored[0]) is True
 
 
 @pytest.mark.parametrize("n_left", [-8, 0])
@@ -237,7 +237,7 @@ def test_two_files_that_were_cut_short_are_not_the_same_for_that(n_left: int, tm
         content = path.read_bytes()
         path.write_bytes(content[: (stored[-1].start if n_left == 0 else len(content) + n_left)])
     with pytest.raises(OSError, match="one: cut short"):
-        same_numbers(*stored)
+        same_elements(*stored)
 
 
 # --- What is loaded by itself

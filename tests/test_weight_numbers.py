@@ -35,8 +35,8 @@ def view(tensor: Tensor, take: Take | None = None) -> MemoryView:
     return MemoryView(tensor, str(tensor.dtype).removeprefix("torch."), take)
 
 
-def measured(base: Tensor, finetuned: Tensor, n_numbers: int = 64) -> Numbers:
-    return measure(ViewPair(view(base), view(finetuned)), n_numbers)
+def measured(base: Tensor, finetuned: Tensor, n_elements: int = 64) -> Numbers:
+    return measure(ViewPair(view(base), view(finetuned)), n_elements)
 
 
 def norm(x: Floats) -> float:
@@ -78,15 +78,15 @@ def test_equals_numpy_for_any_two_types(base: torch.dtype, finetuned: torch.dtyp
     shape=st.lists(st.integers(1, 9), max_size=4),
     dtype=st.sampled_from(FLOATS[:4]),
     size=st.integers(-8, 0),
-    n_numbers=st.integers(1, 100),
+    n_elements=st.integers(1, 100),
 )
 @settings(max_examples=100, deadline=None)
 def test_equals_numpy_for_any_shape_and_change(
-    seed: int, shape: list[int], dtype: torch.dtype, size: int, n_numbers: int
+    seed: int, shape: list[int], dtype: torch.dtype, size: int, n_elements: int
 ) -> None:
     b = random_tensor(seed, dtype, *shape)
     f = b + random_tensor(seed + 1, dtype, *shape) * 10.0**size
-    found = measured(b, f.to(dtype), n_numbers)
+    found = measured(b, f.to(dtype), n_elements)
     if found.n_changed:
         check(found, b.double().numpy(), f.double().numpy())
     else:
@@ -99,8 +99,8 @@ def test_a_part_of_a_stored_tensor(tmp_path: Path) -> None:
     stored = read_headers([str(tmp_path / "it.safetensors")])
     take = Take((4, 2, 5, 30), (slice(1, 3), 1, slice(None), slice(0, 30, 2)))
     pair = ViewPair(StoredView(stored["b"], take), StoredView(stored["f"], take))
-    for n_numbers in (7, 100, 10**6):
-        found = measure(pair, n_numbers)
+    for n_elements in (7, 100, 10**6):
+        found = measure(pair, n_elements)
         b_part, f_part = (x.double().numpy().reshape(take.dims)[take.index] for x in (b, f))
         check(found, b_part, f_part)
 
@@ -110,8 +110,8 @@ def test_the_size_of_chunks_does_not_matter(dtype: torch.dtype) -> None:
     b = random_tensor(1, dtype, 64, 48)
     f = (b.double() + 1e-2 * random_tensor(2, torch.float64, 64, 48)).to(dtype)
     whole = measured(b, f, 10**6)
-    for n_numbers in (1, 48, 500, 3000):
-        part = measured(b, f, n_numbers)
+    for n_elements in (1, 48, 500, 3000):
+        part = measured(b, f, n_elements)
         for name in ("relative_change", "cosine_similarity", "base_norm", "change_norm"):
             assert getattr(part, name) == pytest.approx(getattr(whole, name), rel=1e-12)
         assert (part.n_changed, part.max_abs_change) == (whole.n_changed, whole.max_abs_change)
@@ -312,7 +312,7 @@ class Endless:
     def identical(self) -> bool:
         return False
 
-    def chunks(self, n_numbers: int) -> Iterator[Chunk]:
+    def chunks(self, n_elements: int) -> Iterator[Chunk]:
         chunk = Chunk(torch.ones(10, 1, dtype=torch.float64), torch.ones(10, 1, dtype=torch.float64), 10)
         end = time.monotonic() + 60
         while time.monotonic() < end:

@@ -247,7 +247,7 @@ def test_a_copy_that_was_rounded_in_two_ways_is_a_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To nearest in the first rows, which are read first, and toward zero in the others."""
-    monkeypatch.setattr(rounding, "N_NUMBERS", 64)
+    monkeypatch.setattr(rounding, "N_ELEMENTS", 64)
     wide = save_model(tmp_path / "wide", scattered(tiny_llama()))
 
     def mixed(tensors: dict[str, Tensor]) -> None:

@@ -110,9 +110,9 @@ class WeightObserver(_Console):
         """Print what the two are."""
         self._print(weight_text.detected(families, n_layers))
 
-    def running(self, n_numbers: int) -> None:
+    def running(self, n_elements: int) -> None:
         """Begin the bar."""
-        self._begin("Comparing", n_numbers)
+        self._begin("Comparing", n_elements)
 
 
 class LensObserver(_Console):

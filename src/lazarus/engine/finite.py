@@ -24,7 +24,7 @@ from lazarus.engine.replay import StoppedError
 from lazarus.errors import DeviceError, UnsupportedModelError
 from lazarus.facts import Site
 from lazarus.messages import option
-from lazarus.models import LoadedModel, holds_no_number, is_hollow
+from lazarus.models import LoadedModel, has_non_finite, is_hollow
 from lazarus.notes import Note
 from lazarus.tokens import listed
 
@@ -156,7 +156,7 @@ def broken_weights(model: LoadedModel, modules: Iterable[nn.Module] | None = Non
     held = [(name, p) for name, p in named if (among is None or id(p) in among) and not is_hollow(p)]
     if model.pager is not None:
         held = [(name, p) for name, p in held if not model.pager.is_table(p)]
-    found = [name for name, p in held if holds_no_number(p)]
+    found = [name for name, p in held if has_non_finite(p)]
     if modules is None and model.pager is not None:
         found += [name for names in model.pager.seen.values() for name in names if name not in found]
     return found

@@ -35,7 +35,7 @@ anatomy.py     where a transformers model keeps its blocks, and how long its con
 from lazarus.models.anatomy import Anatomy, dissect
 from lazarus.models.chats import ChatTemplate, render_chats
 from lazarus.models.design import same_design
-from lazarus.models.equality import Equality, holds_no_number, same_bits
+from lazarus.models.equality import Equality, has_non_finite, same_bits
 from lazarus.models.in_memory import wrap_model
 from lazarus.models.layout import is_hollow
 from lazarus.models.load import LoadedModel, load_one, load_pair
@@ -69,7 +69,7 @@ __all__ = [
     "fits_surely",
     "free_bytes",
     "give_back",
-    "holds_no_number",
+    "has_non_finite",
     "is_hollow",
     "load_one",
     "load_paged",

@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 from lazarus import _transformers
 from lazarus.models.faults import ConversionError
 from lazarus.models.reference import Source
-from lazarus.models.stored import TORCH_TYPES, LazyTensor, StoredTensor
+from lazarus.models.stored import TORCH_DTYPES, LazyTensor, StoredTensor
 from lazarus.models.wrappers import Wrappers, find_wrappers
 
 
-def find_files(source: Source, config: Any, head: Any, *, pickled: bool = False) -> list[str]:
-    """Return the safetensors files that `from_pretrained` of the model class `head` would read.
+def find_files(source: Source, config: Any, model_class: Any, *, pickled: bool = False) -> list[str]:
+    """Return the safetensors files that `from_pretrained` of the model class would read.
 
     Files on the Hub are fetched. With `pickled`, a checkpoint that has none gives its .bin files.
     """
@@ -158,7 +158,7 @@ class Conversion:
         meta = torch.device("meta")
         empty = {
             self.wrappers.strip(key): torch.empty(
-                s.shape, dtype=TORCH_TYPES.get(s.dtype, torch.uint8), device=meta
+                s.shape, dtype=TORCH_DTYPES.get(s.dtype, torch.uint8), device=meta
             )
             for key, s in self.stored.items()
         }

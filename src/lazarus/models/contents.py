@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from lazarus.errors import WeightsError
 from lazarus.models.reference import ADAPTER_FILES, INDEX, WEIGHTS, Source
-from lazarus.models.stored import StoredTensor, read_headers, same_numbers
+from lazarus.models.stored import StoredTensor, read_headers, same_elements
 from lazarus.notes import Note
 
 _WEIGHTS = (
@@ -169,7 +169,7 @@ def _compare(source: Source, read: Sequence[str], other: Unread) -> Unread:
     if ours.keys() != theirs.keys() and other.name not in (WEIGHTS, INDEX):
         return other  # the set of another tool, under names of its own
     keys = sorted(ours.keys() | theirs.keys())
-    differing = (k for k in keys if k not in ours or k not in theirs or not same_numbers(ours[k], theirs[k]))
+    differing = (k for k in keys if k not in ours or k not in theirs or not same_elements(ours[k], theirs[k]))
     first = next(differing, None)
     if first is None:
         return Unread(other.name, there, is_copy=True, said="the same weights")
@@ -191,7 +191,7 @@ def _refuse_double(source: Source, read: Sequence[str]) -> None:
     for path in read if len(read) > 1 and all(each.endswith(".safetensors") for each in read) else ():
         for key, stored in read_headers([path]).items():
             first = seen.setdefault(key, stored)
-            if first is not stored and not same_numbers(first, stored):
+            if first is not stored and not same_elements(first, stored):
                 raise WeightsError(
                     f"{source.name}: {key} is in two of its files with two values: {Path(first.path).name} "
                     f"and {Path(path).name}. They are shards of two checkpoints: delete those that are left "

@@ -11,7 +11,7 @@ from typing import Any
 from lazarus.errors import ModelError
 from lazarus.models.faults import translated
 from lazarus.models.reference import Source
-from lazarus.models.stored import read_headers, same_numbers
+from lazarus.models.stored import read_headers, same_elements
 from lazarus.results import NotCompared
 
 _SETTINGS = ("config_sentence_transformers.json", "sentence_bert_config.json")
@@ -101,7 +101,7 @@ def _differ(one: _Module, other: _Module) -> bool | None:
         return False if Path(one.weights).read_bytes() == Path(other.weights).read_bytes() else None
     with translated(one.what):
         ours, theirs = read_headers([one.weights]), read_headers([other.weights])
-    return ours.keys() != theirs.keys() or not all(same_numbers(ours[key], theirs[key]) for key in ours)
+    return ours.keys() != theirs.keys() or not all(same_elements(ours[key], theirs[key]) for key in ours)
 
 
 def _active(settings: Any) -> Any:

@@ -115,7 +115,7 @@ def _same_elements(one: Tensor, other: Tensor) -> bool | None:
     return torch.equal(ours, theirs.to(ours.device))
 
 
-def holds_no_number(weight: Tensor) -> bool:
+def has_non_finite(weight: Tensor) -> bool:
     """Return whether NaN or infinity is among the elements of a tensor, as far as they can be read.
 
     One sum tells: neither of the two cancels in it. Where the sum itself overflows, every element is tested.

@@ -180,9 +180,9 @@ def _load(opened: Opened, options: LoadOptions) -> Weights:
         arguments["config"] = opened.config
     with translated(source.name):
         if opened.gguf is not None:
-            model, report = load_gguf(opened.gguf, opened.head, options.dtype, options.device)
+            model, report = load_gguf(opened.gguf, opened.model_class, options.dtype, options.device)
         else:
-            model, report = opened.head.from_pretrained(
+            model, report = opened.model_class.from_pretrained(
                 source.path,
                 dtype="auto" if opened.quantised or options.dtype is None else options.dtype,
                 # a pickled file can run code when it is read
@@ -216,7 +216,7 @@ def _load_unusual(opened: Opened, options: LoadOptions) -> Weights | None:
     Raises:
         UnsupportedModelError: only `from_pretrained` can load it, and would misread it.
     """
-    source, kind = opened.source, _transformers.registered_class(opened.head, opened.config)
+    source, kind = opened.source, _transformers.registered_class(opened.model_class, opened.config)
     if source.gguf_file:
         return None
     must = source.weights_file is not None or source.file("adapter_config.json") is not None
@@ -228,7 +228,7 @@ def _load_unusual(opened: Opened, options: LoadOptions) -> Weights | None:
             )
         return None
     with translated(source.name):
-        keys = read_headers(find_files(source, opened.config, opened.head))
+        keys = read_headers(find_files(source, opened.config, opened.model_class))
         if not must and not may_be_wrapped(keys, kind.base_model_prefix):
             return None
         if not _transformers.can_convert():
@@ -250,7 +250,7 @@ def build(
     opened: Opened, kind: type[PreTrainedModel], options: LoadOptions
 ) -> tuple[PreTrainedModel, Conversion]:
     """Build a checkpoint's model empty, and find out which stored tensors make which of its parameters."""
-    files = find_files(opened.source, opened.config, opened.head)
+    files = find_files(opened.source, opened.config, opened.model_class)
     # A model takes its configuration for its own and writes into it.
     config = copy.deepcopy(opened.config)
     model = build_empty(kind, config, files, "auto" if options.dtype is None else options.dtype)
@@ -268,14 +268,14 @@ def _load_over(base: Weights, opened: Opened, options: LoadOptions) -> Weights |
         or opened.source.gguf_file
         or ours.quantised
         or opened.quantised
-        or ours.head is not opened.head
+        or ours.model_class is not opened.model_class
         or not same_config(ours.config, opened.config)
         # without --dtype, the configuration alone says whether both are stored in one dtype
         or (options.dtype is None and (ours.config.dtype is None or ours.config.dtype != opened.config.dtype))
     ):
         return None
     with translated(opened.source.name):
-        files = [find_files(each.source, each.config, each.head) for each in (ours, opened)]
+        files = [find_files(each.source, each.config, each.model_class) for each in (ours, opened)]
         model = load_over(base.model, (files[0], files[1]), options.device)
     if model is None:
         return None

@@ -41,11 +41,11 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint whose configuration was read; `head` is the model class that loads it, or an Auto one."""
+    """A checkpoint whose configuration was read; `model_class` loads it, and may be an Auto class."""
 
     source: Source
     config: Any
-    head: Any
+    model_class: Any
     quantised: bool
     left_over: str | None = None
     """a quantisation that config.json claims, and that is not that of the stored weights"""
@@ -80,11 +80,11 @@ def open_checkpoint(source: Source, options: LoadOptions) -> Opened:
     """
     if source.gguf_file:
         gguf = open_gguf(source)
-        return Opened(source, gguf.config, _head_class(gguf.config), quantised=False, gguf=gguf)
+        return Opened(source, gguf.config, _model_class(gguf.config), quantised=False, gguf=gguf)
     check_folder(source)
     with translated(source.name):
         config = AutoConfig.from_pretrained(source.path, **where(source, options))
-        return Opened(source, config, _head_class(config), claimed_method(config) is not None)
+        return Opened(source, config, _model_class(config), claimed_method(config) is not None)
 
 
 def where(source: Source, options: LoadOptions) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def where(source: Source, options: LoadOptions) -> dict[str, Any]:
     return arguments
 
 
-def _head_class(config: Any) -> Any:
+def _model_class(config: Any) -> Any:
     """Return the model class that a checkpoint names, in which every one of its tensors has a place."""
     for name in config.architectures or ():
         # A model with code of its own may name a class that transformers does not have.
@@ -133,7 +133,7 @@ def find_weights(opened: Opened, *, pickled: bool = False) -> tuple[Opened, list
     source = opened.source
     look_for_weights(source)
     with translated(source.name):
-        files = find_files(source, opened.config, opened.head, pickled=pickled)
+        files = find_files(source, opened.config, opened.model_class, pickled=pickled)
         opened = replace(opened, contents=survey(source, files))
         if not all(file.endswith(".safetensors") for file in files):
             return opened, files
@@ -154,7 +154,7 @@ def stored_dtype(opened: Opened) -> str | None:
     source = opened.source
     if source.gguf_file:
         return usual_type(read_files(source))
-    for path in find_files(source, opened.config, opened.head):
+    for path in find_files(source, opened.config, opened.model_class):
         counts += _dtypes_in(Path(path))
     return counts.most_common(1)[0][0] if counts else None
 

@@ -27,7 +27,7 @@ from lazarus.models.gguf.tensors import read_unplaced
 from lazarus.models.load import LoadedModel
 from lazarus.models.reference import Source
 from lazarus.models.settings import settings_that_differ
-from lazarus.models.stored import TORCH_TYPES, StoredTensor, read_headers, read_whole, same_numbers
+from lazarus.models.stored import TORCH_DTYPES, StoredTensor, read_headers, read_whole, same_elements
 from lazarus.results import SETTING, NotCompared
 
 Held = StoredTensor | Tensor
@@ -242,8 +242,8 @@ def _same(ours: Held, theirs: Held) -> bool | None:
     if isinstance(ours, StoredTensor) and isinstance(theirs, StoredTensor):
         if ours.dtype != theirs.dtype and not {ours.dtype, theirs.dtype} <= _FLOATS:
             return None  # codes of one quantisation, and elements of the other
-        return same_numbers(ours, theirs)
-    if any(isinstance(t, StoredTensor) and t.dtype not in TORCH_TYPES for t in (ours, theirs)):
+        return same_elements(ours, theirs)
+    if any(isinstance(t, StoredTensor) and t.dtype not in TORCH_DTYPES for t in (ours, theirs)):
         return None
     one, other = (read_whole(t) if isinstance(t, StoredTensor) else t.detach() for t in (ours, theirs))
     if type(one) not in _PLAIN_TENSORS or type(other) not in _PLAIN_TENSORS:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lazarus.models.checkpoint import Conversion
 from lazarus.models.design import same_design
-from lazarus.models.equality import Equality, every, holds_no_number, inert, same_bits
+from lazarus.models.equality import Equality, every, has_non_finite, inert, same_bits
 from lazarus.models.layout import Reader, ReadingOrder, StoredComparison, hollow, lay_out, places_of
 
 
@@ -94,7 +94,7 @@ class Pager:
     def put(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Fill block `index` with what `read` returned."""
         if index not in self.seen:
-            self.seen[index] = tuple(name for name, tensor in tensors.items() if holds_no_number(tensor))
+            self.seen[index] = tuple(name for name, tensor in tensors.items() if has_non_finite(tensor))
         self._assign(tensors)
         self._loaded.add(index)
 

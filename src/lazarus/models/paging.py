@@ -105,7 +105,7 @@ def _class_of(opened: Opened) -> type[PreTrainedModel]:
         raise _refusal(opened.source, "a GGUF file is read as a whole")
     if opened.quantised:
         raise _refusal(opened.source, "quantised weights are read as a whole")
-    kind: type[PreTrainedModel] | None = _transformers.registered_class(opened.head, opened.config)
+    kind: type[PreTrainedModel] | None = _transformers.registered_class(opened.model_class, opened.config)
     if kind is None:
         raise _refusal(opened.source, "a model with Python code of its own loads itself")
     return kind
@@ -233,7 +233,9 @@ def fits_surely(base: ModelReference, finetuned: ModelReference, options: LoadOp
             return False
         opened = open_checkpoint(source, options)
         with translated(source.name):
-            n_bytes += sum(Path(f).stat().st_size for f in find_files(source, opened.config, opened.head))
+            n_bytes += sum(
+                Path(f).stat().st_size for f in find_files(source, opened.config, opened.model_class)
+            )
     return n_bytes * WIDEST <= room
 
 

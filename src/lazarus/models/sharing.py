@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from lazarus import _transformers
 from lazarus.models.adapters import share_storage
 from lazarus.models.checkpoint import Conversion
-from lazarus.models.stored import StoredTensor, read_headers, same_numbers
+from lazarus.models.stored import StoredTensor, read_headers, same_elements
 
 
 def load_over(
@@ -49,7 +49,7 @@ def _same_keys(ours: dict[str, StoredTensor], theirs: dict[str, StoredTensor]) -
     """Return the keys of the tensors with the same elements; none where the two list other keys or shapes."""
     if {key: s.shape for key, s in ours.items()} != {key: s.shape for key, s in theirs.items()}:
         return set()
-    return {key for key in ours if same_numbers(ours[key], theirs[key])}
+    return {key for key in ours if same_elements(ours[key], theirs[key])}
 
 
 def _ties_what_is_stored(model: PreTrainedModel, conversion: Conversion) -> bool:

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-TORCH_TYPES = {
+TORCH_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -75,7 +75,7 @@ def read_headers(files: Sequence[str]) -> dict[str, StoredTensor]:
     return stored
 
 
-def same_numbers(one: StoredTensor, other: StoredTensor) -> bool:
+def same_elements(one: StoredTensor, other: StoredTensor) -> bool:
     """Return whether two tensors hold the same elements, bit for bit.
 
     Reading stops at the first difference. Elements of two floating-point dtypes are compared in a dtype that
@@ -90,7 +90,7 @@ def same_numbers(one: StoredTensor, other: StoredTensor) -> bool:
         return _place(one) == _place(other) or _alike(one, other, (1, 1), bytes.__eq__)
     if not {one.dtype, other.dtype} <= _FLOATS:
         return False
-    types = TORCH_TYPES[one.dtype], TORCH_TYPES[other.dtype]
+    types = TORCH_DTYPES[one.dtype], TORCH_DTYPES[other.dtype]
     wider = torch.promote_types(*types)
     # Two of these four dtypes promote to float32 or float64, never to 16 bits. As integers, NaN equals NaN.
     bits = torch.int64 if wider.itemsize == 8 else torch.int32
@@ -146,7 +146,7 @@ class LazyTensor:
         self.stored = stored
 
     def __getitem__(self, _everything: object) -> Tensor:
-        stored, dtype = self.stored, TORCH_TYPES[self.stored.dtype]
+        stored, dtype = self.stored, TORCH_DTYPES[self.stored.dtype]
         memory = torch.empty(stored.n_bytes + 2 * _ALIGNMENT, dtype=torch.uint8)
         # A mapping begins at a page, so its view is aligned as `start` is.
         shift = (stored.start - memory.data_ptr()) % _ALIGNMENT
@@ -186,4 +186,4 @@ def read_rows(stored: StoredTensor, rows: Sequence[int]) -> Tensor:
             if len(part) < len(wanted) * n_bytes:
                 raise OSError(f"{stored.path}: cut short")
             taken += part
-    return torch.frombuffer(taken, dtype=TORCH_TYPES[stored.dtype]).view(len(rows), *stored.shape[1:])
+    return torch.frombuffer(taken, dtype=TORCH_DTYPES[stored.dtype]).view(len(rows), *stored.shape[1:])

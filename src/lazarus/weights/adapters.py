@@ -29,7 +29,7 @@ from lazarus.weights.checkpoints import Checkpoint, Entry
 from lazarus.weights.components import Place
 from lazarus.weights.parts import Take
 from lazarus.weights.updates import ADAPTER, Merged, Product, Replaced, low_rank, part_of_update
-from lazarus.weights.views import AddedView, MemoryView, Update, View, type_name
+from lazarus.weights.views import AddedView, MemoryView, Update, View, dtype_name
 
 _KEPT = 2
 """Layers whose update is kept beside those that are being read."""
@@ -143,7 +143,7 @@ class _Layers:
 
     def _brought_view(self, path: str, take: Take | None) -> View | None:
         tensor = self._brought.get(path)
-        return None if tensor is None else MemoryView(tensor, type_name(tensor.dtype), take)
+        return None if tensor is None else MemoryView(tensor, dtype_name(tensor.dtype), take)
 
     def _new_entries(self) -> dict[Place, Entry]:
         """Return what the adapter brings of the model that the files do not hold."""
@@ -152,7 +152,7 @@ class _Layers:
             if path in self._by_path or path in self._owners:
                 continue
             for part in self._checkpoint.structure.parts(path, tuple(tensor.shape)):
-                view = MemoryView(tensor, type_name(tensor.dtype), part.take)
+                view = MemoryView(tensor, dtype_name(tensor.dtype), part.take)
                 found[part.place] = Entry(part.place, path, path, part.take, view)
         return found
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lazarus.weights.views import Update, View, bits, open_rows, same_bits
 
-N_NUMBERS = 2**17
+N_ELEMENTS = 2**17
 """Elements read at once. With fewer, Python takes part of the time; more leave the caches (2.2 ns each)."""
 _TINY = 1e-280
 """Sums of squares below this are not to be trusted: single squares were rounded to denormals, or to 0."""
@@ -72,8 +72,8 @@ class Pair(Protocol):
         """Return whether they are known to have the same bits, without arithmetic."""
         ...
 
-    def chunks(self, n_numbers: int) -> Iterator[Chunk]:
-        """Yield all rows in order, about `n_numbers` elements at a time.
+    def chunks(self, n_elements: int) -> Iterator[Chunk]:
+        """Yield all rows in order, about `n_elements` elements at a time.
 
         The tensors of one chunk may be overwritten by the next.
         """
@@ -122,13 +122,13 @@ class ViewPair:
         """
         return same_bits(self.base, self.finetuned)
 
-    def chunks(self, n_numbers: int) -> Iterator[Chunk]:
+    def chunks(self, n_elements: int) -> Iterator[Chunk]:
         """All rows in order; a chunk is overwritten by the next.
 
         Raises:
             OSError: a file is missing or too short.
         """
-        step = rows_at_once(self.matrix, n_numbers)
+        step = rows_at_once(self.matrix, n_elements)
         wide = torch.empty(2, step, self.matrix[1], dtype=torch.float64)
         differs: NDArray[np.bool_] = np.empty((step, self.matrix[1]), dtype=np.bool_)
         with open_rows(self.base) as ours, open_rows(self.finetuned) as theirs:
@@ -174,13 +174,13 @@ class UpdatePair:
         """Return whether there is no element at all: the update has not been computed yet."""
         return math.prod(self.matrix) == 0
 
-    def chunks(self, n_numbers: int) -> Iterator[Chunk]:
+    def chunks(self, n_elements: int) -> Iterator[Chunk]:
         """All rows in order; a chunk is overwritten by the next.
 
         Raises:
             OSError: the file is missing or too short.
         """
-        step = rows_at_once(self.matrix, n_numbers)
+        step = rows_at_once(self.matrix, n_elements)
         wide = torch.empty(step, self.matrix[1], dtype=torch.float64)
         with open_rows(self.base) as rows, open_rows(self.update) as updates:
             for start, stop in starts_and_stops(self.matrix[0], step):
@@ -189,9 +189,9 @@ class UpdatePair:
                 yield Chunk(wide[: stop - start].copy_(rows.read(start, stop)), change, n_changed)
 
 
-def rows_at_once(matrix: tuple[int, int], n_numbers: int) -> int:
+def rows_at_once(matrix: tuple[int, int], n_elements: int) -> int:
     """Return how many rows of a matrix have about so many elements; at least one, where there is one."""
-    return min(matrix[0], max(1, n_numbers // max(matrix[1], 1)))
+    return min(matrix[0], max(1, n_elements // max(matrix[1], 1)))
 
 
 def starts_and_stops(n_rows: int, step: int) -> Iterator[tuple[int, int]]:
@@ -217,7 +217,7 @@ class Numbers:
     change_norm: float
 
 
-def measure(pair: Pair, n_numbers: int = N_NUMBERS) -> Numbers:
+def measure(pair: Pair, n_elements: int = N_ELEMENTS) -> Numbers:
     """Measure a pair. Tensors with the same bits are recognised by them, without arithmetic.
 
     Raises:
@@ -225,8 +225,8 @@ def measure(pair: Pair, n_numbers: int = N_NUMBERS) -> Numbers:
     """
     if pair.identical():
         return Numbers(0.0, 1.0, 0.0, 0, 0.0, None, 0.0)
-    sums = _add_up(pair, n_numbers)
-    norms = sums.norms() if sums.safe() else _scaled_norms(pair, n_numbers)
+    sums = _add_up(pair, n_elements)
+    norms = sums.norms() if sums.safe() else _scaled_norms(pair, n_elements)
     base = _finite(norms.base)
     if sums.n_changed == 0:
         return Numbers(0.0, 1.0, 0.0, 0, 0.0, base, 0.0)
@@ -241,7 +241,7 @@ def measure(pair: Pair, n_numbers: int = N_NUMBERS) -> Numbers:
     )
 
 
-def base_norm(pair: Pair, n_numbers: int = N_NUMBERS) -> float:
+def base_norm(pair: Pair, n_elements: int = N_ELEMENTS) -> float:
     """Return ‖b‖, for the sums over tensors of which some did not change; NaN if it is not finite.
 
     Raises:
@@ -249,7 +249,7 @@ def base_norm(pair: Pair, n_numbers: int = N_NUMBERS) -> float:
     """
     if math.prod(pair.matrix) == 0:
         return 0.0
-    step = rows_at_once(pair.matrix, n_numbers)
+    step = rows_at_once(pair.matrix, n_elements)
     wide, norms = torch.empty(step, pair.matrix[1], dtype=torch.float64), []
     with open_rows(pair.base) as rows:
         for start, stop in starts_and_stops(pair.matrix[0], step):
@@ -329,9 +329,9 @@ class _Sums:
         return _Norms(base, finetuned, math.sqrt(self.change), longer, product)
 
 
-def _add_up(pair: Pair, n_numbers: int) -> _Sums:
+def _add_up(pair: Pair, n_elements: int) -> _Sums:
     sums = _Sums()
-    for chunk in pair.chunks(n_numbers):
+    for chunk in pair.chunks(n_elements):
         sums.add(chunk)
     return sums
 
@@ -343,14 +343,14 @@ def _largest(before: float, tensor: Tensor) -> float:
     return float(np.maximum(before, np.maximum(numbers.max(), -numbers.min())))
 
 
-def _scaled_norms(pair: Pair, n_numbers: int) -> _Norms:
+def _scaled_norms(pair: Pair, n_elements: int) -> _Norms:
     """Return the norms by two passes: squares of elements that a power of two has brought near 1."""
     largest = [0.0, 0.0, 0.0]
-    for chunk in pair.chunks(n_numbers):
+    for chunk in pair.chunks(n_elements):
         largest = [_largest(before, part) for before, part in zip(largest, _three(chunk), strict=True)]
     scales = [_scale(value) for value in largest]
     squares, cross = [0.0, 0.0, 0.0], 0.0
-    for chunk in pair.chunks(n_numbers):
+    for chunk in pair.chunks(n_elements):
         scaled = [(part * scale).view(-1) for part, scale in zip(_three(chunk), scales, strict=True)]
         squares = [square + torch.dot(x, x).item() for square, x in zip(squares, scaled, strict=True)]
         cross += torch.dot(scaled[0], scaled[1]).item()

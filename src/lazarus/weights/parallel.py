@@ -49,8 +49,8 @@ class _Stoppable:
     def identical(self) -> bool:
         return self.pair.identical()
 
-    def chunks(self, n_numbers: int) -> Iterator[Chunk]:
-        return until(self.stop, self.pair.chunks(n_numbers))
+    def chunks(self, n_elements: int) -> Iterator[Chunk]:
+        return until(self.stop, self.pair.chunks(n_elements))
 
 
 def until(stop: Event, items: Iterable[T]) -> Iterator[T]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from lazarus.errors import ModelError
 from lazarus.metrics.rounding import Rounding, RoundingTest, unit_in_the_last_place
 from lazarus.notes import Notes
-from lazarus.weights.numbers import N_NUMBERS, Pair, ViewPair, rows_at_once, starts_and_stops
+from lazarus.weights.numbers import N_ELEMENTS, Pair, ViewPair, rows_at_once, starts_and_stops
 from lazarus.weights.parallel import until
 from lazarus.weights.views import AddedView, Update, View, bits, open_rows
 
@@ -60,7 +60,7 @@ class Candidate:
 
     def parts(self) -> Iterator[_Part]:
         """All rows in order, in float64."""
-        step = rows_at_once(self.base.matrix, N_NUMBERS)
+        step = rows_at_once(self.base.matrix, N_ELEMENTS)
         with ExitStack() as opened:
             stored, base, *updates = (
                 opened.enter_context(open_rows(each)) for each in (self.stored, self.base, *self.updates)

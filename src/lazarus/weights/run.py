@@ -41,18 +41,18 @@ class Observer(Protocol):
     def detected(self, families: tuple[str, str], n_layers: int) -> None:
         """Both are open: what they are, and how many layers are compared."""
 
-    def running(self, n_numbers: int) -> None:
+    def running(self, n_elements: int) -> None:
         """The tensors begin: so many elements in all."""
 
-    def advanced(self, n_numbers: int) -> None:
+    def advanced(self, n_elements: int) -> None:
         """Count so many more elements as compared."""
 
 
 class _Silence:
     def loading(self, role: Role, name: str) -> None: ...
     def detected(self, families: tuple[str, str], n_layers: int) -> None: ...
-    def running(self, n_numbers: int) -> None: ...
-    def advanced(self, n_numbers: int) -> None: ...
+    def running(self, n_elements: int) -> None: ...
+    def advanced(self, n_elements: int) -> None: ...
 
 
 def weight_diff(

@@ -173,7 +173,7 @@ def _values(blocks: Iterator[Tensor]) -> Tensor:
     return sigma
 
 
-def _tall_blocks(pair: Pair, n_numbers: int) -> Iterator[Tensor]:
+def _tall_blocks(pair: Pair, n_elements: int) -> Iterator[Tensor]:
     """The rows of f − b in order, or its columns if there are more of these, as [some, smaller side].
 
     Columns take as many readings as the matrix is larger than what is held. A block is
@@ -181,7 +181,7 @@ def _tall_blocks(pair: Pair, n_numbers: int) -> Iterator[Tensor]:
     """
     n_rows, n_columns = pair.matrix
     if n_rows >= n_columns:
-        for chunk in pair.chunks(n_numbers):
+        for chunk in pair.chunks(n_elements):
             yield chunk.change
         return
     width = min(n_columns, max(n_rows, _MOST_HELD // n_rows))

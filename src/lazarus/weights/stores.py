@@ -21,7 +21,7 @@ from lazarus.models.stored import read_headers
 from lazarus.notes import Notes
 from lazarus.tokens import listed
 from lazarus.weights.parts import Take
-from lazarus.weights.views import MemoryView, StoredView, View, type_name
+from lazarus.weights.views import MemoryView, StoredView, View, dtype_name
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _read_pickles(files: Sequence[str], opened: Opened, notes: Notes) -> Store:
             notes.add("not-tensors", told, model=opened.source.name)
     return Store(
         {key: tuple(tensor.shape) for key, tensor in tensors.items()},
-        {key: type_name(tensor.dtype) for key, tensor in tensors.items()},
+        {key: dtype_name(tensor.dtype) for key, tensor in tensors.items()},
         tensors,
         opened.contents.unread,
     )

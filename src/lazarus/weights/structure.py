@@ -59,7 +59,7 @@ def learn_structure(
     opened = open_checkpoint(source, options)
     opened.note(notes)
     with translated(source.name):
-        kind = _transformers.registered_class(opened.head, opened.config)
+        kind = _transformers.registered_class(opened.model_class, opened.config)
         # The dtype does not matter: names and shapes are asked for.
         model = None if kind is None else build_empty(kind, opened.config, [], torch.float32)
     if model is None:

@@ -16,7 +16,7 @@ from jaxtyping import Float64, Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lazarus.models.stored import TORCH_TYPES, StoredTensor
+from lazarus.models.stored import TORCH_DTYPES, StoredTensor
 from lazarus.weights.parts import RowLayout, Take, as_matrix, lay_out, part_of
 
 _FIRST, _CHUNK = 1024, 2**16
@@ -69,7 +69,7 @@ class Update(Protocol):
         ...
 
 
-def type_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     """Return the name of a dtype, such as bfloat16."""
     return str(dtype).removeprefix("torch.")
 
@@ -86,19 +86,19 @@ class StoredView:
     take: Take | None = None
 
     def __post_init__(self) -> None:
-        if self.stored.dtype not in TORCH_TYPES:
+        if self.stored.dtype not in TORCH_DTYPES:
             raise ValueError(f"{self.stored.path}: numbers of type {self.stored.dtype} cannot be read")
         _ = self.layout
 
     @cached_property
     def layout(self) -> RowLayout:
         """Return where its rows are."""
-        return lay_out(self.stored.shape, self.take, self.torch_type)
+        return lay_out(self.stored.shape, self.take, self.torch_dtype)
 
     @property
-    def torch_type(self) -> torch.dtype:
+    def torch_dtype(self) -> torch.dtype:
         """Return the dtype in the file."""
-        return TORCH_TYPES[self.stored.dtype]
+        return TORCH_DTYPES[self.stored.dtype]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -108,7 +108,7 @@ class StoredView:
     @property
     def dtype(self) -> str:
         """Return the name of the dtype in the file."""
-        return type_name(self.torch_type)
+        return dtype_name(self.torch_dtype)
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -136,7 +136,7 @@ class _FileRows:
         self.start = view.stored.start
         self.layout = view.layout
         # A complex element is two real ones, and the layout counts these.
-        self.dtype = view.torch_type.to_real() if view.torch_type.is_complex else view.torch_type
+        self.dtype = view.torch_dtype.to_real() if view.torch_dtype.is_complex else view.torch_dtype
         self.taken = self.across = torch.empty(0, dtype=self.dtype)
         self.file = Path(view.stored.path).open("rb", buffering=0)  # noqa: SIM115  closed by __exit__
 
@@ -149,11 +149,11 @@ class _FileRows:
     def read(self, start: int, stop: int, /) -> Shaped[Tensor, "rows columns"]:
         """Rows start to stop: what is together in the file at once, other rows with the gaps between."""
         columns, layout = self.layout.matrix[1], self.layout
-        n_numbers = (stop - start) * columns
-        if len(self.taken) < n_numbers:
-            self.taken = torch.empty(n_numbers, dtype=self.dtype)
-        taken = self.taken[:n_numbers].view(stop - start, columns)
-        if n_numbers:
+        n_elements = (stop - start) * columns
+        if len(self.taken) < n_elements:
+            self.taken = torch.empty(n_elements, dtype=self.dtype)
+        taken = self.taken[:n_elements].view(stop - start, columns)
+        if n_elements:
             for first, end in layout.regular(start, stop):
                 self._run(first, taken[first - start : end - start])
         return taken

@@ -207,7 +207,7 @@ def translate(file: Gguf, model: PreTrainedModel) -> Translation:
 
 
 def load(
-    opened: OpenedGguf, head: Any, dtype: torch.dtype | None, device: torch.device
+    opened: OpenedGguf, model_class: Any, dtype: torch.dtype | None, device: torch.device
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Load a GGUF model, dequantised; returns it and transformers' report on its tensors.
 
@@ -215,7 +215,7 @@ def load(
     where the file does not say how many heads there are for keys. `dtype` is None for the stored one.
     """
     file, config = opened.file, opened.config
-    kind = _transformers.registered_class(head, config) or head
+    kind = _transformers.registered_class(model_class, config) or model_class
     dtype = stored_dtype(file) if dtype is None else dtype
     translation = translate(file, build_empty(kind, config, [], dtype))
     arguments = {} if device.type == "cpu" else {"device_map": {"": device}}
