@@ -148,6 +148,16 @@ def test_two_of_the_same_part_nowhere() -> None:
     ]
 
 
+def test_the_same_where_both_were_read_is_not_the_same_everywhere() -> None:
+    record = lens_record(targets=(2, 2))
+    *read, last = record.layers
+    unread = replace(last, js=None, kl_1_2=None, kl_2_1=None, same_first_choice=None)
+    record = replace(record, layers=[*read, unread])
+    told = "read the same at the 3 of 4 layers that were read"
+    assert told in summary_lines(record)[1]
+    assert [told in answer.reason for answer in page.answers(record)] == [False, False, True]
+
+
 def test_a_tracked_word_bears_its_token_where_the_two_are_one() -> None:
     record = lens_record(tracked=["Paris", "Londonderry"])
     assert title(record, 0) == " Paris"

@@ -35,7 +35,9 @@ from lazarus.results import (
     write_json,
 )
 from lazarus.results.lens import LensPair
+from made_lens import lens_record
 from made_records import divergences, record_of
+from made_weights import whole_record
 
 MEASURES = {"noise_floor", "normalized_divergence", "relative_l2", "norm_ratio", "interval", "local"}
 FOUND = {"verdict", "onset_layer", "most_changed_block", "max_divergence", "first_flagged_layer"}
@@ -204,6 +206,37 @@ def test_a_result_whose_parts_contradict_each_other_is_refused(
     change(document)
     with pytest.raises(ResultFileError, match=told):
         read_json(json.dumps(document).encode())
+
+
+@pytest.mark.parametrize(
+    ("make", "change", "told"),
+    [
+        (whole_record, lambda d: d.update(results=[]), "summary.n_tensors"),
+        (whole_record, lambda d: d.update(layers=[]), "layers: not those that the rows of results are in"),
+        (whole_record, lambda d: d["summary"].update(most_changed=[999]), "there is no row 999"),
+        (whole_record, lambda d: d["notes"].append("one more"), "note_codes: "),
+        (lens_record, lambda d: d["layers"].pop(), "layers: not the layers of model1"),
+        (lens_record, lambda d: d["model2"]["layers"].pop(0), "model2.layers: not the 4 layers"),
+        (lens_record, lambda d: d["model1"]["tracked"].pop(), "model1.tracked: "),
+        (lens_record, lambda d: d["summary"].update(most_divergent_layer=9), "there is no layer 9 among 4"),
+    ],
+)
+def test_so_is_one_of_another_command(
+    make: Callable[[], Any], change: Callable[[Any], Any], told: str
+) -> None:
+    stream = io.BytesIO()
+    write_json(make(), stream)
+    assert read_json(stream.getvalue()) == make()
+    document = json.loads(stream.getvalue())
+    document["note_codes"] = document["note_codes"] or ["few-prompts"] * len(document["notes"])
+    change(document)
+    with pytest.raises(ResultFileError, match=told):
+        read_json(json.dumps(document).encode())
+
+
+def test_a_column_that_is_none_is_refused(diff: lazarus.ActivationDiff) -> None:
+    with pytest.raises(ValueError, match=r"no column .divergense.\. The columns are cosine_similarity, "):
+        diff.record.results.column("divergense")
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,8 @@ def wrap_model(model: nn.Module, name: str, layers_path: str | None = None) -> L
 
 def _unwrapped(model: nn.Module, name: str, notes: Notes) -> nn.Module:
     """Return the model inside what torch.compile, or training in parallel, has put around it."""
-    while not isinstance(model, PreTrainedModel):
+    # Anything may be given here; what is no module at all is refused by the caller.
+    while isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel):
         # `_modules`, not getattr: these wrappers hand every attribute on to the model inside. PEFT's has no
         # submodule of these names.
         inside = next(

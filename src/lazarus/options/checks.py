@@ -73,6 +73,16 @@ def check_named(name: str, value: str, *, advice: str) -> None:
         raise UsageError(f"{option(name)} is empty. {advice}", option=name)
 
 
+def check_seed(name: str, value: int) -> None:
+    """Refuse a seed that torch or NumPy does not take.
+
+    Raises:
+        UsageError: it is negative, or has more than 63 bits.
+    """
+    if value is None or not 0 <= value < 2**63:
+        raise UsageError(f"{option(name, value)}: give a whole number from 0 to 2**63 - 1.", option=name)
+
+
 def check_count(name: str, value: int | None) -> None:
     """Refuse what is no count of at least 1.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated, Literal
 
-from lazarus.options.checks import DTYPES, EXPECTATIONS, check_choice, check_device, check_named
+from lazarus.options.checks import DTYPES, EXPECTATIONS, check_choice, check_device, check_named, check_seed
 from lazarus.options.option import COMPARE, RUN, Option
 
 Dtype = Annotated[
@@ -28,7 +28,7 @@ LayersPath = Annotated[
         check=partial(check_named, advice="Give a path such as model.layers."),
     ),
 ]
-Seed = Annotated[int, Option("Of every random choice.", RUN, "N")]
+Seed = Annotated[int, Option("Of every random choice.", RUN, "N", check=check_seed)]
 TrustRemoteCode = Annotated[bool, Option("Allow a model's own Python code.", RUN)]
 OnlyCompared = Annotated[
     bool,

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from typing import Any, Self, get_args, get_type_hints
+from numbers import Integral, Real
+from pathlib import PurePath
+from types import UnionType
+from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from lazarus.errors import UsageError
-from lazarus.messages import CAUSE, END, START
+from lazarus.messages import CAUSE, END, START, option
 from lazarus.notes import Note
 
 RUN, COMPARE, READ = "How it runs", "What is compared", "How prompts are read"
@@ -103,8 +106,37 @@ def check(kind: type, **given: Any) -> None:
         found = known[name]
         if value is None and type(None) in get_args(found.type):
             continue
+        # Of None a check of its own says more; without one a switch would take it, or any text, as an answer.
+        if value is not None or found.option.check is None:
+            _check_type(name, value, found.type)
         if found.option.check is not None:
             found.option.check(name, value)
+
+
+_KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "True or False"),
+    int: ((Integral,), "a whole number"),
+    float: ((Real,), "a number"),
+    str: ((str, PurePath), "a text"),
+    Sequence: ((list, tuple), "a list of texts"),
+}
+"""what a type of an option takes, and how that is said"""
+
+
+def _check_type(name: str, value: Any, kind: Any) -> None:
+    """Refuse a value of another type than an option's.
+
+    Raises:
+        UsageError: it says which types the option takes.
+    """
+    members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    # The values of a Literal are texts, and the option's own check names them.
+    origins = [str if get_origin(member) is Literal else get_origin(member) or member for member in members]
+    known = [_KINDS[origin] for origin in origins if origin in _KINDS]
+    is_switch = isinstance(value, bool)
+    if not any(isinstance(value, types) and (not is_switch or bool in types) for types, _ in known):
+        told = " or ".join(said for _, said in known)
+        raise UsageError(f"{option(name)}: {value!r:.60} is of the wrong type. Give {told}.", option=name)
 
 
 class Checked:

@@ -6,6 +6,7 @@ outside.py    what a checkpoint holds besides what was compared
 records.py    the record of activation-diff and its parts
 weights.py    the record of weight-diff
 lens.py       the record of compare
+consistency.py   whether the parts of a record that was read contradict each other
 document.py   the record as JSON, and the JSON Schema
 flags.py      which layers are above a threshold
 """

@@ -10,14 +10,8 @@ import msgspec
 
 from lazarus.commands import commands
 from lazarus.errors import ResultFileError
-from lazarus.results.records import (
-    SCHEMA_VERSION,
-    ActivationDiffRecord,
-    LayerRecord,
-    SiteRecord,
-    Tool,
-    contradiction,
-)
+from lazarus.results.consistency import contradiction
+from lazarus.results.records import SCHEMA_VERSION, LayerRecord, SiteRecord, Tool
 from lazarus.results.rows import ResultRow, ResultRows
 
 
@@ -83,7 +77,7 @@ def read_json(text: bytes) -> Any:
             rows, (head, record) = None, _decoded(text)  # which says where in the file the fault is
         if record is not None:
             found = record if rows is None else msgspec.structs.replace(record, results=rows)
-            if isinstance(found, ActivationDiffRecord) and (why := contradiction(found)):
+            if why := contradiction(found):
                 raise ResultFileError(f"{why}. The file was changed: give it as lazarus saved it.")
             return found
     except msgspec.DecodeError as error:

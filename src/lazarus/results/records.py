@@ -281,37 +281,3 @@ class ActivationDiffRecord(Record, frozen=True, kw_only=True):
     tokens: list[TokenTrace] | None = None
     notes: list[str]
     note_codes: list[str] = field(default_factory=list)
-
-
-def contradiction(record: ActivationDiffRecord) -> str | None:
-    """Return which parts of a result contradict each other, as in a file that was edited; None if none do."""
-    n_layers, n_prompts = record.results.n_layers, record.results.n_prompts
-    for name, found, expected in (
-        ("layers", len(record.layers), n_layers),
-        ("prompts", len(record.prompts), n_prompts),
-    ):
-        if found != expected:
-            return f"{name}: {found}, and results has the rows of {expected}"
-    summary = record.summary
-    groups = record.groups or Groups(curves=[], contrasts=[])
-    named: dict[str, list[int | None]] = {
-        "layers": [row.layer for row in record.layers],
-        "summary.most_divergent_layer": [summary.most_divergent_layer],
-        "summary.first_flagged_layer": [summary.first_flagged_layer],
-        "summary.onset_layer": [summary.onset_layer],
-        "summary.most_changed_block": [summary.most_changed_block],
-        "readout": [each.layer for each in record.readout or ()],
-        "groups.contrasts": [each.layer for each in groups.contrasts],
-    }
-    for name, layers in named.items():
-        if absent := [layer for layer in layers if layer is not None and layer >= n_layers]:
-            return f"{name}: there is no layer {absent[0]} among {n_layers}"
-    curves: dict[str, list[list[float | None]]] = {
-        "groups.curves": [each.divergence for each in groups.curves],
-        "groups.contrasts": [each.log_ratio for each in groups.contrasts],
-        "tokens": [row for each in record.tokens or () for row in each.divergence],
-    }
-    for name, rows in curves.items():
-        if short := [row for row in rows if len(row) != n_layers]:
-            return f"{name}: {len(short[0])} values for {n_layers} layers"
-    return None

@@ -96,7 +96,13 @@ class ResultRows(Sequence[ResultRow]):
     __hash__ = None  # type: ignore[assignment]
 
     def column(self, name: str) -> NDArray[np.float64]:
-        """One metric for every prompt and layer, [prompts, layers]; NaN where not measured."""
+        """Return one metric for every prompt and layer, [prompts, layers]; NaN where not measured.
+
+        Raises:
+            ValueError: there is no such column.
+        """
+        if name not in self.COLUMNS:
+            raise ValueError(f"no column {name!r}. The columns are {', '.join(self.COLUMNS)}.")
         if name in self.columns:
             return self.columns[name]
         return np.full((self.n_prompts, self.n_layers), np.nan)

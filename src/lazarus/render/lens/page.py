@@ -9,7 +9,15 @@ from typing import IO, Any
 from lazarus.render.base.escape import escaped
 from lazarus.render.base.frame import Answer, Kit, unsaid, write_page
 from lazarus.render.lens import grids, plots
-from lazarus.render.lens.summary import LEAST_JS, last_choice, names, place, summary_lines, title
+from lazarus.render.lens.summary import (
+    LEAST_JS,
+    last_choice,
+    names,
+    place,
+    read_layers,
+    summary_lines,
+    title,
+)
 from lazarus.render.lens.text import emergence
 from lazarus.render.lens.tokens import quoted, quoted_token, shown
 from lazarus.results import CompareRecord, LensModel
@@ -156,7 +164,7 @@ def _where(record: CompareRecord) -> Answer:
     if layer is None or record.summary.max_js is None:
         return Answer(question, "Not known", "No layer of the two could be compared.")
     if record.summary.max_js <= LEAST_JS:
-        return Answer(question, "Nowhere", "Both lenses read the same at every layer.")
+        return Answer(question, "Nowhere", f"Both lenses read the same at {read_layers(record)}.")
     pair = next(pair for pair in record.layers if pair.layer == layer)
     reason = f"JS {_short(record.summary.max_js)} nats, of at most 0.6931, at {place(record, pair)}."
     return Answer(question, f"Layer {layer}", reason)

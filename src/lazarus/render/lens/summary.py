@@ -53,12 +53,18 @@ def parting(record: CompareRecord) -> str:
     if layer is None or most is None:
         return "Largest difference: not measured"
     if most <= LEAST_JS:
-        return "Largest difference: none; both lenses read the same at every layer"
+        return f"Largest difference: none; both lenses read the same at {read_layers(record)}"
     pair = next(pair for pair in record.layers if pair.layer == layer)
     return (
         f"Largest difference: {place(record, pair)}, JS {most:.4f} nats (at most {math.log(2):.4f}), "
         f"KL(1‖2) {_kl(pair.kl_1_2)}, KL(2‖1) {_kl(pair.kl_2_1)}"
     )
+
+
+def read_layers(record: CompareRecord) -> str:
+    """Return `every layer`, or how many were read of how many."""
+    n_read, n_layers = sum(pair.js is not None for pair in record.layers), len(record.layers)
+    return "every layer" if n_read == n_layers else f"the {n_read} of {n_layers} layers that were read"
 
 
 def place(record: CompareRecord, pair: LensPair) -> str:
