@@ -20,7 +20,7 @@ class Command:
     name: str
     """as it is typed, and as it stands in what it saves"""
     record: str
-    """what it saves: a msgspec struct with `schema_version`, `command`, `tool` and `notes`"""
+    """what it saves: a msgspec struct with `schema_version`, `command`, `tool`, `notes` and `note_codes`"""
     result: str
     """the result class, which holds the record"""
     view: str
