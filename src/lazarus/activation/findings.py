@@ -43,7 +43,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Findings:
-    """Every number of a run, computed when it is asked for and then kept."""
+    """Every figure of a run, computed when it is asked for and then kept."""
 
     seen: Accumulation
     weights: WeightFacts = NOTHING_KNOWN
@@ -216,11 +216,13 @@ class Findings:
     def summary(self) -> Summary:
         """The few numbers that a reader looks for first."""
         means = {layer: mean_over_prompts(self.by_prompt[layer]["divergence"]) for layer in self.layers}
+        # NaN is a layer at which nothing could be compared: neither the largest nor flagged.
         measured = {layer: value for layer, value in means.items() if not np.isnan(value)}
         largest = max(measured, key=lambda layer: measured[layer], default=None)
         flagged = [layer for layer, value in measured.items() if value > self.settings.threshold]
         same = self.weights.identical
         unchanged = self.verdict in ("identical", "within_noise", "within_rounding")
+        # Of what is not compared: a part that differs (True) settles it, one that may (None) leaves it open.
         others = [part.differs for part in differing(*self._outside)]
         return Summary(
             most_divergent_layer=largest,
@@ -264,7 +266,7 @@ class Findings:
         return float("inf") if one_sided else means["logits_relative_l2"]
 
     def _divergence_floor(self, site: Site) -> float:
-        """The floor in divergence; without a measured one, that of rounding a single number."""
+        """The floor in divergence; without a measured one, that of rounding a single element."""
         floor = self.floors.get(site) or noise_floor([], self.pair.base.info.run_dtype)
         return floor.divergence
 
@@ -278,6 +280,7 @@ class Findings:
         return float(found.low[column]), float(found.high[column])
 
     def _onset(self) -> int | None:
+        # The onset speaks of every later layer too, so each must have a floor.
         if self.layer_intervals is None or not self.floors.keys() >= set(self.layers):
             return None
         floor = np.array([self.floors[layer].divergence for layer in self.layers])
@@ -285,6 +288,7 @@ class Findings:
 
     def _most_changed_block(self) -> int | None:
         local = {layer: _local(self.seen.sites[layer]) for layer in self.layers}
+        # 0 is a block that did not change, and None one that was not measured.
         changed = {
             layer: change.relative_l2 for layer, change in local.items() if change and change.relative_l2
         }

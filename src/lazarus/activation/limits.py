@@ -43,6 +43,7 @@ def _few_prompts(found: Findings, notes: Notes) -> None:
 def _baseline(found: Findings, layers: Sequence[LayerRecord], notes: Notes) -> None:
     if found.n_prompts < 2 or not found.pair.same_width:
         return
+    # A baseline without a normalised divergence: 1 − A was too small to divide by.
     close = [
         r.layer for r in layers if r.unrelated_similarity is not None and r.normalized_divergence is None
     ]
@@ -113,6 +114,7 @@ def _output(found: Findings, notes: Notes) -> None:
             "KL(fine-tuned‖base)": (found.output.kl_finetuned_base, "base"),
         }
         for name, (value, model) in kinds.items():
+            # JSON has no ∞, so it is None here; a JS divergence, always finite, tells that there were rows.
             if value is None and found.output.js is not None:
                 notes.add(
                     "infinite-kl",

@@ -60,6 +60,7 @@ class _Part:
         edges = np.linspace(0, len(self.batches), min(len(self.batches), most) + 1).astype(int).tolist()
         runs = [_Part(self.batches[start:end], []) for start, end in pairwise(edges)]
         sampled = {prompt for batch in self.sample for prompt in batch.prompts}
+        # The noise may run in another process than these batches, and needs what base makes of their prompts.
         again = [pair.base for pair in self.batches if not sampled.isdisjoint(pair.base.prompts)]
         return [*runs, _Part([], self.sample, again)] if self.sample else runs
 

@@ -127,6 +127,7 @@ def _learn(
     prefix_plan = PrefixPlan(
         run.position, run.batch_tokens, reading.pad_ids[0], twice if run.localize else None
     )
+    # It runs prompts, so it comes after the checks that refuse them.
     run = replace(run, n_prefix=share_prefix(pair, reading.base, prefix_plan, notes))
     scope = find_scope(pair, reading, notes)
     settings = _settings(given, pair, run)

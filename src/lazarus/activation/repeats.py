@@ -38,6 +38,7 @@ class Repeats:
         others: dict[int, list[int]] = {}
         for index, (ours, theirs) in enumerate(zip(base, finetuned, strict=True)):
             readings = (ours,) if ours is theirs else (ours, theirs)
+            # As bytes: a tuple of Python integers takes several times their memory.
             same = first.setdefault(tuple(array("q", p.ids).tobytes() for p in readings), index)
             if same != index:
                 others.setdefault(same, []).append(index)
@@ -76,6 +77,7 @@ class Repeats:
         rows, owners = list[int](), list[int]()
         for prompt, own in places.items():
             for other in self.others[prompt]:
+                # A prompt's rows are never parted: accumulators expect whole prompts.
                 if rows and len(rows) + len(own) > MOST_ROWS:
                     yield torch.tensor(rows), torch.tensor(owners)
                     rows, owners = [], []

@@ -87,6 +87,7 @@ def _cannot_be(stored: Tensor, source: Parts, dtype: torch.dtype) -> bool:
     """Look for a part of a tensor that is not base + update, rounded to `dtype`; one is enough."""
     is_weight = isinstance(stored, nn.Parameter) and stored.is_floating_point()
     columns = (repeat(None) if t is None else torch.split(t.flatten(), PART) for t in source)
+    # Not strict: `repeat(None)` has no end.
     for x, w, update, size in zip(torch.split(stored.flatten(), PART), *columns, strict=False):
         if is_weight and not _holds(dtype, x):
             return True
@@ -153,6 +154,7 @@ def _with_update(layer: nn.Module, attribute: str, tensor: Tensor) -> Parts:
 
     Of several, with the sum of their sizes: one may have been merged and rounded before the next.
     """
+    # A copy, because merging changes the layer in place, and base may share its weights.
     merged: Any = copy.deepcopy(layer).double()
 
     def held() -> Tensor:

@@ -113,6 +113,7 @@ def iter_state_pairs(
 
     def pairs() -> Iterator[StatePair]:
         with given.running():
+            # `run` is bound below, before anyone can ask for the first pair.
             for pair in Job(prepared.pair, run, lambda _: None).run_all():
                 yield from run.repeats.spread(pair) if pair.trial is None else [pair]
 
@@ -156,6 +157,7 @@ def _compare(prepared: Prepared, watcher: Observer) -> ActivationDiff:
     """Run two models that are prepared, and conclude."""
     given, pair, reading = prepared.given, prepared.pair, prepared.reading
     layers = prepared.readout_layers
+    # Before anything runs: a folder of another run is refused here.
     _take_up(prepared)
     seen = Accumulation(prepared.facts, prepared.plan)
     job = Job(pair, prepared.run, watcher.advanced)

@@ -38,6 +38,7 @@ class Head:
 
     def logits(self, states: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocabulary"]:
         """Next-token logits from states after the final norm."""
+        # An output class with required fields of its own fails here: a model whose head cannot be run alone.
         with calling(self._loaded, (1, len(states))):
             given = self._output_class(last_hidden_state=states[None])
         with _returning(self.stack, given):
@@ -62,6 +63,7 @@ class Head:
             DeviceError: the device lacks an operator.
             UnsupportedModelError: the head wants more than states.
         """
+        # Any ids do: their hidden states are replaced on the way.
         ids = torch.zeros(1, n_rows, dtype=torch.long, device=device)
         with torch.no_grad(), calling(self._loaded, ids.shape):
             output = self.model(input_ids=ids, **accepted(self.model))
@@ -92,10 +94,12 @@ def run_with_head(
         DeviceError: the device lacks an operator.
     """
     model = recorder.model.model
+    # A bare stack has no head; an encoder-decoder wants decoder tokens besides.
     if recorder.stack is model or model.get_output_embeddings() is None or model.config.is_encoder_decoder:
         return None
 
     def at_stack(_module: nn.Module, _args: Any, output: Any) -> None:
+        # `whole` is bound below, before the model runs and this hook with it.
         whole.stack_output = output
         whole.recording.final = getattr(output, "last_hidden_state", None)
 
@@ -136,6 +140,7 @@ def head_alone(recorder: Recorder, batch: tuple[Tensor, Tensor], whole: WholePas
         same = _same_alone(head, whole)
         if same is None:
             states = _random(whole.stack_output.last_hidden_state)
+            # Its hook stands before that of `run_with_head`, which therefore sees the random states.
             with _stack_replaced(recorder.stack, states):
                 replaced = run_with_head(recorder, *batch)
             same = None if replaced is None else _same_alone(head, replaced)
@@ -182,6 +187,7 @@ def _same_from_block(head: Head, whole: WholePass, states: Tensor) -> bool | Non
 
 def _random(like: Tensor) -> Tensor:
     """Random states of the usual size, the same ones each time."""
+    # Drawn on the CPU: the same states on every device.
     generator = torch.Generator().manual_seed(0)
     return torch.randn(like.shape, generator=generator).to(like)
 
@@ -191,9 +197,10 @@ def _alike(logits: Tensor, expected: Tensor) -> bool | None:
 
 
 def alike(logits: Tensor, expected: Tensor, eps: float) -> bool | None:
-    """Return whether logits are equal but for rounding to `eps`, on the scale of the largest: some are tiny.
+    """Return whether logits differ from the expected ones by rounding to `eps` at most.
 
-    Those that ought not to be finite say nothing; None where not one says anything.
+    The limit is relative to the largest logit, because some are tiny. Only the logits that are expected to be
+    finite are compared; None where there are none.
     """
     told = expected.isfinite()
     if not told.any():
@@ -207,6 +214,7 @@ def _block_returning(block: nn.Module, states: Tensor) -> Iterator[None]:
     """The block returns these hidden states, beside whatever else it returns, while the context lasts."""
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        # The block has run on states of no interest, for whatever it returns beside its hidden states.
         return Returned.of(output).whole(states.to(first_tensor(output)))
 
     handle = block.register_forward_hook(hook)

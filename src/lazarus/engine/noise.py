@@ -127,7 +127,7 @@ class Noise:
         self._generator = torch.Generator().manual_seed(plan.seed)
 
     def take(self, states: States) -> None:
-        """RowSelection what base made of a batch of the run."""
+        """Take what base made of a batch of the run."""
         # zip stops at the last site of the pair: a final norm that base alone has is none.
         for site, rows in zip(self.pair.sites, states.sites, strict=False):
             self.sample.take(site, states.prompts, rows)
@@ -158,7 +158,9 @@ class Noise:
 
     def _moved(self, batch: TokenBatch, parts: Sequence[TokenBatch]) -> States:
         """Run the parts of a batch, one after the other, on a first block's input that is moved."""
+        # A runner of its own: it keeps the moved prefix, which neither the run nor another trial may use.
         block, runner = self.pair.base.anatomy.blocks[0], self._runner()
+        # One nudge lasts one pass, and the prefix is a pass of its own.
         with nudged(block, self._generator):
             runner.begin(batch, self.plan.position)
         found = []
@@ -178,7 +180,7 @@ def n_copies(parts: Sequence[TokenBatch], batch: TokenBatch) -> int:
 
 @contextmanager
 def nudged(block: nn.Module, generator: torch.Generator) -> Iterator[None]:
-    """Move every number that first enters a block by one unit in the last place, up or down at random."""
+    """Move every element that first enters a block by one unit in the last place, up or down at random."""
 
     def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         handle.remove()  # a block that runs again in the same pass gets what it got
@@ -192,11 +194,12 @@ def nudged(block: nn.Module, generator: torch.Generator) -> Iterator[None]:
 
 
 def one_ulp_away(states: Tensor, generator: torch.Generator) -> Tensor:
-    """Each number's next larger or next smaller neighbour in magnitude; 0, ∞ and NaN stay.
+    """Return each element's next larger or next smaller neighbour in magnitude; 0, ∞ and NaN stay.
 
-    Neighbouring floating-point numbers of one sign are neighbouring integers, read bit by bit.
+    The bits of neighbouring floating-point numbers of one sign, read as integers, are neighbours too.
     """
     integers = _INTEGERS[states.element_size()]
+    # Drawn on the CPU: the same signs on every device.
     signs = torch.randint(0, 2, states.shape, generator=generator, dtype=integers) * 2 - 1
     moved = (states.contiguous().view(integers) + signs.to(states.device)).view(states.dtype)
     return torch.where((states != 0) & states.isfinite(), moved, states)

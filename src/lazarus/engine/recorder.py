@@ -64,6 +64,7 @@ class Recorder:
         def on_output(index: int) -> Callable[..., None]:
             def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
                 if not recording.blocks and args and isinstance(args[0], Tensor):
+                    # With `first` above 0 it is what enters that block; the caller has the embedding then.
                     recording.embedding = take(args[0])
                 recording.blocks.append(take(first_tensor(output)))
                 recording.order.append(index)
@@ -100,6 +101,7 @@ class Recorder:
         mask = attention_mask.to(self.device)
         given = {"attention_mask": mask} if prefix_cache is None else prefix_cache.arguments(mask)
         arguments = accepted(self.stack, **given)
+        # Not `inference_mode`: its tensors count no writes in place, and replaying relies on that count.
         with torch.no_grad(), self.attached(take.block, first) as recording:
             with calling(self.model, input_ids.shape):
                 output = self.stack(input_ids=input_ids.to(self.device), **arguments)
@@ -172,6 +174,7 @@ def _items(output: Any) -> Any:
 
 def accepted(module: nn.Module, **arguments: Any) -> dict[str, Any]:
     """The arguments of a run, without a cache unless one is asked for, less what the module does not take."""
+    # Without a cache: it would hold memory, and a block that runs again would extend it twice.
     arguments = {"use_cache": False, "return_dict": True} | arguments
     parameters = inspect.signature(module.forward).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
