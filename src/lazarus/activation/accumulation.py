@@ -176,4 +176,5 @@ def _kept(n_prompts: int, seed: int) -> dict[int, int]:
     if n_prompts <= MOST_KEPT:
         return {prompt: prompt for prompt in range(n_prompts)}
     chosen = np.random.default_rng(seed).choice(n_prompts, MOST_KEPT, replace=False)
+    # Sorted, so that the rows stand in the order of the prompts whatever the order of the draw.
     return {int(prompt): place for place, prompt in enumerate(np.sort(chosen))}

@@ -23,6 +23,7 @@ def note_breaks(pair: ModelPair, seen: Accumulation, reading: Reading, notes: No
     counts: dict[Site, np.ndarray] = {site: seen.sites[site].n_not_finite for site in pair.sites}
     counts["logits"] = seen.n_logits_not_finite
     names = seen.facts.names
+    # Under the names of the result: by role as well, where both models have one name.
     models = (
         (replace(pair.base, name=names[0]), pair.base_conventions, reading.base),
         (replace(pair.finetuned, name=names[1]), pair.finetuned_conventions, reading.finetuned),

@@ -154,6 +154,7 @@ class Findings:
         found = find_verdict(seen, self.floors)
         is_whole = not (self.n_prompts_left_out or self.n_outputs_left_out)
         if found == "changed":
+            # The rounding is looked for after a first verdict that asked for it (`may_be_rounding`).
             return "within_rounding" if is_whole and self.weights.rounding is not None else found
         return found if is_whole else None
 
@@ -272,6 +273,7 @@ class Findings:
 
     def _interval(self, site: Site) -> tuple[float, float] | None:
         if isinstance(site, int):
+            # All layers share one resampling; each of the other sites has its own.
             found, column = self.layer_intervals, self.layers.index(site)
         else:
             found, column = intervals(self.by_prompt[site]["divergence"][:, None], self.settings.seed), 0

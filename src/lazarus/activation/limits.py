@@ -88,6 +88,7 @@ def _rounding(found: Findings, notes: Notes) -> None:
     """Note the part of an adapter's update that a merge in 16 bits kept, or that it was not looked into."""
     pair = found.pair
     if found.verdict == "changed" and found.settings.memory == "stream":
+        # An adapter on both, or on none: no merge is held against its parts.
         if (pair.base.info.adapter is None) == (pair.finetuned.info.adapter is None):
             return
         notes.add(

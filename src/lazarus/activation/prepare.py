@@ -165,6 +165,7 @@ def _run_plan(given: Given, pair: ModelPair, reading: Reading) -> RunPlan:
         batch_tokens=given.batch_tokens,
         position=position,
         localize=options.localize,
+        # States of two widths have no distance that noise could be held against.
         noise_floor=not options.no_noise_floor and pair.same_width,
         seed=options.seed,
         token_prompts=_token_prompts(options, position, pair),

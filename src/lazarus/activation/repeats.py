@@ -15,7 +15,7 @@ from lazarus.sites import StatePair
 from lazarus.tokens import TokenizedPrompt
 
 MOST_ROWS = 2048
-"""How many rows of repeated prompts are taken in at once, whole prompts at least."""
+"""The most rows of repeated prompts that are taken in at once; one prompt is never parted."""
 
 
 @dataclass(frozen=True)

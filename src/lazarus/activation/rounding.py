@@ -64,6 +64,7 @@ def _test(stored: LoadedModel, exact: LoadedModel) -> Rounded | None:
             w, update, _ = parts
             if own is not None or type(x) not in _TYPES or type(w) not in _TYPES or x.shape != w.shape:
                 return None
+            # Shared storage needs no look at its elements.
             if update is None and (x.data_ptr() == w.data_ptr() or torch.equal(x, w.to(x.device))):
                 continue
             # Of most fine-tunes the first part tells, and neither all weights nor a whole tensor are read.
@@ -164,6 +165,7 @@ def _with_update(layer: nn.Module, attribute: str, tensor: Tensor) -> Parts:
     first = before = held()
     size = torch.zeros_like(before)
     adapters = list(merged.active_adapters)
+    # One at a time: `size` is the sum of what each of them adds.
     for adapter in adapters:
         # PEFT refuses some, as a bias of LoRA's own; a lack of memory is no refusal, and passes.
         with warnings.catch_warnings(), Translated("merging an adapter", _refusal):

@@ -149,6 +149,7 @@ def _given(
     folder = _open_folder(chosen, rank)
     device = pick_device(chosen.device, rank)
     tokenizer = find_tokenizer(tokenizer, trust_remote_code=chosen.trust_remote_code)
+    # A model in memory has no files from which its blocks could be read.
     by_name = not any(isinstance(model, nn.Module) for model in models)
     return Given(chosen, found, template, tokenizer, folder, device, by_name)
 
@@ -162,6 +163,7 @@ def _compare(prepared: Prepared, watcher: Observer) -> ActivationDiff:
     seen = Accumulation(prepared.facts, prepared.plan)
     job = Job(pair, prepared.run, watcher.advanced)
     on_shards = measure(job, given.folder, seen, watcher.running)
+    # Apart, because `breaks` is the error message where no state at all is finite.
     notes, breaks = Notes(prepared.notes), Notes()
     pair.note_common(notes)
     prepared.run.note(notes)

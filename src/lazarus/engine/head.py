@@ -1,6 +1,6 @@
-"""A model's own head on a few rows: whatever it does between the last block and the logits.
+"""A model's own LM head on a few rows: whatever it does between the last block and the logits.
 
-No list of families: the head is run by the model's own code. To get logits out of states after the final
+No list of families: the LM head is run by the model's own code. To get logits out of states after the final
 norm, the stack is made to return them; to read states before it, the last block is.
 """
 
@@ -22,11 +22,11 @@ from lazarus.errors import UnsupportedModelError
 from lazarus.models import LoadedModel
 
 MOST_LOGITS = 2**24
-"""How many logits are held at once."""
+"""The number of logits that are held at once, at most."""
 
 
 class Head:
-    """The head of one model, on rows [rows, hidden] of one sequence."""
+    """The LM head of one model, on rows [rows, hidden] of one sequence."""
 
     def __init__(self, model: LoadedModel, output_class: type[ModelOutput]) -> None:
         self._loaded = model
@@ -45,7 +45,7 @@ class Head:
             return self._run(len(states), states.device)
 
     def read(self, states: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocabulary"]:
-        """Next-token logits from states of the residual stream: through the final norm, and then the head."""
+        """Next-token logits from states of the residual stream: through the final norm and the LM head."""
         return self.read_sequence(states[None], 1)
 
     def read_sequence(self, states: Tensor, time_axis: int) -> Float[Tensor, "rows vocabulary"]:
@@ -73,7 +73,7 @@ class Head:
 
 @dataclass
 class WholePass:
-    """One pass of a model with its head: what it showed of the stack, what the head got, and the logits."""
+    """One pass of a model with its LM head: what it showed of the stack, what the head got, and the logits."""
 
     recording: Recording
     stack_output: Any = None
@@ -88,7 +88,7 @@ class WholePass:
 def run_with_head(
     recorder: Recorder, input_ids: Int[Tensor, "batch time"], mask: Int[Tensor, "batch time"]
 ) -> WholePass | None:
-    """Run a model with its head; None where it has none, or one that wants more than token ids.
+    """Run a model with its LM head; None where it has none, or one that wants more than token ids.
 
     Raises:
         DeviceError: the device lacks an operator.
@@ -130,7 +130,7 @@ class HeadCheck:
 
 
 def head_alone(recorder: Recorder, batch: tuple[Tensor, Tensor], whole: WholePass) -> HeadCheck:
-    """Check that the head by itself gives the logits of the whole model, from states after the final norm.
+    """Check that the LM head by itself gives the logits of the whole model, from states after the final norm.
 
     Where not one logit of the whole model is finite, that says nothing of the head: it is checked on random
     states, which take the place of the model's own.
@@ -153,7 +153,7 @@ def head_alone(recorder: Recorder, batch: tuple[Tensor, Tensor], whole: WholePas
 
 
 def reads_blocks(recorder: Recorder, batch: tuple[Tensor, Tensor], whole: WholePass) -> bool | None:
-    """Check that the head gives the whole model's logits from what leaves the last block, through the norm.
+    """Check that the LM head gives the whole model's logits from what leaves the last block, through the norm.
 
     None where that cannot be seen, because no logit is finite, on random states neither.
     """

@@ -39,7 +39,7 @@ LENGTH = 7
 SHORT = 4
 ROWS = 3
 TEXTS = 4
-"""How many runs of seven of the prompts' tokens are tried at most, where no state is finite."""
+"""The number of texts of seven tokens that are tried at most, where no state is finite."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Conventions:
     """the batching under which a prompt's states do not depend on its neighbours"""
     has_final_norm: bool
     head_reads: type[ModelOutput] | None
-    """what the stack hands to a causal model's head; None where the head cannot be run by itself"""
+    """what the stack hands to a causal model's LM head; None where the head cannot be run by itself"""
     why_no_head: str = NO_HEAD
     """why it cannot be"""
     padding_is_known: bool = True
@@ -115,7 +115,7 @@ class _Probe:
     batch: tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]
     """its token ids and their mask"""
     whole: WholePass | None
-    """the pass with the head, where there is one"""
+    """the pass with the LM head, where there is one"""
     seen: Recording
     axes: tuple[int, int]
     blocks: list[Tensor]
@@ -149,7 +149,7 @@ def _texts(model: LoadedModel, ids: Sequence[int]) -> Iterator[Sequence[int]]:
 
 
 def head_reads_blocks(model: LoadedModel, ids: Sequence[int], pad_id: int) -> bool | None:
-    """Return whether the head of this causal model can be run on what leaves a block, through the final norm.
+    """Return whether this causal model's LM head can be run on what leaves a block, through the final norm.
 
     None where that is not known, because its logits are not finite.
     """
@@ -247,12 +247,12 @@ def _has_final_norm(last: Tensor, final: Tensor) -> bool:
 
 
 def _same_pass_limit(states: Tensor) -> float:
-    """Between rows of one pass: the kernels are the same, and so is nearly every bit."""
+    """Return the limit between rows of one pass: the kernels are the same, and so is nearly every bit."""
     return max(1e-4, 4 * torch.finfo(states.dtype).eps)
 
 
 def _other_pass_limit(states: Tensor) -> float:
-    """Between two passes of other shapes: far above the noise of other kernels, far below a fault."""
+    """Return the limit between passes of two shapes: far above the noise of other kernels, far below a fault."""
     return max(1e-3, 32 * torch.finfo(states.dtype).eps)
 
 

@@ -40,7 +40,7 @@ class Recording:
 
     @property
     def sites(self) -> list[Tensor]:
-        """All that was kept, in the order in which the states went on."""
+        """The rows that were kept, in the order in which the states went on."""
         return [kept for kept in (self.embedding, *self.blocks, self.final) if kept is not None]
 
 
@@ -90,7 +90,7 @@ class Recorder:
         first: int = 0,
         prefix_cache: PrefixCache | None = None,
     ) -> Recording:
-        """One forward pass without the head, recorded from block `first` on.
+        """Run one forward pass without the LM head, and record it from block `first` on.
 
         It goes on from `prefix_cache`, and keeps a cache; without one it runs without a cache.
 
@@ -112,7 +112,7 @@ class Recorder:
 
 
 _NO_OPERATOR = ("not implemented for '", "Could not run 'aten::", "not currently implemented for the")
-"""What torch says of an operator that a device lacks, or lacks for a dtype."""
+"""The words of torch on an operator that a device lacks, or lacks for a dtype."""
 
 
 def calling(model: LoadedModel, shape: Sequence[int]) -> Translated:

@@ -93,6 +93,7 @@ class Passed:
         """Return what a later pass needs, as plain tuples and lists; the arguments are left out."""
         last: Written = [{} for _ in self.written[0]]
         for each in self.written:
+            # What counts for the next block is what stands in its arguments, whoever wrote it.
             last = [{**before, **items} for before, items in zip(last, each, strict=True)]
         return self.states, [(r.kind, r.keys, r.others) for r in self.returned], last
 

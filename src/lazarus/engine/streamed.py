@@ -144,7 +144,7 @@ class _NoisePass:
 
     @property
     def passes(self) -> list[_Pass]:
-        """All of them."""
+        """Return every pass of every trial."""
         return [part for parts in self.moved for part in parts]
 
     def step(self, index: int, generator: torch.Generator, sample: Sample) -> Iterator[StatePair]:

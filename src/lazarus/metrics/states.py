@@ -17,7 +17,7 @@ ROW_METRICS = ("divergence", "relative_l2", "norm_ratio", "centered_divergence")
 LOCAL_METRICS = ("local_relative_l2", "local_divergence")
 
 AccumulatorState = dict[str, NDArray[Any]]
-"""What an accumulator has seen, as arrays with names: what is written to a file, and read back."""
+"""The sums and counts of an accumulator, as arrays with names: written to a file, and read back."""
 
 
 def within(name: str, state: Mapping[str, NDArray[Any]]) -> AccumulatorState:
@@ -162,7 +162,7 @@ class Rows:
 
 
 def compare_rows(rows: Rows, centered: bool) -> RowValues:
-    """Every metric of every pair of rows; `centered` adds the one for models with LayerNorm.
+    """Return every metric of every pair of rows; `centered` adds the one for models with LayerNorm.
 
     The same formulas as above, with each length computed once.
     """
