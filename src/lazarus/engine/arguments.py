@@ -32,7 +32,7 @@ _CONSTANT = (
 
 _Layer = tuple[type, Mapping[str, Any]]
 Written = list[dict[Any, Any]]
-"""The items that a block wrote into each of the arguments that can be written into: entries, or layers of a cache."""
+"""The items that a block wrote into each argument that can be written into: entries, or layers of a cache."""
 
 
 @dataclass(frozen=True)

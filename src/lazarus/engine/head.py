@@ -73,7 +73,7 @@ class Head:
 
 @dataclass
 class WholePass:
-    """One pass of a model with its LM head: what it showed of the stack, what the head got, and the logits."""
+    """One pass of a model with its LM head: a recording of the stack, what the head got, and the logits."""
 
     recording: Recording
     stack_output: Any = None
@@ -153,7 +153,7 @@ def head_alone(recorder: Recorder, batch: tuple[Tensor, Tensor], whole: WholePas
 
 
 def reads_blocks(recorder: Recorder, batch: tuple[Tensor, Tensor], whole: WholePass) -> bool | None:
-    """Check that the LM head gives the whole model's logits from what leaves the last block, through the norm.
+    """Check that the LM head gives the whole model's logits from the last block's output, through the norm.
 
     None where that cannot be seen, because no logit is finite, on random states neither.
     """

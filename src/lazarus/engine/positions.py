@@ -105,7 +105,7 @@ class RowPicker:
     def whole(
         self, picked: Float[Tensor, "own hidden"], in_prefix: Float[Tensor, "before hidden"]
     ) -> Float[Tensor, "out hidden"]:
-        """Return the picked rows with the compared rows of the prefix, or their mean, before each prompt's own."""
+        """Return the picked rows, with those of the prefix, or their mean, before each prompt's own."""
         n_before = len(self.in_prefix)
         if not n_before:
             return picked

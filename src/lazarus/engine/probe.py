@@ -252,7 +252,7 @@ def _same_pass_limit(states: Tensor) -> float:
 
 
 def _other_pass_limit(states: Tensor) -> float:
-    """Return the limit between passes of two shapes: far above the noise of other kernels, far below a fault."""
+    """Return the limit between passes of two shapes: far above what other kernels do, far below a fault."""
     return max(1e-3, 32 * torch.finfo(states.dtype).eps)
 
 
@@ -279,7 +279,7 @@ def _find_padding(recorder: Recorder, probe: _Probe) -> Padding | None:
 
 
 def _kept(batched: Sequence[Tensor], alone: Sequence[Tensor], limit: float) -> bool | None:
-    """Return whether the states in a batch are those alone, at every block; None where some block says nothing.
+    """Return whether the states in a batch are those alone, at every block; None where a block says nothing.
 
     A row that is finite alone and not in the batch counts as another.
     """

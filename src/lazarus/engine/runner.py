@@ -93,7 +93,7 @@ class Runner:
         self._prefixes[key] = Prefix(PrefixCache(len(batch.prefix), seen.cache), seen.sites)
 
     def run(self, batch: TokenBatch, position: Position, begun: Begun | None = None) -> States:
-        """Return the compared rows of one batch. The head reads them too, or the last ones where they are means.
+        """Return the compared rows of a batch. The head reads them too, or the last ones where they are means.
 
         `begun` is what the other model's first blocks made of the batch, where those are this one's too: they
         do not run again. Where something else enters them here, they do, and so they do where the prefix left

@@ -49,7 +49,7 @@ class _Step:
 
 
 class _Pass:
-    """One batch on its way through one model, block by block; between two blocks its states are in a buffer."""
+    """One batch on its way through one model, block by block; between blocks its states are in a buffer."""
 
     def __init__(self, runner: Runner, batch: TokenBatch, position: Position, buffer: SpillBuffer) -> None:
         self.runner = runner
