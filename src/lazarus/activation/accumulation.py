@@ -157,6 +157,7 @@ class Accumulation:
         # A second look at all logits, and nearly never needed.
         if not values.valid.all():
             not_finite = [~has_distribution(logits) for logits in (pair.base, pair.finetuned)]
+        # Compared once, and counted for every prompt that has the same tokens.
         everything = torch.arange(len(pair.prompts)), pair.prompts
         for rows, prompts in (everything, *self.repeats.copies(pair.prompts)):
             at = rows.to(device)

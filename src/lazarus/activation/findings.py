@@ -104,6 +104,7 @@ class Findings:
         return {
             "cosine_similarity": finite_or_none(1 - found["divergence"]),
             "divergence": finite_or_none(found["divergence"]),
+            # NaN is above nothing: a layer that could not be compared is not flagged.
             "flagged": found["divergence"] > self.settings.threshold,
             "n_prompts": int((accumulators.means.n_rows > 0).sum()),
             "relative_l2": finite_or_none(found["relative_l2"]),

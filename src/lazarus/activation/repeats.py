@@ -37,6 +37,7 @@ class Repeats:
         first: dict[tuple[bytes, ...], int] = {}
         others: dict[int, list[int]] = {}
         for index, (ours, theirs) in enumerate(zip(base, finetuned, strict=True)):
+            # One reading for both models is looked up once.
             readings = (ours,) if ours is theirs else (ours, theirs)
             # As bytes: a tuple of Python integers takes several times their memory.
             same = first.setdefault(tuple(array("q", p.ids).tobytes() for p in readings), index)

@@ -62,6 +62,7 @@ def _test(stored: LoadedModel, exact: LoadedModel) -> Rounded | None:
         for name, read in found.items():
             (x, own, _), parts = read(), source[name]()
             w, update, _ = parts
+            # A quantised weight is a subclass of these, and its elements are not those of the weight.
             if own is not None or type(x) not in _TYPES or type(w) not in _TYPES or x.shape != w.shape:
                 return None
             # Shared storage needs no look at its elements.
@@ -86,6 +87,7 @@ def _test(stored: LoadedModel, exact: LoadedModel) -> Rounded | None:
 
 def _cannot_be(stored: Tensor, source: Parts, dtype: torch.dtype) -> bool:
     """Look for a part of a tensor that is not base + update, rounded to `dtype`; one is enough."""
+    # A buffer may keep a wider dtype, but a weight that was rounded holds nothing that 16 bits do not.
     is_weight = isinstance(stored, nn.Parameter) and stored.is_floating_point()
     columns = (repeat(None) if t is None else torch.split(t.flatten(), PART) for t in source)
     # Not strict: `repeat(None)` has no end.

@@ -108,6 +108,7 @@ def iter_state_pairs(
     Raises:
         LazarusError: as `activation_diff`; also while it is iterated.
     """
+    # `Rank()`: whoever iterates gets every pair, also in one process of several.
     given = _given((base, finetuned), prompts, tokenizer, Rank(), options)
     prepared = prepare(given, base, finetuned, _Silence())
 
@@ -118,6 +119,7 @@ def iter_state_pairs(
                 yield from run.repeats.spread(pair) if pair.trial is None else [pair]
 
     run = replace(prepared.run, noise_floor=with_noise and prepared.run.noise_floor)
+    # Without repeats: each prompt comes with rows of its own by now.
     return StatePairs(prepared.facts, replace(prepared.plan, repeats=None), pairs())
 
 

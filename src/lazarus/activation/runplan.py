@@ -53,6 +53,7 @@ class RunPlan:
         batches = make_batches(distinct, self.batch_tokens, padding, self.pad_ids[0], self.n_prefix)
         if pair.align == "ids":
             return BatchPair.same(batches)
+        # All prompts of the other reading, because the batches name theirs by index.
         return BatchPair.of(batches, self.finetuned_prompts, self.pad_ids[1])
 
     def noise_batches(self, pair: ModelPair) -> list[TokenBatch]:

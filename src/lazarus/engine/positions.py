@@ -68,9 +68,11 @@ class RowPicker:
         in_prefix = range(min(whole[0].start, n_prefix), min(whole[0].stop, n_prefix))
         sizes = torch.tensor([len(span) for span in spans])
         rows = torch.repeat_interleave(torch.arange(len(spans)), sizes)
+        # The dtype is for an empty list, as of a token in the prefix: an index cannot be of floats.
         tokens = torch.tensor([token for span in spans for token in span], dtype=torch.long)
         average = position == "mean"
         owners = torch.tensor(batch.prompts)
+        # A row of the prefix counts for every prompt, so it comes once for each.
         prompts = owners if average else owners.repeat_interleave(sizes + len(in_prefix))
         n_own = tuple(len(span) for span in spans)
         return cls(rows, tokens, prompts, average, batch.padded_length, in_prefix, n_own)

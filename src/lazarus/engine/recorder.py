@@ -21,7 +21,7 @@ from lazarus.models import LoadedModel
 
 @dataclass(frozen=True)
 class RowSelection:
-    """Choice of the rows to keep of a block's hidden states, and of the last one [batch, time, hidden]."""
+    """Choice of the rows to keep: of a block's hidden states, and of those at the end [batch, time, hidden]."""
 
     block: Callable[[Tensor], Tensor]
     final: Callable[[Tensor], Tensor]

@@ -93,7 +93,7 @@ class Runner:
         self._prefixes[key] = Prefix(PrefixCache(len(batch.prefix), seen.cache), seen.sites)
 
     def run(self, batch: TokenBatch, position: Position, begun: Begun | None = None) -> States:
-        """Return the compared rows of a batch. The head reads them too, or the last ones where they are means.
+        """Return the compared rows of a batch. The head reads them too, or the last ones if they are means.
 
         `begun` is what the other model's first blocks made of the batch, where those are this one's too: they
         do not run again. Where something else enters them here, they do, and so they do where the prefix left
@@ -148,6 +148,7 @@ class Runner:
             before = prefix.sites[len(known) :]
             taken = [picker.whole(*rows) for rows in zip(taken, before, strict=True)]
         sites = [*known, *taken]
+        # Beside the blocks there are the embedding and the end.
         assert len(sites) == self.conventions.n_layers + 2, (len(sites), self.conventions.n_layers)
         head = sites[-1] if head_picker is picker else head_rows[0]
         return States(picker.prompts, sites, head_picker.prompts, head)

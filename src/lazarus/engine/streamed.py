@@ -201,6 +201,7 @@ class _Blocks:
         self.pager.put(index, self._next.result() if self._next else self.pager.read(index))
         self._next = None
         if self.reader is not None and index + 1 < self.n_blocks:
+            # Read while this one computes: one block ahead of each model, by one thread.
             self._next = self.reader.submit(self.pager.read, index + 1)
         try:
             yield
