@@ -21,7 +21,7 @@ from lazarus.models import LoadedModel
 
 @dataclass(frozen=True)
 class RowSelection:
-    """Choice of the rows to keep: of a block's hidden states, and of those at the end [batch, time, hidden]."""
+    """The choice of rows to keep: of a block's states, and of those after the stack [batch, time, hidden]."""
 
     block: Callable[[Tensor], Tensor]
     final: Callable[[Tensor], Tensor]
