@@ -148,7 +148,7 @@ def learn_pair(
     same = shared_blocks(base, finetuned)
     # Later blocks may be the same again, but what enters them is not.
     n_common = same.index(False) if False in same else len(same)
-    # Two readings of a text are other tokens, so their states differ from the embedding on.
+    # With a tokenizer each, what enters the first block may differ already.
     if align == "text" or (n_common and not passes_go_on(base, ids[0], pad_ids[0], [n_common])):
         n_common = 0
     return replace(pair, same_blocks=tuple(same), n_common=n_common)

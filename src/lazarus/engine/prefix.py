@@ -31,7 +31,7 @@ from lazarus.tokens import TokenizedPrompt
 FEWEST_TOKENS = 16
 """A shorter prefix hardly costs more than what goes on around a batch."""
 SMALLEST_SAVING = 0.25
-"""The share of all tokens that must be saved after the check is paid: rounding changes, and not for less."""
+"""The share of all tokens that must be saved, net of the check: less is not worth another rounding."""
 CHECKED_PROMPTS = 4
 
 
