@@ -75,9 +75,9 @@ class Findings:
 
     @cached_property
     def floors(self) -> Mapping[Site, Floor]:
-        """Return what noise alone may reach at each site, and in the logits.
+        """Return what noise alone may reach at each site and in the logits.
 
-        Without those where it is not known.
+        Sites at which that is not known are left out.
         """
         trials: dict[Site, list[tuple[float, float]]] = {}
         for trial in self.seen.noise:

@@ -68,7 +68,7 @@ class Repeats:
     def copies(
         self, prompts: Int[Tensor, " rows"]
     ) -> Iterator[tuple[Int[Tensor, " copies"], Int[Tensor, " copies"]]]:
-        """Yield which rows come again, and whose they are then; those of a prompt stay together."""
+        """Yield the rows that count again, and the prompts they count for; a prompt's rows stay together."""
         if not self.others:
             return
         places: dict[int, list[int]] = {}

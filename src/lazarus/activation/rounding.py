@@ -29,8 +29,8 @@ PART = 2**16
 
 Parts = tuple[Tensor, Tensor | None, Tensor | None]
 """
-a tensor without its adapters, and what they add to it, in float64; None where there is none. Of several, the
-sum of what each adds without its sign
+a tensor without its adapters; what they add to it, in float64, or None; and, of several adapters, the sum of
+the absolute values of what each adds
 """
 
 
@@ -126,7 +126,7 @@ def _in_float64(
 
 
 def _effective(model: nn.Module) -> Iterator[tuple[str, Callable[[], Parts]]]:
-    """A model's tensors by their names without an adapter, each as it acts with the adapter."""
+    """Yield a model's tensors by the names that they have without an adapter, with what its adapters add."""
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}
     copied = {name: module for name, module in model.named_modules() if hasattr(module, "modules_to_save")}
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -43,7 +43,7 @@ class RunPlan:
 
     @cached_property
     def repeats(self) -> Repeats:
-        """The prompts that are the same for both models."""
+        """The prompts whose ids are those of an earlier prompt, for both models."""
         return Repeats.among(self.base_prompts, self.finetuned_prompts)
 
     def batches(self, pair: ModelPair) -> list[BatchPair]:

@@ -2,7 +2,7 @@
 
 Blocks write into some of their arguments: into mappings that they share, and into the KV cache. So it is not
 enough to hold an argument and to look at it later. Its contents are taken down when the block is called, and
-what the block writes is known when it returns: a pass that does without the block is given that.
+what the block has written when it returns. A pass that does without the block is given what it wrote.
 """
 
 from __future__ import annotations

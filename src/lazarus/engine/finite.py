@@ -219,6 +219,7 @@ def _explained(model: LoadedModel, broken: Break, call: _Call | None) -> Break:
     stack, blocks = model.anatomy.stack, model.anatomy.blocks
     if call is None:
         inside = {id(p) for block in blocks for p in block.parameters()}
+        # What breaks before or after the blocks is a fault of weights outside them.
         own = stack if broken.site in ("embedding", "final_norm") else model.model
         outside = [m for m in own.modules() if all(id(p) not in inside for p in m.parameters())]
         # All broken tensors are named, but only where one of them stands at the place of the break.

@@ -49,7 +49,7 @@ class Head:
         return self.read_sequence(states[None], 1)
 
     def read_sequence(self, states: Tensor, time_axis: int) -> Float[Tensor, "rows vocabulary"]:
-        """The same from states as the last block returns them, of one sequence, with axes of their own.
+        """Return the same for the states of one sequence, in the axes in which the last block returns them.
 
         Each place along `time_axis` is a row: all that comes after the last block treats it by itself.
         """
@@ -155,7 +155,7 @@ def head_alone(recorder: Recorder, batch: tuple[Tensor, Tensor], whole: WholePas
 def reads_blocks(recorder: Recorder, batch: tuple[Tensor, Tensor], whole: WholePass) -> bool | None:
     """Check that the LM head gives the whole model's logits from the last block's output, through the norm.
 
-    None where that cannot be seen, because no logit is finite, on random states neither.
+    None where that cannot be seen: no logit is finite, not even on random states.
     """
     head = Head(recorder.model, whole.head_reads)
     try:

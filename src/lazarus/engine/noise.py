@@ -53,10 +53,11 @@ class NoisePlan:
         return -(-FEWEST_ROWS // self.n_prompts)
 
     def recomposed(self, batch: TokenBatch, context: int | None) -> list[list[TokenBatch]]:
-        """The same prompts in the same order, in batches that base has not run: each item is run at once.
+        """Return the same prompts in the same order, in batches that base has not run: an item is run as one.
 
-        Many prompts of a sample run twice in one batch, which is fuller than two; all prompts of a run in two
-        halves, and again with more padding; few ones several times, without and with more padding.
+        A sample of many prompts runs twice in one batch, which is fuller than base's. Few prompts run several
+        times in a batch, without and with more padding. Other batches run in two halves, and again with more
+        padding.
         """
         n_copies = self.copies(batch)
         extra_padding = self._extra_padding(batch, context)
@@ -95,7 +96,7 @@ class Sample:
         self._rows: dict[tuple[Site, int], Tensor] = {}
 
     def take(self, site: Site, prompts: Int[Tensor, " rows"], rows: Float[Tensor, "rows width"]) -> None:
-        """Keep those rows of a batch of the run that are of these prompts; for the logits, what is read."""
+        """Keep these prompts' rows of a batch of the run; for the logits, those that the head reads."""
         for prompt in self._wanted.intersection(prompts.tolist()):
             own = torch.nonzero(prompts == prompt).flatten()
             self._rows[site, prompt] = rows[own.to(rows.device)]

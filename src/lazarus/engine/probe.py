@@ -84,6 +84,7 @@ def learn(model: LoadedModel, ids: Sequence[int], pad_id: int) -> Conventions:
         if probe.causal is not None:
             break
     else:
+        # No text gave a finite state.
         broken = find_break(model, ids[:LENGTH], probe.axes[1])
         raise NoDataError(
             f"{model.name}: not one of its hidden states is finite, so there is nothing to compare. "

@@ -95,8 +95,8 @@ class Runner:
     def run(self, batch: TokenBatch, position: Position, begun: Begun | None = None) -> States:
         """Return the compared rows of a batch. The head reads them too, or the last ones if they are means.
 
-        `begun` is what the other model's first blocks made of the batch, where those are this one's too: they
-        do not run again. Where something else enters them here, they do, and so they do where the prefix left
+        `begun` is what the other model's first blocks made of the batch, where this model has the same ones:
+        they do not run again. They do run where something else enters them here, or where the prefix left
         another KV cache or other rows.
         """
         self.begin(batch, position)

@@ -77,7 +77,7 @@ class _Pass:
         return self._taken(calls[0], passed)
 
     def step_as(self, index: int, twin: Call) -> _Step:
-        """Run a block that is the same in base, unless all has been the same so far, and this call is too."""
+        """Run a block that base has as well, or take base's call of it where all has been the same so far."""
         # The last block runs in any case: its pass goes on to the final norm.
         if self.is_alike and not self._ends_with(index):
             passed, received = self._passed(), list[Arguments]()

@@ -188,7 +188,7 @@ def compare_local(rows: Rows) -> RowValues:
 def sum_by_prompt(
     rows: Float[Tensor, "rows hidden"], place: Int[Tensor, " rows"], n_prompts: int
 ) -> Float[Tensor, "prompts hidden"]:
-    """The sum of each prompt's rows; `place` says which prompt each row belongs to, and none has no row."""
+    """The sum of each prompt's rows; `place` says which prompt a row belongs to, and every prompt has one."""
     # One row for each prompt, as at the last token: nothing to add up.
     if n_prompts == len(rows):
         return rows[place.argsort()]
