@@ -53,6 +53,7 @@ def beside(
 
         return hook
 
+    # As many blocks in both: `check_shapes` has refused any other pair.
     pairs = zip(base.anatomy.blocks, finetuned.anatomy.blocks, strict=True)
     handles = [
         block.register_forward_hook(hook_for(index, other), with_kwargs=True)

@@ -64,6 +64,7 @@ class Recorder:
         def on_output(index: int) -> Callable[..., None]:
             def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
                 if not recording.blocks and args and isinstance(args[0], Tensor):
+                    # Read when the block has run, as no block changes its input in place.
                     # With `first` above 0 it is what enters that block; the caller has the embedding then.
                     recording.embedding = take(args[0])
                 recording.blocks.append(take(first_tensor(output)))

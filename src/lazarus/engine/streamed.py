@@ -260,6 +260,7 @@ class _Stream:
         with _heads_in_memory(self.pair):
             for ours, theirs in zip(self.ours, self.theirs, strict=True):
                 b, f = ours.end(), theirs.end()
+                # Base's rows are kept before the noise of the same prompts asks for them.
                 self._keep_end(b)
                 if "final_norm" in self.pair.sites:
                     yield StatePair("final_norm", b.prompts, b.sites[0], f.sites[0])
