@@ -15,7 +15,7 @@ from lazarus.tokens import TokenizedPrompt
 Padding = Literal["right", "equal_lengths", "one_by_one"]
 
 BATCH_COST = 64
-"""What a further batch costs, in tokens: on a CPU, products of fewer rows are slower by about as much."""
+"""The cost of a further batch, in tokens: on a CPU, products of fewer rows are slower by about as much."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ def make_batches(
     prompts = sorted(tokenized, key=lambda prompt: (-len(prompt.ids), prompt.index))
     lengths = [len(prompt.ids) - n_prefix for prompt in prompts]
     cheapest, ends = [0] * (len(prompts) + 1), [0] * len(prompts)
+    # From the end: what a cut costs includes the cheapest way to cut all that comes after it.
     for start in reversed(range(len(prompts))):
         candidates = range(start + 1, start + 1 + _most_rows(lengths, start, batch_tokens, padding))
         cheapest[start], ends[start] = min(

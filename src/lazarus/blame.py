@@ -102,6 +102,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _lacks_memory(error: BaseException) -> bool:
+    # By name: torch is not imported here, so that a mistake on the command line costs nothing.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     # Other types may quote a prompt or a file, whatever it speaks of.

@@ -129,6 +129,7 @@ class ActivationDiffCallback(TrainerCallback):  # type: ignore[misc]  # transfor
     def _measure(self, model: Any, state: TrainerState, control: TrainerControl) -> None:
         assert self.base is not None
         options: OptionArguments = {"device": _device_of(model), **self.options}
+        # `Rank()`: the other processes wait, so this one must not share the work with them.
         self.last = activation_diff(
             self.base, model, self.prompts, tokenizer=self.tokenizer, rank=Rank(), **options
         )
@@ -166,6 +167,7 @@ class ActivationDiffCallback(TrainerCallback):  # type: ignore[misc]  # transfor
 
 def copy_of_start(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of the model in which what is trained is its own, and what is frozen is shared."""
+    # `deepcopy` takes what its memo has as copied already: the frozen weights stay the same objects.
     frozen = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
     return copy.deepcopy(model, frozen)
 

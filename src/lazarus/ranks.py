@@ -38,6 +38,7 @@ def find_rank(environment: Mapping[str, str] = os.environ) -> Rank:
         if number in environment and world in environment:
             given = {name: environment.get(name, "0") for name in (number, world, local)}
             rank = _checked(given)
+            # A launcher of a single process may run under another one of several.
             if rank.world > 1:
                 return rank
     return Rank()

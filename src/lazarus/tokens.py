@@ -82,7 +82,7 @@ class _Texts:
 
     @property
     def special(self) -> bool:
-        """A template has its BOS in it: a second one would be added."""
+        """Return whether special tokens are added: a chat template has written its own, such as the BOS."""
         return self.rendered is None
 
     def __len__(self) -> int:
@@ -166,6 +166,7 @@ def _cut_apart(
         return any(limit is not None and len(ids) > limit for ids, limit in pairs)
 
     (text,) = texts.some([index])
+    # Each probe encodes a beginning of the text, and about log2 of its length are enough.
     n_characters = bisect_left(range(1, len(text) + 1), True, key=is_over)
     for ids, shorter in zip(readings, encoded(n_characters), strict=True):
         ids[index] = shorter
@@ -192,12 +193,13 @@ def _encode(
                 truncation=most is not None,
                 max_length=most,
             )
+        # 4 bytes a token: a list of Python integers takes several times that.
         yield from (array("i", ids) for ids in encoded["input_ids"])
 
 
 @contextmanager
 def _cut_at_the_end(tokenizer: Any) -> Iterator[None]:
-    """Some chat models' tokenizers would cut the beginning."""
+    """Make a tokenizer cut a text at its end: those of some chat models would cut the beginning."""
     before = tokenizer.truncation_side
     tokenizer.truncation_side = "right"
     try:

@@ -1,4 +1,4 @@
-"""The accumulators of a comparison: pairs of states go in and are forgotten, numbers come out at the end."""
+"""The accumulators of a comparison: pairs of states go in and are forgotten, means come out at the end."""
 
 from __future__ import annotations
 
@@ -115,6 +115,7 @@ class Accumulation:
     def take(self, pairs: Iterable[StatePair]) -> Accumulation:
         """Take in every pair, for each of the prompts that it stands for; returns itself."""
         for pair in pairs:
+            # First, because trials have logits as well, and of these only the relative L2 is used.
             if pair.trial is not None:
                 values = compare_rows(Rows.of(pair.base, pair.finetuned), centered=False)
                 self._trial(pair.trial, pair.site).update(pair.prompts, values)
@@ -140,6 +141,7 @@ class Accumulation:
     def add(self, state: AccumulatorState) -> None:
         """Take in what another one has seen, from its `state`."""
         parts = parts_of(state)
+        # The keys of a state are text, and layers are integers.
         named: dict[str, Site] = {str(site): site for site in (*self.facts.sites, "logits")}
         self.output.add(parts["output"])
         self.n_logits_not_finite += parts.get("not_finite", {}).get("logits", 0)
@@ -152,15 +154,19 @@ class Accumulation:
     def _take_logits(self, pair: StatePair) -> None:
         values = compare_logits(pair.base, pair.finetuned, self.plan.outcomes)
         device, not_finite = values.values.device, list[Tensor]()
+        # A second look at all logits, and nearly never needed.
         if not values.valid.all():
             not_finite = [~has_distribution(logits) for logits in (pair.base, pair.finetuned)]
+        # Compared once, and counted for every prompt that has the same tokens.
         everything = torch.arange(len(pair.prompts)), pair.prompts
         for rows, prompts in (everything, *self.repeats.copies(pair.prompts)):
             at = rows.to(device)
             self.output.update(prompts, RowValues(values.values[at], values.valid[at]))
+            # On the CPU: `has_distribution` answers there, and `rows` are there.
             count_by_prompt(self.n_logits_not_finite, prompts, [side[rows] for side in not_finite])
 
     def _trial(self, trial: int, site: Site) -> PromptMeans:
+        # Trials come in any order.
         while len(self.noise) <= trial:
             self.noise.append({})
         return self.noise[trial].setdefault(site, PromptMeans(ROW_METRICS, self.n_prompts))
@@ -171,4 +177,5 @@ def _kept(n_prompts: int, seed: int) -> dict[int, int]:
     if n_prompts <= MOST_KEPT:
         return {prompt: prompt for prompt in range(n_prompts)}
     chosen = np.random.default_rng(seed).choice(n_prompts, MOST_KEPT, replace=False)
+    # Sorted, so that the rows stand in the order of the prompts whatever the order of the draw.
     return {int(prompt): place for place, prompt in enumerate(np.sort(chosen))}

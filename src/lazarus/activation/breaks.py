@@ -23,11 +23,13 @@ def note_breaks(pair: ModelPair, seen: Accumulation, reading: Reading, notes: No
     counts: dict[Site, np.ndarray] = {site: seen.sites[site].n_not_finite for site in pair.sites}
     counts["logits"] = seen.n_logits_not_finite
     names = seen.facts.names
+    # Under the names of the result: by role as well, where both models have one name.
     models = (
         (replace(pair.base, name=names[0]), pair.base_conventions, reading.base),
         (replace(pair.finetuned, name=names[1]), pair.finetuned_conventions, reading.finetuned),
     )
     for side, (model, conventions, prompts) in enumerate(models):
+        # `counts` is in the order in which the states pass the sites: what is not finite begins at the first.
         first = next((site for site, found in counts.items() if found[side].any()), None)
         if first is None:
             continue
@@ -53,7 +55,7 @@ def broken_parts(
 ) -> tuple[list[NotCompared], list[NotCompared]]:
     """Return the weights that hold NaN or infinity, as what was not compared of each model, and note them.
 
-    Some kernels leave NaN out, and others do not: numbers that come of such weights are no measure.
+    Some kernels pass over NaN and others do not, so a result from such weights measures nothing.
     """
     parts: tuple[list[NotCompared], list[NotCompared]] = ([], [])
     for side, name, model in zip(parts, names, (pair.base, pair.finetuned), strict=True):

@@ -43,7 +43,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Findings:
-    """Every number of a run, computed when it is asked for and then kept."""
+    """Every figure of a run, computed when it is asked for and then kept."""
 
     seen: Accumulation
     weights: WeightFacts = NOTHING_KNOWN
@@ -75,9 +75,9 @@ class Findings:
 
     @cached_property
     def floors(self) -> Mapping[Site, Floor]:
-        """Return what noise alone may reach at each site, and in the logits.
+        """Return what noise alone may reach at each site and in the logits.
 
-        Without those where it is not known.
+        Sites at which that is not known are left out.
         """
         trials: dict[Site, list[tuple[float, float]]] = {}
         for trial in self.seen.noise:
@@ -104,6 +104,7 @@ class Findings:
         return {
             "cosine_similarity": finite_or_none(1 - found["divergence"]),
             "divergence": finite_or_none(found["divergence"]),
+            # NaN is above nothing: a layer that could not be compared is not flagged.
             "flagged": found["divergence"] > self.settings.threshold,
             "n_prompts": int((accumulators.means.n_rows > 0).sum()),
             "relative_l2": finite_or_none(found["relative_l2"]),
@@ -154,6 +155,7 @@ class Findings:
         found = find_verdict(seen, self.floors)
         is_whole = not (self.n_prompts_left_out or self.n_outputs_left_out)
         if found == "changed":
+            # The rounding is looked for after a first verdict that asked for it (`may_be_rounding`).
             return "within_rounding" if is_whole and self.weights.rounding is not None else found
         return found if is_whole else None
 
@@ -216,11 +218,13 @@ class Findings:
     def summary(self) -> Summary:
         """The few numbers that a reader looks for first."""
         means = {layer: mean_over_prompts(self.by_prompt[layer]["divergence"]) for layer in self.layers}
+        # NaN is a layer at which nothing could be compared: neither the largest nor flagged.
         measured = {layer: value for layer, value in means.items() if not np.isnan(value)}
         largest = max(measured, key=lambda layer: measured[layer], default=None)
         flagged = [layer for layer, value in measured.items() if value > self.settings.threshold]
         same = self.weights.identical
         unchanged = self.verdict in ("identical", "within_noise", "within_rounding")
+        # Of what is not compared: a part that differs (True) settles it, one that may (None) leaves it open.
         others = [part.differs for part in differing(*self._outside)]
         return Summary(
             most_divergent_layer=largest,
@@ -264,12 +268,13 @@ class Findings:
         return float("inf") if one_sided else means["logits_relative_l2"]
 
     def _divergence_floor(self, site: Site) -> float:
-        """The floor in divergence; without a measured one, that of rounding a single number."""
+        """The floor in divergence; without a measured one, that of rounding a single element."""
         floor = self.floors.get(site) or noise_floor([], self.pair.base.info.run_dtype)
         return floor.divergence
 
     def _interval(self, site: Site) -> tuple[float, float] | None:
         if isinstance(site, int):
+            # All layers share one resampling; each of the other sites has its own.
             found, column = self.layer_intervals, self.layers.index(site)
         else:
             found, column = intervals(self.by_prompt[site]["divergence"][:, None], self.settings.seed), 0
@@ -278,6 +283,7 @@ class Findings:
         return float(found.low[column]), float(found.high[column])
 
     def _onset(self) -> int | None:
+        # The onset speaks of every later layer too, so each must have a floor.
         if self.layer_intervals is None or not self.floors.keys() >= set(self.layers):
             return None
         floor = np.array([self.floors[layer].divergence for layer in self.layers])
@@ -285,6 +291,7 @@ class Findings:
 
     def _most_changed_block(self) -> int | None:
         local = {layer: _local(self.seen.sites[layer]) for layer in self.layers}
+        # 0 is a block that did not change, and None one that was not measured.
         changed = {
             layer: change.relative_l2 for layer, change in local.items() if change and change.relative_l2
         }

@@ -43,6 +43,7 @@ def _few_prompts(found: Findings, notes: Notes) -> None:
 def _baseline(found: Findings, layers: Sequence[LayerRecord], notes: Notes) -> None:
     if found.n_prompts < 2 or not found.pair.same_width:
         return
+    # A baseline without a normalised divergence: 1 − A was too small to divide by.
     close = [
         r.layer for r in layers if r.unrelated_similarity is not None and r.normalized_divergence is None
     ]
@@ -87,6 +88,7 @@ def _rounding(found: Findings, notes: Notes) -> None:
     """Note the part of an adapter's update that a merge in 16 bits kept, or that it was not looked into."""
     pair = found.pair
     if found.verdict == "changed" and found.settings.memory == "stream":
+        # An adapter on both, or on none: no merge is held against its parts.
         if (pair.base.info.adapter is None) == (pair.finetuned.info.adapter is None):
             return
         notes.add(
@@ -113,6 +115,7 @@ def _output(found: Findings, notes: Notes) -> None:
             "KL(fine-tuned‖base)": (found.output.kl_finetuned_base, "base"),
         }
         for name, (value, model) in kinds.items():
+            # JSON has no ∞, so it is None here; a JS divergence, always finite, tells that there were rows.
             if value is None and found.output.js is not None:
                 notes.add(
                     "infinite-kl",

@@ -56,10 +56,11 @@ class _Part:
         return [i for b in (*(pair.base for pair in self.batches), *self.sample) for i in b.prompts]
 
     def cut(self, most: int) -> list[_Part]:
-        """At most so many runs of consecutive batches, and the noise, which is one piece of work."""
+        """Cut the batches into at most so many runs, in order; the noise is one more piece of work."""
         edges = np.linspace(0, len(self.batches), min(len(self.batches), most) + 1).astype(int).tolist()
         runs = [_Part(self.batches[start:end], []) for start, end in pairwise(edges)]
         sampled = {prompt for batch in self.sample for prompt in batch.prompts}
+        # The noise may run in another process than these batches, and needs what base makes of their prompts.
         again = [pair.base for pair in self.batches if not sampled.isdisjoint(pair.base.prompts)]
         return [*runs, _Part([], self.sample, again)] if self.sample else runs
 
@@ -74,7 +75,7 @@ class Job:
 
     @cached_property
     def whole(self) -> _Part:
-        """All of it."""
+        """Return the whole of it as one part."""
         return _Part(self.plan.batches(self.pair), self.plan.noise_batches(self.pair))
 
     def run_all(self) -> Iterator[StatePair]:
@@ -105,6 +106,7 @@ def _measure_shared(job: Job, folder: WorkFolder, totals: Accumulation) -> list[
     shards = [Shard(i, part.prompts, part.n_tokens) for i, part in enumerate(parts)]
 
     def run_shard(shard: Shard) -> AccumulatorState:
+        # Sums of its own: the folder keeps what one shard has seen, not what came before.
         return Accumulation(totals.facts, totals.plan).take(job.run(parts[shard.number])).state()
 
     n_before = run_shards(folder, shards, run_shard, job.advanced)

@@ -127,6 +127,7 @@ def _learn(
     prefix_plan = PrefixPlan(
         run.position, run.batch_tokens, reading.pad_ids[0], twice if run.localize else None
     )
+    # It runs prompts, so it comes after the checks that refuse them.
     run = replace(run, n_prefix=share_prefix(pair, reading.base, prefix_plan, notes))
     scope = find_scope(pair, reading, notes)
     settings = _settings(given, pair, run)
@@ -164,6 +165,7 @@ def _run_plan(given: Given, pair: ModelPair, reading: Reading) -> RunPlan:
         batch_tokens=given.batch_tokens,
         position=position,
         localize=options.localize,
+        # States of two widths have no distance that noise could be held against.
         noise_floor=not options.no_noise_floor and pair.same_width,
         seed=options.seed,
         token_prompts=_token_prompts(options, position, pair),

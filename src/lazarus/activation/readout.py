@@ -80,7 +80,7 @@ def read_differences(
     al. 2025, arXiv 2510.13900). A norm takes the length away, so scores compare tokens within a layer only.
     """
     found = [seen.sites[layer].directions.mean_difference() for layer in layers]
-    # A layer of which no pair of states is finite has none.
+    # A layer without one finite pair of states has no difference: its accumulator has no width yet.
     nothing = np.full(pair.widths[0], np.nan)
     differences = [nothing if difference.shape != nothing.shape else difference for difference in found]
     models = ((pair.base, pair.base_conventions), (pair.finetuned, pair.finetuned_conventions))
@@ -108,9 +108,10 @@ def _scores(
     assert conventions.head_reads is not None
     head = Head(model, conventions.head_reads)
     vectors = torch.stack([torch.from_numpy(d) for d in differences])
-    # Of the size of a usual state: the epsilon of a norm would take a small one for none.
+    # Scaled to the size of a usual state: a small vector would vanish beside the epsilon of a norm.
     sizes = vectors.square().mean(-1, keepdim=True).sqrt()
     vectors = torch.where(sizes > 0, vectors / sizes, vectors)
+    # The first row is no difference at all: what the head makes of it is taken off the others.
     vectors = torch.cat([torch.zeros_like(vectors[:1]), vectors]).to(model.device)
     logits = head.read(vectors.float()).double().cpu()
     return logits[1:] - logits[:1]

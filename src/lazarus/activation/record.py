@@ -57,6 +57,7 @@ def conclude(
         NoDataError: no layer has one finite pair of states.
     """
     found, pair, plan = Findings(seen, weights), seen.facts, seen.plan
+    # Of two widths no rows are measured, and CKA is all there is.
     if pair.same_width and not any(seen.sites[layer].means.n_rows.any() for layer in found.layers):
         raise NoDataError(_why_no_data(about.breaks.texts))
     layers = [_layer(found, layer) for layer in found.layers]
@@ -72,6 +73,7 @@ def conclude(
             created=now(),
             base=pair.base.info,
             finetuned=pair.finetuned.info,
+            # What was measured, not what was asked for.
             settings=msgspec.structs.replace(plan.settings, noise_floor=bool(seen.noise)),
             environment=about.environment or environment(),
             prompts=list(plan.prompts),
@@ -105,6 +107,7 @@ def _note_exclusions(seen: Accumulation, notes: Notes) -> None:
     left_out = [
         (site, tuple(np.flatnonzero(seen.sites[site].means.n_excluded).tolist())) for site in seen.facts.sites
     ]
+    # Neighbouring sites that lost the same prompts share a note.
     for prompts, places in groupby(left_out, key=lambda item: item[1]):
         sites = [site for site, _ in places]
         if prompts:

@@ -15,7 +15,7 @@ from lazarus.sites import StatePair
 from lazarus.tokens import TokenizedPrompt
 
 MOST_ROWS = 2048
-"""How many rows of repeated prompts are taken in at once, whole prompts at least."""
+"""The most rows of repeated prompts that are taken in at once; one prompt is never parted."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ class Repeats:
         first: dict[tuple[bytes, ...], int] = {}
         others: dict[int, list[int]] = {}
         for index, (ours, theirs) in enumerate(zip(base, finetuned, strict=True)):
+            # One reading for both models is looked up once.
             readings = (ours,) if ours is theirs else (ours, theirs)
+            # As bytes: a tuple of Python integers takes several times their memory.
             same = first.setdefault(tuple(array("q", p.ids).tobytes() for p in readings), index)
             if same != index:
                 others.setdefault(same, []).append(index)
@@ -66,7 +68,7 @@ class Repeats:
     def copies(
         self, prompts: Int[Tensor, " rows"]
     ) -> Iterator[tuple[Int[Tensor, " copies"], Int[Tensor, " copies"]]]:
-        """Yield which rows come again, and whose they are then; those of a prompt stay together."""
+        """Yield the rows that count again, and the prompts they count for; a prompt's rows stay together."""
         if not self.others:
             return
         places: dict[int, list[int]] = {}
@@ -76,6 +78,7 @@ class Repeats:
         rows, owners = list[int](), list[int]()
         for prompt, own in places.items():
             for other in self.others[prompt]:
+                # A prompt's rows are never parted: accumulators expect whole prompts.
                 if rows and len(rows) + len(own) > MOST_ROWS:
                     yield torch.tensor(rows), torch.tensor(owners)
                     rows, owners = [], []

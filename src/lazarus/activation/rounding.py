@@ -29,8 +29,8 @@ PART = 2**16
 
 Parts = tuple[Tensor, Tensor | None, Tensor | None]
 """
-a tensor without its adapters, and what they add to it, in float64; None where there is none. Of several, the
-sum of what each adds without its sign
+a tensor without its adapters; what they add to it, in float64, or None; and, of several adapters, the sum of
+the absolute values of what each adds
 """
 
 
@@ -62,8 +62,10 @@ def _test(stored: LoadedModel, exact: LoadedModel) -> Rounded | None:
         for name, read in found.items():
             (x, own, _), parts = read(), source[name]()
             w, update, _ = parts
+            # A quantised weight is a subclass of these, and its elements are not those of the weight.
             if own is not None or type(x) not in _TYPES or type(w) not in _TYPES or x.shape != w.shape:
                 return None
+            # Shared storage needs no look at its elements.
             if update is None and (x.data_ptr() == w.data_ptr() or torch.equal(x, w.to(x.device))):
                 continue
             # Of most fine-tunes the first part tells, and neither all weights nor a whole tensor are read.
@@ -85,8 +87,10 @@ def _test(stored: LoadedModel, exact: LoadedModel) -> Rounded | None:
 
 def _cannot_be(stored: Tensor, source: Parts, dtype: torch.dtype) -> bool:
     """Look for a part of a tensor that is not base + update, rounded to `dtype`; one is enough."""
+    # A buffer may keep a wider dtype, but a weight that was rounded holds nothing that 16 bits do not.
     is_weight = isinstance(stored, nn.Parameter) and stored.is_floating_point()
     columns = (repeat(None) if t is None else torch.split(t.flatten(), PART) for t in source)
+    # Not strict: `repeat(None)` has no end.
     for x, w, update, size in zip(torch.split(stored.flatten(), PART), *columns, strict=False):
         if is_weight and not _holds(dtype, x):
             return True
@@ -122,7 +126,7 @@ def _in_float64(
 
 
 def _effective(model: nn.Module) -> Iterator[tuple[str, Callable[[], Parts]]]:
-    """A model's tensors by their names without an adapter, each as it acts with the adapter."""
+    """Yield a model's tensors by the names that they have without an adapter, with what its adapters add."""
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}
     copied = {name: module for name, module in model.named_modules() if hasattr(module, "modules_to_save")}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -153,6 +157,7 @@ def _with_update(layer: nn.Module, attribute: str, tensor: Tensor) -> Parts:
 
     Of several, with the sum of their sizes: one may have been merged and rounded before the next.
     """
+    # A copy, because merging changes the layer in place, and base may share its weights.
     merged: Any = copy.deepcopy(layer).double()
 
     def held() -> Tensor:
@@ -162,6 +167,7 @@ def _with_update(layer: nn.Module, attribute: str, tensor: Tensor) -> Parts:
     first = before = held()
     size = torch.zeros_like(before)
     adapters = list(merged.active_adapters)
+    # One at a time: `size` is the sum of what each of them adds.
     for adapter in adapters:
         # PEFT refuses some, as a bias of LoRA's own; a lack of memory is no refusal, and passes.
         with warnings.catch_warnings(), Translated("merging an adapter", _refusal):

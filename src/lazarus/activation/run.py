@@ -108,15 +108,18 @@ def iter_state_pairs(
     Raises:
         LazarusError: as `activation_diff`; also while it is iterated.
     """
+    # `Rank()`: whoever iterates gets every pair, also in one process of several.
     given = _given((base, finetuned), prompts, tokenizer, Rank(), options)
     prepared = prepare(given, base, finetuned, _Silence())
 
     def pairs() -> Iterator[StatePair]:
         with given.running():
+            # `run` is bound below, before anyone can ask for the first pair.
             for pair in Job(prepared.pair, run, lambda _: None).run_all():
                 yield from run.repeats.spread(pair) if pair.trial is None else [pair]
 
     run = replace(prepared.run, noise_floor=with_noise and prepared.run.noise_floor)
+    # Without repeats: each prompt comes with rows of its own by now.
     return StatePairs(prepared.facts, replace(prepared.plan, repeats=None), pairs())
 
 
@@ -148,6 +151,7 @@ def _given(
     folder = _open_folder(chosen, rank)
     device = pick_device(chosen.device, rank)
     tokenizer = find_tokenizer(tokenizer, trust_remote_code=chosen.trust_remote_code)
+    # A model in memory has no files from which its blocks could be read.
     by_name = not any(isinstance(model, nn.Module) for model in models)
     return Given(chosen, found, template, tokenizer, folder, device, by_name)
 
@@ -156,10 +160,12 @@ def _compare(prepared: Prepared, watcher: Observer) -> ActivationDiff:
     """Run two models that are prepared, and conclude."""
     given, pair, reading = prepared.given, prepared.pair, prepared.reading
     layers = prepared.readout_layers
+    # Before anything runs: a folder of another run is refused here.
     _take_up(prepared)
     seen = Accumulation(prepared.facts, prepared.plan)
     job = Job(pair, prepared.run, watcher.advanced)
     on_shards = measure(job, given.folder, seen, watcher.running)
+    # Apart, because `breaks` is the error message where no state at all is finite.
     notes, breaks = Notes(prepared.notes), Notes()
     pair.note_common(notes)
     prepared.run.note(notes)

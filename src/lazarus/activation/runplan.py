@@ -43,7 +43,7 @@ class RunPlan:
 
     @cached_property
     def repeats(self) -> Repeats:
-        """The prompts that are the same for both models."""
+        """The prompts whose ids are those of an earlier prompt, for both models."""
         return Repeats.among(self.base_prompts, self.finetuned_prompts)
 
     def batches(self, pair: ModelPair) -> list[BatchPair]:
@@ -53,6 +53,7 @@ class RunPlan:
         batches = make_batches(distinct, self.batch_tokens, padding, self.pad_ids[0], self.n_prefix)
         if pair.align == "ids":
             return BatchPair.same(batches)
+        # All prompts of the other reading, because the batches name theirs by index.
         return BatchPair.of(batches, self.finetuned_prompts, self.pad_ids[1])
 
     def noise_batches(self, pair: ModelPair) -> list[TokenBatch]:

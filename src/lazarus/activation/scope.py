@@ -35,6 +35,7 @@ def find_scope(pair: ModelPair, reading: Reading, notes: Notes) -> Scope:
     with_head = pair.shares_vocabulary
     ours = find_coverage(pair.base, pair.base_conventions, with_head=with_head)
     theirs = ours
+    # One design, with one adapter or with none: the same tensors can be seen in both.
     if not pair.same_design or pair.base.adapter != pair.finetuned.adapter:
         theirs = find_coverage(pair.finetuned, pair.finetuned_conventions, with_head=with_head)
     base, finetuned = find_outside(pair.base, pair.finetuned, (ours.compared, theirs.compared))
@@ -58,6 +59,7 @@ def _match_rows(pair: ModelPair, reading: Reading, coverages: tuple[Coverage, Co
     if n_tokens[0] is None or n_tokens[1] is None:
         return None
     one, other = reading.tokenizers
+    # One tokenizer gives each id one token, so only the sizes of the two vocabularies may differ.
     ours, theirs = (None, None) if one is other else (one.get_vocab(), other.get_vocab())
     return match_outcomes(ours, theirs, (n_tokens[0], n_tokens[1]))
 

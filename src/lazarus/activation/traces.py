@@ -23,6 +23,7 @@ def trace_tokens(found: Findings, read: Read, *, choose: bool) -> list[TokenTrac
     With `choose`, of the `MOST_SHOWN` prompts among them that diverge most at any layer.
     """
     by_layer = [found.seen.sites[layer].traces.of_prompt for layer in found.layers]
+    # Every layer traces the same prompts.
     traced = sorted(by_layer[0])
     if choose:
         traced = _most_divergent(found, traced)
@@ -33,6 +34,7 @@ def trace_tokens(found: Findings, read: Read, *, choose: bool) -> list[TokenTrac
 
 
 def _most_divergent(found: Findings, prompts: Sequence[int]) -> list[int]:
+    # Below every divergence: a prompt without a value comes after all that have one.
     largest = np.nan_to_num(found.divergence, nan=-1.0).max(axis=1)
     ranked = sorted(prompts, key=lambda prompt: (-largest[prompt], prompt))
     return sorted(ranked[:MOST_SHOWN])

@@ -44,6 +44,7 @@ def activation_diff(
         from lazarus.options import check_token_prompts
         from lazarus.prompts import check_chats, parse_prompts
 
+        # Made to be checked, before torch is imported.
         Options(**options)
         output = (output or []) if leads() else []
         files = [value[1:] for value in prompts if value[:1] == "@" and value[:2] != "@@"]
@@ -65,6 +66,7 @@ def demo(output: a.Outputs = None, quiet: a.Quiet = False, debug: a.Debug = Fals
         check_outputs(output or [], "activation-diff", [])
         found = parse_prompts([f"@{PROMPTS}"])
         observer = _observer(quiet, debug, saves=bool(output))
+        # After `_observer`, which imports torch the fast way.
         from lazarus.models import parse_model
 
         base, finetuned = (

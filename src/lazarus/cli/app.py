@@ -41,6 +41,7 @@ def _root(
 def main() -> None:
     """The console script."""
     for stream in (sys.stdout, sys.stderr):
+        # A console that cannot encode a character gets its escape instead of an exception.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:

@@ -55,6 +55,7 @@ def takes(kind: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
         ]
         first = [found for found in own if found.kind is not found.KEYWORD_ONLY]
         last = own[len(first) :]
+        # typer reads a command's parameters from its signature.
         setattr(command, "__signature__", signature.replace(parameters=[*first, *added, *last]))  # noqa: B010
         return command
 

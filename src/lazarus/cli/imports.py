@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def heavy_imports() -> Iterator[None]:
-    """Import without collecting garbage: the million objects that come are none.
+    """Import without collecting garbage: none of the million objects that come is garbage.
 
     They are not looked through later either, nor is what is left when the process ends.
     """

@@ -38,6 +38,7 @@ def compare(
         from lazarus.prompts import check_chats, parse_prompts
         from lazarus.render.lens import text
 
+        # Made to be checked, before torch is imported.
         CompareOptions(**options)
         files = [value[1:] for value in prompt if value[:1] == "@" and value[:2] != "@@"]
         output = (output or []) if leads() else []

@@ -23,7 +23,7 @@ _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 @contextmanager
 def reported(debug: bool) -> Iterator[None]:
-    """Every error that is meant becomes one message on standard error and its exit code."""
+    """Turn each error that is meant into one message on standard error, and its exit code."""
     if debug:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr)
         sys.excepthook = sys.__excepthook__
@@ -41,6 +41,7 @@ def reported(debug: bool) -> Iterator[None]:
         if error.errno not in _DISK_FAULTS:
             raise
         what = error.filename or "a file"
+        # typer prints for us, so a fault that it raises is one of standard output.
         if raised_in(error) == "typer":
             what, advice = "standard output", "Make room, or send it elsewhere."
         else:
@@ -49,6 +50,7 @@ def reported(debug: bool) -> Iterator[None]:
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         typer.echo("Interrupted.", err=True)
+        # 128 and the number of SIGINT, as shells have it.
         raise typer.Exit(130) from error
 
 

@@ -35,6 +35,7 @@ def weight_diff(
     with reported(debug):
         from lazarus.render.weights import text
 
+        # Made to be checked, before torch is imported.
         WeightOptions(**options)
         output = (output or []) if leads() else []
         check_outputs(output, "weight-diff", [base, finetuned])

@@ -3,7 +3,7 @@
 positions.py   which rows of a batch are compared
 recorder.py    the states at every site of one model's forward pass
 finite.py      where a model's states stop being finite, and why
-head.py        a model's own head on a few rows
+head.py        a model's own LM head on a few rows
 local.py       the fine-tuned model's blocks on base's states: what each block itself changes
 probe.py       one short pass that learns how a model's blocks behave, and checks it
 coverage.py    the tensors that a comparison can see

@@ -2,7 +2,7 @@
 
 Blocks write into some of their arguments: into mappings that they share, and into the KV cache. So it is not
 enough to hold an argument and to look at it later. Its contents are taken down when the block is called, and
-what the block writes is known when it returns: a pass that does without the block is given that.
+what the block has written when it returns. A pass that does without the block is given what it wrote.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _CONSTANT = (
 
 _Layer = tuple[type, Mapping[str, Any]]
 Written = list[dict[Any, Any]]
-"""What a block wrote into each of the arguments that can be written into: entries, or layers of a cache."""
+"""The items that a block wrote into each argument that can be written into: entries, or layers of a cache."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class _Held:
 
 @dataclass(frozen=True)
 class _Composed:
-    """A value made of others, by their names or numbers."""
+    """A value made of others: its parts, by their names or indices."""
 
     kind: type
     parts: Mapping[Any, Any]
@@ -76,7 +76,7 @@ class Arguments:
 
     @classmethod
     def of(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Arguments:
-        """RowSelection down what a block is being called with."""
+        """Take down what a block is being called with."""
         return cls(tuple(map(_taken_down, args)), {name: _taken_down(v) for name, v in kwargs.items()})
 
     def without_states(self) -> Arguments:
@@ -88,6 +88,7 @@ class Arguments:
 
         Of a KV cache the first `n_layers` are compared: these blocks read nothing of later ones.
         """
+        # By place or by name: a value given the other way is not known to be the same argument.
         ours, theirs = ({**dict(enumerate(each.args)), **each.kwargs} for each in (self, other))
         return ours.keys() == theirs.keys() and all(
             _same(ours[name], theirs[name], equality, n_layers) for name in ours
@@ -131,11 +132,12 @@ def _is_still(then: Any, now: Any) -> bool:
     """Return whether an entry, or each part of a layer of a cache, is the very object that it was."""
     if isinstance(then, dict) and isinstance(now, dict):
         return then.keys() == now.keys() and all(then[name] is now[name] for name in now)
+    # By identity: a cache layer extends its keys and values by concatenation, which makes new tensors.
     return then is now
 
 
 def _taken_down(value: Any) -> Any:
-    """An argument as it is now, whatever is written into it later."""
+    """Return an argument as it is now, whatever is written into it later."""
     if isinstance(value, Tensor):
         # An inference tensor does not count how often it is written to.
         return _Unknown() if value.is_inference() else _Held(value, value._version)
@@ -150,12 +152,14 @@ def _taken_down(value: Any) -> Any:
 
 
 def _parts(value: Any) -> Mapping[Any, Any] | None:
-    """The parts of an argument by their names or numbers; None where it may have others."""
+    """Return the parts of an argument by their names or indices; None where it may have others."""
+    # Flex attention's mask is neither a mapping nor a dataclass, but it can list what it is made of.
     if isinstance(value, BlockMask):
         return dict(enumerate(value.as_tuple()))
     if isinstance(value, list | tuple):
         return dict(enumerate(value))
     if isinstance(value, Mapping):
+        # A `UserDict` keeps its entries in `data`, and `value` gives these already; it may hold more besides.
         beside = {("beside", n): v for n, v in getattr(value, "__dict__", {}).items() if n != "data"}
         return {**value, **beside}
     if dataclasses.is_dataclass(value):
@@ -168,15 +172,18 @@ def _same(one: Any, other: Any, equality: Equality, n_layers: int | None) -> boo
         return False
     if isinstance(one, _Held):
         unchanged = one.is_as_it_was and other.is_as_it_was
+        # Bits are compared across devices, but the kernels of another device may round otherwise.
         same_place = one.tensor.device == other.tensor.device
         return unchanged and same_place and equality.same(one.tensor, other.tensor) is True
     if isinstance(one, _Cache):
+        # A layer that one cache alone has is paired with None, and nothing equals that.
         pairs = zip_longest(one.layers[:n_layers], other.layers[:n_layers])
         return all(ours and theirs and _same_layer(ours, theirs, equality) for ours, theirs in pairs)
     if isinstance(one, _Composed):
         ours, theirs = one.parts, other.parts
         alike = one.kind is other.kind and ours.keys() == theirs.keys()
         return alike and all(_same(ours[n], theirs[n], equality, n_layers) for n in ours)
+    # None means not known, and may not count as equal: a block that is replayed must be the same.
     return equality.same(one, other) is True
 
 

@@ -38,6 +38,8 @@ def find_coverage(model: LoadedModel, conventions: Conventions, *, with_head: bo
     if with_head and conventions.head_reads is not None:
         n_logits, ran = _run_head(Head(model, conventions.head_reads), model)
         seen |= ran
+    # Without `keep_vars` every entry is detached, a new object, and tied tensors could not be told by `id`.
+    # A tied tensor is seen under all of its names, whichever of its modules ran.
     tensors = model.model.state_dict(keep_vars=True)
     modules = {n for n, m in model.model.named_modules(remove_duplicate=False) if m in seen}
     found = {id(tensor) for name, tensor in tensors.items() if name.rpartition(".")[0] in modules}
@@ -46,7 +48,7 @@ def find_coverage(model: LoadedModel, conventions: Conventions, *, with_head: bo
 
 
 def _run_head(head: Head, model: LoadedModel) -> tuple[int, set[nn.Module]]:
-    """The number of logits of a row, and the modules outside the stack that ran for them."""
+    """Return the number of logits of a row, and the modules outside the stack that ran for them."""
     inside, ran = set(model.anatomy.stack.modules()), set[nn.Module]()
 
     def note(module: nn.Module, _args: Any) -> None:
@@ -54,6 +56,7 @@ def _run_head(head: Head, model: LoadedModel) -> tuple[int, set[nn.Module]]:
 
     handles = [m.register_forward_pre_hook(note) for m in model.model.modules() if m not in inside]
     try:
+        # Zeros serve: all that matters is which modules run, and how many logits come out.
         states = torch.zeros(1, model.anatomy.hidden_size, dtype=model.model.dtype, device=model.device)
         n_logits = head.logits(states).shape[-1]
     finally:

@@ -126,6 +126,7 @@ def find_break(
     input_ids = torch.tensor([list(ids)])
     try:
         with ExitStack() as stack:
+            # A block that stands in the list several times is hooked once.
             for block in dict.fromkeys(model.anatomy.blocks):
                 stack.callback(block.register_forward_hook(take, with_kwargs=True).remove)
             seen = Recorder(model).run(
@@ -172,6 +173,7 @@ def _told_of_weights(model: LoadedModel, names: Sequence[str]) -> str:
     infinite = dict(model.model.named_parameters())
     stored, run = model.stored_dtype, model.run_dtype
     narrowed = run == "float16" and stored is not None and stored.lower() not in ("float16", "f16")
+    # Narrowing makes infinity of a finite element, never NaN: a NaN was in the checkpoint before.
     if narrowed and not any(bool(infinite[name].isnan().any()) for name in names if name in infinite):
         return (
             f"{model.name}: {len(names)} weights overflow float16, first {names[0]}, and are stored in "
@@ -217,8 +219,10 @@ def _explained(model: LoadedModel, broken: Break, call: _Call | None) -> Break:
     stack, blocks = model.anatomy.stack, model.anatomy.blocks
     if call is None:
         inside = {id(p) for block in blocks for p in block.parameters()}
+        # What breaks before or after the blocks is a fault of weights outside them.
         own = stack if broken.site in ("embedding", "final_norm") else model.model
         outside = [m for m in own.modules() if all(id(p) not in inside for p in m.parameters())]
+        # All broken tensors are named, but only where one of them stands at the place of the break.
         weights = broken_weights(model) if broken_weights(model, outside) else []
         return replace(broken, weights=tuple(weights))
     with _in_memory(model, call.block):
@@ -246,6 +250,7 @@ def _in_wider(model: LoadedModel, call: _Call) -> Literal["finite", "not finite"
     """Return what a block makes of the same arguments in a wider dtype, all by itself."""
     dtype = first_tensor(call.output).dtype
     wider, entered = _WIDER.get(dtype), next(iter(call.args), None)
+    # Quantised weights are integers or subclasses of `Parameter`: a cast gives no wider computation of them.
     is_plain = all(type(p) is nn.Parameter and p.is_floating_point() for p in call.block.parameters())
     if wider is None or not is_plain or (isinstance(entered, Tensor) and not _is_finite(entered)):
         return "unknown"
@@ -253,6 +258,7 @@ def _in_wider(model: LoadedModel, call: _Call) -> Literal["finite", "not finite"
     def cast(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.to(wider) if value.is_floating_point() else value
+        # Mappings are copied: the block writes into them, and they belong to the call that is looked into.
         return type(value)(map(cast, value)) if type(value) in (tuple, list) else copy.copy(value)
 
     try:

@@ -1,6 +1,6 @@
-"""A model's own head on a few rows: whatever it does between the last block and the logits.
+"""A model's own LM head on a few rows: whatever it does between the last block and the logits.
 
-No list of families: the head is run by the model's own code. To get logits out of states after the final
+No list of families: the LM head is run by the model's own code. To get logits out of states after the final
 norm, the stack is made to return them; to read states before it, the last block is.
 """
 
@@ -22,11 +22,11 @@ from lazarus.errors import UnsupportedModelError
 from lazarus.models import LoadedModel
 
 MOST_LOGITS = 2**24
-"""How many logits are held at once."""
+"""The number of logits that are held at once, at most."""
 
 
 class Head:
-    """The head of one model, on rows [rows, hidden] of one sequence."""
+    """The LM head of one model, on rows [rows, hidden] of one sequence."""
 
     def __init__(self, model: LoadedModel, output_class: type[ModelOutput]) -> None:
         self._loaded = model
@@ -38,17 +38,18 @@ class Head:
 
     def logits(self, states: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocabulary"]:
         """Next-token logits from states after the final norm."""
+        # An output class with required fields of its own fails here: a model whose head cannot be run alone.
         with calling(self._loaded, (1, len(states))):
             given = self._output_class(last_hidden_state=states[None])
         with _returning(self.stack, given):
             return self._run(len(states), states.device)
 
     def read(self, states: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocabulary"]:
-        """Next-token logits from states of the residual stream: through the final norm, and then the head."""
+        """Next-token logits from states of the residual stream: through the final norm and the LM head."""
         return self.read_sequence(states[None], 1)
 
     def read_sequence(self, states: Tensor, time_axis: int) -> Float[Tensor, "rows vocabulary"]:
-        """The same from states as the last block returns them, of one sequence, with axes of their own.
+        """Return the same for the states of one sequence, in the axes in which the last block returns them.
 
         Each place along `time_axis` is a row: all that comes after the last block treats it by itself.
         """
@@ -62,6 +63,7 @@ class Head:
             DeviceError: the device lacks an operator.
             UnsupportedModelError: the head wants more than states.
         """
+        # Any ids do: their hidden states are replaced on the way.
         ids = torch.zeros(1, n_rows, dtype=torch.long, device=device)
         with torch.no_grad(), calling(self._loaded, ids.shape):
             output = self.model(input_ids=ids, **accepted(self.model))
@@ -71,7 +73,7 @@ class Head:
 
 @dataclass
 class WholePass:
-    """One pass of a model with its head: what it showed of the stack, what the head got, and the logits."""
+    """One pass of a model with its LM head: a recording of the stack, what the head got, and the logits."""
 
     recording: Recording
     stack_output: Any = None
@@ -86,16 +88,18 @@ class WholePass:
 def run_with_head(
     recorder: Recorder, input_ids: Int[Tensor, "batch time"], mask: Int[Tensor, "batch time"]
 ) -> WholePass | None:
-    """Run a model with its head; None where it has none, or one that wants more than token ids.
+    """Run a model with its LM head; None where it has none, or one that wants more than token ids.
 
     Raises:
         DeviceError: the device lacks an operator.
     """
     model = recorder.model.model
+    # A bare stack has no head; an encoder-decoder wants decoder tokens besides.
     if recorder.stack is model or model.get_output_embeddings() is None or model.config.is_encoder_decoder:
         return None
 
     def at_stack(_module: nn.Module, _args: Any, output: Any) -> None:
+        # `whole` is bound below, before the model runs and this hook with it.
         whole.stack_output = output
         whole.recording.final = getattr(output, "last_hidden_state", None)
 
@@ -126,7 +130,7 @@ class HeadCheck:
 
 
 def head_alone(recorder: Recorder, batch: tuple[Tensor, Tensor], whole: WholePass) -> HeadCheck:
-    """Check that the head by itself gives the logits of the whole model, from states after the final norm.
+    """Check that the LM head by itself gives the logits of the whole model, from states after the final norm.
 
     Where not one logit of the whole model is finite, that says nothing of the head: it is checked on random
     states, which take the place of the model's own.
@@ -136,6 +140,7 @@ def head_alone(recorder: Recorder, batch: tuple[Tensor, Tensor], whole: WholePas
         same = _same_alone(head, whole)
         if same is None:
             states = _random(whole.stack_output.last_hidden_state)
+            # Its hook stands before that of `run_with_head`, which therefore sees the random states.
             with _stack_replaced(recorder.stack, states):
                 replaced = run_with_head(recorder, *batch)
             same = None if replaced is None else _same_alone(head, replaced)
@@ -148,9 +153,9 @@ def head_alone(recorder: Recorder, batch: tuple[Tensor, Tensor], whole: WholePas
 
 
 def reads_blocks(recorder: Recorder, batch: tuple[Tensor, Tensor], whole: WholePass) -> bool | None:
-    """Check that the head gives the whole model's logits from what leaves the last block, through the norm.
+    """Check that the LM head gives the whole model's logits from the last block's output, through the norm.
 
-    None where that cannot be seen, because no logit is finite, on random states neither.
+    None where that cannot be seen: no logit is finite, not even on random states.
     """
     head = Head(recorder.model, whole.head_reads)
     try:
@@ -182,6 +187,7 @@ def _same_from_block(head: Head, whole: WholePass, states: Tensor) -> bool | Non
 
 def _random(like: Tensor) -> Tensor:
     """Random states of the usual size, the same ones each time."""
+    # Drawn on the CPU: the same states on every device.
     generator = torch.Generator().manual_seed(0)
     return torch.randn(like.shape, generator=generator).to(like)
 
@@ -191,9 +197,10 @@ def _alike(logits: Tensor, expected: Tensor) -> bool | None:
 
 
 def alike(logits: Tensor, expected: Tensor, eps: float) -> bool | None:
-    """Return whether logits are equal but for rounding to `eps`, on the scale of the largest: some are tiny.
+    """Return whether logits differ from the expected ones by rounding to `eps` at most.
 
-    Those that ought not to be finite say nothing; None where not one says anything.
+    The limit is relative to the largest logit, because some are tiny. Only the logits that are expected to be
+    finite are compared; None where there are none.
     """
     told = expected.isfinite()
     if not told.any():
@@ -207,6 +214,7 @@ def _block_returning(block: nn.Module, states: Tensor) -> Iterator[None]:
     """The block returns these hidden states, beside whatever else it returns, while the context lasts."""
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        # The block has run on states of no interest, for whatever it returns beside its hidden states.
         return Returned.of(output).whole(states.to(first_tensor(output)))
 
     handle = block.register_forward_hook(hook)

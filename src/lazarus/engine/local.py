@@ -45,6 +45,7 @@ def beside(
                 taken.append(take(first_tensor(output)))
                 return
             where = f"{option('localize')}: block {index} of {finetuned.name}"
+            # Base's block has run and written into a shared mapping; what this one writes stays out of it.
             copies = [_copied(a) for a in args], {name: _copied(value) for name, value in kwargs.items()}
             with Translated(where, partial(tell, where)):
                 returned = block(*copies[0], **copies[1])
@@ -52,6 +53,7 @@ def beside(
 
         return hook
 
+    # As many blocks in both: `check_shapes` has refused any other pair.
     pairs = zip(base.anatomy.blocks, finetuned.anatomy.blocks, strict=True)
     handles = [
         block.register_forward_hook(hook_for(index, other), with_kwargs=True)
@@ -66,8 +68,9 @@ def beside(
 
 
 def _copied(argument: Any) -> Any:
-    """A block may write what it shares with later blocks into a mapping: into base's only base's blocks do.
+    """Return a copy of a mapping; any other argument as it is.
 
-    It need be no dict: Gemma 3n and 4 share keys and values in a `UserDict`.
+    A block may write into a mapping what later blocks read, and only base's blocks may write into base's. It
+    need not be a dict: Gemma 3n and 4 share keys and values in a `UserDict`.
     """
     return copy(argument) if isinstance(argument, MutableMapping) else argument

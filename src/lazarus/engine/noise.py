@@ -53,10 +53,11 @@ class NoisePlan:
         return -(-FEWEST_ROWS // self.n_prompts)
 
     def recomposed(self, batch: TokenBatch, context: int | None) -> list[list[TokenBatch]]:
-        """The same prompts in the same order, in batches that base has not run: each item is run at once.
+        """Return the same prompts in the same order, in batches that base has not run: an item is run as one.
 
-        Many prompts of a sample run twice in one batch, which is fuller than two; all prompts of a run in two
-        halves, and again with more padding; few ones several times, without and with more padding.
+        A sample of many prompts runs twice in one batch, which is fuller than base's. Few prompts run several
+        times in a batch, without and with more padding. Other batches run in two halves, and again with more
+        padding.
         """
         n_copies = self.copies(batch)
         extra_padding = self._extra_padding(batch, context)
@@ -95,7 +96,7 @@ class Sample:
         self._rows: dict[tuple[Site, int], Tensor] = {}
 
     def take(self, site: Site, prompts: Int[Tensor, " rows"], rows: Float[Tensor, "rows width"]) -> None:
-        """Keep those rows of a batch of the run that are of these prompts; for the logits, what is read."""
+        """Keep these prompts' rows of a batch of the run; for the logits, those that the head reads."""
         for prompt in self._wanted.intersection(prompts.tolist()):
             own = torch.nonzero(prompts == prompt).flatten()
             self._rows[site, prompt] = rows[own.to(rows.device)]
@@ -127,7 +128,7 @@ class Noise:
         self._generator = torch.Generator().manual_seed(plan.seed)
 
     def take(self, states: States) -> None:
-        """RowSelection what base made of a batch of the run."""
+        """Take what base made of a batch of the run."""
         # zip stops at the last site of the pair: a final norm that base alone has is none.
         for site, rows in zip(self.pair.sites, states.sites, strict=False):
             self.sample.take(site, states.prompts, rows)
@@ -158,7 +159,9 @@ class Noise:
 
     def _moved(self, batch: TokenBatch, parts: Sequence[TokenBatch]) -> States:
         """Run the parts of a batch, one after the other, on a first block's input that is moved."""
+        # A runner of its own: it keeps the moved prefix, which neither the run nor another trial may use.
         block, runner = self.pair.base.anatomy.blocks[0], self._runner()
+        # One nudge lasts one pass, and the prefix is a pass of its own.
         with nudged(block, self._generator):
             runner.begin(batch, self.plan.position)
         found = []
@@ -178,7 +181,7 @@ def n_copies(parts: Sequence[TokenBatch], batch: TokenBatch) -> int:
 
 @contextmanager
 def nudged(block: nn.Module, generator: torch.Generator) -> Iterator[None]:
-    """Move every number that first enters a block by one unit in the last place, up or down at random."""
+    """Move every element that first enters a block by one unit in the last place, up or down at random."""
 
     def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         handle.remove()  # a block that runs again in the same pass gets what it got
@@ -192,11 +195,12 @@ def nudged(block: nn.Module, generator: torch.Generator) -> Iterator[None]:
 
 
 def one_ulp_away(states: Tensor, generator: torch.Generator) -> Tensor:
-    """Each number's next larger or next smaller neighbour in magnitude; 0, ∞ and NaN stay.
+    """Return each element's next larger or next smaller neighbour in magnitude; 0, ∞ and NaN stay.
 
-    Neighbouring floating-point numbers of one sign are neighbouring integers, read bit by bit.
+    The bits of neighbouring floating-point numbers of one sign, read as integers, are neighbours too.
     """
     integers = _INTEGERS[states.element_size()]
+    # Drawn on the CPU: the same signs on every device.
     signs = torch.randint(0, 2, states.shape, generator=generator, dtype=integers) * 2 - 1
     moved = (states.contiguous().view(integers) + signs.to(states.device)).view(states.dtype)
     return torch.where((states != 0) & states.isfinite(), moved, states)

@@ -146,7 +146,9 @@ def learn_pair(
         unknown = (False,) * len(base.anatomy.blocks)
         return replace(pair, streams=_streams(pair, ids, pad_ids), same_blocks=unknown)
     same = shared_blocks(base, finetuned)
+    # Later blocks may be the same again, but what enters them is not.
     n_common = same.index(False) if False in same else len(same)
+    # With a tokenizer each, what enters the first block may differ already.
     if align == "text" or (n_common and not passes_go_on(base, ids[0], pad_ids[0], [n_common])):
         n_common = 0
     return replace(pair, same_blocks=tuple(same), n_common=n_common)
@@ -155,6 +157,7 @@ def learn_pair(
 def _streams(pair: ModelPair, ids: tuple[Sequence[int], Sequence[int]], pad_ids: tuple[int, int]) -> bool:
     """Return whether a pass of each model goes on after any number of its blocks without them."""
     models = ((pair.base, pair.base_conventions), (pair.finetuned, pair.finetuned_conventions))
+    # One class and one configuration: what base's code can do, the other's can.
     n_models = 1 if pair.same_design else 2
     return all(
         passes_go_on(model, ids[i], pad_ids[i], range(conventions.n_layers))

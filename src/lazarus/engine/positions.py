@@ -64,12 +64,15 @@ class RowPicker:
         n_prefix = len(batch.prefix)
         whole = [compared_tokens(position, n_prefix + length) for length in batch.lengths]
         spans = [range(max(0, span.start - n_prefix), max(0, span.stop - n_prefix)) for span in whole]
+        # One prompt speaks for all: their compared tokens differ only after the prefix.
         in_prefix = range(min(whole[0].start, n_prefix), min(whole[0].stop, n_prefix))
         sizes = torch.tensor([len(span) for span in spans])
         rows = torch.repeat_interleave(torch.arange(len(spans)), sizes)
+        # The dtype is for an empty list, as of a token in the prefix: an index cannot be of floats.
         tokens = torch.tensor([token for span in spans for token in span], dtype=torch.long)
         average = position == "mean"
         owners = torch.tensor(batch.prompts)
+        # A row of the prefix counts for every prompt, so it comes once for each.
         prompts = owners if average else owners.repeat_interleave(sizes + len(in_prefix))
         n_own = tuple(len(span) for span in spans)
         return cls(rows, tokens, prompts, average, batch.padded_length, in_prefix, n_own)
@@ -81,7 +84,7 @@ class RowPicker:
         return RowPicker(rows, tokens, rows[:1] if self.average else rows, self.average, n_tokens)
 
     def pick(self, states: Float[Tensor, "batch time hidden"]) -> Float[Tensor, "out hidden"]:
-        """The compared rows; padding is never read, not even multiplied by zero.
+        """Return the compared rows; padding is never read, not even multiplied by zero.
 
         Raises:
             UnsupportedModelError: the states do not have one place for each token of the batch.
@@ -92,6 +95,7 @@ class RowPicker:
                 "architecture adds positions of its own, so tokens cannot be matched. Shorter prompts "
                 "may not need them."
             )
+        # Indexing copies, so the block's whole output is freed while the pass goes on; a slice would hold it.
         picked = states[self.rows.to(states.device), self.tokens.to(states.device)]
         if not self.average:
             return picked
@@ -103,11 +107,12 @@ class RowPicker:
     def whole(
         self, picked: Float[Tensor, "own hidden"], in_prefix: Float[Tensor, "before hidden"]
     ) -> Float[Tensor, "out hidden"]:
-        """The picked rows, with the compared rows of the prefix, or their mean, before each prompt's own."""
+        """Return the picked rows, with those of the prefix, or their mean, before each prompt's own."""
         n_before = len(self.in_prefix)
         if not n_before:
             return picked
         if self.average:
+            # Both are means, so each weighs as many tokens as it is of.
             n_own = torch.tensor(self.n_own, device=picked.device)[:, None]
             return (in_prefix * n_before + picked * n_own) / (n_before + n_own)
         own_rows = torch.split(picked, list(self.n_own))

@@ -31,7 +31,7 @@ from lazarus.tokens import TokenizedPrompt
 FEWEST_TOKENS = 16
 """A shorter prefix hardly costs more than what goes on around a batch."""
 SMALLEST_SAVING = 0.25
-"""The part of all tokens that must be saved, the check paid: numbers change by rounding, and not for less."""
+"""The share of all tokens that must be saved, net of the check: less is not worth another rounding."""
 CHECKED_PROMPTS = 4
 
 
@@ -65,6 +65,7 @@ def share_prefix(pair: ModelPair, prompts: Sequence[TokenizedPrompt], plan: Pref
     n_tokens = common_prefix(prompts, -position if isinstance(position, int) and position < 0 else 1)
     if n_tokens < FEWEST_TOKENS:
         return 0
+    # Prompts of the same ids run once in any case: they save nothing.
     distinct = list({tuple(prompt.ids): prompt for prompt in prompts}.values())
     checked = _pick_checked(distinct)
     if not _pays(distinct, checked, n_tokens):
@@ -90,6 +91,7 @@ def _pick_checked(prompts: Sequence[TokenizedPrompt]) -> list[TokenizedPrompt]:
 def _pays(prompts: Sequence[TokenizedPrompt], checked: Sequence[TokenizedPrompt], n_tokens: int) -> bool:
     """Return whether so many fewer tokens run, when what the check runs is counted as well."""
     saved = (len(prompts) - 1) * n_tokens
+    # Each checked prompt runs whole, and again without the prefix, which runs once.
     spent = n_tokens + sum(2 * len(prompt.ids) - n_tokens for prompt in checked)
     return saved - spent >= SMALLEST_SAVING * sum(len(prompt.ids) for prompt in prompts)
 
@@ -114,6 +116,7 @@ def _difference(
 ) -> str | None:
     """Return what is not the same when these prompts go on from the prefix's cache; None if nothing is."""
     whole = make_batches(checked, plan.batch_tokens, "right", plan.pad_id)
+    # Two generators, run in step: one batch's rows of each are held at a time.
     expected = _states(pair, BatchPair.same(whole), plan.position)
     try:
         found = _going_on(pair, BatchPair.same([batch.after(n_tokens) for batch in whole]), plan.position)

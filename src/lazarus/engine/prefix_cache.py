@@ -33,6 +33,7 @@ class PrefixCache:
 
         No positions are among it: the model counts on from its cache, in whichever way it counts.
         """
+        # The mask covers the cached tokens too: attention looks at both.
         before = attention_mask.new_ones(len(attention_mask), self.n_tokens)
         return {
             "attention_mask": torch.cat([before, attention_mask], dim=1),
@@ -43,6 +44,7 @@ class PrefixCache:
 
 def holds_keys_and_values(cache: Any) -> bool:
     """Return whether a cache is keys and values of attention, and nothing else."""
+    # Exact types: a subclass may hold more, or write in place.
     return type(cache) is DynamicCache and all(
         type(layer) in (*kv_layers(), *idle_layers()) for layer in cache.layers
     )
@@ -50,10 +52,12 @@ def holds_keys_and_values(cache: Any) -> bool:
 
 def widened(cache: DynamicCache, n_rows: int) -> DynamicCache:
     """A copy of the cache of one row, for so many rows; what extends the copy leaves the cache as it is."""
+    # Shallow: an update binds new tensors to the copied layer, and the original layer keeps its own.
     wide = copy(cache)
     wide.layers = [copy(layer) for layer in cache.layers]
     for layer in wide.layers:
         if type(layer) in kv_layers() and layer.is_initialized:
+            # `expand` is a view: the rows share one row's memory until the batch's own keys are joined to it.
             layer.keys = layer.keys.expand(n_rows, *layer.keys.shape[1:])
             layer.values = layer.values.expand(n_rows, *layer.values.shape[1:])
     return wide

@@ -34,11 +34,12 @@ from lazarus.metrics import to_float64
 from lazarus.models import LoadedModel
 from lazarus.notes import Note, Notes
 
+# ROWS and LENGTH tell the axes of a block's states apart, so they are sizes that few other axes have.
 LENGTH = 7
 SHORT = 4
 ROWS = 3
 TEXTS = 4
-"""How many runs of seven of the prompts' tokens are tried at most, where no state is finite."""
+"""The number of texts of seven tokens that are tried at most, where no state is finite."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Conventions:
     """the batching under which a prompt's states do not depend on its neighbours"""
     has_final_norm: bool
     head_reads: type[ModelOutput] | None
-    """what the stack hands to a causal model's head; None where the head cannot be run by itself"""
+    """what the stack hands to a causal model's LM head; None where the head cannot be run by itself"""
     why_no_head: str = NO_HEAD
     """why it cannot be"""
     padding_is_known: bool = True
@@ -83,6 +84,7 @@ def learn(model: LoadedModel, ids: Sequence[int], pad_id: int) -> Conventions:
         if probe.causal is not None:
             break
     else:
+        # No text gave a finite state.
         broken = find_break(model, ids[:LENGTH], probe.axes[1])
         raise NoDataError(
             f"{model.name}: not one of its hidden states is finite, so there is nothing to compare. "
@@ -114,7 +116,7 @@ class _Probe:
     batch: tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]
     """its token ids and their mask"""
     whole: WholePass | None
-    """the pass with the head, where there is one"""
+    """the pass with the LM head, where there is one"""
     seen: Recording
     axes: tuple[int, int]
     blocks: list[Tensor]
@@ -126,11 +128,13 @@ class _Probe:
 def _run_probe(recorder: Recorder, batch: tuple[Tensor, Tensor]) -> _Probe:
     model = recorder.model
     whole = run_with_head(recorder, *batch)
+    # A run calls the stack by itself: only where the head sits right on it is this pass the same.
     is_plain = whole is not None and model.anatomy.stack is model.model.base_model
     seen = whole.recording if whole is not None and is_plain else _whole(recorder, *batch)
     _check_calls(model, seen)
     axes = _find_axes(model, seen)
     blocks = [_arranged(states, axes) for states in seen.blocks]
+    # The two rows differ in their last token alone: earlier states move only if a block looks ahead.
     told = [_alike(b[0, :-1], b[1, :-1], _same_pass_limit(b)) for b in blocks]
     causal = None if set(told) == {None} else False not in told
     return _Probe(batch, whole, seen, axes, blocks, causal)
@@ -146,7 +150,7 @@ def _texts(model: LoadedModel, ids: Sequence[int]) -> Iterator[Sequence[int]]:
 
 
 def head_reads_blocks(model: LoadedModel, ids: Sequence[int], pad_id: int) -> bool | None:
-    """Return whether the head of this causal model can be run on what leaves a block, through the final norm.
+    """Return whether this causal model's LM head can be run on what leaves a block, through the final norm.
 
     None where that is not known, because its logits are not finite.
     """
@@ -235,7 +239,7 @@ def _finite(states: Tensor) -> Tensor:
 def _has_final_norm(last: Tensor, final: Tensor) -> bool:
     """Return whether something is done to what leaves the last block.
 
-    Where none is finite, by where they are.
+    Where no element is finite, their place in memory tells: left alone, it is one tensor.
     """
     if last.shape != final.shape or last.dtype != final.dtype:
         return True
@@ -244,12 +248,12 @@ def _has_final_norm(last: Tensor, final: Tensor) -> bool:
 
 
 def _same_pass_limit(states: Tensor) -> float:
-    """Between rows of one pass: the kernels are the same, and so is nearly every bit."""
+    """Return the limit between rows of one pass: the kernels are the same, and so is nearly every bit."""
     return max(1e-4, 4 * torch.finfo(states.dtype).eps)
 
 
 def _other_pass_limit(states: Tensor) -> float:
-    """Between two passes of other shapes: far above the noise of other kernels, far below a fault."""
+    """Return the limit between passes of two shapes: far above what other kernels do, far below a fault."""
     return max(1e-3, 32 * torch.finfo(states.dtype).eps)
 
 
@@ -263,9 +267,11 @@ def _find_padding(recorder: Recorder, probe: _Probe) -> Padding | None:
     alone = _beginning(recorder, input_ids[2:, :SHORT], mask[2:, :SHORT], last)
     single = [_arranged(states, probe.axes)[0] for states in alone]
     limit = _other_pass_limit(probe.blocks[0])
+    # `_beginning` ends with `last`, so it may have seen fewer blocks than the probe.
     right = _kept([b[2, :SHORT] for b in probe.blocks[: len(single)]], single, limit)
     if right:
         return "right"
+    # Is it the padding, or any company at all? Now with another prompt of the same length.
     pair = _beginning(recorder, input_ids[[0, 2], :SHORT], mask[[0, 2], :SHORT], last)
     together = _kept([_arranged(states, probe.axes)[1] for states in pair], single, limit)
     if right is None and not together:
@@ -274,11 +280,9 @@ def _find_padding(recorder: Recorder, probe: _Probe) -> Padding | None:
 
 
 def _kept(batched: Sequence[Tensor], alone: Sequence[Tensor], limit: float) -> bool | None:
-    """Return whether the states in a batch are those alone, at every block.
+    """Return whether the states in a batch are those alone, at every block; None where a block says nothing.
 
-    None where some block says nothing.
-
-    A row that is finite alone and not in the batch is another.
+    A row that is finite alone and not in the batch counts as another.
     """
     told = [_alike(b, a, limit) for b, a in zip(batched, alone, strict=True)]
     lost = any(bool((_finite(a) & ~_finite(b)).any()) for b, a in zip(batched, alone, strict=True))
@@ -288,6 +292,7 @@ def _kept(batched: Sequence[Tensor], alone: Sequence[Tensor], limit: float) -> b
 def _beginning(recorder: Recorder, input_ids: Tensor, mask: Tensor, last: nn.Module) -> list[Tensor]:
     """The states after each block of a pass that ends with `last`."""
     calls: list[Call] = []
+    # Hooks run in the order in which they were put on: the last block is recorded, then the pass ends.
     with recording(recorder.model.anatomy.blocks, calls.append), stopping_after(last):
         _whole(recorder, input_ids, mask)
     return [first_tensor(call.output) for call in calls]

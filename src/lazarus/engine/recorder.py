@@ -21,7 +21,7 @@ from lazarus.models import LoadedModel
 
 @dataclass(frozen=True)
 class RowSelection:
-    """Choice of the rows to keep of a block's hidden states, and of the last one [batch, time, hidden]."""
+    """The choice of rows to keep: of a block's states, and of those after the stack [batch, time, hidden]."""
 
     block: Callable[[Tensor], Tensor]
     final: Callable[[Tensor], Tensor]
@@ -40,7 +40,7 @@ class Recording:
 
     @property
     def sites(self) -> list[Tensor]:
-        """All that was kept, in the order in which the states went on."""
+        """The rows that were kept, in the order in which the states went on."""
         return [kept for kept in (self.embedding, *self.blocks, self.final) if kept is not None]
 
 
@@ -64,6 +64,8 @@ class Recorder:
         def on_output(index: int) -> Callable[..., None]:
             def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
                 if not recording.blocks and args and isinstance(args[0], Tensor):
+                    # Read when the block has run, as no block changes its input in place.
+                    # With `first` above 0 it is what enters that block; the caller has the embedding then.
                     recording.embedding = take(args[0])
                 recording.blocks.append(take(first_tensor(output)))
                 recording.order.append(index)
@@ -89,7 +91,7 @@ class Recorder:
         first: int = 0,
         prefix_cache: PrefixCache | None = None,
     ) -> Recording:
-        """One forward pass without the head, recorded from block `first` on.
+        """Run one forward pass without the LM head, and record it from block `first` on.
 
         It goes on from `prefix_cache`, and keeps a cache; without one it runs without a cache.
 
@@ -100,6 +102,7 @@ class Recorder:
         mask = attention_mask.to(self.device)
         given = {"attention_mask": mask} if prefix_cache is None else prefix_cache.arguments(mask)
         arguments = accepted(self.stack, **given)
+        # Not `inference_mode`: its tensors count no writes in place, and replaying relies on that count.
         with torch.no_grad(), self.attached(take.block, first) as recording:
             with calling(self.model, input_ids.shape):
                 output = self.stack(input_ids=input_ids.to(self.device), **arguments)
@@ -110,7 +113,7 @@ class Recorder:
 
 
 _NO_OPERATOR = ("not implemented for '", "Could not run 'aten::", "not currently implemented for the")
-"""What torch says of an operator that a device lacks, or lacks for a dtype."""
+"""The words of torch on an operator that a device lacks, or lacks for a dtype."""
 
 
 def calling(model: LoadedModel, shape: Sequence[int]) -> Translated:
@@ -172,6 +175,7 @@ def _items(output: Any) -> Any:
 
 def accepted(module: nn.Module, **arguments: Any) -> dict[str, Any]:
     """The arguments of a run, without a cache unless one is asked for, less what the module does not take."""
+    # Without a cache: it would hold memory, and a block that runs again would extend it twice.
     arguments = {"use_cache": False, "return_dict": True} | arguments
     parameters = inspect.signature(module.forward).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):

@@ -83,7 +83,7 @@ class Passed:
     """each block's arguments; of hidden states, those of the first block alone"""
 
     def add(self, call: Call) -> None:
-        """RowSelection in the next block's call."""
+        """Take in the next block's call."""
         self.received.append(call.received.without_states() if self.returned else call.received)
         self.returned.append(Returned.of(call.output))
         self.states = first_tensor(call.output)
@@ -93,12 +93,13 @@ class Passed:
         """Return what a later pass needs, as plain tuples and lists; the arguments are left out."""
         last: Written = [{} for _ in self.written[0]]
         for each in self.written:
+            # What counts for the next block is what stands in its arguments, whoever wrote it.
             last = [{**before, **items} for before, items in zip(last, each, strict=True)]
         return self.states, [(r.kind, r.keys, r.others) for r in self.returned], last
 
     @classmethod
     def of_parts(cls, parts: tuple[Any, ...]) -> Passed:
-        """The opposite of `parts`, but that the first block has written what all have."""
+        """Undo `parts`, except that the first block now counts as having written what all of them wrote."""
         states, returned, last = parts
         nothing: Written = [{} for _ in last]
         return cls(states, [Returned(*each) for each in returned], [last, *[nothing] * (len(returned) - 1)])
@@ -164,6 +165,7 @@ def replaying(blocks: Sequence[nn.Module], passed: Passed, *, verify: bool) -> I
         def forward(*args: Any, **kwargs: Any) -> Any:
             if verify:
                 received = Arguments.of(args, kwargs)
+                # The states that enter a later block were replayed as well, so they are the recorded ones.
                 given = received.without_states() if index else received
                 if not given.same_as(passed.received[index], equality, n_layers):
                     raise UnlikeError
@@ -202,6 +204,7 @@ def can_replay(blocks: Sequence[nn.Module], run: Callable[[], Tensor], counts: S
     calls: list[Call] = []
     with recording(blocks, calls.append):
         end = run()
+    # Where blocks run twice or in another order, no pass stands after its first n blocks.
     if [call.block for call in calls] != list(blocks):
         return False
     passed = Passed()
@@ -227,6 +230,7 @@ def _goes_on(blocks: Sequence[nn.Module], passed: Passed, run: Callable[[], Tens
 @contextmanager
 def _forward_replaced(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Another `forward` on this very module, as libraries put it there; hooks go on as ever."""
+    # Only an attribute of the instance is put back: that of the class shows again when ours is gone.
     before = vars(block).get("forward")
     block.forward = forward
     try:

@@ -60,7 +60,9 @@ class Resident:
         pair, position = self.pair, self.position
         local: list[Tensor] = []
         picking = self.base.picking(RowPicker.of(batch.base, position))
+        # With a tokenizer each the ids may differ, and then no block of base's stands for the other's.
         passed, n_common = Passed(), pair.n_common if batch.base is batch.finetuned else 0
+        # Before the hooks: the prefix is a pass of its own, and neither recorded nor run beside.
         self.base.begin(batch.base, position)
         with (
             recording(pair.base.anatomy.blocks[:n_common], passed.add),

@@ -33,6 +33,7 @@ def run(pair: ModelPair, work: Work, advanced: Callable[[int], None]) -> Iterato
         del ours, pairs  # the trials need room as well
         advanced(batch.base.n_tokens)
         yield from noise.run(advanced)
+    # Base alone: both models run these batches in another shard.
     for again in work.again:
         noise.take(resident.base.run(again, work.position))
         yield from noise.run(advanced)

@@ -77,6 +77,7 @@ class Runner:
         Raises:
             UnsupportedModelError: the model keeps no cache that a batch can go on from.
         """
+        # By position as well: it decides which of the prefix's rows are kept.
         key = (batch.prefix, position)
         if not batch.prefix or key in self._prefixes:
             return
@@ -92,10 +93,10 @@ class Runner:
         self._prefixes[key] = Prefix(PrefixCache(len(batch.prefix), seen.cache), seen.sites)
 
     def run(self, batch: TokenBatch, position: Position, begun: Begun | None = None) -> States:
-        """The compared rows of one batch. The head reads them too, or the last ones where they are means.
+        """Return the compared rows of a batch. The head reads them too, or the last ones if they are means.
 
-        `begun` is what the other model's first blocks made of the batch, where those are this one's too: they
-        do not run again. Where something else enters them here, they do, and so they do where the prefix left
+        `begun` is what the other model's first blocks made of the batch, where this model has the same ones:
+        they do not run again. They do run where something else enters them here, or where the prefix left
         another KV cache or other rows.
         """
         self.begin(batch, position)
@@ -126,6 +127,7 @@ class Runner:
     def _run(self, batch: TokenBatch, position: Position, known: Sequence[Tensor]) -> States:
         """A pass; `known` are the rows of the first sites, where they are known already."""
         picker = RowPicker.of(batch, position)
+        # A mean of states is no token's state: the head reads the last token's instead.
         head_picker = RowPicker.of(batch, "last") if picker.average else picker
         head_rows: list[Tensor] = []
 
@@ -133,6 +135,7 @@ class Runner:
             head_rows.append(head_picker.pick(states))
             return head_rows[0] if head_picker is picker else picker.pick(states)
 
+        # `known` begins with the embedding, which is no block.
         first = max(0, len(known) - 1)
         prefix = self.prefix_of(batch, position)
         prefix_cache = prefix.prefix_cache if prefix else None
@@ -145,12 +148,13 @@ class Runner:
             before = prefix.sites[len(known) :]
             taken = [picker.whole(*rows) for rows in zip(taken, before, strict=True)]
         sites = [*known, *taken]
+        # Beside the blocks there are the embedding and the end.
         assert len(sites) == self.conventions.n_layers + 2, (len(sites), self.conventions.n_layers)
         head = sites[-1] if head_picker is picker else head_rows[0]
         return States(picker.prompts, sites, head_picker.prompts, head)
 
     def picking(self, picker: RowPicker) -> Callable[[Tensor], Tensor]:
-        """Takes the compared rows out of a block's states."""
+        """Return what takes the compared rows out of a block's states."""
         return lambda states: picker.pick(self.conventions.rows(states))
 
 

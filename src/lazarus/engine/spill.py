@@ -57,6 +57,7 @@ class SpillBuffer:
         tensors: list[Tensor] = []
         shape = _taken_out(value, tensors)
         size = sum(t.numel() * t.element_size() for t in tensors)
+        # The old value goes first, so that the new one may take its room.
         old = self._in_memory.pop(key, (None, 0))[1]
         self._used_bytes -= old
         if key not in self._in_files and self._used_bytes + size <= self.budget_bytes:
@@ -66,7 +67,7 @@ class SpillBuffer:
         self._write(key, shape, tensors, size)
 
     def take(self, key: Hashable) -> Any:
-        """The value that is kept under this key; it stays there."""
+        """Return the value that is kept under this key; it stays there."""
         if key in self._in_memory:
             return self._in_memory[key][0]
         shape, path, _ = self._in_files[key]
@@ -81,7 +82,9 @@ class SpillBuffer:
         try:
             if self._folder is None:
                 self._folder = Path(tempfile.mkdtemp(prefix="lazarus-"))
+            # The same file is written again: what was read from it is a clone by now.
             _, path, before = self._in_files.get(key) or (None, self._folder / str(next(self._names)), 0)
+            # Clones, because safetensors refuses tensors that share memory.
             save_file({str(i): t.detach().cpu().contiguous().clone() for i, t in enumerate(tensors)}, path)
         except (OSError, SafetensorError) as error:
             raise SaveError(
@@ -127,6 +130,7 @@ def _taken_out(value: Any, tensors: list[Tensor]) -> Any:
     if isinstance(value, Tensor):
         tensors.append(value)
         return _Place(len(tensors) - 1, value.device)
+    # Exact types: a subclass may not be made again from its items, so it stays whole, in memory.
     if type(value) in (tuple, list):
         return type(value)(_taken_out(item, tensors) for item in value)
     if type(value) is dict:

@@ -36,7 +36,7 @@ from lazarus.sites import Position, StatePair
 _NOTHING: AbstractContextManager[Any] = nullcontext()
 
 KEPT_SHARE = 16
-"""The part of the free memory that states between two blocks may take."""
+"""States between two blocks may take one part in so many of the free memory."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class _Step:
 
 
 class _Pass:
-    """Way of one batch through one model, a block at a time; between two its states are in a buffer."""
+    """One batch on its way through one model, block by block; between blocks its states are in a buffer."""
 
     def __init__(self, runner: Runner, batch: TokenBatch, position: Position, buffer: SpillBuffer) -> None:
         self.runner = runner
@@ -71,12 +71,14 @@ class _Pass:
         """Run block `index`, with something around it."""
         self.is_alike = False
         passed, calls = self._passed(), list[Call]()
+        # The hook of `around` stands first: it moves the first block's input before that is recorded.
         with around, recording([self.blocks[index]], calls.append):
             self._run(index, passed)
         return self._taken(calls[0], passed)
 
     def step_as(self, index: int, twin: Call) -> _Step:
-        """Run a block that is the same in base, unless all has been the same so far, and this call is too."""
+        """Run a block that base has as well, or take base's call of it where all has been the same so far."""
+        # The last block runs in any case: its pass goes on to the final norm.
         if self.is_alike and not self._ends_with(index):
             passed, received = self._passed(), list[Arguments]()
             with stopping_before(self.blocks[index], received):
@@ -116,6 +118,7 @@ class _Pass:
             replaying(self.blocks[:index], passed, verify=False),
             _NOTHING if ends else stopping_after(self.blocks[index]),
         ):
+            # The recorder hooks no block: `recording` has the one that runs.
             take = RowSelection(torch.Tensor.detach, final)
             self.runner.recorder.run(*self.batch.padded(), take, first=len(self.blocks))
 
@@ -141,7 +144,7 @@ class _NoisePass:
 
     @property
     def passes(self) -> list[_Pass]:
-        """All of them."""
+        """Return every pass of every trial."""
         return [part for parts in self.moved for part in parts]
 
     def step(self, index: int, generator: torch.Generator, sample: Sample) -> Iterator[StatePair]:
@@ -194,9 +197,11 @@ class _Blocks:
         if self.pager is None:
             yield
             return
+        # Blocks are asked for in order, so the one that was read ahead is this one.
         self.pager.put(index, self._next.result() if self._next else self.pager.read(index))
         self._next = None
         if self.reader is not None and index + 1 < self.n_blocks:
+            # Read while this one computes: one block ahead of each model, by one thread.
             self._next = self.reader.submit(self.pager.read, index + 1)
         try:
             yield
@@ -255,6 +260,7 @@ class _Stream:
         with _heads_in_memory(self.pair):
             for ours, theirs in zip(self.ours, self.theirs, strict=True):
                 b, f = ours.end(), theirs.end()
+                # Base's rows are kept before the noise of the same prompts asks for them.
                 self._keep_end(b)
                 if "final_norm" in self.pair.sites:
                     yield StatePair("final_norm", b.prompts, b.sites[0], f.sites[0])
@@ -271,7 +277,7 @@ class _Stream:
         runs_beside = self.work.localize and not same
         b = ours.step(layer, beside(self.pair, pick, local, layer) if runs_beside else _NOTHING)
         if self.work.localize and same:
-            local = [b.rows]
+            local = [b.rows]  # F(b) is B(b)
         self._keep(layer, ours, b)
         if not is_new:  # base is the deeper one: the same block again
             rows = theirs.rows()

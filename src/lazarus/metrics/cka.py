@@ -31,6 +31,7 @@ def debiased_cka(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
         return float("nan")
     # By torch, as all the rest: two libraries' threads would wait for each other.
     k, m = _gram(torch.from_numpy(x)), _gram(torch.from_numpy(y))
+    # 0 for constant states, which have no similarity to anything.
     scale = _hsic(k, k) * _hsic(m, m)
     return _hsic(k, m) / float(np.sqrt(scale)) if scale > 0 else float("nan")
 
@@ -75,6 +76,7 @@ class CkaRows:
         def placed(store: Tensor | None, states: Tensor) -> Tensor:
             """The store with these states in it, each prompt's averaged."""
             if store is None:
+                # In float32: these rows are kept until the end of the run.
                 store = torch.zeros(len(self.slots), states.shape[1], dtype=torch.float32)
             rows = to_float64(states[kept.to(states.device)]).cpu()
             store[places] = (sum_by_prompt(rows, order, len(places)) / counts[:, None]).float()

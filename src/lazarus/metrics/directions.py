@@ -45,9 +45,11 @@ class Directions:
         shifts = sum_by_prompt(rows.finetuned - rows.base, place, len(counts)) / weights
         self.base_sum = self.base_sum + _numpy(base.sum(0))
         self.finetuned_sum = self.finetuned_sum + _numpy(finetuned.sum(0))
+        # Σ_p U_p·V_p: the pairs within a prompt, which `unrelated_similarity` takes off again.
         self.within += float((base * finetuned).sum())
         self.n_rows += len(index)
         self.n_pairs_within += int(counts.square().sum())
+        # A mean per prompt first: each prompt weighs as much as any other, as in the mean cosine.
         products = sum_by_prompt(b * f, place, len(counts)) / weights
         self.products = self.products + _numpy(products.sum(0))
         self.shift = self.shift + _numpy(shifts.sum(0))
@@ -62,6 +64,7 @@ class Directions:
         """Take in what another accumulator has seen, from its `state`."""
         for name, value in vars(self).items():
             added = state[name]
+            # All attributes are sums. `item` makes a Python integer of a count: its square cannot overflow.
             setattr(self, name, value + (added if added.ndim else added.item()))
 
     def unrelated_similarity(self) -> float:
@@ -102,6 +105,7 @@ class Directions:
         if count < 2 or self.shift_squares == 0:
             return float("nan")
         mean_square = float(np.square(self.mean_difference()).sum())
+        # Σ_p ‖δ̄_p − δ̄‖² out of two sums: no prompt's own δ̄_p is kept.
         scatter = self.shift_squares - count * mean_square
         unbiased = mean_square - scatter / (count * (count - 1))
         return unbiased / (self.shift_squares / count)

@@ -69,6 +69,7 @@ def match_outcomes(
                 pairs.append((i, places[token]))
         elif i < len(theirs) and theirs[i] is None:
             pairs.append((i, i))
+    # `reshape` gives two columns even where no token is common.
     one, other = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).unbind(1)
     return Outcomes(one, other, n_tokens)
 

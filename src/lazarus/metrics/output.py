@@ -22,7 +22,7 @@ OUTPUT_METRICS = (
 )
 
 LOGITS_AT_ONCE = 2**17
-"""So few that what is made of them stays in a processor's cache."""
+"""The logits that are compared at once: few enough to stay in a processor's cache."""
 
 
 def compare_logits(
@@ -51,6 +51,7 @@ def compare_logits(
 
 def has_distribution(logits: Float[Tensor, "rows tokens"]) -> Bool[Tensor, " rows"]:
     """Return which rows of logits are a distribution: no NaN, no +∞, and not −∞ throughout."""
+    # Row by row: all logits in float64 at once would take several times their memory.
     return torch.stack([row.double().logsumexp(-1).isfinite() for row in logits.cpu()])
 
 
@@ -60,6 +61,7 @@ def _compare(
     outcomes: Outcomes | None,
 ) -> RowValues:
     b, f = to_float64(base), to_float64(finetuned)
+    # Before the merge: a first choice is a token of the model's own vocabulary.
     agrees, rank = _first_choices(b, f, outcomes)
     if outcomes is not None:
         b, f = outcomes.merged(b, f)
@@ -73,6 +75,7 @@ def _compare(
         rank.double(),
         _relative_l2(b, f),
     ]
+    # log_softmax gives NaN for a row with NaN or +∞, and for one that is −∞ throughout.
     return RowValues(torch.stack(columns, dim=-1), ~(log_p.isnan() | log_q.isnan()).any(-1))
 
 
@@ -91,6 +94,7 @@ def _first_choices(base: Tensor, finetuned: Tensor, outcomes: Outcomes | None) -
 
 def _mean_gap(p: Tensor, gap: Tensor) -> Float[Tensor, " rows"]:
     """Σ p gap, where a token of probability 0 adds nothing: the KL divergence for gap = log p − log q."""
+    # 0 · ∞ is NaN. Such rows are rare, and masking is another pass over all tokens, so it waits for one.
     terms = p * gap
     total: Tensor = terms.sum(-1)
     return terms.masked_fill_(p == 0, 0.0).sum(-1) if bool(total.isnan().any()) else total
@@ -105,8 +109,10 @@ def _gap_to_middle(opposite: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, 
 def _relative_l2(base: Tensor, finetuned: Tensor) -> Float[Tensor, " rows"]:
     """‖f − b‖ / ‖b‖ over the tokens that both models can give; 0 for logits that are all the same."""
     difference, length = (finetuned - base).norm(dim=-1), base.norm(dim=-1)
+    # −∞ − (−∞) is NaN: tokens that a model cannot give are left out, which takes copies of the logits.
     if not bool((difference + length).isfinite().all()):
         impossible = ~(base.isfinite() & finetuned.isfinite())
         difference = (finetuned - base).masked_fill(impossible, 0.0).norm(dim=-1)
         length = base.masked_fill(impossible, 0.0).norm(dim=-1)
+    # Two rows of zeros do not differ, and 0 / 0 would be NaN.
     return torch.where(difference == 0, difference, difference / length)

@@ -53,6 +53,7 @@ def beyond_rounding(
     """
     largest = torch.maximum(torch.maximum(stored.abs(), base.abs()), change.abs())
     allowed = unit_in_the_last_place(largest, dtype)
+    # Not `>`: every comparison with NaN is False, and an element that is NaN has to count as beyond.
     return ~((stored - (base + change)).abs() <= (allowed if lost is None else allowed + lost))
 
 
@@ -132,6 +133,7 @@ class RoundingTest:
     @property
     def is_a_merge(self) -> bool:
         """Return whether c says something: most of what was stored is along the update, or nothing was."""
+        # The squared cosine between X − W and R(1) is above one half.
         return not self._stored or self._observed**2 > self._squares * self._stored / 2
 
     @property

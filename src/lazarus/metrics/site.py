@@ -67,11 +67,13 @@ class SiteMeasures:
     ) -> None:
         """Take in the two models' states, and what the fine-tuned block makes of base's."""
         self.kept.update(prompts, base, finetuned)
+        # Of two widths only CKA is defined, and it has its rows by now.
         if base.shape[1] != finetuned.shape[1]:
             not_finite = [~states.isfinite().all(-1) for states in (base, finetuned)]
             count_by_prompt(self.n_not_finite, prompts, not_finite)
             return
         rows = Rows.of(base, finetuned)
+        # The counts below are of rows that are not valid, and nearly always there are none.
         if not rows.valid.all():
             self.n_unlike += rows.count_unlike()
             np.add.at(self.n_unmeasured, prompts.cpu().numpy()[rows.unmeasured().cpu().numpy()], 1)
@@ -97,6 +99,7 @@ class SiteMeasures:
     def add(self, state: AccumulatorState) -> None:
         """Take in what others have seen, from their `state`."""
         self.n_unlike += state["n_unlike"].item()
+        # `state` leaves these two out where they are 0.
         self.n_unmeasured += state.get("n_unmeasured", 0)
         self.n_not_finite += state.get("n_not_finite", 0)
         parts = parts_of(state)

@@ -17,7 +17,7 @@ ROW_METRICS = ("divergence", "relative_l2", "norm_ratio", "centered_divergence")
 LOCAL_METRICS = ("local_relative_l2", "local_divergence")
 
 AccumulatorState = dict[str, NDArray[Any]]
-"""What an accumulator has seen, as arrays with names: what is written to a file, and read back."""
+"""The sums and counts of an accumulator, as arrays with names: written to a file, and read back."""
 
 
 def within(name: str, state: Mapping[str, NDArray[Any]]) -> AccumulatorState:
@@ -52,7 +52,7 @@ class RowValues:
 
 
 def to_float64(states: Tensor) -> Float[Tensor, "rows hidden"]:
-    """The states in float64; a device that has no such type (MPS) hands them to the CPU first."""
+    """The states in float64; a device without that dtype (MPS) hands them to the CPU first."""
     return (states.cpu() if states.device.type == "mps" else states).double()
 
 
@@ -106,8 +106,8 @@ def centered_divergence(
 class Rows:
     """Pairs of states in float64, with their lengths and directions, each computed once.
 
-    A length is finite and not zero exactly where the row is: float64 holds the square of every number
-    of the narrower types.
+    A length is finite and not zero exactly where the row is: float64 holds the square of every element
+    of a narrower dtype.
     """
 
     base: Float[Tensor, "rows hidden"]
@@ -117,7 +117,7 @@ class Rows:
 
     @classmethod
     def of(cls, base: Float[Tensor, "rows hidden"], finetuned: Float[Tensor, "rows hidden"]) -> Rows:
-        """The rows of two models at one site, in whatever type they ran in."""
+        """The rows of two models at one site, in whatever dtype they ran in."""
         b, f = to_float64(base), to_float64(finetuned)
         return cls(b, f, b.norm(dim=-1), f.norm(dim=-1))
 
@@ -135,11 +135,13 @@ class Rows:
     def valid(self) -> Bool[Tensor, " rows"]:
         """Return where both states are finite and not zero."""
         total = self.base_length + self.finetuned_length
+        # `> 0` is False for NaN already; `isfinite` is for ∞.
         return (self.base_length > 0) & (self.finetuned_length > 0) & total.isfinite()
 
     def count_unlike(self) -> int:
         """Count the pairs that are not valid and not the same in both models, NaN for NaN."""
         b, f = self.base[~self.valid], self.finetuned[~self.valid]
+        # Models that are the same give NaN at the same places, and NaN != NaN.
         return int((~((b == f) | (b.isnan() & f.isnan())).all(-1)).sum())
 
     def unmeasured(self) -> Bool[Tensor, " rows"]:
@@ -160,7 +162,7 @@ class Rows:
 
 
 def compare_rows(rows: Rows, centered: bool) -> RowValues:
-    """Every metric of every pair of rows; `centered` adds the one for models with LayerNorm.
+    """Return every metric of every pair of rows; `centered` adds the one for models with LayerNorm.
 
     The same formulas as above, with each length computed once.
     """
@@ -186,7 +188,8 @@ def compare_local(rows: Rows) -> RowValues:
 def sum_by_prompt(
     rows: Float[Tensor, "rows hidden"], place: Int[Tensor, " rows"], n_prompts: int
 ) -> Float[Tensor, "prompts hidden"]:
-    """The sum of each prompt's rows; `place` says which prompt each row belongs to, and none has no row."""
+    """The sum of each prompt's rows; `place` says which prompt a row belongs to, and every prompt has one."""
+    # One row for each prompt, as at the last token: nothing to add up.
     if n_prompts == len(rows):
         return rows[place.argsort()]
     sums = torch.zeros(n_prompts, rows.shape[1], dtype=rows.dtype, device=rows.device)
@@ -199,6 +202,7 @@ def count_by_prompt(
     """Add to `counts`, [sides, prompts], the rows of each prompt that are marked on each side."""
     index = prompts.cpu().numpy()
     for side, marked in enumerate(sides):
+        # `+=` would count a prompt once, however often its index comes.
         np.add.at(counts[side], index[marked.cpu().numpy()], 1)
 
 
@@ -220,6 +224,7 @@ class PromptMeans:
         """Take in the metrics of some rows; `prompts` names the prompt that each row belongs to."""
         valid = rows.valid.cpu().numpy()
         index = prompts.cpu().numpy()
+        # A prompt's index comes once for each of its rows, and `+=` would add only one of them.
         np.add.at(self.sums, index[valid], rows.values.cpu().numpy()[valid])
         np.add.at(self.n_rows, index[valid], 1)
         np.add.at(self.n_excluded, index[~valid], 1)
@@ -234,10 +239,12 @@ class PromptMeans:
         """Take in what another accumulator has seen, from its `state`."""
         prompts = state["prompts"]
         for name in ("sums", "n_rows", "n_excluded"):
+            # No prompt stands twice in a state, so `+=` adds all of it.
             getattr(self, name)[prompts] += state[name]
 
     def means(self) -> dict[str, NDArray[np.float64]]:
         """Return each metric's mean over every prompt's rows, [prompts]; NaN for a prompt without rows."""
+        # 0 / NaN is NaN without a warning, which 0 / 0 would give.
         counts = np.where(self.n_rows > 0, self.n_rows, np.nan)[:, None]
         return dict(zip(self.metrics, (self.sums / counts).T, strict=True))
 

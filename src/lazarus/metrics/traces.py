@@ -40,10 +40,12 @@ class TokenTraces:
         return {
             "prompts": np.array(prompts, dtype=np.int64),
             "n_tokens": np.array([len(values) for values in found], dtype=np.int64),
+            # `concatenate` refuses an empty list: no prompt may have been seen.
             "divergence": np.concatenate([np.empty(0), *found]),
         }
 
     def add(self, state: AccumulatorState) -> None:
         """Take in what another one holds, from its `state`; they saw different prompts."""
         parts = np.split(state["divergence"], np.cumsum(state["n_tokens"])[:-1])
+        # Not strict: of no prompts `np.split` still makes one part, an empty one.
         self.of_prompt |= dict(zip(state["prompts"].tolist(), parts, strict=False))

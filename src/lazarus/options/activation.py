@@ -339,6 +339,7 @@ def readout_layers(readout: str, n_layers: int) -> list[int]:
     if chosen == "all":
         return list(range(n_layers))
     if chosen == "auto":
+        # The end is the last layer, whose index is one less than their number.
         return sorted({max(0, round(n_layers * quarter / 4) - (quarter == 4)) for quarter in (1, 2, 3, 4)})
     for layer in chosen:
         if not -n_layers <= layer < n_layers:

@@ -67,6 +67,7 @@ def in_flags(marked: str) -> str:
         name, value = found.groups()
         if value is None or value == "True":
             return _flag(name)
+        # A text stands as JSON in a mark, in quotes; a number stands as it is.
         return f"{_flag(name)} {json.loads(value) if value.startswith(chr(34)) else value}"
 
     return _MARKED.sub(typed, marked)
