@@ -127,6 +127,16 @@ def test_a_pair_that_is_read_block_by_block_is_the_same_pair(refused: Refused) -
     assert [layer.divergence for layer in streamed.layers] == [layer.divergence for layer in resident.layers]
 
 
+def test_a_prefix_that_all_prompts_share_runs_once() -> None:
+    texts = [f"{' '.join(TEXTS * 4)} {number} + 1 =" for number in range(20)]
+    shared = lazarus.activation_diff(BASE, FINETUNED, texts)
+    alone = lazarus.activation_diff(BASE, FINETUNED, [*texts, "1 + 1 ="])
+    assert "shared-prefix" in shared.note_codes
+    assert any(note.endswith("the same in all prompts, ran once") for note in shared.notes)
+    found, expected = shared.record.results.column("divergence"), alone.record.results.column("divergence")
+    np.testing.assert_allclose(found, expected[:-1], rtol=1e-3, atol=1e-7)
+
+
 def test_a_gguf_file_is_the_checkpoint_that_it_was_made_of(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     saved = save_model(tmp_path / "base", model, tiny_tokenizer(model.config.vocab_size))

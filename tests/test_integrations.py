@@ -204,7 +204,12 @@ def test_weights_spread_over_processes_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({"every": 0}, "every=0"), ({"positon": "last"}, "positon"), ({"threshold": 3}, "`threshold=3`")],
+    [
+        ({"every": 0}, "every=0"),
+        ({"positon": "last"}, "positon"),
+        ({"threshold": 3}, "`threshold=3`"),
+        ({"work_dir": "runs"}, "`work_dir`: the weights are other ones at each step"),
+    ],
 )
 def test_what_is_wrong_is_said_at_once(tmp_path: Path, options: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError, match=says):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from functools import cache
 from typing import Any
 
@@ -269,6 +270,15 @@ def knows_quantisation(settings: Any) -> bool:
     from transformers.quantizers.auto import AutoHfQuantizer
 
     return bool(AutoHfQuantizer.supports_quant_method(settings))
+
+
+@cache
+def cache_name() -> str:
+    """Return what a forward pass takes its KV cache as, and gives it back as."""
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    names = {field.name for field in fields(BaseModelOutputWithPast)}
+    return "cache" if "cache" in names else "past_key_values"
 
 
 @cache

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from lazarus.activation import Prompts, activation_diff
 from lazarus.errors import GateNotMetError, LazarusError, UsageError
+from lazarus.messages import option
 from lazarus.models import find_tokenizer
 from lazarus.options import OptionArguments, Options
 from lazarus.prompts import make_prompts
@@ -74,6 +75,12 @@ class ActivationDiffCallback(TrainerCallback):  # type: ignore[misc]  # transfor
         chosen = Options.make(**options)
         if every < 1:
             raise UsageError(f"every={every}: give a number of steps of at least 1.")
+        if chosen.work_dir is not None:
+            raise UsageError(
+                f"{option('work_dir')}: the weights are other ones at each step, so no step can go on with "
+                "what another has left. Leave it out.",
+                option="work_dir",
+            )
         self.trainer, self.every, self.base = trainer, every, base
         self.prompts = make_prompts(prompts, no_split=chosen.no_split)
         self.options = options

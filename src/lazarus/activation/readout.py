@@ -121,7 +121,8 @@ def _extremes(scores: Tensor, tokenizer: Any) -> tuple[list[ReadoutToken], list[
     """The tokens with the largest and the smallest scores; none where no token stands out."""
     if not scores.isfinite().all() or scores.max() == scores.min():
         return [], []
-    promoted, suppressed = scores.topk(N_TOKENS), (-scores).topk(N_TOKENS)
+    n_tokens = min(N_TOKENS, len(scores))
+    promoted, suppressed = scores.topk(n_tokens), (-scores).topk(n_tokens)
     return _tokens(promoted.indices, scores, tokenizer), _tokens(suppressed.indices, scores, tokenizer)
 
 

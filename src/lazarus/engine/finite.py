@@ -132,7 +132,7 @@ def find_break(
             seen = Recorder(model).run(
                 input_ids,
                 torch.ones_like(input_ids),
-                RowSelection(lambda states: states[:0], torch.Tensor.detach),
+                RowSelection(lambda states: states.new_empty(0), torch.Tensor.detach),
             )
     except StoppedError:
         broken, call = found[0]

@@ -18,7 +18,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from lazarus._transformers import idle_layers, kv_layers
+from lazarus._transformers import cache_name, idle_layers, kv_layers
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class PrefixCache:
         before = attention_mask.new_ones(len(attention_mask), self.n_tokens)
         return {
             "attention_mask": torch.cat([before, attention_mask], dim=1),
-            "cache": None if self.cache is None else widened(self.cache, len(attention_mask)),
+            cache_name(): None if self.cache is None else widened(self.cache, len(attention_mask)),
             "use_cache": True,
         }
 

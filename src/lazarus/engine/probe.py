@@ -176,7 +176,7 @@ def _probe_batch(ids: Sequence[int], pad_id: int) -> tuple[Int[Tensor, "b t"], I
     text = torch.tensor([ids[i % len(ids)] for i in range(LENGTH)])
     input_ids = text.repeat(ROWS, 1)
     others = [i for i in ids if i != int(text[-1])]
-    input_ids[1, -1] = others[0] if others else max(0, int(text[-1]) - 1)
+    input_ids[1, -1] = others[0] if others else abs(int(text[-1]) - 1)  # any other token
     input_ids[2, :SHORT] = text[-SHORT:]
     input_ids[2, SHORT:] = pad_id
     mask = torch.ones_like(input_ids)

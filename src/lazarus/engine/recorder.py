@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lazarus._transformers import cache_name
 from lazarus.blame import Translated
 from lazarus.engine.prefix_cache import PrefixCache
 from lazarus.errors import DeviceError, LazarusError, UnsupportedModelError
@@ -108,7 +109,7 @@ class Recorder:
                 output = self.stack(input_ids=input_ids.to(self.device), **arguments)
             last = getattr(output, "last_hidden_state", None)
             recording.final = take.final(first_tensor(output) if last is None else last)
-            recording.cache = None if prefix_cache is None else getattr(output, "cache", None)
+            recording.cache = None if prefix_cache is None else getattr(output, cache_name(), None)
         return recording
 
 
