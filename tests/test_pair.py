@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from factories import tiny_llama
 from lazarus.batches import Padding
-from lazarus.engine import ModelPair
+from lazarus.engine import ModelPair, learn_pair
 from lazarus.engine.probe import Conventions
 from lazarus.models import LoadedModel, LoadOptions, load_paged, parse_model, wrap_model
 from lazarus.notes import Note, Notes
@@ -159,3 +159,33 @@ def test_blocks_that_are_read_from_disk_run_once_for_one_design_and_the_same_ids
     found = common_notes(pair_of(paged, {}, {}, **asked))
     assert [note.layers for note in found] == ([(0, 1, 2, 3)] if expected else [])
     assert common_notes(pair_of((model, model), {}, {}, **asked)) == []
+
+
+# --- What is learnt of each model
+
+
+def sized(n_tokens: int) -> LoadedModel:
+    return wrap_model(tiny_llama(num_hidden_layers=1, vocab_size=n_tokens), str(n_tokens))
+
+
+@pytest.mark.parametrize("n_tokens", [(20, 300), (300, 20)])
+def test_each_model_is_tried_on_its_own_ids_and_padding(n_tokens: tuple[int, int]) -> None:
+    """The last ids of the larger vocabulary are none of the smaller one."""
+    ids = [list(range(n - 9, n - 1)) for n in n_tokens]
+    pad_ids = n_tokens[0] - 1, n_tokens[1] - 1
+    pair = learn_pair(sized(n_tokens[0]), sized(n_tokens[1]), (ids[0], ids[1]), pad_ids, "text")
+    assert not pair.same_design
+    assert pair.same_blocks == (False,)
+    assert pair.n_common == 0
+    for learnt in (pair.base_conventions, pair.finetuned_conventions):
+        assert (learnt.n_layers, learnt.width, learnt.padding, learnt.causal) == (1, 32, "right", True)
+
+
+def test_of_models_that_are_read_block_by_block_no_block_is_known_to_be_the_same_before_it_is_read(
+    paged: tuple[LoadedModel, LoadedModel],
+) -> None:
+    pair = learn_pair(*paged, ([5, 17, 80], [5, 17, 80]), (0, 0))
+    assert pair.streams
+    assert pair.same_design
+    assert pair.same_blocks == (False,) * 4
+    assert pair.n_common == 0
