@@ -135,7 +135,7 @@ def test_a_layer_that_is_not_there_is_told_before_a_position_that_is_not() -> No
 def test_a_centred_cosine_is_given_where_both_models_subtract_the_mean(norms: tuple[bool, bool]) -> None:
     plain = facts_of()
     facts = PairFacts(
-        *(replace(m, uses_layer_norm=n) for m, n in zip((plain.base, plain.finetuned), norms, strict=True))
+        replace(plain.base, uses_layer_norm=norms[0]), replace(plain.finetuned, uses_layer_norm=norms[1])
     )
     base, finetuned = np.random.default_rng(0).normal(size=(2, 3, 8)) + 1
     seen = Accumulation(facts, Plan.of(facts, ["a", "b", "c"]))

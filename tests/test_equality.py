@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
+from types import CellType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -336,15 +337,9 @@ class Odd(Plain, metaclass=Meta):
     """One whose class may answer for it."""
 
 
-def unbound() -> Callable[[], Any]:
+def unbound() -> Callable[[Any], Any]:
     """A function over a name that is not bound yet."""
-
-    def inner() -> Any:
-        return later
-
-    if inner is None:
-        later = 1
-    return inner
+    return FunctionType(scaled_by(1).__code__, globals(), closure=(CellType(),))
 
 
 @pytest.mark.parametrize(
@@ -383,7 +378,7 @@ class Overriding(nn.Parameter):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.as_subclass, torch.equal):
             raise NotImplementedError(func)
-        return super().__torch_function__(func, types, args, kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
 
 def overriding(value: float) -> Tensor:
@@ -393,6 +388,8 @@ def overriding(value: float) -> Tensor:
 
 class Shifted(Scaled):
     """One that has a zero point or has none."""
+
+    zero: Tensor
 
     def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
         names, context = super().__tensor_flatten__()

@@ -578,7 +578,7 @@ def test_copies_of_small_buffers_are_one(n_numbers: int, change: float, expected
     assert shared_blocks(wrap_model(base, "base"), wrap_model(other, "other")) == [expected]
 
 
-class Renamed(LlamaForCausalLM):
+class Renamed(LlamaForCausalLM):  # type: ignore[misc]  # it has no types
     """Another class over the same modules."""
 
 
