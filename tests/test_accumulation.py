@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -128,3 +129,92 @@ def test_a_precision_of_products_that_the_caller_has_set_is_told(
 def test_a_layer_that_is_not_there_is_told_before_a_position_that_is_not() -> None:
     with pytest.raises(UsageError, match='`readout="99"`: there is no layer 99'):
         lazarus.activation_diff(BASE, BASE, ["12 + 7 ="], position=99, readout="99")
+
+
+@pytest.mark.parametrize("norms", [(True, True), (True, False), (False, True), (False, False)])
+def test_a_centred_cosine_is_given_where_both_models_subtract_the_mean(norms: tuple[bool, bool]) -> None:
+    plain = facts_of()
+    facts = PairFacts(
+        replace(plain.base, uses_layer_norm=norms[0]), replace(plain.finetuned, uses_layer_norm=norms[1])
+    )
+    base, finetuned = np.random.default_rng(0).normal(size=(2, 3, 8)) + 1
+    seen = Accumulation(facts, Plan.of(facts, ["a", "b", "c"]))
+    seen.take(StatePair.of(site, [0, 1, 2], base, finetuned) for site in facts.sites)
+    expected = np.mean([np.corrcoef(b, f)[0, 1] for b, f in zip(base, finetuned, strict=True)])
+    for layer in conclude(seen).layers:
+        found = layer.centered_cosine_similarity
+        assert found == (pytest.approx(expected, rel=1e-12) if all(norms) else None)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+def with_broken_logits(facts: PairFacts) -> tuple[Accumulation, Accumulation]:
+    """Two halves of a comparison of four prompts; in one of them some rows of logits are no distribution."""
+    plan = Plan.of(facts, list("abcd"))
+    broken, sound = (Accumulation(facts, plan) for _ in range(2))
+    base = [[0.0, 1.0, 2.0], [NAN, 0.0, 0.0], [1.0, -INF, 0.0], [1.0, INF, 0.0]]
+    finetuned = [[0.0, 1.0, 2.0], [1.0, 0.0, 0.0], [0.0, NAN, 0.0], [NAN, 0.0, 0.0]]
+    broken.take([StatePair.of("logits", [0, 2, 2, 2], base, finetuned)])
+    sound.take([StatePair.of("logits", [1, 3], [[0.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, np.log(3)]])])
+    return broken, sound
+
+
+def test_logits_that_are_no_distribution_are_counted_for_each_prompt_and_model() -> None:
+    broken, sound = with_broken_logits(facts_of())
+    assert broken.n_logits_not_finite.tolist() == [[0, 0, 2, 0], [0, 0, 2, 0]]
+    assert broken.n_logits_not_finite.dtype == np.int64
+    assert broken.output.n_rows.tolist() == [1, 0, 0, 0]
+    assert broken.output.n_excluded.tolist() == [0, 0, 3, 0]
+    assert not sound.n_logits_not_finite.any()
+
+
+def test_parts_add_up_to_what_both_have_seen_of_the_logits() -> None:
+    facts = facts_of()
+    broken, sound = with_broken_logits(facts)
+    joined = Accumulation(facts, Plan.of(facts, list("abcd")))
+    for part in (sound, broken, broken):
+        joined.add(part.state())
+    assert joined.n_logits_not_finite.tolist() == [[0, 0, 4, 0], [0, 0, 4, 0]]
+    assert joined.output.n_rows.tolist() == [2, 1, 0, 1]
+    half, quarters = np.array([0.5, 0.5]), np.array([0.25, 0.75])
+    expected = [0.0, 0.0, NAN, (half * np.log(half / quarters)).sum()]
+    np.testing.assert_allclose(joined.output.means()["kl_base_finetuned"], expected, rtol=1e-12)
+
+
+def test_parts_add_up_to_what_both_have_seen_of_the_noise() -> None:
+    facts, states = facts_of(), np.random.default_rng(0).normal(size=(3, 8))
+    plan, factors = Plan.of(facts, ["a", "b", "c"]), (1 + 1e-6, 1 - 3e-6)
+    joined = Accumulation(facts, plan)
+    for prompts in ([0, 2], [1]):
+        rows = states[prompts]
+        part = Accumulation(facts, plan).take(
+            StatePair.of(site, prompts, rows, rows * factor, trial=trial)
+            for site in facts.sites
+            for trial, factor in enumerate(factors)
+        )
+        joined.add(part.state())
+    assert [list(trial) for trial in joined.noise] == [facts.sites, facts.sites]
+    for trial, factor in zip(joined.noise, factors, strict=True):
+        for means in trial.values():
+            assert means.means()["relative_l2"] == pytest.approx(np.full(3, abs(factor - 1)), rel=1e-6)
+
+
+def test_a_prompt_has_one_token_where_their_number_is_not_known() -> None:
+    assert [prompt.n_tokens for prompt in Plan.of(facts_of(), ["a", "b"]).prompts] == [1, 1]
+    assert [prompt.n_tokens for prompt in Plan.of(facts_of(), ["a", "b"], [3, 4]).prompts] == [3, 4]
+
+
+def test_of_many_prompts_a_seeded_sample_is_kept_for_cka() -> None:
+    facts = facts_of()
+
+    def kept(n_prompts: int, seed: int = 0) -> dict[int, int]:
+        plan = Plan.of(facts, ["a"] * n_prompts, seed=seed)
+        return Accumulation(facts, plan).sites["embedding"].kept.slots
+
+    assert kept(128) == {prompt: prompt for prompt in range(128)}
+    sample = kept(300)
+    assert list(sample) == sorted(sample)
+    assert set(sample) < set(range(300))
+    assert list(sample.values()) == list(range(128))
+    assert kept(300) == sample != kept(300, seed=1)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
+from types import CellType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from factories import tiny_llama
 from flattened import Scaled, Sealed
-from lazarus.models import Equality, same_bits
-from lazarus.models.equality import every
+from lazarus.models import Equality, has_non_finite, same_bits
+from lazarus.models.equality import every, inert, is_one
 
 NAN = float("nan")
 
@@ -303,3 +304,208 @@ def test_layers_are_the_same_only_where_all_that_computes_is(change: Callable[[A
     assert Equality().same_layers(one, other) is False
     both = copy.deepcopy(other)
     assert Equality().same_layers(other, both) is True, "both were changed in the same way"
+
+
+# --- Edges: of each answer the value, not only that it is no yes
+
+
+@dataclass(slots=True)
+class Slots:
+    value: Any
+    later: Any = field(init=False)
+
+
+class OneSlot(Plain):
+    """An object with attributes, and one more in a slot."""
+
+    __slots__ = "extra"
+
+    def __init__(self, extra: Any) -> None:
+        super().__init__(a=1)
+        self.extra = extra
+
+
+class Phase(complex):
+    """A number, and attributes that it has besides."""
+
+
+class Meta(type):
+    pass
+
+
+class Odd(Plain, metaclass=Meta):
+    """One whose class may answer for it."""
+
+
+def unbound() -> Callable[[Any], Any]:
+    """A function over a name that is not bound yet."""
+    return FunctionType(scaled_by(1).__code__, globals(), closure=(CellType(),))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        (Slots(1), Slots(1), True),
+        (Slots(1), Slots(2), False),
+        (OneSlot(1), OneSlot(1), True),
+        (OneSlot(1), OneSlot(2), False),
+        (unbound(), unbound(), True),
+        (Phase(1), Phase(1), None),
+        (Phase(1), Phase(2), None),
+        (Odd(a=1), Odd(a=1), None),
+        ({Plain()}, {Plain()}, None),
+        ({1, Plain()}, {1, Plain()}, None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_state_is_looked_for_in_slots_and_what_hides_it_is_not_known(
+    one: Any, other: Any, expected: bool | None
+) -> None:
+    assert same(one, other) is expected
+
+
+def test_inference_tensors_do_not_count_what_is_written_to_them() -> None:
+    with torch.inference_mode():
+        one, other, third = torch.ones(2), torch.ones(2), torch.zeros(2)
+    assert same(one, other) is True
+    assert same(one, third) is False
+
+
+class Overriding(nn.Parameter):
+    """A parameter that answers for itself to what it is asked by name, and not by its attributes."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.as_subclass, torch.equal):
+            raise NotImplementedError(func)
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+
+
+def overriding(value: float) -> Tensor:
+    with torch._C.DisableTorchFunctionSubclass():
+        return Overriding(torch.full((2,), value), requires_grad=False)
+
+
+class Shifted(Scaled):
+    """One that has a zero point or has none."""
+
+    zero: Tensor
+
+    def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
+        names, context = super().__tensor_flatten__()
+        return ([*names, "zero"] if hasattr(self, "zero") else names), context
+
+
+def shifted(*zero: Tensor) -> Shifted:
+    made = Shifted(torch.tensor([1, 2], dtype=torch.int8), torch.tensor(0.5))
+    for each in zero:
+        made.zero = each
+    return made
+
+
+EMPTY = torch.ones(1, 2).expand(0, 2), torch.ones(1, 4)[:, ::2].expand(0, 2)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        (overriding(1.0), overriding(1.0), True),
+        (overriding(1.0), overriding(2.0), False),
+        (shifted(), shifted(), True),
+        (shifted(), shifted(torch.ones(1)), False),
+        (shifted(torch.ones(1)), shifted(torch.zeros(1)), False),
+        (torch.ones(2), shifted(), False),
+        # Of other scales the elements may still stand for the same numbers: that is not known.
+        (with_scales(1.0, torch.ones(1)), with_scales(1.0, torch.zeros(1)), None),
+        (torch.tensor([1.0, 2.0]), torch.tensor([1.0]).expand(2), False),
+        (*EMPTY, True),
+        (torch.eye(2), torch.eye(2).to_sparse(), None),
+    ],
+)
+def test_tensors_of_two_kinds_or_layouts(one: Tensor, other: Tensor, expected: bool | None) -> None:
+    assert same_bits(one, other) is expected
+    assert same_bits(other, one) is expected
+
+
+def test_one_memory_is_one_tensor_and_no_memory_is_none() -> None:
+    tensor = torch.ones(4)
+    assert is_one(tensor, tensor.view(4))
+    assert not is_one(tensor, tensor.clone())
+    assert not is_one(tensor, tensor[:3])
+    assert is_one(torch.ones(0), torch.ones(0))
+    without = torch.ones(4, device="meta"), torch.ones(4, device="meta")
+    assert without[0].data_ptr() == without[1].data_ptr() == 0
+    assert not is_one(*without)
+
+
+MOST, MOST_HALF = torch.finfo(torch.float32).max, torch.finfo(torch.float16).max
+
+
+@pytest.mark.parametrize(
+    ("weight", "expected"),
+    [
+        (torch.ones(3), False),
+        (torch.ones(0), False),
+        (torch.tensor([1.0, NAN, 1.0]), True),
+        (torch.tensor([1.0, torch.inf]), True),
+        (torch.tensor([-torch.inf, torch.inf]), True),
+        (torch.full((4,), MOST), False),
+        (torch.tensor([MOST, MOST, NAN]), True),
+        (torch.full((4,), MOST_HALF).half(), False),
+        (torch.tensor([1.0, torch.inf]).half(), True),
+        (torch.tensor([1.0, NAN]).bfloat16(), True),
+        (torch.ones(3).to(torch.float8_e4m3fn), False),
+        (torch.tensor([1.0, NAN]).to(torch.float8_e4m3fn), True),
+        (torch.tensor([1, 2]), False),
+        (nn.Parameter(torch.tensor([1.0, NAN])), True),
+        (torch.ones(2, device="meta"), False),
+        (shifted(), False),
+    ],
+)
+def test_nan_and_infinity_are_found_where_a_sum_overflows_or_not(weight: Tensor, expected: bool) -> None:
+    assert has_non_finite(weight) is expected
+
+
+class Shift(nn.Module):
+    """Adds a buffer; its parameter and its type are those of any other."""
+
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.register_buffer("by", torch.tensor([by]))
+
+
+def test_modules_are_the_same_with_their_buffers_and_inside_of_other_values() -> None:
+    assert Equality().same_layers(Shift(1.0), Shift(2.0)) is True
+    for one, other, expected in ((1.0, 1.0, True), (1.0, 2.0, False)):
+        assert Equality().same_module(Shift(one), Shift(other)) is expected
+        assert same([Shift(one)], [Shift(other)]) is expected
+
+
+def test_a_module_is_the_same_as_itself_whatever_it_holds() -> None:
+    module: Any = Shift(1.0)
+    module.lock = threading.Lock()
+    assert Equality().same_layers(module, module) is True
+
+
+def plain_hook(_module: nn.Module, _args: Any) -> None:
+    """A hook of whoever uses the model: nothing says that it changes nothing."""
+
+
+def test_hooks_count_but_for_those_that_are_known_to_compute_nothing() -> None:
+    one, other = Shift(1.0), Shift(1.0)
+    one.register_forward_pre_hook(inert(lambda _module, _args: None))
+    assert Equality().same_layers(one, other) is True
+    one.register_forward_pre_hook(plain_hook)
+    assert Equality().same_layers(one, other) is False
+    other.register_forward_pre_hook(plain_hook)
+    assert Equality().same_layers(one, other) is True
+
+
+def test_what_transformers_leaves_on_a_model_that_was_asked_for_hidden_states_does_not_count() -> None:
+    one, other = (tiny_llama(num_hidden_layers=1) for _ in range(2))
+    one(torch.tensor([[1, 2]]), output_hidden_states=True)
+    asked, plain = one.model.layers[0], other.model.layers[0]
+    assert asked._forward_hooks
+    assert Equality().same_layers(asked, plain) is True
+    assert Equality().same_layers(one, other) is True

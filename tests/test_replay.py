@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -30,6 +30,7 @@ from lazarus.engine.replay import (
     Passed,
     Returned,
     UnlikeError,
+    can_replay,
     recording,
     replaying,
     stopping_after,
@@ -638,3 +639,69 @@ def test_what_blocks_write_into_a_mapping_is_there_for_later_ones() -> None:
     pair = pair_of(base, finetuned)
     assert pair.n_common == 2
     assert lengths_run_whole(pair, finetuned) == set()
+
+
+# --- Passes made by hand
+
+
+class Doubled(nn.Module):
+    """A block that does not look at its step."""
+
+    def forward(self, states: Tensor, step: int = 0) -> Tensor:
+        return states * 2
+
+
+def two_blocks() -> tuple[nn.Module, nn.Module]:
+    return Doubled(), Doubled()
+
+
+@pytest.mark.parametrize(("counts", "expected"), [([], True), ([0], False), ([1], False), ([0, 1], False)])
+def test_a_pass_whose_first_block_gets_another_argument_each_time_goes_on_from_nowhere(
+    counts: list[int], expected: bool
+) -> None:
+    first, second = two_blocks()
+    steps = iter(range(9))
+    states = torch.ones(1, 2, 3)
+    assert can_replay((first, second), lambda: second(first(states, step=next(steps))), counts) is expected
+
+
+@pytest.mark.parametrize(("n_runs", "expected"), [(1, False), (9, True)])
+def test_a_pass_that_leaves_a_block_out_the_second_time_does_not_go_on(n_runs: int, expected: bool) -> None:
+    first, second = two_blocks()
+    runs_left = iter(range(n_runs))
+
+    def run() -> Tensor:
+        states: Tensor = first(torch.ones(1, 2, 3))
+        return second(states) if next(runs_left, None) is not None else states * 2
+
+    assert can_replay((first, second), run, [1]) is expected
+
+
+class Pair(NamedTuple):
+    states: Tensor
+    scale: float
+
+
+@pytest.mark.parametrize("kind", [Pair, BaseModelOutput, tuple, dict])
+def test_what_a_block_returned_is_made_again_around_its_states(kind: Any) -> None:
+    states, others = torch.ones(1, 2, 3), torch.zeros(1, 2, 3)
+    made = {
+        Pair: Pair(states, 2.0),
+        BaseModelOutput: BaseModelOutput(states, (others,)),
+        tuple: (states, "more"),
+        dict: {"states": states, "more": 1},
+    }[kind]
+    found = Returned.of(made).whole(states)
+    assert type(found) is type(made)
+    assert Equality().same(found, made) is True
+
+
+def test_what_several_blocks_wrote_is_written_by_the_first_of_them_when_it_comes_from_parts() -> None:
+    passed = Passed(
+        torch.ones(1),
+        [Returned(Tensor, None, ())] * 3,
+        [[{"a": 1}, {}], [{"b": 2}, {}], [{"a": 3}, {"c": 4}]],
+    )
+    found = Passed.of_parts(passed.parts())
+    assert found.returned == passed.returned
+    assert found.written == [[{"a": 3, "b": 2}, {"c": 4}], [{}, {}], [{}, {}]]

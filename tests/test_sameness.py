@@ -6,6 +6,7 @@ import copy
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,23 @@ from peft import (
     get_peft_model,
 )
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, LlamaForCausalLM
 
 from factories import perturbed, save_model, tiny_llama, tiny_tokenizer
 from flattened import Scaled, Sealed, quantised
 from layouts import compare, edit_json, edit_weights, most, pair_of, save_adapter
 from lazarus import ActivationDiff
-from lazarus.models import weights_identical, why_the_same, wrap_model
+from lazarus.models import (
+    LoadedModel,
+    LoadOptions,
+    load_paged,
+    parse_model,
+    shared_blocks,
+    weights_identical,
+    why_the_same,
+    wrap_model,
+)
+from lazarus.models.reference import Source
 
 TARGETS = ["q_proj", "down_proj"]
 SAME_FILES = "both names are the same files"
@@ -492,3 +503,144 @@ def test_views_of_one_memory_are_not_one_model() -> None:
     square = "model.layers.1.self_attn.q_proj.weight"
     other.get_parameter(square).data = base.get_parameter(square).data.T
     assert facts(in_memory(base, other)) == ("changed", False, [])
+
+
+# --- Pairs whose answer hangs on one of several conditions
+
+CPU_OPTIONS = LoadOptions(torch.float32, torch.device("cpu"))
+
+
+def from_files(model: nn.Module, name: str) -> LoadedModel:
+    """A model as if it had been loaded from the files of this name."""
+    return replace(wrap_model(model, name), kind="folder", source=Source(name, "folder", f"/{name}"))
+
+
+def test_what_was_loaded_from_files_is_not_one_model_of_the_callers() -> None:
+    model = tiny_llama(num_hidden_layers=1)
+    given = wrap_model(model, "given")
+    for pair in ((given, from_files(model, "b")), (from_files(model, "a"), given)):
+        assert weights_identical(*pair) is True
+        assert why_the_same(*pair, identical=True) == [COPY]
+    assert why_the_same(from_files(model, "a"), from_files(model, "b"), identical=True) == [COPY]
+
+
+def test_one_model_or_the_same_files_are_known_though_no_weight_can_be_looked_into() -> None:
+    model, other = (quantised(tiny_llama(num_hidden_layers=1), Sealed) for _ in range(2))
+    assert weights_identical(wrap_model(model, "one"), wrap_model(model, "one")) is True
+    assert weights_identical(from_files(model, "a"), from_files(other, "a")) is True
+    assert weights_identical(from_files(model, "a"), from_files(other, "b")) is None
+
+
+def test_one_set_of_parameters_with_other_buffers_is_not_one_model() -> None:
+    base = tiny_llama(num_hidden_layers=1)
+    other: Any = copy.deepcopy(base, {id(p): p for p in base.parameters()})
+    models = wrap_model(base, "base"), wrap_model(other, "other")
+    assert weights_identical(*models) is True
+    other.model.rotary_emb.inv_freq.mul_(0.5)
+    assert weights_identical(*models) is None
+    assert why_the_same(*models, identical=None) == []
+
+
+class WithScale(nn.Parameter):
+    """Elements, and a scale beside them in an attribute."""
+
+    scale: float
+
+
+def scaled(parameter: nn.Parameter, scale: float) -> nn.Parameter:
+    made = WithScale(parameter.data, requires_grad=False)
+    made.scale = scale
+    return made
+
+
+@pytest.mark.parametrize("scales", [(1.0, 2.0), (None, 2.0), (2.0, None), (None, None)])
+def test_one_memory_under_other_scales_is_not_one_weight(scales: tuple[float | None, float | None]) -> None:
+    base: Any = tiny_llama(num_hidden_layers=2)
+    other: Any = copy.deepcopy(base, {id(p): p for p in base.parameters()})
+    weight = base.model.layers[1].mlp.up_proj.weight
+    for model, scale in zip((base, other), scales, strict=True):
+        if scale is not None:
+            model.model.layers[1].mlp.up_proj.weight = scaled(weight, scale)
+    expected = [True, scales == (None, None)]
+    assert shared_blocks(wrap_model(base, "base"), wrap_model(other, "other")) == expected
+
+
+@pytest.mark.parametrize(
+    ("n_elements", "change", "expected"), [(2**14, 0, True), (2**14, 1, False), (2**14 + 1, 0, False)]
+)
+def test_copies_of_small_buffers_are_one(n_elements: int, change: float, expected: bool) -> None:
+    base: Any = tiny_llama(num_hidden_layers=1)
+    other: Any = copy.deepcopy(base, {id(p): p for p in base.parameters()})
+    for model, last in ((base, 1.0), (other, 1.0 + change)):
+        buffer = torch.ones(n_elements)
+        buffer[-1] = last
+        model.model.layers[0].register_buffer("kept", buffer)
+    assert shared_blocks(wrap_model(base, "base"), wrap_model(other, "other")) == [expected]
+
+
+class Renamed(LlamaForCausalLM):  # type: ignore[misc]  # it has no types
+    """Another class over the same modules."""
+
+
+def test_a_block_is_shared_by_models_of_one_class_and_as_many_blocks() -> None:
+    base = tiny_llama(num_hidden_layers=2)
+    models = []
+    for change in ("none", "class", "depth"):
+        other: Any = copy.deepcopy(base, {id(p): p for p in base.parameters()})
+        if change == "class":
+            other.__class__ = Renamed
+        models.append(wrap_model(other, change))
+        if change == "depth":
+            shorter = replace(models[-1].anatomy, blocks=models[-1].anatomy.blocks[:1])
+            models[-1] = replace(models[-1], anatomy=shorter)
+    same, of_other_class, shallow = (shared_blocks(wrap_model(base, "base"), model) for model in models)
+    assert same == [True, True]
+    assert of_other_class == shallow == [False, False]
+
+
+def test_another_class_over_the_same_weights_has_the_same_weights() -> None:
+    base: Any = tiny_llama(num_hidden_layers=1)
+    renamed: Any = copy.deepcopy(base)
+    renamed.__class__ = Renamed
+    assert weights_identical(wrap_model(base, "base"), wrap_model(renamed, "renamed")) is True
+
+
+def test_what_a_model_without_a_head_lacks_is_not_known_and_another_stack_is_other_weights() -> None:
+    base: Any = tiny_llama(num_hidden_layers=1)
+    whole, headless = wrap_model(base, "whole"), wrap_model(copy.deepcopy(base.model), "headless")
+    other = wrap_model(perturbed(base.model), "other")
+    assert weights_identical(whole, headless) is weights_identical(headless, whole) is None
+    assert weights_identical(whole, other) is weights_identical(other, whole) is False
+
+
+def test_one_more_layer_outside_of_the_stack_is_other_weights() -> None:
+    base: Any = tiny_llama(num_hidden_layers=1)
+    more: Any = copy.deepcopy(base)
+    more.value_head = nn.Linear(32, 1).eval()
+    assert weights_identical(wrap_model(base, "base"), wrap_model(more, "more")) is False
+
+
+def test_adapters_in_memory_are_the_same_by_what_they_brought() -> None:
+    base = tiny_llama(num_hidden_layers=1)
+    one, same, other = (with_adapter(base, lora(), "lora_B") for _ in range(3))
+    same.load_state_dict(one.state_dict())
+    models = [wrap_model(model, name) for name, model in (("one", one), ("same", same), ("other", other))]
+    assert weights_identical(models[0], models[1]) is True
+    assert weights_identical(models[0], models[2]) is False
+
+
+def test_an_adapter_that_is_off_in_one_layer_alone_is_not_called_off() -> None:
+    finetuned: Any = with_adapter(tiny_llama(num_hidden_layers=1), lora(), "lora_B")
+    finetuned.base_model.model.model.layers[0].self_attn.q_proj.enable_adapters(False)
+    models = wrap_model(tiny_llama(num_hidden_layers=1), "base"), wrap_model(finetuned, "finetuned")
+    assert why_the_same(*models, identical=False) == []
+
+
+def test_of_models_read_by_different_readers_nothing_is_shared(base_folder: Path) -> None:
+    references = parse_model(str(base_folder)), parse_model(str(base_folder))
+    one, other = (load_paged(*references, CPU_OPTIONS, lambda role, name: None) for _ in range(2))
+    given = wrap_model(tiny_llama(), "given")
+    assert shared_blocks(*one) == [True] * 4
+    for pair in ((one[0], other[1]), (one[0], given), (given, one[1])):
+        assert shared_blocks(*pair) == [False] * 4
+    assert weights_identical(one[0], given) is weights_identical(given, one[0]) is None

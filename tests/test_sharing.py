@@ -23,6 +23,7 @@ from lazarus.models import LoadedModel, same_design, shared_blocks, weights_iden
 from lazarus.models.adapters import share_storage
 from lazarus.models.checkpoint import build_empty
 from lazarus.models.design import same_config
+from lazarus.models.sharing import load_over
 from lazarus.models.stored import read_headers, same_elements
 
 NAMES = [n for n in (*CAUSAL, *ENCODERS, *ENCODER_DECODERS) if n not in UNBUILDABLE and n not in REFUSED]
@@ -411,3 +412,69 @@ def test_weights_without_an_address_are_not_one_for_that() -> None:
     )
     assert shared_blocks(*models) == [True, True, False, True]
     assert compare(base, finetuned, tokenizer=tiny_tokenizer()).summary.verdict == "changed"
+
+
+# --- What is stored twice, or under the other name, and what is handed back
+
+HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def _both_stored(tensors: dict[str, Tensor]) -> None:
+    tensors[HEAD] = tensors[TABLE].clone()
+
+
+def _both_stored_apart(tensors: dict[str, Tensor]) -> None:
+    tensors[HEAD] = tensors[TABLE] * 2
+
+
+def _head_stored(tensors: dict[str, Tensor]) -> None:
+    tensors[HEAD] = tensors.pop(TABLE)
+
+
+@pytest.mark.parametrize("stored", [_both_stored, _both_stored_apart, _head_stored])
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"])
+def test_tied_weights_are_those_that_transformers_makes_of_what_is_stored(
+    stored: Callable[[dict[str, Tensor]], None], name: str, tmp_path: Path
+) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        if name in tensors:
+            tensors[name] += 1
+
+    plain = save_model(tmp_path / "plain", tiny_llama(num_hidden_layers=1, tie_word_embeddings=True))
+    base = edit_weights(plain, tmp_path / "base", stored)
+    tuned = edit_weights(base, tmp_path / "tuned", change)
+    for loaded, folder in zip(pair_of(str(base), str(tuned)), (base, tuned), strict=True):
+        expected = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        assert_same_bits(tensors(loaded.model), tensors(expected))
+        found: Any = loaded.model
+        ours, theirs = ((m.lm_head.weight is m.model.embed_tokens.weight) for m in (found, expected))
+        assert ours is theirs
+
+
+def test_two_checkpoints_with_a_wrappers_names_are_each_model_by_itself(tmp_path: Path) -> None:
+    def wrap(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            tensors[f"_orig_mod.{name}"] = tensors.pop(name)
+
+    model = tiny_llama(num_hidden_layers=2)
+    tuned = changed(model, ["model.layers.1.mlp.up_proj.weight"])
+    folders = []
+    for name, each in (("base", model), ("tuned", tuned)):
+        plain = save_model(tmp_path / f"plain-{name}", each)
+        folders.append(str(edit_weights(plain, tmp_path / name, wrap)))
+    for loaded, expected in zip(pair_of(folders[0], folders[1]), (model, tuned), strict=True):
+        assert_same_bits(tensors(loaded.model), tensors(expected))
+        assert [note.code for note in loaded.notes] == ["wrapped-names"]
+
+
+def test_a_model_over_anothers_weights_is_ready_to_run_and_not_to_train(tmp_path: Path) -> None:
+    model = tiny_llama(num_hidden_layers=1)
+    files = []
+    for name, each in (("base", model), ("tuned", changed(model, ["model.norm.weight", "lm_head.weight"]))):
+        files.append([str(save_model(tmp_path / name, each) / "model.safetensors")])
+    found = load_over(model.train(), (files[0], files[1]), torch.device("cpu"))
+    assert found is not None
+    assert not found.training
+    assert not any(parameter.requires_grad for parameter in found.parameters())
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())

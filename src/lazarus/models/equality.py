@@ -40,6 +40,8 @@ _NOT_COMPARED = {
     *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook", "_is_hf_initialized"),
     *("_state_dict_hooks", "_state_dict_pre_hooks"),
     *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "name_or_path"),
+    # left by transformers on a model that was once asked for its hidden states
+    "_output_capturing_hooks_installed",
     # by the number of each hook, and that number is another one in each module
     *("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"),
 }
