@@ -22,7 +22,7 @@ class LensToken(Record, frozen=True, kw_only=True):
 
 
 class LensLayer(Record, frozen=True, kw_only=True):
-    """What the lens reads from the output of one block, at the last position."""
+    """Reading of the lens from the output of one block, at the last position."""
 
     layer: Layer
     top: Annotated[

@@ -18,7 +18,7 @@ Divergence = Annotated[float, METRICS["divergence"].meta]
 
 
 class Tool(Record, frozen=True, kw_only=True):
-    """Which program made the result."""
+    """Program that made the result."""
 
     name: str
     version: str
@@ -100,7 +100,7 @@ class PromptRecord(Record, frozen=True, kw_only=True):
 
 
 class LocalChange(Record, frozen=True, kw_only=True):
-    """What a block's own weights change, apart from what it inherits: F(b) against B(b)."""
+    """Change by a block's own weights, apart from what it inherits: F(b) against B(b)."""
 
     relative_l2: Annotated[float | None, METRICS["local_relative_l2"].meta]
     cosine_similarity: Annotated[float | None, Meta(description="cosine of F(b) and B(b)")]
@@ -204,7 +204,7 @@ class GroupContrast(Record, frozen=True, kw_only=True):
 
 
 class Groups(Record, frozen=True, kw_only=True):
-    """What the prompts' groups show."""
+    """Curves and contrasts of the prompts' groups."""
 
     curves: list[GroupCurve]
     contrasts: list[GroupContrast]
