@@ -28,8 +28,8 @@ from architectures import (
     build,
 )
 from factories import notes_of, notes_on_models, perturbed, word_tokenizer
+from lazarus.messages import in_flags
 from lazarus.models import dissect
-from lazarus.options import in_flags
 from reference import Convention, block_outputs, convention_of, cosine, recorded_states
 
 ALL = (*CAUSAL, *ENCODERS, *ENCODER_DECODERS, *MULTIMODAL)

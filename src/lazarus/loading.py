@@ -117,7 +117,7 @@ def _must_stream(pair: tuple[ModelReference, ModelReference], options: LoadOptio
     notes.add(
         "streamed",
         f"both models take {footprint.resident / 1e9:.1f} GB and {free / 1e9:.1f} GB are free, so a block of "
-        "each at a time was read from disk (--memory stream)",
+        f"each at a time was read from disk ({option('memory', 'stream')})",
     )
     return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import PurePath
 
 START, END = "\ufdd0", "\ufdd1"
@@ -32,3 +33,28 @@ def option(name: str, value: object = _NO_VALUE, form: str = "") -> str:
 def in_python(marked: str) -> str:
     """Return a marked message with its options as a call has them."""
     return marked.replace(START, "`").replace(END, "`")
+
+
+_MARKED = re.compile(f'{START}([^={END}]+)(?:=("(?:[^"\\\\]|\\\\.)*"|[^{END}]*))?{END}')
+
+
+def in_flags(marked: str) -> str:
+    """Return a marked message with its options as they are typed: `--dtype float32`, `--localize`."""
+
+    def typed(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        if value is None or value == "True":
+            return flag(name)
+        # A text stands as JSON in a mark, in quotes; a number stands as it is.
+        return f"{flag(name)} {json.loads(value) if value.startswith(chr(34)) else value}"
+
+    return _MARKED.sub(typed, marked)
+
+
+def flag(name: str) -> str:
+    """Return an option of this name as it is typed.
+
+    >>> flag("batch_tokens")
+    '--batch-tokens'
+    """
+    return "--debug" if name == CAUSE else "--" + name.replace("_", "-")

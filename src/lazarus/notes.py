@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from lazarus.messages import in_flags
 
 CODES = {
     # The prompts
@@ -179,9 +181,14 @@ class Notes:
         self.extend([Note(code, text, model, tuple(layers), tuple(prompts))])
 
     def extend(self, notes: Iterable[Note]) -> None:
-        """Add notes in their order, those whose text is there already left out."""
+        """Add notes in their order, those whose text is there already left out.
+
+        Options that a text has marked are spelled as they are typed: results are read on the command line
+        and by people who never called Python.
+        """
         for note in notes:
-            self._notes.setdefault(note.text, note)
+            text = in_flags(note.text)
+            self._notes.setdefault(text, replace(note, text=text))
 
     @property
     def texts(self) -> list[str]:

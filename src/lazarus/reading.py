@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lazarus.errors import PairError, PromptDataError
+from lazarus.messages import option
 from lazarus.models import ChatTemplate, LoadedModel, load_tokenizer, render_chats
 from lazarus.notes import Notes
 from lazarus.options import Options
@@ -119,7 +120,7 @@ def _rendered(prompts: Sequence[Prompt], template: ChatTemplate | None, notes: N
             which = f"prompts {listed(without)} ({len(without)} of {len(prompts)})"
             notes.add(
                 "chat-template",
-                f"without --chat-template the rows' {names} are left out: {which}",
+                f"without {option('chat_template')} the rows' {names} are left out: {which}",
                 prompts=without,
             )
         return None

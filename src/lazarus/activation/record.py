@@ -15,7 +15,6 @@ from lazarus.activation.traces import Read, trace_tokens
 from lazarus.errors import NoDataError
 from lazarus.facts import NOTHING_KNOWN, WeightFacts
 from lazarus.notes import Notes
-from lazarus.options import note_in_flags
 from lazarus.provenance import environment, now, tool
 from lazarus.result_classes import ActivationDiff
 from lazarus.results import (
@@ -63,7 +62,7 @@ def conclude(
     layers = [_layer(found, layer) for layer in found.layers]
     notes = Notes(about.notes)
     _note_exclusions(seen, notes)
-    notes.extend(map(note_in_flags, about.breaks))
+    notes.extend(about.breaks)
     note_limits(found, layers, notes)
     return ActivationDiff(
         ActivationDiffRecord(

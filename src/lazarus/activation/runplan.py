@@ -11,6 +11,7 @@ from typing import Literal
 from lazarus.activation.repeats import Repeats
 from lazarus.batches import BatchPair, TokenBatch, make_batches
 from lazarus.engine import ModelPair, pick_sample
+from lazarus.messages import option
 from lazarus.notes import Notes
 from lazarus.sites import Position
 from lazarus.tokens import TokenizedPrompt
@@ -86,4 +87,4 @@ class RunPlan:
             if n_traced
             else f"no prompt's tokens are kept: the first prompt alone has more than {MOST_TRACED_TOKENS:,}"
         )
-        notes.add("kept-tokens", f"{told}; --token-prompts names others")
+        notes.add("kept-tokens", f"{told}; {option('token_prompts')} names others")

@@ -16,7 +16,7 @@ import typer
 
 from lazarus.blame import MemoryFaults, raised_at, raised_in
 from lazarus.errors import LazarusError
-from lazarus.options import in_flags
+from lazarus.messages import in_flags
 
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 

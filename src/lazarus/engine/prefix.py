@@ -24,7 +24,6 @@ from lazarus.engine.resident import run_pairs
 from lazarus.errors import DeviceError, UnsupportedModelError
 from lazarus.metrics import relative_l2
 from lazarus.notes import Notes
-from lazarus.options import in_flags
 from lazarus.sites import Position
 from lazarus.tokens import TokenizedPrompt
 
@@ -73,7 +72,7 @@ def share_prefix(pair: ModelPair, prompts: Sequence[TokenizedPrompt], plan: Pref
     obstacle = _obstacle(pair, distinct, plan) or _difference(pair, checked, n_tokens, plan)
     which = f"the first {n_tokens} tokens, the same in all prompts, ran"
     told = f"{which} once" if obstacle is None else f"{which} with each of them: {obstacle}"
-    notes.add("shared-prefix", in_flags(told))
+    notes.add("shared-prefix", told)
     return n_tokens if obstacle is None else 0
 
 

@@ -15,7 +15,7 @@ from lazarus.lens.lens import Lens
 from lazarus.lens.tracking import Lenses, Tracked, evolution, find_tracked, note_tracking
 from lazarus.messages import option
 from lazarus.notes import Note, Notes
-from lazarus.options import CompareOptions, note_in_flags, parse_track
+from lazarus.options import CompareOptions, parse_track
 from lazarus.results import (
     SCHEMA_VERSION,
     CompareRecord,
@@ -174,7 +174,7 @@ def _note_lenses(lenses: Lenses, notes: Notes) -> None:
                 layers=broken,
             )
             reason = _why_not_finite(lens)
-            notes.extend([note_in_flags(reason)] if reason else [])
+            notes.extend([reason] if reason else [])
 
 
 def _why_not_finite(lens: Lens) -> Note | None:

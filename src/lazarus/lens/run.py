@@ -15,7 +15,7 @@ from lazarus.lens.vocabulary import Vocabulary
 from lazarus.loading import Model, Role, less_memory, load_models, pick_device
 from lazarus.models import LoadedModel, find_tokenizer, same_design
 from lazarus.notes import Notes
-from lazarus.options import CompareArguments, CompareOptions, note_in_flags, read_template
+from lazarus.options import CompareArguments, CompareOptions, read_template
 from lazarus.prompts import Prompt, PromptList, check_chats, make_prompts
 from lazarus.ranks import Rank
 from lazarus.reading import Asked, Reading, read_prompts
@@ -93,7 +93,7 @@ def compare(
         lenses = _look(models, reading, watcher)
         _note_other_ids(reading, notes)
         broken = [note_of_weights(m, names) for m in models if (names := broken_weights(m))]
-        notes.extend(map(note_in_flags, broken))
+        notes.extend(broken)
         return Comparison(make_record(lenses, LensFacts(found.prompts[0].text, chosen, device), notes))
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lazarus import _transformers
 from lazarus.errors import AdapterError, UnsupportedModelError, WeightsError
+from lazarus.messages import option
 from lazarus.models.adapters import Adapted, put_all_on, share_storage
 from lazarus.models.anatomy import Anatomy, dissect
 from lazarus.models.checkpoint import Conversion, build_empty, find_files
@@ -195,7 +196,7 @@ def _load(opened: Opened, options: LoadOptions) -> Weights:
     if opened.quantised and options.dtype is not None:
         weights.notes.add(
             "dtype-not-applied",
-            f"{source.name} is quantised and runs in its own type: --dtype did not apply to it",
+            f"{source.name} is quantised and runs in its own type: {option('dtype')} did not apply to it",
             model=source.name,
         )
     check_report(weights, options)

@@ -23,7 +23,7 @@ from lazarus.options.activation import (
 )
 from lazarus.options.checks import DTYPES, EXPECTATIONS
 from lazarus.options.lens import CompareArguments, CompareOptions, parse_track
-from lazarus.options.option import check, in_flags, note_in_flags
+from lazarus.options.option import check
 from lazarus.options.weights import WeightArguments, WeightOptions
 
 __all__ = [
@@ -40,8 +40,6 @@ __all__ = [
     "WeightOptions",
     "check",
     "check_token_prompts",
-    "in_flags",
-    "note_in_flags",
     "parse_position",
     "parse_readout",
     "parse_token_prompts",

@@ -6,10 +6,8 @@ the reference in the docs are made from these records (`described`).
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cache
 from numbers import Integral, Real
 from pathlib import PurePath
@@ -17,8 +15,7 @@ from types import UnionType
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from lazarus.errors import UsageError
-from lazarus.messages import CAUSE, END, START, option
-from lazarus.notes import Note
+from lazarus.messages import flag, option
 
 RUN, COMPARE, READ = "How it runs", "What is compared", "How prompts are read"
 """the panels of the help"""
@@ -50,32 +47,7 @@ class Described:
     @property
     def flag(self) -> str:
         """The option as it is typed."""
-        return _flag(self.name)
-
-
-def _flag(name: str) -> str:
-    return "--debug" if name == CAUSE else "--" + name.replace("_", "-")
-
-
-_MARKED = re.compile(f'{START}([^={END}]+)(?:=("(?:[^"\\\\]|\\\\.)*"|[^{END}]*))?{END}')
-
-
-def in_flags(marked: str) -> str:
-    """Return a marked message with its options as they are typed: `--dtype float32`, `--localize`."""
-
-    def typed(found: re.Match[str]) -> str:
-        name, value = found.groups()
-        if value is None or value == "True":
-            return _flag(name)
-        # A text stands as JSON in a mark, in quotes; a number stands as it is.
-        return f"{_flag(name)} {json.loads(value) if value.startswith(chr(34)) else value}"
-
-    return _MARKED.sub(typed, marked)
-
-
-def note_in_flags(note: Note) -> Note:
-    """Return a note of a marked text as results have it: with options as they are typed."""
-    return replace(note, text=in_flags(note.text))
+        return flag(self.name)
 
 
 @cache

@@ -103,7 +103,7 @@ def _from_list(value: str, notes: Notes) -> list[Prompt]:
         notes.add(
             "prompt-list",
             f"-p {value[:40]!r}: its quotation marks are not those of a CSV row and were read as "
-            "Python's csv reads them; --no-split keeps a prompt as it is",
+            f"Python's csv reads them; {option('no_split')} keeps a prompt as it is",
         )
     for item in items:
         if item.startswith("@") and not item.startswith("@@"):

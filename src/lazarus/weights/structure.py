@@ -14,7 +14,6 @@ from lazarus.models.checkpoint import build_empty
 from lazarus.models.faults import translated
 from lazarus.models.opening import Opened, open_checkpoint
 from lazarus.notes import Notes
-from lazarus.options import in_flags
 from lazarus.weights.components import Namer, Part, name_by_path
 
 
@@ -71,7 +70,7 @@ def learn_structure(
     except BlocksNotFoundError as error:
         if layers_path is not None:
             raise
-        told = f"{source.name}: no tensor is in a layer: {in_flags(error.marked)}"
+        told = f"{source.name}: no tensor is in a layer: {error.marked}"
         notes.add("no-layers", told, model=source.name)
         return Structure(opened, model, Namer(model, None), 0)
     return Structure(opened, model, Namer(model, anatomy), len(anatomy.blocks))

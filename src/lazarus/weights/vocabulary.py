@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lazarus.errors import ModelError
+from lazarus.messages import in_flags
 from lazarus.models import Source
 from lazarus.models.tokenizer import TOKENIZER_FILES, first_tokenizer
-from lazarus.options import in_flags
 from lazarus.tokens import listed
 
 _MORE_FILES = ("added_tokens.json", "special_tokens_map.json")
