@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help demo test test-fast coverage test-browser test-real test-compat check docs format docs-reference train-demo bench trust clean
+.PHONY: help demo test test-all test-fast coverage test-browser test-real test-compat check docs format docs-reference train-demo bench trust clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -13,10 +13,13 @@ help:  ## list the targets
 demo: $(VENV)/.installed  ## compare the pair of models that ships with the package
 	@$(BIN)/lazarus demo
 
-test: $(VENV)/.installed-dev  ## run every test that needs no network and no real weights
+test: $(VENV)/.installed-dev  ## run every test, those of all architectures on one of each kind
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not sweep"
+
+test-all: $(VENV)/.installed-dev  ## run every test on every architecture, as CI does
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
 
-test-fast: $(VENV)/.installed-dev  ## run one case of most tests, in two minutes
+test-fast: $(VENV)/.installed-dev  ## run one case of most tests, in a minute
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q --fast
 
 coverage: $(VENV)/.installed-dev  ## run every test, and write which lines and branches ran to docs/coverage.md

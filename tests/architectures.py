@@ -7,9 +7,10 @@ large enough for tokens to mix, so that a mistake in what reads the hidden state
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import nn
@@ -227,6 +228,22 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
 
 # Parameters that keep their own initialisation: random ones would be unstable or out of range.
 _DELICATE = re.compile(r"(A_log|dt_bias|scale|time_mix_\w+|recurrent_param)$")
+
+
+OF_EACH_KIND = frozenset(
+    "bert:masked deepseek_v3 deepseek_v4 falcon gemma3 gemma3n_text gpt2 gpt_oss hrm_text inkling2_text jamba "
+    "llama mamba2 mixtral moshi opt phi3 t5:seq2seq xlnet zamba".split()
+)
+"""One architecture of each kind: dense, mixture of experts, recurrent, hybrid, looped, with parallel streams,
+with fused projections, with an encoder, and what is refused."""
+
+
+def swept(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test that runs on every architecture: `make test` runs it on one of each kind alone.
+
+    `make test-all` runs them all, and so does CI.
+    """
+    return [name if name in OF_EACH_KIND else pytest.param(name, marks=pytest.mark.sweep) for name in names]
 
 
 def build(name: str, seed: int = 0) -> PreTrainedModel:

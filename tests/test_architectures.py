@@ -26,6 +26,7 @@ from architectures import (
     WITHOUT_HEAD,
     WITHOUT_READOUT,
     build,
+    swept,
 )
 from factories import notes_of, notes_on_models, perturbed, word_tokenizer
 from lazarus.messages import in_flags
@@ -124,7 +125,7 @@ def test_equals_the_oracle_or_is_refused_with_the_reason(name: str) -> None:
         assert finding.position == ("last" if name in CAUSAL and name not in BIDIRECTIONAL else "mean")
 
 
-@pytest.mark.parametrize("name", [name for name in BUILT if name not in REFUSED])
+@pytest.mark.parametrize("name", swept(name for name in BUILT if name not in REFUSED))
 def test_a_model_against_itself_is_exactly_the_same(name: str) -> None:
     model = build(name)
     diff = lazarus.activation_diff(model, model, TEXTS, tokenizer=word_tokenizer(), position="all")

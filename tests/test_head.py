@@ -14,7 +14,7 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
 
 import lazarus
-from architectures import CAUSAL, REFUSED, UNBUILDABLE, WITHOUT_HEAD, WITHOUT_READOUT, build
+from architectures import CAUSAL, REFUSED, UNBUILDABLE, WITHOUT_HEAD, WITHOUT_READOUT, build, swept
 from factories import let_head_see_tokens, perturbed, tiny_llama, word_tokenizer
 from lazarus.engine.head import Head, head_alone, reads_blocks, run_with_head
 from lazarus.engine.recorder import Recorder
@@ -35,7 +35,7 @@ def compare(base: PreTrainedModel, finetuned: PreTrainedModel, **options: Any) -
     )
 
 
-@pytest.mark.parametrize("name", WITH_HEAD)
+@pytest.mark.parametrize("name", swept(WITH_HEAD))
 def test_the_head_by_itself_gives_the_logits_of_the_whole_model(name: str) -> None:
     """From the states after the final norm, and, unless that is refused, from those of the last block."""
     model = build(name)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from architectures import CAUSAL, REFUSED, UNBUILDABLE, WITHOUT_HEAD, build
+from architectures import CAUSAL, REFUSED, UNBUILDABLE, WITHOUT_HEAD, build, swept
 from factories import tiny_llama, word_tokenizer
 from lazarus.engine import learn
 from lazarus.errors import UnsupportedModelError
@@ -31,7 +31,7 @@ def read(model: PreTrainedModel, ids: list[int] = IDS) -> torch.Tensor:
     return read_layers(wrapped, learn(wrapped, ids, 100), ids, lambda _: None, Notes())
 
 
-@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("name", swept(READ))
 def test_the_last_layer_is_the_models_own_next_token(name: str) -> None:
     model = build(name)
     found = read(model)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import lazarus
-from architectures import CAUSAL, REFUSED, UNBUILDABLE, build
+from architectures import CAUSAL, REFUSED, UNBUILDABLE, build, swept
 from factories import perturbed, tiny_llama, word_tokenizer
 from lazarus.engine import learn_pair
 from lazarus.engine.local import beside
@@ -159,7 +159,7 @@ def test_the_divergence_is_bit_for_bit_that_without_localize(name: str) -> None:
     assert with_it.record.output == without.record.output
 
 
-@pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.parametrize("name", swept(COMPARED))
 def test_every_architecture_has_a_local_change_in_the_changed_block_alone(name: str) -> None:
     """A looped block has one in each of its calls. Base's own states are those that it has by itself."""
     base = build(name)

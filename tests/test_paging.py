@@ -17,7 +17,7 @@ from peft import IA3Config, LoraConfig, PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from architectures import CAUSAL, ENCODER_DECODERS, ENCODERS, MULTIMODAL, REFUSED, UNBUILDABLE, build
+from architectures import CAUSAL, ENCODER_DECODERS, ENCODERS, MULTIMODAL, REFUSED, UNBUILDABLE, build, swept
 from factories import notes_of, perturbed, save_model, tiny_llama, tiny_tokenizer
 from layouts import compare, edit_json, edit_weights, pair_of, save_adapter, save_fp8, save_gguf
 from lazarus.errors import ModelError, UnsupportedModelError, WeightsError
@@ -92,7 +92,7 @@ def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("nothing_is_small")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", swept(NAMES))
 def test_every_architecture_is_what_it_is_when_loaded_whole(name: str, tmp_path: Path) -> None:
     model = build(name)
     base = save_model(tmp_path / "base", model)

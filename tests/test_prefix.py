@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicCache
 from typer.testing import CliRunner
 
 import lazarus
-from architectures import CAUSAL, REFUSED, UNBUILDABLE, build
+from architectures import CAUSAL, REFUSED, UNBUILDABLE, build, swept
 from factories import TEMPLATE, notes_of, perturbed, tiny_llama, word_tokenizer
 from layouts import save_adapter
 from lazarus.batches import BatchPair, make_batches
@@ -484,7 +484,7 @@ def test_batches_are_cut_by_what_follows_the_prefix() -> None:
 # --- Where it is not shared
 
 
-@pytest.mark.parametrize("name", [name for name in CAUSAL if name not in {*REFUSED, *UNBUILDABLE}])
+@pytest.mark.parametrize("name", swept(name for name in CAUSAL if name not in {*REFUSED, *UNBUILDABLE}))
 def test_every_architecture_shares_its_prefix_rightly_or_not_at_all(name: str) -> None:
     base = build(name)
     pair = learned(base, perturbed(base))

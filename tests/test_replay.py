@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import lazarus
-from architectures import CAUSAL, ENCODER_DECODERS, ENCODERS, MULTIMODAL, REFUSED, UNBUILDABLE, build
+from architectures import CAUSAL, ENCODER_DECODERS, ENCODERS, MULTIMODAL, REFUSED, UNBUILDABLE, build, swept
 from factories import perturbed, tiny_llama, word_tokenizer
 from lazarus.batches import BatchPair, make_batches
 from lazarus.engine import ModelPair, learn_pair, run_pairs
@@ -122,7 +122,7 @@ def runs(calls: Sequence[tuple[int, int]]) -> dict[int, int]:
 # Which passes go on without their first blocks
 
 
-@pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.parametrize("name", swept(COMPARED))
 def test_a_pass_goes_on_after_any_of_its_blocks_or_is_known_not_to(name: str) -> None:
     model = wrap_model(build(name), name)
     counts = range(len(model.anatomy.blocks))
@@ -142,7 +142,7 @@ def test_a_pass_whose_later_blocks_read_earlier_states_does_not_go_on() -> None:
 # Blocks that both models have in common
 
 
-@pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.parametrize("name", swept(COMPARED))
 def test_every_architecture_gives_what_it_gives_without_sharing(name: str) -> None:
     """The last block changed: all before it run once, where the architecture lets them.
 

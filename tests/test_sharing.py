@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from architectures import CAUSAL, ENCODER_DECODERS, ENCODERS, REFUSED, UNBUILDABLE, build
+from architectures import CAUSAL, ENCODER_DECODERS, ENCODERS, REFUSED, UNBUILDABLE, build, swept
 from factories import perturbed, save_model, tiny_llama, tiny_tokenizer
 from flattened import Scaled, quantised
 from layouts import compare, edit_json, edit_weights, most, pair_of, save_adapter
@@ -68,7 +68,7 @@ def in_last_block(model: PreTrainedModel) -> set[str]:
     return {name for name, p in model.named_parameters() if id(p) in own}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", swept(NAMES))
 def test_a_pair_is_each_model_by_itself_bit_for_bit(name: str, tmp_path: Path) -> None:
     model = build(name)
     names = in_last_block(model)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from architectures import CAUSAL, ENCODER_DECODERS, ENCODERS, MULTIMODAL, REFUSED, UNBUILDABLE, build
+from architectures import CAUSAL, ENCODER_DECODERS, ENCODERS, MULTIMODAL, REFUSED, UNBUILDABLE, build, swept
 from factories import perturbed, tiny_llama
 from lazarus.batches import BatchPair, TokenBatch, make_batches
 from lazarus.engine import ModelPair, NoisePlan, Work, learn_pair, run
@@ -131,7 +131,7 @@ def twin_of(base: PreTrainedModel, changed: Sequence[int] = ()) -> PreTrainedMod
 # The same numbers, bit for bit
 
 
-@pytest.mark.parametrize("name", STREAMED)
+@pytest.mark.parametrize("name", swept(STREAMED))
 def test_every_architecture_gives_what_it_gives_in_memory(name: str, keeping: Callable[[int], None]) -> None:
     """Every site, each block's own change, and every trial of the noise."""
     base = build(name)

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from architectures import CAUSAL, ENCODER_DECODERS, ENCODERS, MULTIMODAL, UNBUILDABLE, build
+from architectures import CAUSAL, ENCODER_DECODERS, ENCODERS, MULTIMODAL, UNBUILDABLE, build, swept
 from factories import notes_of, save_model, tiny_llama, tiny_tokenizer
 from layouts import (
     METADATA,
@@ -421,7 +421,7 @@ def test_a_tied_table_is_held_where_its_head_is(headless: tuple[Path, Path], tmp
 EVERY = [n for n in (*CAUSAL, *ENCODERS, *ENCODER_DECODERS, *MULTIMODAL) if n not in UNBUILDABLE]
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", swept(EVERY))
 def test_a_whole_checkpoint_lacks_nothing(name: str, tmp_path: Path) -> None:
     """One stored tensor may be several parameters: Sarvam's queries, keys and values."""
     folder = save_model(tmp_path / "model", build(name))
