@@ -230,10 +230,11 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
 _DELICATE = re.compile(r"(A_log|dt_bias|scale|time_mix_\w+|recurrent_param)$")
 
 
-OF_EACH_KIND = frozenset(
-    "bert:masked deepseek_v3 deepseek_v4 falcon gemma3 gemma3n_text gpt2 gpt_oss hrm_text inkling2_text jamba "
-    "llama mamba2 mixtral moshi opt phi3 t5:seq2seq xlnet zamba".split()
-)
+OF_EACH_KIND = {
+    "bert:masked", "deepseek_v3", "deepseek_v4", "falcon", "gemma3", "gemma3n_text", "gpt2", "gpt_oss",
+    "hrm_text", "inkling2_text", "jamba", "llama", "mamba2", "mixtral", "moshi", "opt", "phi3", "t5:seq2seq",
+    "xlnet", "zamba",
+}  # fmt: skip
 """One architecture of each kind: dense, mixture of experts, recurrent, hybrid, looped, with parallel streams,
 with fused projections, with an encoder, and what is refused."""
 
