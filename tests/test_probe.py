@@ -239,14 +239,15 @@ def test_a_block_may_run_twice_without_extending_a_cache_twice() -> None:
 
 def test_a_head_runs_where_its_states_are() -> None:
     """Not on torch's default device."""
-    model, places = tiny_llama(), []
+    model, places = tiny_llama(), list[torch.device]()
+    head = Head(wrap_model(model, "model"), BaseModelOutputWithPast)
 
     def note(_model: nn.Module, _args: Any, given: dict[str, Any]) -> None:
         places.append(given["input_ids"].device)
 
     model.register_forward_pre_hook(note, with_kwargs=True)
     with torch.device("meta"):
-        Head(wrap_model(model, "model"), BaseModelOutputWithPast).read(torch.ones(3, 32, device="cpu"))
+        head.read(torch.ones(3, 32, device="cpu"))
     assert places == [torch.device("cpu")]
 
 
