@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
@@ -26,6 +27,12 @@ def test_the_head_is_compared_where_logits_are() -> None:
     assert whole.compared.modules - stack.compared.modules == {"", "lm_head"}
     assert whole.compared.tensors == set(model.state_dict())
     assert stack.compared.tensors == set(model.state_dict()) - {"lm_head.weight"}
+
+
+def test_a_head_that_wants_a_token_is_given_one() -> None:
+    """MusicGen's cannot be run on none."""
+    model = build("musicgen")
+    assert coverage_of(model).n_logits == model.config.vocab_size
 
 
 def test_a_tied_tensor_is_compared_under_all_of_its_names() -> None:
@@ -67,10 +74,13 @@ def test_a_part_of_the_head_is_compared_though_it_is_not_called() -> None:
     assert "lm_head.scale.weight" in coverage_of(model).compared.tensors
 
 
-def test_the_head_is_run_where_the_model_is() -> None:
+def test_the_head_is_run_where_the_model_is_and_in_its_dtype() -> None:
     """A device without memory stands for one that tests do not have."""
-    model = tiny_llama().to("meta")
+    model = tiny_llama().to("meta", torch.bfloat16)
+    received: list[Tensor] = []
+    model.lm_head.register_forward_pre_hook(lambda _module, args: received.append(args[0]))
     assert coverage_of(model).n_logits == 300
+    assert [(states.device.type, states.dtype) for states in received] == [("meta", torch.bfloat16)]
 
 
 def test_looking_leaves_no_hook_behind() -> None:

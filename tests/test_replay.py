@@ -667,7 +667,7 @@ TENSOR = torch.ones(1)
         ({"keys": TENSOR}, TENSOR),
         ({"keys": TENSOR}, {"keys": TENSOR, "values": TENSOR}),
         ({"keys": TENSOR, "values": TENSOR}, {"keys": TENSOR}),
-        ({"keys": TENSOR}, {"keys": torch.zeros(1)}),
+        ({"keys": TENSOR, "values": TENSOR}, {"keys": TENSOR, "values": torch.zeros(1)}),
     ],
 )
 def test_what_a_block_writes_into_a_mapping_is_written_into_another(before: Any, after: Any) -> None:
