@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+import lazarus
 from architectures import build
-from factories import tiny_llama
+from factories import tiny_llama, word_tokenizer
 from lazarus.engine import Coverage, find_coverage
 from lazarus.models import wrap_model
 
@@ -87,3 +89,14 @@ def test_looking_leaves_no_hook_behind() -> None:
     model = tiny_llama()
     coverage_of(model)
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("n_layers", [2, 3], ids=["one design", "two designs"])
+def test_heads_whose_logits_are_compared_are_no_part_that_is_not(n_layers: int) -> None:
+    base, finetuned = tiny_llama(num_hidden_layers=2), tiny_llama(1, num_hidden_layers=n_layers)
+    diff = lazarus.activation_diff(
+        base, finetuned, ["t5 t17 t80"], tokenizer=word_tokenizer(), no_noise_floor=True
+    )
+    assert diff.record.output is not None
+    parts = [part.what for side in (diff.record.base, diff.record.finetuned) for part in side.not_compared]
+    assert [what for what in parts if "head" in what] == []
