@@ -658,14 +658,12 @@ def test_a_change_whose_squares_are_no_numbers_has_no_spectrum(
     scale: float, base: Path, tmp_path: Path
 ) -> None:
     b, f = normal(1) * scale, normal(2) * scale
-    sides: list[dict[str, Tensor]] = [
-        {UP: b, "two_rows": b[:2].clone()},
-        {UP: f, "two_rows": f[:2].clone(), "model.norm.weight": torch.zeros(32)},
-    ]
-    folders = [
-        edit_weights(base, tmp_path / str(i), lambda tensors, side=side: tensors.update(side))
-        for i, side in enumerate(sides)
-    ]
+    ours = {UP: b, "two_rows": b[:2].clone()}
+    theirs = {UP: f, "two_rows": f[:2].clone(), "model.norm.weight": torch.zeros(32)}
+    folders = (
+        edit_weights(base, tmp_path / "b", lambda tensors: tensors.update(ours)),
+        edit_weights(base, tmp_path / "f", lambda tensors: tensors.update(theirs)),
+    )
     diff = weight_diff(*folders, spectrum=True)
     row = rows_of(diff)[1, "mlp_up"]
     b, f = b / scale, f / scale
