@@ -17,7 +17,6 @@ from lazarus.engine import Break, broken_weights, find_break, learn, note_of_wei
 from lazarus.errors import BlocksNotFoundError
 from lazarus.messages import in_flags
 from lazarus.models import LoadedModel, LoadOptions, layout, load_paged, parse_model, wrap_model
-from lazarus.models.layout import is_hollow
 
 IDS = [5, 17, 80, 3, 41, 9, 33, 12]
 NAN, INF = float("nan"), float("inf")
@@ -98,7 +97,9 @@ def test_blocks_that_are_not_given_their_states_first(by_name: bool) -> None:
     class Other(plain):  # type: ignore[misc, valid-type]
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             if args and isinstance(args[0], Tensor):  # as the model's own code calls it
-                kwargs, args = (kwargs | {"hidden_states": args[0]}, ()) if by_name else (kwargs, ([args[0]],))
+                kwargs, args = (
+                    (kwargs | {"hidden_states": args[0]}, ()) if by_name else (kwargs, ([args[0]],))
+                )
             return super().__call__(*args, **kwargs)
 
         def forward(self, hidden_states: Any, **kwargs: Any) -> Any:
@@ -269,7 +270,7 @@ def test_a_model_that_is_read_block_by_block(tmp_path: Path, monkeypatch: pytest
     model, _ = load_paged(reference, reference, options, lambda _role, _name: None)
     assert broken_weights(model) == []  # none was read yet
     assert find_break(model, IDS, 1) == Break(1, tuple(range(8)), True, (name,))
-    assert all(is_hollow(p) for block in model.anatomy.blocks for p in block.parameters())
+    assert all(p.is_meta for block in model.anatomy.blocks for p in block.parameters())
     assert broken_weights(model) == [name]
     assert broken_weights(model, [model.anatomy.stack.get_submodule("norm")]) == []
     # Rows of an embedding that no text has read are memory that was never written to.
@@ -313,8 +314,8 @@ def test_a_model_that_is_read_block_by_block(tmp_path: Path, monkeypatch: pytest
         (
             Break("logits", (1,), False),
             torch.bfloat16,
-            "its logits are not finite though its states are, on prompt 3, and no weight was seen to hold NaN "
-            "or infinity: if bfloat16 is too narrow, float32 mends it (load it in float32)",
+            "its logits are not finite though its states are, on prompt 3, and no weight was seen to hold "
+            "NaN or infinity: if bfloat16 is too narrow, float32 mends it (load it in float32)",
         ),
         (
             Break(1, (1,), False, in_wider="finite"),
@@ -324,8 +325,8 @@ def test_a_model_that_is_read_block_by_block(tmp_path: Path, monkeypatch: pytest
         (
             Break(1, (1,), False, in_wider="finite"),
             torch.float32,
-            "its states overflow float32 from layer 1 on, though all weights there are finite: no wider dtype "
-            "is at hand, so use another checkpoint",
+            "its states overflow float32 from layer 1 on, though all weights there are finite: no wider "
+            "dtype is at hand, so use another checkpoint",
         ),
         (
             Break(1, (1, 2), True, in_wider="not finite"),
