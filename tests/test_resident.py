@@ -183,3 +183,18 @@ def test_one_block_alone_can_run_beside_bases() -> None:
         recorder.run(ids, torch.ones_like(ids), take)
     assert len(local) == 2
     assert [torch.equal(states, local[1]) for states in alone] == [True]
+
+
+def test_a_block_that_both_models_hold_does_not_run_inside_itself() -> None:
+    """Models of two designs are not known to have any block in common."""
+    base = tiny_llama(num_hidden_layers=2)
+    finetuned = tiny_llama(num_hidden_layers=2, max_position_embeddings=32)
+    finetuned.model.layers[1] = base.model.layers[1]
+    pair = pair_of(base, finetuned)
+    assert pair.same_blocks == (False, False)
+    found = run_pairs(pair, batches(), "last", lambda _: None, localize=True)
+    after = [states for states in found if states.site == 1]
+    assert after
+    for states in after:
+        assert states.local is not None
+        assert torch.equal(states.local, states.base)
