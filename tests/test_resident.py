@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -110,6 +111,25 @@ def test_common_blocks_run_again_where_other_states_enter_them() -> None:
         assert not torch.equal(ours.base, ours.finetuned)
 
 
+def test_all_sites_of_a_prefix_have_to_be_the_same() -> None:
+    """A block may take away how long a state is: then two embeddings differ, and nothing after them."""
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], _output: Any) -> torch.Tensor:
+        return nn.functional.normalize(args[0], dim=-1)
+
+    base = tiny_llama(num_hidden_layers=2, rms_norm_eps=0.0)
+    base.model.layers[0].register_forward_hook(hook)
+    finetuned = twin_of(base, 1)
+    finetuned.model.embed_tokens = copy.deepcopy(base.model.embed_tokens)
+    with torch.no_grad():
+        finetuned.model.embed_tokens.weight[PREFIX[1]] *= 2
+    pair = pair_of(base, finetuned)
+    assert pair.n_common == 1
+    found = {s.site: s for s in run_pairs(pair, batches(len(PREFIX)), 1, lambda _: None)}
+    assert torch.equal(found["embedding"].finetuned, 2 * found["embedding"].base)
+    assert torch.equal(found[0].finetuned, found[0].base)
+
+
 def test_the_head_reads_the_last_token_where_the_states_are_averaged() -> None:
     base = tiny_llama(num_hidden_layers=2)
     pairs = list(run_pairs(pair_of(base, perturbed(base)), batches(), "mean", lambda _: None))
@@ -175,11 +195,11 @@ def test_a_block_that_is_the_same_in_both_does_not_run_beside_itself() -> None:
 def test_one_block_alone_can_run_beside_bases() -> None:
     model = tiny_llama(num_hidden_layers=2)
     pair, local = pair_of(model, perturbed(model)), list[torch.Tensor]()
+    alone: list[torch.Tensor] = []
     recorder, ids = Recorder(pair.base), torch.tensor(IDS[:1])
     take = RowSelection(torch.Tensor.clone, torch.Tensor.clone)
     with beside(pair, torch.Tensor.clone, local):
         recorder.run(ids, torch.ones_like(ids), take)
-    alone: list[torch.Tensor] = []
     with beside(pair, torch.Tensor.clone, alone, only=1):
         recorder.run(ids, torch.ones_like(ids), take)
     assert len(local) == 2
