@@ -7,6 +7,7 @@ function that begins with `can_` tells.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -270,6 +271,25 @@ def knows_quantisation(settings: Any) -> bool:
     from transformers.quantizers.auto import AutoHfQuantizer
 
     return bool(AutoHfQuantizer.supports_quant_method(settings))
+
+
+def can_run_quantised(settings: Any, device: torch.device) -> bool:
+    """Return whether transformers can run quantised weights on a device as they are.
+
+    By a configuration's `quantization_config`: it may need a package, or kernels that a CPU does not have.
+    """
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    if not knows_quantisation(settings):
+        return False
+    try:
+        # On a copy: checking the environment may switch the settings to dequantise.
+        quantizer = AutoHfQuantizer.from_config(copy.deepcopy(settings), pre_quantized=True)
+        quantizer.validate_environment(device_map={"": device}, dtype=None, weights_only=True)
+    except (ImportError, RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError):
+        return False
+    # Two of its quantisers dequantise by themselves where they find no GPU.
+    return not getattr(quantizer.quantization_config, "dequantize", False)
 
 
 @cache

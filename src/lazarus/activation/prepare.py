@@ -213,6 +213,7 @@ def _settings(given: Given, pair: ModelPair, run: RunPlan) -> Settings:
         batch_tokens=run.batch_tokens,
         chat_template=options.chat_template,
         memory="resident" if pair.base.pager is None else "stream",
+        dequantize=options.dequantize,
         align=pair.align,
         localize=options.localize,
         readout=options.readout,

@@ -21,12 +21,20 @@ from lazarus.models.faults import translated
 from lazarus.models.formats import check_folder
 from lazarus.models.gguf.opening import OpenedGguf, open_gguf, usual_type
 from lazarus.models.gguf.parts import read_files
-from lazarus.models.quantised import check_claim, claimed_method, is_left_over
+from lazarus.models.quantised import (
+    Codes,
+    Weight,
+    can_decode,
+    check_claim,
+    claimed_method,
+    is_left_over,
+)
 from lazarus.models.reference import Source
 from lazarus.models.stored import read_headers
 from lazarus.notes import Notes
 
 _SAFETENSORS_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_SAFETENSORS_DTYPES = {getattr(torch, dtype): name for name, dtype in _SAFETENSORS_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,7 @@ class LoadOptions:
     device: torch.device
     trust_remote_code: bool = False
     layers_path: str | None = None
+    dequantize: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,8 @@ class Opened:
     left_over: str | None = None
     """a quantisation that config.json claims, and that is not that of the stored weights"""
     gguf: OpenedGguf | None = None
+    codes: Codes | None = None
+    """the quantisation of its weights, where they are decoded as they are read"""
     contents: Contents = NOTHING_BESIDE
 
     @property
@@ -63,6 +74,13 @@ class Opened:
             notes.extend([self.contents.note])
         if self.gguf is not None:
             notes.extend(self.gguf.notes)
+        if self.codes is not None:
+            notes.add(
+                "weights-dequantised",
+                f"{self.source.name}: its weights ({self.codes.method}) were dequantised as they were read; "
+                "nothing else of its quantisation was applied",
+                model=self.source.name,
+            )
         if self.left_over is not None:
             notes.add(
                 "quantisation-claim",
@@ -119,7 +137,8 @@ def open_to_load(source: Source, options: LoadOptions) -> Opened:
     opened = open_checkpoint(source, options)
     if source.gguf_file:
         return opened
-    return find_weights(opened)[0]
+    opened = find_weights(opened)[0]
+    return decoding(opened) if _is_decoded(opened, options) else opened
 
 
 def find_weights(opened: Opened, *, pickled: bool = False) -> tuple[Opened, list[str]]:
@@ -146,6 +165,41 @@ def find_weights(opened: Opened, *, pickled: bool = False) -> tuple[Opened, list
         return replace(opened, config=config, quantised=False, left_over=left_over), files
     check_claim(source.name, opened.config, stored)
     return opened, files
+
+
+def _is_decoded(opened: Opened, options: LoadOptions) -> bool:
+    """Return whether the weights of a checkpoint are dequantised here, and not by transformers.
+
+    Raises:
+        UnsupportedModelError: that is asked for, and its quantisation cannot be decoded.
+    """
+    if not opened.quantised or options.dequantize == "never":
+        return False
+    if options.dequantize == "always":
+        return True
+    has_kernels = _transformers.can_run_quantised(opened.config.quantization_config, options.device)
+    return can_decode(claimed_method(opened.config)) and not has_kernels
+
+
+def decoding(opened: Opened) -> Opened:
+    """Return a quantised checkpoint as one whose weights are dequantised as they are read."""
+    settings, config = opened.config.quantization_config, copy.deepcopy(opened.config)
+    # `from_pretrained` and the model itself take the claim for a promise of codes.
+    del config.quantization_config
+    plain = settings if isinstance(settings, Mapping) else settings.to_dict()
+    dtype = _SAFETENSORS_DTYPES.get(getattr(config, "dtype", None), "BF16")
+    codes = Codes(opened.source.name, claimed_method(opened.config) or "", plain, dtype)
+    return replace(opened, config=config, quantised=False, codes=codes)
+
+
+def stored_weights(opened: Opened) -> Mapping[str, Weight]:
+    """Return the tensors of a checkpoint by their keys, each read when it is asked for.
+
+    Raises:
+        ModelError: they cannot be found, or not decoded.
+    """
+    stored = read_headers(find_files(opened.source, opened.config, opened.model_class))
+    return stored if opened.codes is None else opened.codes.weights(stored)
 
 
 def stored_dtype(opened: Opened) -> str | None:
