@@ -11,7 +11,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from lazarus.errors import WeightsError
-from lazarus.models.stored import TORCH_DTYPES, StoredTensor
+from lazarus.models.stored import TORCH_DTYPES, StoredTensor, same_elements
 
 _DECODED_BYTES = 2**24
 """how many bytes of a decoded weight are made at once"""
@@ -66,6 +66,18 @@ class CodedTensor:
     def n_bytes(self) -> int:
         """Return the stored size of all its parts."""
         return sum(part.n_bytes for part in self.parts.values())
+
+    def same_codes(self, other: CodedTensor) -> bool:
+        """Return whether the same codes are stored, and decoded the same way; if not, elements may be equal.
+
+        Raises:
+            OSError: a file is gone, or was cut short since its header was read.
+        """
+        return (self.shape, self.decoder, self.parts.keys()) == (
+            other.shape,
+            other.decoder,
+            other.parts.keys(),
+        ) and all(same_elements(part, other.parts[name]) for name, part in self.parts.items())
 
     def open(self) -> Decoded:
         """Read its codes into memory, to be decoded a few rows at a time.
