@@ -24,7 +24,6 @@ from lazarus.models.adapters import share_storage
 from lazarus.models.checkpoint import build_empty
 from lazarus.models.design import same_config
 from lazarus.models.sharing import load_over
-from lazarus.models.stored import read_headers
 from lazarus.models.stored import read_headers, same_elements
 
 NAMES = [n for n in (*CAUSAL, *ENCODERS, *ENCODER_DECODERS) if n not in UNBUILDABLE and n not in REFUSED]

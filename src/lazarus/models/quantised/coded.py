@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Shaped
@@ -28,6 +28,7 @@ class Precision:
     """rows and columns that have one scale in common"""
 
 
+@runtime_checkable
 class Decoder(Protocol):
     """Decodes one kind of codes. Equal decoders make the same elements of the same parts."""
 
