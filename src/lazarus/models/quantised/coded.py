@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -26,6 +27,11 @@ class Precision:
     bits: int
     block: tuple[int, int]
     """rows and columns that have one scale in common"""
+
+    @property
+    def is_integer(self) -> bool:
+        """Return whether the codes are whole numbers, equally far apart."""
+        return re.search(r"\bu?int\d", self.scheme) is not None
 
 
 @runtime_checkable
