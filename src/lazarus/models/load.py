@@ -34,6 +34,10 @@ from lazarus.notes import Note, Notes
 from lazarus.results import ModelInfo, NotCompared
 
 
+_PLAIN = {"float64", "float32", "float16", "bfloat16", "f64", "f32", "f16", "bf16"}
+"""stored dtypes, and types of GGUF, that are no quantiser's"""
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model in memory with its parts named."""
@@ -58,6 +62,11 @@ class LoadedModel:
     """other sets of weights in its folder"""
     untaken: Mapping[str, Any] = field(default_factory=dict)
     """settings of its GGUF file that it runs without"""
+
+    @property
+    def is_quantised(self) -> bool:
+        """Return whether most of its weights are stored as a quantiser's codes."""
+        return self.stored_dtype is not None and self.stored_dtype.lower() not in _PLAIN
 
     @property
     def run_dtype(self) -> str:

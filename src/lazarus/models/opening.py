@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lazarus.models.formats import check_folder
 from lazarus.models.gguf.opening import OpenedGguf, open_gguf, usual_type
 from lazarus.models.gguf.parts import read_files
 from lazarus.models.quantised import (
+    CodedTensor,
     Codes,
     Weight,
     can_decode,
@@ -208,6 +210,12 @@ def stored_dtype(opened: Opened) -> str | None:
     source = opened.source
     if source.gguf_file:
         return usual_type(read_files(source))
+    if opened.codes is not None:
+        for weight in stored_weights(opened).values():
+            is_coded = isinstance(weight, CodedTensor)
+            name = weight.decoder.precision.scheme if is_coded else _SAFETENSORS_NAMES.get(weight.dtype)
+            counts[name or weight.dtype] += prod(weight.shape)
+        return counts.most_common(1)[0][0]
     for path in find_files(source, opened.config, opened.model_class):
         counts += _dtypes_in(Path(path))
     return counts.most_common(1)[0][0] if counts else None

@@ -93,9 +93,9 @@ def write_markdown(record: WeightDiffRecord, stream: IO[bytes]) -> None:
 
 
 def value_of(row: TensorRecord, name: str) -> float | int | None:
-    """A number of a tensor, or of its spectrum, by the name that the glossary has for it."""
-    holder = row if name in TensorRecord.__struct_fields__ else row.spectrum
-    value: float | int | None = getattr(holder, name, None)
+    """A number of a tensor, of its spectrum or its quantisation, by the name that the glossary has for it."""
+    holders = (holder for holder in (row, row.spectrum, row.quantisation) if hasattr(holder, name))
+    value: float | int | None = getattr(next(holders, None), name, None)
     return value
 
 
