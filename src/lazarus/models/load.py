@@ -33,7 +33,6 @@ from lazarus.models.wrappers import may_be_wrapped, refuse_unmerged
 from lazarus.notes import Note, Notes
 from lazarus.results import ModelInfo, NotCompared
 
-
 _PLAIN = {"float64", "float32", "float16", "bfloat16", "f64", "f32", "f16", "bf16"}
 """stored dtypes, and types of GGUF, that are no quantiser's"""
 

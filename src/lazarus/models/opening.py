@@ -212,9 +212,11 @@ def stored_dtype(opened: Opened) -> str | None:
         return usual_type(read_files(source))
     if opened.codes is not None:
         for weight in stored_weights(opened).values():
-            is_coded = isinstance(weight, CodedTensor)
-            name = weight.decoder.precision.scheme if is_coded else _SAFETENSORS_NAMES.get(weight.dtype)
-            counts[name or weight.dtype] += prod(weight.shape)
+            if isinstance(weight, CodedTensor):
+                name = weight.decoder.precision.scheme
+            else:
+                name = _SAFETENSORS_NAMES.get(weight.dtype, weight.dtype)
+            counts[name] += prod(weight.shape)
         return counts.most_common(1)[0][0]
     for path in find_files(source, opened.config, opened.model_class):
         counts += _dtypes_in(Path(path))
