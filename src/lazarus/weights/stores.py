@@ -57,14 +57,12 @@ def open_store(opened: Opened, notes: Notes, *, allow_pickle: bool) -> Store:
     source = opened.source
     # Pickled files are found in any case, so that the refusal below can name --allow-pickle.
     opened, files = find_weights(opened, pickled=True)
+    opened = decoding(opened) if opened.quantised else opened
     opened.note(notes)
     with translated(source.name):
         if all(file.endswith(".safetensors") for file in files):
-            stored: Mapping[str, Weight] = read_headers(files)
-            if opened.quantised:
-                opened = decoding(opened)
-                assert opened.codes is not None
-                stored = opened.codes.weights(read_headers(files))
+            headers = read_headers(files)
+            stored: Mapping[str, Weight] = headers if opened.codes is None else opened.codes.weights(headers)
             views = {key: _view(tensor, None) for key, tensor in stored.items()}
             return Store(
                 {key: tensor.shape for key, tensor in stored.items()},
