@@ -25,7 +25,8 @@ def find(checkpoint: Checkpoint) -> Iterator[CodedTensor]:
     layout = _layout(settings)
     if (bits := settings.get("act_bits")) is not None and bits <= 8:
         raise UnsupportedModelError(
-            f"its activations are quantised to {bits} bits as it runs, which changes how its weights are stored"
+            f"its activations are quantised to {bits} bits as it runs, and then its weights are stored in "
+            "another way, which is not decoded"
         )
     if settings.get("rotation_config"):
         raise UnsupportedModelError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lazarus.errors import UnsupportedModelError
-from lazarus.models.quantised import auto_round, awq, compressed, fp8, gptq
+from lazarus.models.quantised import auto_round, awq, bitsandbytes, compressed, fp8, gptq, hqq, quanto
 from lazarus.models.quantised.coded import CodedTensor
 from lazarus.models.quantised.finding import IGNORED, Checkpoint
 from lazarus.models.stored import StoredTensor, same_elements
@@ -19,9 +19,12 @@ Weight = StoredTensor | CodedTensor
 _FINDERS: Mapping[str, Callable[[Checkpoint], Iterator[CodedTensor]]] = {
     "auto-round": auto_round.find,
     "awq": awq.find,
+    "bitsandbytes": bitsandbytes.find,
     "compressed-tensors": compressed.find,
     "fp8": fp8.find,
     "gptq": gptq.find,
+    "hqq": hqq.find,
+    "quanto": quanto.find,
 }
 """what finds the coded weights of a checkpoint, by its quantisation method"""
 _STEP_BYTES = 2**24

@@ -6,8 +6,8 @@ Layouts and arithmetic follow gptqmodel 7.7 (`nn_modules/qlinear/__init__.py`, `
 as AutoGPTQ decodes it; gptqmodel would round scales in bfloat16 to float16 first.
 
 Version 1 of the format stores each zero point less one, and writers differ in what they make of 0: gptqmodel
-borrows from the next one in the word, or in 3 bits wraps around; AutoGPTQ spoils the rest of the word, and its
-own reader takes that as it is found.
+borrows from the next one in the word, or in 3 bits wraps around; AutoGPTQ spoils the rest of the word, and
+its own reader takes that as it is found.
 """
 
 from __future__ import annotations

@@ -41,8 +41,8 @@ def fitting(
 def _stated(settings: Settings) -> Iterator[tuple[int, int | None]]:
     """Yield the bits and the columns of a group: those of most modules, and then those of others.
 
-    gptqmodel's `dynamic` and AutoRound's `extra_config` name the others by patterns, of which each library has
-    a syntax of its own; the tensors tell as well which module is meant.
+    gptqmodel's `dynamic` and AutoRound's `extra_config` name the others by patterns, of which each library
+    has a syntax of its own; the tensors tell as well which module is meant.
     """
     others = {**(settings.get("dynamic") or {}), **(settings.get("extra_config") or {})}
     for each in ({}, *(other for other in others.values() if isinstance(other, Mapping))):

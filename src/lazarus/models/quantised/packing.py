@@ -34,7 +34,7 @@ def unpack_words(words: Int32[Tensor, "rows words"], bits: int, n_codes: int) ->
 
 
 def unpack_planes(words: Int32[Tensor, "rows words"], bits: int, n_codes: int) -> Int32[Tensor, "rows codes"]:
-    """Return the codes of which 32 are in each `bits` words of a row, in planes: the lowest bits of all first.
+    """Return the codes of which 32 are in each `bits` words of a row, in planes: the lowest bits first.
 
     A plane has 4, 2 or 1 bits of each code, the widest first; so 7 bits are planes of 4, 2 and 1.
 
