@@ -48,8 +48,8 @@ def find(checkpoint: Checkpoint) -> Iterator[CodedTensor]:
     for key in checkpoint.stored:
         if key.endswith(".weight._data._data"):
             raise UnsupportedModelError(
-                "its weights have codes of 4 or 2 bits (qint4 or qint2 of Quanto), and a file does not say which "
-                "shape a weight has that is stored in groups"
+                "its weights have codes of 4 or 2 bits (qint4 or qint2 of Quanto) in groups, and the shapes "
+                "of the weights are not stored"
             )
     for key in checkpoint.modules("_data"):
         yield _coded(checkpoint, key)
