@@ -55,9 +55,19 @@ class Blocks:
             grid = grid[start:stop]
         elif self.grid[0] > 1:
             grid = grid[torch.arange(start, stop, device=grid.device) // self.height]
+        return self.across(grid, columns)
+
+    def across(
+        self, each: Shaped[Tensor, "rows groups"], columns: Tensor | None = None
+    ) -> Shaped[Tensor, "rows columns"]:
+        """Return the element of its block for each column, of rows that have one for each block.
+
+        One block across has the length 1. `columns` is the block of each column, where they do not follow
+        each other.
+        """
         if columns is not None:
-            return grid[:, columns]
-        return grid if self.grid[1] == 1 else grid.repeat_interleave(self.width, dim=1)[:, : self.columns]
+            return each[:, columns]
+        return each if self.grid[1] == 1 else each.repeat_interleave(self.width, dim=1)[:, : self.columns]
 
 
 def _shorter(n_down: int, n_across: int) -> set[tuple[int, ...]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from lazarus import _transformers
 from lazarus.errors import UnsupportedModelError, WeightsError
+from lazarus.models.quantised.codes import can_decode
 from lazarus.models.stored import StoredTensor
 
 _NO_CODES = {"F64", "F32", "F16", "BF16", "C64", "BOOL", "I64"}
@@ -29,7 +30,11 @@ def claimed_method(config: Any) -> str | None:
     settings = getattr(config, "quantization_config", None)
     if not settings:
         return None
-    method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
+    if not isinstance(settings, dict):
+        settings = settings.to_dict()
+    # bitsandbytes was the only method once, and had no name.
+    is_bitsandbytes = settings.get("load_in_8bit") or settings.get("load_in_4bit")
+    method = settings.get("quant_method", "bitsandbytes" if is_bitsandbytes else None)
     return str(getattr(method, "value", method))
 
 
@@ -66,8 +71,8 @@ def check_claim(name: str, config: Any, stored: Mapping[str, StoredTensor]) -> N
                 f"({dtype}), and config.json has no quantization_config: what they stand for is not known. "
                 "Fetch the config.json that was saved with these weights."
             )
-    elif not _transformers.knows_quantisation(config.quantization_config):
+    elif not can_decode(method) and not _transformers.knows_quantisation(config.quantization_config):
         raise UnsupportedModelError(
-            f"{name}: its weights are quantised by {method!r}, which transformers cannot read. Use an "
-            "unquantised checkpoint."
+            f"{name}: its weights are quantised by {method!r}, which transformers cannot read, and which is "
+            "not decoded here. Use an unquantised checkpoint."
         )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lazarus.errors import UnsupportedModelError
-from lazarus.models.quantised import compressed, fp8
+from lazarus.models.quantised import auto_round, awq, bitsandbytes, compressed, fp8, gptq, hqq, quanto
 from lazarus.models.quantised.coded import CodedTensor
 from lazarus.models.quantised.finding import IGNORED, Checkpoint
 from lazarus.models.stored import StoredTensor, same_elements
@@ -17,11 +17,26 @@ from lazarus.models.stored import StoredTensor, same_elements
 Weight = StoredTensor | CodedTensor
 """a tensor of a checkpoint: stored as it is, or as codes"""
 _FINDERS: Mapping[str, Callable[[Checkpoint], Iterator[CodedTensor]]] = {
+    **dict.fromkeys(("auto-round", "intel/auto-round"), auto_round.find),
+    "awq": awq.find,
+    "bitsandbytes": bitsandbytes.find,
     "compressed-tensors": compressed.find,
     "fp8": fp8.find,
+    "gptq": gptq.find,
+    "hqq": hqq.find,
+    "quanto": quanto.find,
 }
 """what finds the coded weights of a checkpoint, by its quantisation method"""
-_STEP_BYTES = 2**24
+_REASONS = {
+    "aqlm": "its codes stand for vectors, added up out of trained codebooks",
+    "bitnet": "its weights are rounded again for each pass, and so are its activations",
+    "eetq": "its codes are laid out for the kernels of one kind of GPU",
+    "fp_quant": "its activations are rotated as it runs, so its weights alone are not the model",
+    "higgs": "its codes stand for vectors of rotated weights, laid out for the kernels of one kind of GPU",
+    "spqr": "its codes are in tiles of a kernel, with single weights beside them",
+    "vptq": "its codes stand for vectors out of trained codebooks",
+}
+"""why the weights of other methods are not decoded"""
 
 
 def can_decode(method: str | None) -> bool:
@@ -49,9 +64,11 @@ class Codes:
             WeightsError: a part of a weight is missing, or does not fit the others.
         """
         if self.method not in _FINDERS:
+            reason = _REASONS.get(self.method)
             raise UnsupportedModelError(
-                f"{self.name}: its weights are quantised by {self.method!r}, which cannot be decoded. The "
-                f"methods that can are {', '.join(sorted(_FINDERS))}. Compare an unquantised checkpoint."
+                f"{self.name}: its weights are quantised by {self.method!r}, which cannot be decoded"
+                f"{f': {reason}' if reason else ''}. The methods that can are {', '.join(sorted(_FINDERS))}. "
+                "Compare an unquantised checkpoint."
             )
         try:
             coded = list(_FINDERS[self.method](Checkpoint(stored, self.settings, self.dtype)))

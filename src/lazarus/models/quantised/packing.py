@@ -33,6 +33,27 @@ def unpack_words(words: Int32[Tensor, "rows words"], bits: int, n_codes: int) ->
     return ((joined >> (places % 32)) & mask).to(torch.int32)
 
 
+def unpack_planes(words: Int32[Tensor, "rows words"], bits: int, n_codes: int) -> Int32[Tensor, "rows codes"]:
+    """Return the codes of which 32 are in each `bits` words of a row, in planes: the lowest bits first.
+
+    A plane has 4, 2 or 1 bits of each code, the widest first; so 7 bits are planes of 4, 2 and 1.
+
+    Raises:
+        ValueError: the words are too few for so many codes.
+    """
+    if words.shape[1] < -(-n_codes // 32) * bits:
+        raise ValueError(f"{words.shape[1]} words of 32 bits do not hold {n_codes} codes of {bits} bits")
+    blocks = words.reshape(len(words), -1, bits)
+    found = torch.zeros(len(words), blocks.shape[1] * 32, dtype=torch.int32, device=words.device)
+    done = 0
+    for width in (4, 2, 1):
+        if bits & width:
+            plane = blocks[:, :, done : done + width].reshape(len(words), -1)
+            found |= unpack_words(plane, width, found.shape[1]) << done
+            done += width
+    return found[:, :n_codes]
+
+
 def unpack_nibbles(packed: UInt8[Tensor, "*rows bytes"]) -> UInt8[Tensor, "*rows codes"]:
     """Return the two 4-bit codes of each byte, the lower one first."""
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
