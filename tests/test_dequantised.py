@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 
 import lazarus
 from factories import save_model, tiny_llama, tiny_tokenizer
-from layouts import edit_json
+from layouts import edit_json, save_adapter
 from lazarus.errors import ModelError, OutputError, UnsupportedModelError
 from packed import GROUP, quantised_copy
 
@@ -145,3 +146,21 @@ def test_codes_in_bfloat16_run_in_the_dtype_that_is_asked_for(tmp_path: Path) ->
         )
         assert ours.layers == theirs.layers
         assert ours.record.finetuned.run_dtype == dtype
+
+
+def test_an_adapter_on_a_quantised_base_is_told_from_one_on_the_plain_base(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """QLoRA: the merge of an adapter into the dequantised weights is another one than into the plain ones."""
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model = save_adapter(tmp_path / "adapter", folders["plain"], config)
+    merged = save_model(tmp_path / "merged", model.merge_and_unload(), tiny_tokenizer())
+    on_coded, on_plain = (f"{folders[name]}+{tmp_path / 'adapter'}" for name in ("w4", "base"))
+    right = lazarus.weight_diff(on_coded, merged)
+    assert right.summary.verdict == "rounding"
+    assert "with the adapter" in right.summary.causes[0]
+    assert lazarus.weight_diff(on_plain, merged).summary.verdict == "changed"
+    assert lazarus.activation_diff(on_coded, merged, PROMPTS).summary.verdict != "changed"
+    quantisation = lazarus.activation_diff(on_plain, on_coded, PROMPTS)
+    assert quantisation.summary.verdict == "changed"
+    assert "quantised-pair" in quantisation.record.note_codes
