@@ -77,6 +77,11 @@ def find(checkpoint: Checkpoint) -> Iterator[CodedTensor]:
         raise UnsupportedModelError(
             f"its codes are laid out for the {layout} kernel, which is not decoded; gemm and gemv are"
         )
+    scaled = next((key for key in checkpoint.stored if key.endswith(".act.scales")), None)
+    if scaled is not None:
+        raise UnsupportedModelError(
+            f"its activations are divided as it runs ({scaled}), which no unquantised model does"
+        )
     for module in checkpoint.modules("qweight"):
         yield coded(checkpoint, module, "awq", is_transposed=layout != "gemv")
 
