@@ -131,6 +131,16 @@ ORDER = torch.arange(128, dtype=torch.int32) // 32
         ("bitsandbytes", "bnb-nf4-double", cut("weight.nested_quant_map"), "its scales' table are 128"),
         ("bitsandbytes", "bnb-nf4", cut(STATE), "its quant_state is no JSON"),
         ("bitsandbytes", "bnb-nf4", put(STATE, EMPTY), r"its quant_state \(\{\}\) does not say how"),
+        ("hqq", "hqq-4", without("scale"), "its scale is missing"),
+        ("hqq", "hqq-4", without("packing"), "its packing is missing"),
+        (
+            "hqq",
+            "hqq-4",
+            cut("W_q"),
+            r"\(codes \[32, 64\], scales \[128, 1\], zero points \[128, 1\]\) do not fit",
+        ),
+        ("hqq", "hqq-4", cut("scale"), r"do not fit a weight of the shape \[64, 128\] packed as 4bit_u8"),
+        ("hqq", "hqq-3-axis0", cut("zero", 1), "do not fit"),
     ],
 )
 def test_a_damaged_weight_is_refused(

@@ -105,7 +105,8 @@ def coded(checkpoint: Checkpoint, module: str, method: str, *, by_rows: bool = F
     except ValueError as error:
         raise damaged(parts["codes"].path, key, str(error)) from error
     # gptqmodel interleaves 4 bits alone, AutoRound all that it packs like this.
-    order: Order = "interleaved" if bits == 4 or method == "auto-round" else "in order"
+    is_by_auto_round = "auto-round" in (method, checkpoint.settings.get("provider"))
+    order: Order = "interleaved" if bits == 4 or is_by_auto_round else "in order"
     decoder = AwqDecoder(method, bits, blocks, "rows" if by_rows else order)
     return CodedTensor(key, (blocks.rows, blocks.columns), parts["scales"].dtype, parts, decoder)
 
