@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lazarus.errors import UnsupportedModelError
-from lazarus.models.quantised import auto_round, awq, bitsandbytes, compressed, fp8, gptq, hqq, quanto
+from lazarus.models.quantised import auto_round, awq, bitsandbytes, compressed, fp8, gptq, hqq, mxfp4, quanto
 from lazarus.models.quantised.coded import CodedTensor
 from lazarus.models.quantised.finding import IGNORED, Checkpoint
 from lazarus.models.stored import StoredTensor, same_elements
@@ -21,10 +21,13 @@ _FINDERS: Mapping[str, Callable[[Checkpoint], Iterator[CodedTensor]]] = {
     "awq": awq.find,
     "bitsandbytes": bitsandbytes.find,
     "compressed-tensors": compressed.find,
+    "fbgemm_fp8": fp8.find,
     "fp8": fp8.find,
     "gptq": gptq.find,
     "hqq": hqq.find,
     "quanto": quanto.find,
+    "mxfp4": mxfp4.find,
+    "mxfp8": fp8.find,
 }
 """what finds the coded weights of a checkpoint, by its quantisation method"""
 _REASONS = {
