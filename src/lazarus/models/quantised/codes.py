@@ -9,7 +9,18 @@ from typing import Any
 import torch
 
 from lazarus.errors import UnsupportedModelError
-from lazarus.models.quantised import auto_round, awq, bitsandbytes, compressed, fp8, gptq, hqq, mxfp4, quanto
+from lazarus.models.quantised import (
+    auto_round,
+    awq,
+    bitsandbytes,
+    compressed,
+    fp8,
+    gptq,
+    hqq,
+    modelopt,
+    mxfp4,
+    quanto,
+)
 from lazarus.models.quantised.coded import CodedTensor
 from lazarus.models.quantised.finding import IGNORED, Checkpoint
 from lazarus.models.stored import StoredTensor, same_elements
@@ -26,6 +37,7 @@ _FINDERS: Mapping[str, Callable[[Checkpoint], Iterator[CodedTensor]]] = {
     "gptq": gptq.find,
     "hqq": hqq.find,
     "quanto": quanto.find,
+    **dict.fromkeys(("modelopt", "modelopt_fp4", "modelopt_mixed", "modelopt_mxfp8"), modelopt.find),
     "mxfp4": mxfp4.find,
     "mxfp8": fp8.find,
 }
