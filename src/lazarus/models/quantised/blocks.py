@@ -33,6 +33,11 @@ class Blocks:
         """Return how many blocks there are in one matrix, down and across."""
         return -(-self.rows // self.height), -(-self.columns // self.width)
 
+    @property
+    def whole(self) -> Blocks:
+        """Return the same matrix as one block."""
+        return Blocks(self.rows, self.columns, max(self.rows, 1), max(self.columns, 1), self.stack)
+
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Check that a tensor has one element for each block.
 

@@ -20,6 +20,7 @@ from lazarus.models.quantised import (
     modelopt,
     mxfp4,
     quanto,
+    torchao,
 )
 from lazarus.models.quantised.coded import CodedTensor
 from lazarus.models.quantised.finding import IGNORED, Checkpoint
@@ -40,6 +41,7 @@ _FINDERS: Mapping[str, Callable[[Checkpoint], Iterator[CodedTensor]]] = {
     **dict.fromkeys(("modelopt", "modelopt_fp4", "modelopt_mixed", "modelopt_mxfp8"), modelopt.find),
     "mxfp4": mxfp4.find,
     "mxfp8": fp8.find,
+    "torchao": torchao.find,
 }
 """what finds the coded weights of a checkpoint, by its quantisation method"""
 _REASONS = {

@@ -1,10 +1,10 @@
 """FP8 weights with a scale for each block, row or tensor, and the 4-bit experts that may be among them.
 
-DeepSeek's format, which transformers writes too (`fp8`), its form with a scale for 32 columns (`mxfp8`), and
-FBGEMM's with a scale for each output (`fbgemm_fp8`). The arithmetic is that of DeepSeek-V3's `weight_dequant`
-(inference/kernel.py, github.com/deepseek-ai) and of transformers' `Fp8Dequantize`: the product in float32. It is
-then rounded to the dtype that the model runs in. FBGEMM has no dequantisation; its kernel multiplies the sums in
-float32 by the same scales.
+DeepSeek's format, which transformers writes too (`fp8`), its form with a scale for 32 columns (`mxfp8`),
+and FBGEMM's with a scale for each output (`fbgemm_fp8`). The arithmetic is that of DeepSeek-V3's
+`weight_dequant` (inference/kernel.py, github.com/deepseek-ai) and of transformers' `Fp8Dequantize`: the
+product in float32. It is then rounded to the dtype that the model runs in. FBGEMM has no dequantisation;
+its kernel multiplies the sums in float32 by the same scales.
 """
 
 from __future__ import annotations
@@ -89,18 +89,17 @@ def _coded(checkpoint: Checkpoint, key: str, codes: StoredTensor, scales: Stored
     return CodedTensor(key, shape, "F32", {"codes": codes, "scales": scales}, Fp8Decoder(blocks, bits))
 
 
-def _blocks(
-    checkpoint: Checkpoint, shape: tuple[int, ...], bits: int, scales: tuple[int, ...]
-) -> Blocks:
+def _blocks(checkpoint: Checkpoint, shape: tuple[int, ...], bits: int, scales: tuple[int, ...]) -> Blocks:
     """Return the blocks of a weight.
 
     Raises:
         ValueError: the scales do not fit them.
     """
-    *stack, rows, columns = shape
+    stack = shape[:-2]
     if stack and checkpoint.settings.get("quant_method") == "fbgemm_fp8":
-        # Stored the other way round than a linear layer's, with the outputs last. Of the down projections the
-        # scales have the shape [experts, outputs, 1], and are meant so too (transformers' integrations/fbgemm_fp8.py).
+        # Stored the other way round than a linear layer's, with the outputs last. The scales of the down
+        # projections have the shape [experts, outputs, 1], and are of the outputs too (transformers'
+        # integrations/fbgemm_fp8.py).
         blocks = Blocks.of(shape, None, 1)
         blocks.check("scale", (*scales[:-2], *sorted(scales[-2:])))
         return blocks

@@ -1,13 +1,14 @@
 """NVIDIA ModelOpt: FP8, INT8, INT4, NVFP4, MXFP4 and MXFP8, as `export_hf_checkpoint` writes them.
 
 Layouts are those of modelopt 0.47 (`export/quant_utils.py`, `export/unified_export_hf.py` in
-github.com/NVIDIA/Model-Optimizer), and the arithmetic that of `quantization/qtensor/`: codes and scales of 8 bits
-are rounded to the dtype that the model runs in, and then multiplied in it. (vLLM keeps such scales in float32.) The
-smaller floats are multiplied in float32, and rounded once.
+github.com/NVIDIA/Model-Optimizer), and the arithmetic that of `quantization/qtensor/`: codes and scales of
+8 bits are rounded to the dtype that the model runs in, and then multiplied in it. (vLLM keeps such scales
+in float32.) The smaller floats are multiplied in float32, and rounded once.
 
-INT4 is decoded like INT8, because no class of ModelOpt reads what it exports. `pre_quant_scale` (AWQ, SmoothQuant)
-multiplies the inputs of a layer as it runs. Here it multiplies the columns of the decoded weight, which is then
-rounded once more: the same function, and a weight that can be compared with one that was never scaled.
+INT4 is decoded like INT8, because no class of ModelOpt reads what it exports. `pre_quant_scale` (AWQ,
+SmoothQuant) multiplies the inputs of a layer as it runs. Here it multiplies the columns of the decoded
+weight, which is then rounded once more: the same function, and a weight that can be compared with one that
+was never scaled.
 """
 
 from __future__ import annotations
@@ -58,8 +59,7 @@ class ModelOptDecoder:
         if self.kind in ("mxfp4", "mxfp8"):
             scales = from_e8m0(scales)
         elif self.kind == "nvfp4":
-            whole = Blocks.of((*self.blocks.stack, self.blocks.rows, self.blocks.columns), None, None)
-            scales = scales.to(torch.float32) * whole.down(parts["second scale"], start, stop)
+            scales = scales.to(torch.float32) * self.blocks.whole.down(parts["second scale"], start, stop)
         else:
             codes, scales = codes.to(dtype), scales.to(dtype)
         found = (codes * self.blocks.across(scales)).to(dtype)
@@ -101,7 +101,10 @@ def find(checkpoint: Checkpoint) -> Iterator[CodedTensor]:
 
 
 def _coded(checkpoint: Checkpoint, key: str, codes: StoredTensor, names: tuple[str, str]) -> CodedTensor:
-    """Return one weight, with the shapes of its parts checked; `names` are its module and what is before theirs."""
+    """Return one weight, with the shapes of its parts checked.
+
+    `names` are its module, and what the names of its parts begin with.
+    """
     module, prefix = names
     scales = checkpoint.part(module, f"{prefix}weight_scale", _SCALES)
     parts = {"codes": codes, "scales": scales}
@@ -114,9 +117,8 @@ def _coded(checkpoint: Checkpoint, key: str, codes: StoredTensor, names: tuple[s
         if kind is None:
             raise ValueError(f"{scales.dtype} scales of {codes.dtype} codes are of no kind that is known")
         shape, blocks, down_rows = _layout(kind, codes.shape, scales.shape)
-        if kind == "nvfp4":
-            second = parts["second scale"].shape
-            Blocks.of(shape, None, None).check(f"{prefix}weight_scale_2", second)
+        if kind == "nvfp4" and prod(second := parts["second scale"].shape) != 1:
+            blocks.whole.check("weight_scale_2", second)
         if inputs is not None and inputs.shape != shape[-1:]:
             raise ValueError(
                 f"its pre_quant_scale has the shape {[*inputs.shape]}, and its rows have {shape[-1]} elements"

@@ -1,8 +1,9 @@
 """MXFP4 as gpt-oss stores it: stacked experts in 4-bit floats, with a power of two for 32 inputs.
 
-`X_blocks`, [experts, outputs, groups, 16], has two codes in each byte, and `X_scales`, [experts, outputs, groups],
-the exponents. The model's own parameter X has the inputs before the outputs. The arithmetic is that of
-transformers' `convert_moe_packed_tensors` (integrations/mxfp4.py), in which exponent 255 is not NaN, but 2^128.
+`X_blocks`, [experts, outputs, groups, 16], has two codes in each byte, and `X_scales`, [experts, outputs,
+groups], the exponents. The model's own parameter X has the inputs before the outputs. The arithmetic is
+that of transformers' `convert_moe_packed_tensors` (integrations/mxfp4.py), in which exponent 255 is not
+NaN, but 2^128.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ def find(checkpoint: Checkpoint) -> Iterator[CodedTensor]:
         scales = checkpoint.part(module, f"{name}_scales", ("U8",))
         if len(codes.shape) != 4 or codes.shape[-1] * 2 != _WIDTH or codes.shape[:-1] != scales.shape:
             needed = "[experts, outputs, groups, 16] and [experts, outputs, groups]"
-            why = f"its blocks and scales have the shapes {[*codes.shape]} and {[*scales.shape]}, not {needed}"
+            why = (
+                f"its blocks and scales have the shapes {[*codes.shape]} and {[*scales.shape]}, not {needed}"
+            )
             raise damaged(codes.path, key, why)
         n_experts, n_outputs, n_groups, _ = codes.shape
         shape = (n_experts, n_groups * _WIDTH, n_outputs)
