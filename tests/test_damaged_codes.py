@@ -28,7 +28,7 @@ def decode(library: str, variant: str, folder: Path, edit: Edit, **settings: Any
     own = {k.partition("/")[2]: t for k, t in every.items() if k.partition("/")[0] == variant}
     edit(own)
     path = folder / "model.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in own.items()}, path)
+    save_file({name: tensor.contiguous() for name, tensor in own.items()}, path, known.get("metadata"))
     stated = {**known["settings"], **settings}
     weights = Codes("model", stated["quant_method"], stated, "F16").weights(read_headers([str(path)]))
     for weight in weights.values():

@@ -37,10 +37,10 @@ _FINDERS: Mapping[str, Callable[[Checkpoint], Iterator[CodedTensor]]] = {
     "fp8": fp8.find,
     "gptq": gptq.find,
     "hqq": hqq.find,
-    "quanto": quanto.find,
     **dict.fromkeys(("modelopt", "modelopt_fp4", "modelopt_mixed", "modelopt_mxfp8"), modelopt.find),
     "mxfp4": mxfp4.find,
     "mxfp8": fp8.find,
+    "quanto": quanto.find,
     "torchao": torchao.find,
 }
 """what finds the coded weights of a checkpoint, by its quantisation method"""

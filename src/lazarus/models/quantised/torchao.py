@@ -192,8 +192,8 @@ def _coded(checkpoint: Checkpoint, key: str, description: Mapping[str, Any]) -> 
     module, _, name = key.rpartition(".")
     if f"{module}._{name}_act_pre_scale" in checkpoint.stored:
         raise UnsupportedModelError(
-            f"the inputs of its layers are scaled as it runs (act_pre_scale of torchao's {kind}), so its weights "
-            "alone are not the model"
+            f"the inputs of its layers are scaled as it runs (act_pre_scale of torchao's {kind}), so its "
+            "weights alone are not the model"
         )
     codes_dtypes, scale_dtypes = _DTYPES[kind]
     scale_name = "scale_and_zero" if kind == "Int4TilePackedTo4dTensor" else "scale"
