@@ -17,6 +17,8 @@ import lazarus
 from factories import perturbed, save_model, tiny_llama, tiny_tokenizer
 from layouts import compare, edit_json, edit_weights
 from lazarus.errors import UnsupportedModelError, WeightsError
+from lazarus.models.quantised import stored_codes
+from lazarus.models.stored import StoredTensor
 
 Tensors = dict[str, Tensor]
 CLAIMS: dict[str, dict[str, Any]] = {
@@ -156,3 +158,35 @@ def test_an_unknown_quantisation_of_codes_is_refused(folders: tuple[Path, Path],
     for run in (compare, lazarus.weight_diff):
         with pytest.raises(UnsupportedModelError, match="quantised by 'a method of tomorrow', which"):
             run(folders[0], codes)
+
+
+@pytest.mark.parametrize("method", ["modelopt", "fp8"])
+def test_fp8_that_transformers_reads_wrongly_is_decoded(
+    method: str, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """It would take the codes for elements: of ModelOpt, and of AutoFP8, whose scales have another name."""
+
+    def edit(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            float8(tensors, name, tensors[name].abs().max())
+            tensors[f"{name}_scale"] = tensors.pop(f"{name}_scale_inv")
+
+    base = folders[0]
+    codes = edit_weights(base, tmp_path / "codes", edit)
+    if method == "modelopt":
+        settings = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}
+        (codes / "hf_quant_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    else:
+        claim = {"quant_method": "fp8", "activation_scheme": "static"}
+        edit_json(codes / "config.json", quantization_config=claim)
+    assert lazarus.weight_diff(base, codes).summary.verdict == "changed"
+    assert 0 < (compare(base, codes).summary.max_divergence or 0) < 0.1
+    with pytest.raises(UnsupportedModelError, match=f"quantised by '{method}', which transformers does not"):
+        compare(base, codes, dequantize="never")
+
+
+def test_stacked_experts_are_codes_where_scales_have_their_name() -> None:
+    codes, scales = (StoredTensor("", dtype, (2, 4, 4), 0, 0) for dtype in ("F8_E4M3", "F32"))
+    for ending in ("_scale", "_scale_inv", "_weight_scale"):
+        stored = {"experts.down_proj": codes, f"experts.down_proj{ending}": scales, "experts.up_proj": scales}
+        assert list(stored_codes(stored)) == ["experts.down_proj"]
