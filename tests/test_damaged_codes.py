@@ -28,7 +28,7 @@ def decode(library: str, variant: str, folder: Path, edit: Edit, **settings: Any
     own = {k.partition("/")[2]: t for k, t in every.items() if k.partition("/")[0] == variant}
     edit(own)
     path = folder / "model.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in own.items()}, path)
+    save_file({name: tensor.contiguous() for name, tensor in own.items()}, path, known.get("metadata"))
     stated = {**known["settings"], **settings}
     weights = Codes("model", stated["quant_method"], stated, "F16").weights(read_headers([str(path)]))
     for weight in weights.values():
@@ -63,6 +63,8 @@ def unchanged(_: dict[str, Tensor]) -> None:
     pass
 
 
+STATE = "weight.quant_state.bitsandbytes__nf4"
+EMPTY = torch.tensor([*b"{}"], dtype=torch.uint8)
 ORDER = torch.arange(128, dtype=torch.int32) // 32
 
 
@@ -110,6 +112,35 @@ ORDER = torch.arange(128, dtype=torch.int32) // 32
         ("awq", "awq-gemm", cut("qweight"), "do not fit 4 bits in groups of 32"),
         ("awq", "awq-gemm", cut("scales", 1), "do not fit 4 bits in groups of 32"),
         ("awq", "autoawq-gemv", cut("qzeros", 1), "do not fit 4 bits in groups of 64"),
+        ("bitsandbytes", "bnb-int8", without("weight"), "its weight is missing"),
+        ("bitsandbytes", "bnb-int8", cut("SCB"), r"its SCB has the shape \[32\], and its codes \[64, 128\]"),
+        ("bitsandbytes", "bnb-nf4", without("weight.absmax"), "its weight.absmax is missing"),
+        (
+            "bitsandbytes",
+            "bnb-nf4",
+            cut("weight.absmax"),
+            r"its scales are 64, and .* \[64, 128\] in blocks of 64",
+        ),
+        ("bitsandbytes", "bnb-nf4", cut("weight"), "its codes are 2048, and .* needs 4096"),
+        (
+            "bitsandbytes",
+            "bnb-nf4-double",
+            without("weight.nested_absmax"),
+            "its weight.nested_absmax is missing",
+        ),
+        ("bitsandbytes", "bnb-nf4-double", cut("weight.nested_quant_map"), "its scales' table are 128"),
+        ("bitsandbytes", "bnb-nf4", cut(STATE), "its quant_state is no JSON"),
+        ("bitsandbytes", "bnb-nf4", put(STATE, EMPTY), r"its quant_state \(\{\}\) does not say how"),
+        ("hqq", "hqq-4", without("scale"), "its scale is missing"),
+        ("hqq", "hqq-4", without("packing"), "its packing is missing"),
+        (
+            "hqq",
+            "hqq-4",
+            cut("W_q"),
+            r"\(codes \[32, 64\], scales \[128, 1\], zero points \[128, 1\]\) do not fit",
+        ),
+        ("hqq", "hqq-4", cut("scale"), r"do not fit a weight of the shape \[64, 128\] packed as 4bit_u8"),
+        ("hqq", "hqq-3-axis0", cut("zero", 1), "do not fit"),
     ],
 )
 def test_a_damaged_weight_is_refused(
@@ -157,6 +188,19 @@ def test_another_layout_is_refused(
 ) -> None:
     with pytest.raises(UnsupportedModelError, match=f"^model: .*{why}.*Compare an unquantised checkpoint.$"):
         decode(library, variant, tmp_path, unchanged, **settings)
+
+
+def test_codes_for_one_kind_of_gpu_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"laid out for one kind of GPU \(weight_format 2\)"):
+        decode("bitsandbytes", "bnb-int8", tmp_path, put("weight_format", torch.tensor(2, dtype=torch.uint8)))
+
+
+def test_activations_that_are_scaled_are_refused(tmp_path: Path) -> None:
+    def scaled(own: dict[str, Tensor]) -> None:
+        own["transformer.h.0.mlp.act.scales"] = torch.ones(4)
+
+    with pytest.raises(UnsupportedModelError, match=r"divided as it runs \(transformer.h.0.mlp.act.scales\)"):
+        decode("awq", "awq-gemm", tmp_path, scaled)
 
 
 def test_groups_that_follow_each_other_need_no_list(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def opened(library: str, variant: str, folder: Path) -> tuple[dict[str, Weight],
     every = load_file(FOLDER / f"{library}.safetensors")
     own = {k.partition("/")[2]: t for k, t in every.items() if k.partition("/")[0] == variant}
     path = folder / "model.safetensors"
-    save_file(own, path)
+    save_file(own, path, known.get("metadata"))
     settings = known["settings"]
     codes = Codes(variant, settings["quant_method"], settings, SAFETENSORS_DTYPES[known["dtype"]])
     return codes.weights(read_headers([str(path)])), known["decoded"]

@@ -268,9 +268,14 @@ def gguf_names(model: Any, processor: Any) -> dict[str, str]:
 
 def knows_quantisation(settings: Any) -> bool:
     """Return whether transformers can read a quantisation, by a configuration's `quantization_config`."""
-    from transformers.quantizers.auto import AutoHfQuantizer
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-    return bool(AutoHfQuantizer.supports_quant_method(settings))
+    method = settings.get("quant_method")
+    if method == "fp8" and "weight_block_size" not in settings:
+        # AutoFP8's, whose scales have another name: the codes would be read as elements.
+        return False
+    is_bitsandbytes = settings.get("load_in_8bit") or settings.get("load_in_4bit")
+    return bool(is_bitsandbytes) or method in AUTO_QUANTIZATION_CONFIG_MAPPING
 
 
 def can_run_quantised(settings: Any, device: torch.device) -> bool:

@@ -41,6 +41,7 @@ from lazarus.notes import Notes
 
 _SAFETENSORS_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _CLAIMED_BY = {
+    "hf_quant_config.json": "modelopt",
     "quantize_config.json": "gptq",
     "quant_config.json": "awq",
     "quanto_qmap.json": "quanto",

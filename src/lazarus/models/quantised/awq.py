@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -22,8 +23,10 @@ from lazarus.models.quantised.packing import unpack_words
 
 _TRANSPOSED = ("gemm", "exllama", "ipex")
 """versions of AutoAWQ that differ in what runs them; their files are the same"""
-_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
-"""where in a word each of 8 codes is"""
+Order = Literal["interleaved", "in order", "rows"]
+"""of codes along the rows of a weight; or rows, where a weight is not transposed"""
+_INTERLEAVED = [0, 4, 1, 5, 2, 6, 3, 7]
+"""where of 8 codes each is"""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class AwqDecoder:
     method: str
     bits: int
     blocks: Blocks
-    is_transposed: bool
+    order: Order
 
     @property
     def precision(self) -> Precision:
@@ -45,21 +48,20 @@ class AwqDecoder:
         columns, groups = self.blocks.columns, self.blocks.grid[1]
         codes = self._unpacked(parts["codes"], start, stop, columns).contiguous()
         codes -= self.blocks.across(self._unpacked(parts["zero points"], start, stop, groups))
-        scales = (
-            parts["scales"][:, start:stop].T if self.is_transposed else parts["scales"][start:stop, :groups]
-        )
+        scales = parts["scales"]
+        scales = scales[start:stop, :groups] if self.order == "rows" else scales[:, start:stop].T
         return codes.to(scales.dtype) * self.blocks.across(scales)
 
     def _unpacked(self, words: Tensor, start: int, stop: int, n_codes: int) -> Tensor:
         """Return the first numbers of some rows of the weight, [rows, codes]."""
-        if not self.is_transposed:
+        if self.order == "rows":
             return unpack_words(words[start:stop], self.bits, n_codes)
         # 32 of them begin and end with a word, whatever their bits.
         first, last = start // 32, -(-stop // 32)
         words = words[:, first * self.bits : last * self.bits]
         codes = unpack_words(words, self.bits, words.shape[1] * 32 // self.bits)
-        if self.bits == 4:
-            codes = codes.view(len(codes), -1, 8)[:, :, _ORDER].flatten(1)
+        if self.order == "interleaved":
+            codes = codes.view(len(codes), -1, 8)[:, :, _INTERLEAVED].flatten(1)
         return codes[:, start - 32 * first : stop - 32 * first].T
 
 
@@ -77,11 +79,16 @@ def find(checkpoint: Checkpoint) -> Iterator[CodedTensor]:
         raise UnsupportedModelError(
             f"its codes are laid out for the {layout} kernel, which is not decoded; gemm and gemv are"
         )
+    scaled = next((key for key in checkpoint.stored if key.endswith(".act.scales")), None)
+    if scaled is not None:
+        raise UnsupportedModelError(
+            f"its activations are divided as it runs ({scaled}), which no unquantised model does"
+        )
     for module in checkpoint.modules("qweight"):
-        yield coded(checkpoint, module, "awq", is_transposed=layout != "gemv")
+        yield coded(checkpoint, module, "awq", by_rows=layout == "gemv")
 
 
-def coded(checkpoint: Checkpoint, module: str, method: str, *, is_transposed: bool = True) -> CodedTensor:
+def coded(checkpoint: Checkpoint, module: str, method: str, *, by_rows: bool = False) -> CodedTensor:
     """Return one weight, with the shapes of its parts checked.
 
     Raises:
@@ -94,14 +101,14 @@ def coded(checkpoint: Checkpoint, module: str, method: str, *, is_transposed: bo
     }
     key = f"{module}.weight"
     try:
-        blocks_of = _transposed_blocks if is_transposed else _blocks
-        bits, blocks = fitting(parts, checkpoint.settings, blocks_of)
+        bits, blocks = fitting(parts, checkpoint.settings, _blocks if by_rows else _transposed_blocks)
     except ValueError as error:
         raise damaged(parts["codes"].path, key, str(error)) from error
-    shape = (blocks.rows, blocks.columns)
-    return CodedTensor(
-        key, shape, parts["scales"].dtype, parts, AwqDecoder(method, bits, blocks, is_transposed)
-    )
+    # gptqmodel interleaves 4 bits alone, AutoRound all that it packs like this.
+    is_by_auto_round = "auto-round" in (method, checkpoint.settings.get("provider"))
+    order: Order = "interleaved" if bits == 4 or is_by_auto_round else "in order"
+    decoder = AwqDecoder(method, bits, blocks, "rows" if by_rows else order)
+    return CodedTensor(key, (blocks.rows, blocks.columns), parts["scales"].dtype, parts, decoder)
 
 
 def _transposed_blocks(shapes: Shapes, bits: int, width: int | None) -> Blocks | None:
@@ -113,8 +120,8 @@ def _transposed_blocks(shapes: Shapes, bits: int, width: int | None) -> Blocks |
         and shapes["scales"][0] == n_groups
         and shapes["zero points"] == (n_groups, n_words)
     )
-    # 8 codes of 4 bits are out of order in their word, so it has to be full.
-    return blocks if fits and (bits != 4 or blocks.rows % 8 == 0) else None
+    # Where codes are interleaved, it is 8 of them.
+    return blocks if fits and blocks.rows % 8 == 0 else None
 
 
 def _blocks(shapes: Shapes, bits: int, width: int | None) -> Blocks | None:

@@ -1,6 +1,6 @@
 """bitsandbytes: whole numbers with a scale for each row, or places in a table of 16 with one for each block.
 
-Layouts and arithmetic follow bitsandbytes 0.49 (`functional.py`, `_ops.py` and `backends/default/ops.py` in
+Layouts and arithmetic follow bitsandbytes 0.50 (`functional.py`, `_ops.py` and `backends/default/ops.py` in
 github.com/bitsandbytes-foundation/bitsandbytes): products in float32, rounded once. Weights of 8 bits stay in
 float32, and are rounded to the dtype that the model runs in where they are put into it.
 """

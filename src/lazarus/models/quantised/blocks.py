@@ -11,23 +11,32 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Blocks:
-    """A matrix of `rows` × `columns` in blocks of `height` × `width`; the last of each may be short."""
+    """A matrix of `rows` × `columns` in blocks of `height` × `width`; the last of each may be short.
+
+    Of a stack of matrices it is each one; its rows are then counted through the stack.
+    """
 
     rows: int
     columns: int
     height: int
     width: int
+    stack: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, shape: tuple[int, ...], height: int | None, width: int | None) -> Blocks:
-        """Return the blocks of a matrix; None is all of its rows or columns."""
-        rows, columns = shape
-        return cls(rows, columns, height or max(rows, 1), width or max(columns, 1))
+        """Return the blocks of a matrix, or of a stack; None is all of its rows or columns."""
+        *stack, rows, columns = shape
+        return cls(rows, columns, height or max(rows, 1), width or max(columns, 1), tuple(stack))
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Return how many blocks there are, down and across."""
+        """Return how many blocks there are in one matrix, down and across."""
         return -(-self.rows // self.height), -(-self.columns // self.width)
+
+    @property
+    def whole(self) -> Blocks:
+        """Return the same matrix as one block."""
+        return Blocks(self.rows, self.columns, max(self.rows, 1), max(self.columns, 1), self.stack)
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Check that a tensor has one element for each block.
@@ -36,10 +45,12 @@ class Blocks:
             ValueError: it has another shape.
         """
         n_down, n_across = self.grid
-        if shape not in {(n_down, n_across), *_shorter(n_down, n_across)}:
+        grids = {(n_down, n_across), *_shorter(n_down, n_across)}
+        if shape not in {(*self.stack, *grid) for grid in grids}:
+            whole = " × ".join(str(n) for n in (*self.stack, self.rows, self.columns))
             raise ValueError(
-                f"its {name} has the shape {list(shape)}, and a weight of {self.rows} × {self.columns} in "
-                f"blocks of {self.height} × {self.width} needs [{n_down}, {n_across}]"
+                f"its {name} has the shape {list(shape)}, and a weight of {whole} in blocks of "
+                f"{self.height} × {self.width} needs {[*self.stack, n_down, n_across]}"
             )
 
     def spread(
@@ -50,12 +61,21 @@ class Blocks:
         What is constant along an axis has the length 1 there. `columns` is the block of each column, where
         they do not follow each other.
         """
-        grid = each.reshape(self.grid)
+        return self.across(self.down(each, start, stop), columns)
+
+    def down(self, each: Shaped[Tensor, "*grid"], start: int, stop: int) -> Shaped[Tensor, "rows across"]:
+        """Return the elements of the blocks that rows start to stop are in, one for each block across.
+
+        One row stands for all where they are the same.
+        """
+        n_down, n_across = self.grid
+        grid = each.reshape(-1, n_across)
+        if len(grid) == 1:
+            return grid
         if self.height == 1:
-            grid = grid[start:stop]
-        elif self.grid[0] > 1:
-            grid = grid[torch.arange(start, stop, device=grid.device) // self.height]
-        return self.across(grid, columns)
+            return grid[start:stop]
+        rows = torch.arange(start, stop, device=grid.device)
+        return grid[rows // self.rows * n_down + rows % self.rows // self.height]
 
     def across(
         self, each: Shaped[Tensor, "rows groups"], columns: Tensor | None = None

@@ -21,6 +21,8 @@ _FLOAT8 = {"F8_E4M3", "F8_E5M2"}
 """codes where there are scales beside them, elements where there are none"""
 _WEIGHT = re.compile(r"weight|qdata|W_q|_blocks$")
 """in the name of a tensor of codes; a model may have other whole numbers of its own, such as tables"""
+_OF_EXPERTS = ("_scale", "_scale_inv", "_weight_scale")
+"""what the name of stacked experts, which are no `weight`, has at its end where it is that of their scales"""
 _PARAMETER = re.compile(r"scale|zero_?point|qzeros|absmax|quant|g_idx|\bSCB$")
 """in the name of what a quantiser stores beside its codes, or beside elements that it rounds as it runs"""
 
@@ -47,7 +49,8 @@ def stored_codes(stored: Mapping[str, StoredTensor]) -> Iterator[str]:
     """Yield the keys of the weights that are stored as a quantiser's codes."""
     scaled = {key.rpartition(".")[0] for key in stored if _PARAMETER.search(key)}
     for key, tensor in stored.items():
-        may_be = len(tensor.shape) > 1 and _WEIGHT.search(key) and tensor.dtype not in _NO_CODES
+        is_weight = _WEIGHT.search(key) or any(key + ending in stored for ending in _OF_EXPERTS)
+        may_be = len(tensor.shape) > 1 and is_weight and tensor.dtype not in _NO_CODES
         if may_be and (tensor.dtype not in _FLOAT8 or key.rpartition(".")[0] in scaled):
             yield key
 

@@ -9,7 +9,19 @@ from typing import Any
 import torch
 
 from lazarus.errors import UnsupportedModelError
-from lazarus.models.quantised import auto_round, awq, bitsandbytes, compressed, fp8, gptq, hqq, quanto
+from lazarus.models.quantised import (
+    auto_round,
+    awq,
+    bitsandbytes,
+    compressed,
+    fp8,
+    gptq,
+    hqq,
+    modelopt,
+    mxfp4,
+    quanto,
+    torchao,
+)
 from lazarus.models.quantised.coded import CodedTensor
 from lazarus.models.quantised.finding import IGNORED, Checkpoint
 from lazarus.models.stored import StoredTensor, same_elements
@@ -21,10 +33,15 @@ _FINDERS: Mapping[str, Callable[[Checkpoint], Iterator[CodedTensor]]] = {
     "awq": awq.find,
     "bitsandbytes": bitsandbytes.find,
     "compressed-tensors": compressed.find,
+    "fbgemm_fp8": fp8.find,
     "fp8": fp8.find,
     "gptq": gptq.find,
     "hqq": hqq.find,
+    **dict.fromkeys(("modelopt", "modelopt_fp4", "modelopt_mixed", "modelopt_mxfp8"), modelopt.find),
+    "mxfp4": mxfp4.find,
+    "mxfp8": fp8.find,
     "quanto": quanto.find,
+    "torchao": torchao.find,
 }
 """what finds the coded weights of a checkpoint, by its quantisation method"""
 _REASONS = {

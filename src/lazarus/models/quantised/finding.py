@@ -68,7 +68,8 @@ def matches(name: str, pattern: str) -> bool:
 
 IGNORED = re.compile(
     r"(\.|_)(weight_shape|weight_scale|weight_scale_inv|weight_zero_point|weight_g_idx|weight_global_scale)$"
-    r"|\.(input|output|activation)_(scale|zero_point|global_scale|scale_ub)$"
+    r"|[._](input|output|activation)_(scale|zero_point|global_scale|scale_ub)$"
     r"|\.[kvq]_(scale|zero_point|global_scale)$|\.(input|output)_amax$|\.qscale_act$"
+    r"|\._\w+_act_(quant_scale|quant_zero_point|per_tensor_scale)$|\.k_proj\.k_bias$|\.v_proj\.v_bias$"
 )
 """what a quantiser stores beside the codes of weights: of activations and of the KV cache"""

@@ -135,9 +135,9 @@ def coded(checkpoint: Checkpoint, module: str, method: str, layout: str) -> Code
         bits, blocks = fitting(parts, checkpoint.settings, _blocks)
     except ValueError as error:
         raise damaged(codes.path, key, str(error)) from error
-    # 5, 6 and 7 bits have no other layout.
-    is_planar = bits in (5, 6, 7) or (layout == "gptq_p" and bits == 3)
-    zeros = _zeros(checkpoint.settings, bits) if layout == "gptq" and not is_planar else "as they are"
+    # Of 2, 4 and 8 bits the planes are the codes.
+    is_planar = layout == "gptq_p" and 32 % bits != 0
+    zeros = _zeros(checkpoint.settings, bits) if layout == "gptq" else "as they are"
     decoder = GptqDecoder(method, bits, blocks, is_planar, zeros)
     return CodedTensor(key, (blocks.rows, blocks.columns), parts["scales"].dtype, parts, decoder)
 
@@ -159,7 +159,7 @@ def _blocks(shapes: Shapes, bits: int, width: int | None) -> Blocks | None:
 def _zeros(settings: Settings, bits: int) -> Zeros:
     """Return how the writer of a checkpoint of version 1 stored zero points."""
     found = re.search(r"gptqmodel:(\d+)", str((settings.get("meta") or {}).get("quantizer")))
-    if found is None:
+    if found is None or bits in (5, 6, 7):
         return "less one"
     if bits == 3:
         return "wrapped" if int(found[1]) >= 7 else "borrowed from others"
