@@ -177,6 +177,11 @@ def test_the_probe_finds_the_model_that_padding_changes() -> None:
     assert any("prompts ran one at a time" in note for note in diff.notes)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_the_probe_finds_the_model_that_padding_does_not_change(name: str) -> None:
+    assert learn(wrap_model(MODELS[name](), name), [5, 17, 80, 3, 41, 9, 12], 0).padding == "right"
+
+
 def test_blocks_that_do_not_run_are_refused() -> None:
     model = tiny_llama()
     assert dissect(model, "model.layers").blocks == dissect(model).blocks

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from lazarus import Accumulation, ModelFacts, PairFacts, Plan, StatePair, WeightFacts, conclude
+from lazarus.activation.findings import Findings
 from lazarus.facts import Rounded
 from lazarus.results import ActivationDiffRecord, NotCompared
 from lazarus.statistics import FACTOR
@@ -55,20 +56,21 @@ def facts(**changes: Any) -> PairFacts:
 def accumulated(
     pair: PairFacts | None = None,
     *,
+    base: Any = None,
     finetuned: Any = None,
     trials: int = 2,
     logits: bool = True,
     **settings: Any,
 ) -> Accumulation:
-    """Everything that was drawn, taken in; with other states of the fine-tuned model, or fewer trials."""
-    pair, theirs = pair or facts(), {**FINETUNED, **(finetuned or {})}
+    """Everything that was drawn, taken in; with other states of a model, or fewer trials."""
+    pair, ours, theirs = pair or facts(), {**BASE, **(base or {})}, {**FINETUNED, **(finetuned or {})}
     plan = Plan.of(pair, [f"prompt {i}" for i in range(N_PROMPTS)], **settings)
     plan = replace(plan, prompts=[_grouped(prompt) for prompt in plan.prompts])
     seen = Accumulation(pair, plan)
     tensor = torch.from_numpy
     for site in pair.sites:
         local = tensor(BY_BLOCK[site]) if site in BY_BLOCK else None
-        seen.take([StatePair(site, tensor(ROWS), tensor(BASE[site]), tensor(theirs[site]), local)])
+        seen.take([StatePair(site, tensor(ROWS), tensor(ours[site]), tensor(theirs[site]), local)])
         for number, trial in enumerate(TRIALS[:trials]):
             seen.take([StatePair.of(site, ROWS, BASE[site], trial[site], trial=number)])
     if logits:
@@ -205,6 +207,11 @@ def test_the_summary_says_what_the_layers_say(record: ActivationDiffRecord) -> N
     assert (summary.n_prompts_left_out, summary.n_outputs_left_out) == (0, 0)
 
 
+def test_the_first_of_several_flagged_layers_is_named() -> None:
+    summary = conclude(accumulated(threshold=1e-3)).summary
+    assert (summary.first_flagged_layer, summary.n_flagged_layers) == (1, 3)
+
+
 def test_the_threshold_is_itself_not_flagged(record: ActivationDiffRecord) -> None:
     limit = record.layers[2].divergence
     again = conclude(accumulated(threshold=limit)).record
@@ -271,35 +278,100 @@ def test_the_verdict(states: Any, trials: int, rounding: Rounded | None, verdict
     assert conclude(seen, WeightFacts(rounding=rounding)).summary.verdict == verdict
 
 
-def with_nan(prompt: int, *, base: bool = False) -> dict[Any, Floats]:
-    states = FINETUNED[1].copy()
-    states[prompt == ROWS] = np.nan
-    return {**SAME, 1: states}
+def with_nan(states: dict[Any, Floats], prompt: int) -> dict[Any, Floats]:
+    """The states, those of a prompt at layer 1 not finite."""
+    broken = states[1].copy()
+    broken[prompt == ROWS] = np.nan
+    return {**states, 1: broken}
+
+
+def with_logits(seen: Accumulation, base: Floats, finetuned: Floats) -> Accumulation:
+    """What was seen, and these logits of every prompt, with noise in both trials."""
+    seen.take([StatePair.of("logits", range(N_PROMPTS), base, finetuned)])
+    for number in (0, 1):
+        near = BASE_LOGITS + NOISE[number]
+        seen.take([StatePair.of("logits", range(N_PROMPTS), BASE_LOGITS, near, trial=number)])
+    return seen
 
 
 @pytest.mark.parametrize("rounding", [None, MERGED])
 def test_a_state_that_one_model_alone_has_finite_is_a_change(rounding: Rounded | None) -> None:
-    seen = accumulated(finetuned=with_nan(3), logits=False)
+    seen = accumulated(finetuned=with_nan(SAME, 3), logits=False)
     summary = conclude(seen, WeightFacts(rounding=rounding)).summary
     assert (summary.verdict, summary.n_prompts_left_out) == ("changed", 1)
     assert conclude(seen).layers[1].n_prompts == N_PROMPTS - 1
     assert conclude(seen).layers[0].n_prompts == N_PROMPTS
 
 
+@pytest.mark.parametrize(("states", "verdict"), [(SAME, None), (FINETUNED, "changed")])
+def test_a_state_that_is_finite_in_neither_keeps_a_verdict_from_being_whole(
+    states: dict[Any, Floats], verdict: str | None
+) -> None:
+    """It proves no change, but nothing may be called unchanged, or changed by rounding alone."""
+    seen = accumulated(base=with_nan(BASE, 0), finetuned=with_nan(states, 0), logits=False)
+    summary = conclude(seen, WeightFacts(rounding=MERGED)).summary
+    assert (summary.verdict, summary.n_prompts_left_out) == (verdict, 1)
+
+
 def test_logits_that_are_not_finite_keep_a_verdict_from_being_whole() -> None:
-    seen = accumulated(finetuned=SAME, logits=False)
     logits = BASE_LOGITS.copy()
     logits[2] = np.nan
-    seen.take([StatePair.of("logits", range(N_PROMPTS), logits, logits)])
+    seen = with_logits(accumulated(finetuned=SAME, logits=False), logits, logits)
     summary = conclude(seen, WeightFacts(rounding=MERGED)).summary
     assert (summary.verdict, summary.n_outputs_left_out, summary.n_prompts_left_out) == (None, 1, 0)
 
 
+def test_the_logits_of_the_other_prompts_are_compared_where_those_of_one_are_not_finite() -> None:
+    logits = FINETUNED_LOGITS.copy()
+    logits[2] = np.nan
+    seen = with_logits(accumulated(finetuned=SAME, logits=False), BASE_LOGITS, logits)
+    record = conclude(seen).record
+    assert (record.summary.verdict, record.summary.n_outputs_left_out) == ("changed", 1)
+    assert record.output is not None
+    expected = np.delete(relative_l2(BASE_LOGITS, FINETUNED_LOGITS), 2).mean()
+    assert record.output.logits_relative_l2 == pytest.approx(expected)
+
+
+def test_a_token_that_one_model_alone_can_give_is_a_change() -> None:
+    logits = BASE_LOGITS.copy()
+    logits[0, 3] = -np.inf
+    seen = with_logits(accumulated(finetuned=SAME, logits=False), BASE_LOGITS, logits)
+    assert conclude(seen).summary.verdict == "changed"
+
+
+def test_states_of_another_width_are_a_change() -> None:
+    pair = facts()
+    wider = replace(pair, finetuned=replace(pair.finetuned, width=WIDTH + 2))
+    states = {site: np.pad(BASE[site], [(0, 0), (0, 2)]) for site in CHANGE}
+    seen = accumulated(wider, finetuned=states, logits=False)
+    assert conclude(seen).summary.verdict == "changed"
+    assert not Findings(seen).may_be_rounding
+
+
+def deeper() -> PairFacts:
+    """A pair of which the fine-tuned model has one block more."""
+    pair = facts()
+    info = msgspec.structs.replace(pair.finetuned.info, n_layers=N_LAYERS + 1)
+    return replace(pair, finetuned=replace(pair.finetuned, info=info))
+
+
+def test_rounding_may_explain_a_change_that_all_prompts_show_in_two_models_of_one_shape() -> None:
+    def may_be_rounding(pair: PairFacts | None = None, **states: Any) -> bool:
+        return Findings(accumulated(pair, logits=False, **states)).may_be_rounding
+
+    assert may_be_rounding()
+    assert not may_be_rounding(finetuned=WITHIN)
+    assert not may_be_rounding(deeper())
+    assert not may_be_rounding(finetuned=with_nan(FINETUNED, 0))
+    assert not may_be_rounding(base=with_nan(BASE, 0), finetuned=with_nan(FINETUNED, 0))
+    logits = FINETUNED_LOGITS.copy()
+    logits[2] = np.nan
+    seen = with_logits(accumulated(logits=False), BASE_LOGITS, logits)
+    assert not Findings(seen).may_be_rounding
+
+
 def test_logits_that_differ_are_a_change_where_no_state_differs() -> None:
-    seen = accumulated(finetuned=SAME)
-    for number in (0, 1):
-        near = BASE_LOGITS + NOISE[number]
-        seen.take([StatePair.of("logits", range(N_PROMPTS), BASE_LOGITS, near, trial=number)])
+    seen = with_logits(accumulated(finetuned=SAME, logits=False), BASE_LOGITS, FINETUNED_LOGITS)
     record = conclude(seen).record
     assert record.summary.verdict == "changed"
     assert record.output is not None
@@ -332,8 +404,12 @@ def test_weights_are_identical_where_nothing_else_differs(
     assert summary.causes == ([] if differs else ["the same file"])
 
 
-def test_a_cause_is_no_part_of_a_change() -> None:
-    assert conclude(accumulated(), WeightFacts(causes=("the same file",))).summary.causes == []
+@pytest.mark.parametrize(
+    ("states", "causes"), [(SAME, ["the same file"]), (WITHIN, ["the same file"]), (FINETUNED, [])]
+)
+def test_what_has_not_changed_has_its_cause(states: dict[Any, Floats], causes: list[str]) -> None:
+    seen = accumulated(finetuned=states, logits=False)
+    assert conclude(seen, WeightFacts(causes=("the same file",))).summary.causes == causes
 
 
 def test_a_rounding_is_the_cause_where_it_is_the_verdict() -> None:
@@ -346,8 +422,55 @@ def test_what_the_noise_hides_has_no_onset() -> None:
     assert conclude(accumulated(finetuned=WITHIN)).summary.onset_layer is None
 
 
-def test_without_local_states_there_is_no_block_to_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("test_findings.BY_BLOCK", {})
+def test_the_onset_needs_the_noise_of_every_layer_and_of_nothing_else() -> None:
+    seen = accumulated()
+    for trial in seen.noise:
+        del trial["embedding"], trial["final_norm"]
+    assert conclude(seen).summary.onset_layer == 1
+    for trial in seen.noise:
+        del trial[3]
+    assert conclude(seen).summary.onset_layer is None
+
+
+def test_noise_that_could_not_be_measured_is_no_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("test_findings.TRIALS", [{**SAME, 1: np.full_like(BASE[1], np.nan)}])
+    record = conclude(accumulated(trials=1)).record
+    layer = record.layers[1]
+    assert (layer.noise_floor, layer.noise_floor_divergence) == (None, None)
+    assert record.layers[2].noise_floor is not None
+    assert record.summary.onset_layer is None
+
+
+def test_too_few_prompts_have_no_interval_at_the_layer_where_the_others_were_not_compared() -> None:
+    states = with_nan(with_nan(FINETUNED, 0), 1)
+    layers = conclude(accumulated(finetuned=states)).layers
+    assert layers[1].interval is None
+    assert layers[2].interval is not None
+
+
+def test_groups_are_not_contrasted_where_both_are_within_the_noise() -> None:
+    record = conclude(accumulated(finetuned=WITHIN)).record
+    assert record.groups is not None
+    (contrast,) = record.groups.contrasts
+    assert contrast.log_ratio == [None] * N_LAYERS
+    assert (contrast.layer, contrast.p_value) == (None, None)
+
+
+def test_the_local_change_is_that_of_the_prompts_whose_local_states_are_finite(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("test_findings.BY_BLOCK", {**BY_BLOCK, 1: with_nan(BY_BLOCK, 0)[1]})
+    local = conclude(accumulated()).record.layers[1].local
+    assert local is not None
+    expected = by_prompt(relative_l2(BASE[1], BY_BLOCK[1]))[1:].mean()
+    assert local.relative_l2 == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("local", [{}, {layer: BASE[layer] for layer in LOCAL}], ids=["none", "same"])
+def test_without_a_local_change_there_is_no_block_to_name(
+    monkeypatch: pytest.MonkeyPatch, local: dict[int, Floats]
+) -> None:
+    monkeypatch.setattr("test_findings.BY_BLOCK", local)
     record = conclude(accumulated()).record
     assert record.summary.most_changed_block is None
-    assert [layer.local for layer in record.layers] == [None] * N_LAYERS
+    assert [layer.local is None for layer in record.layers] == [not local] * N_LAYERS

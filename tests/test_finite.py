@@ -249,8 +249,9 @@ def test_a_layer_without_finite_states_has_no_readout() -> None:
 def test_tokens_that_are_not_finite_say_nothing_of_the_model() -> None:
     """The probe's first tokens have no embedding; the next ones do."""
     plain, model = tiny_llama(), tiny_llama()
+    unseen = torch.ones(300, dtype=torch.bool).index_fill(0, torch.tensor([2, *IDS[1:]]), False)
     with torch.no_grad():
-        model.model.embed_tokens.weight[IDS[:1]] = NAN
+        model.model.embed_tokens.weight[unseen] = NAN
     ids = [IDS[0]] * 7 + IDS[1:]
     expected, found = (learn(wrap_model(m, "model"), ids, 2) for m in (plain, model))
     assert found == expected
@@ -262,15 +263,32 @@ def test_a_model_that_sees_what_follows_is_not_taken_for_causal_where_states_are
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
     model = BertModel(BertConfig(vocab_size=100, num_attention_heads=4, **sizes)).eval()
+    ids = [*IDS, 0, 14]
     with torch.no_grad():
-        model.embeddings.word_embeddings.weight[IDS[0]] = NAN
-    assert not learn(wrap_model(model, "model"), IDS, 0).causal
+        model.embeddings.word_embeddings.weight[ids] = NAN
+    assert not learn(wrap_model(model, "model"), ids, 1).causal
+
+
+def test_an_error_names_the_tokens_of_the_text_that_ran() -> None:
+    model = tiny_llama()
+
+    def nowhere(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return (torch.full_like(output[0], -INF).softmax(-1), *output[1:])
+
+    model.model.layers[0].self_attn.register_forward_hook(nowhere)
+    with pytest.raises(
+        NoDataError, match=r"makes NaN of finite states.* at tokens 0, 1, 2, 3, 4, 5, 6 of the"
+    ):
+        learn(wrap_model(model, "model"), IDS, 2)
 
 
 def test_the_head_of_a_model_that_overflows_is_checked_on_other_states() -> None:
-    known = learn(wrap_model(gemma().half(), "model"), IDS, 2)
     plain = learn(wrap_model(gemma(), "model"), IDS, 2)
+    model = wrap_model(gemma().half(), "model")
+    drawn = torch.get_rng_state()
+    known = learn(model, IDS, 2)
     assert known.head_reads is plain.head_reads is not None
+    assert torch.equal(torch.get_rng_state(), drawn)  # none of the user's random numbers was taken
 
 
 def test_a_head_that_looks_at_the_tokens_is_found_out_though_no_logit_is_finite() -> None:
@@ -315,11 +333,34 @@ def test_a_first_state_of_zero_is_not_like_any_other() -> None:
     assert _alike(torch.cat([other, other * NAN]), torch.cat([other, other]), 1e-3) is True
 
 
+def test_each_row_is_held_against_its_own_size() -> None:
+    from lazarus.engine.probe import _alike
+
+    rows = torch.tensor([[1e6, 0.0], [0.0, 1.0]])
+    assert _alike(rows, rows, 1e-3) is True
+    assert _alike(rows + torch.tensor([[0.0, 0.0], [0.0, 0.5]]), rows, 1e-3) is False
+    # A row that is finite in part says nothing of the others.
+    assert _alike(torch.tensor([[1e6, NAN], [0.0, 1.0]]), rows, 1e-3) is True
+
+
 def test_logits_are_alike_by_what_is_finite() -> None:
     eps, row = 1e-7, torch.tensor([[1.0, -INF, NAN, 2.0]])
     assert alike(row, row, eps) is True
     assert alike(torch.tensor([[1.0, -INF, NAN, NAN]]), row, eps) is False
     assert alike(row * NAN, row * NAN, eps) is None
+
+
+@pytest.mark.parametrize(
+    ("off", "eps", "same"),
+    [(0.09, 1e-7, True), (0.11, 1e-7, False), (6.0, 2**-7, True), (6.5, 2**-7, False)],
+)
+def test_logits_are_alike_to_a_thousandth_of_the_largest_or_eight_roundings(
+    off: float, eps: float, same: bool
+) -> None:
+    """The limit of a logit of 0 beside one of 100; for the largest itself it is twice that."""
+    expected = torch.tensor([[100.0, 0.0]])
+    assert alike(expected + torch.tensor([[0.0, off]]), expected, eps) is same
+    assert alike(expected + torch.tensor([[2 * off, 0.0]]), expected, eps) is same
 
 
 def test_a_text_of_finite_states_has_no_break() -> None:

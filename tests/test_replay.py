@@ -23,7 +23,7 @@ from architectures import CAUSAL, ENCODER_DECODERS, ENCODERS, MULTIMODAL, REFUSE
 from factories import perturbed, tiny_llama, word_tokenizer
 from lazarus.batches import BatchPair, make_batches
 from lazarus.engine import ModelPair, learn_pair, run_pairs
-from lazarus.engine.arguments import Arguments
+from lazarus.engine.arguments import Arguments, contents, write_again, written
 from lazarus.engine.probe import passes_go_on
 from lazarus.engine.recorder import Recorder, RowSelection
 from lazarus.engine.replay import (
@@ -518,6 +518,55 @@ def test_what_cannot_be_looked_into_is_not_the_same_though_it_be_one_object(make
     assert not is_same(call_of([1, {"a": one}]), call_of([1, {"a": one}]))
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        (torch.ones(2), [1.0, 1.0]),
+        ((1, 2), [1, 2]),
+        ({"a": 1}, UserDict(a=1)),
+        (cache_of(1.0), None),
+        (Shared(torch.ones(2)), torch.ones(2)),
+        (1, 1.0),
+        (object(), None),
+    ],
+    ids=["tensor", "tuple", "dict", "cache", "dataclass", "int", "unknown"],
+)
+def test_values_of_two_kinds_are_not_the_same(values: tuple[Any, Any]) -> None:
+    one, other = values
+    assert not is_same(call_of(one), call_of(other))
+
+
+def test_the_hidden_states_alone_can_be_left_out_of_a_call() -> None:
+    states, others = torch.ones(2), torch.zeros(2)
+    assert is_same(call_of(states, 1).without_states(), call_of(others, 1).without_states())
+    assert not is_same(call_of(states, 1).without_states(), call_of(states, 2).without_states())
+    assert not is_same(call_of(states, a=1).without_states(), call_of(states, a=2).without_states())
+
+
+def test_the_same_bits_on_another_device_are_another_argument() -> None:
+    """The kernels of another device round otherwise. A tensor without memory stands for one on a GPU."""
+
+    class Alike(Equality):
+        def same(self, one: Any, other: Any) -> bool:
+            return True
+
+    here, again, there = (call_of(torch.ones(2, device=place)) for place in ("cpu", "cpu", "meta"))
+    assert here.same_as(again, Alike())
+    assert not here.same_as(there, Alike())
+
+
+def test_a_cache_with_more_layers_is_another_unless_the_others_alone_are_read() -> None:
+    one, other = cache_of(1.0), cache_of(1.0, 2.0)
+    assert not is_same(call_of(one), call_of(other))
+    assert is_same(call_of(one), call_of(other), 1)
+
+
+def test_a_layer_of_a_cache_that_holds_more_is_another() -> None:
+    one, other = cache_of(1.0), cache_of(1.0)
+    other.layers[0].more = 1
+    assert not is_same(call_of(one), call_of(other))
+
+
 def test_a_cache_of_another_kind_is_not_looked_into() -> None:
     one, other = cache_of(1.0), cache_of(1.0)
     assert is_same(call_of(one), call_of(other))
@@ -535,13 +584,16 @@ def test_what_later_layers_of_a_cache_hold_is_not_read(n_layers: int | None, exp
 class Labelled(UserDict[str, Any]):
     """A mapping that says more than its items do."""
 
-    label = 0
+
+class Owned(dict[str, Any]):
+    """The same, and its items are not in an attribute."""
 
 
-def test_what_a_mapping_holds_beside_its_items_counts() -> None:
-    one, other = Labelled(a=1), Labelled(a=1)
+@pytest.mark.parametrize(("kind", "name"), [(Labelled, "label"), (Owned, "label"), (Owned, "data")])
+def test_what_a_mapping_holds_beside_its_items_counts(kind: Any, name: str) -> None:
+    one, other = kind(a=1), kind(a=1)
     assert is_same(call_of(one), call_of(other))
-    other.label = 1
+    setattr(other, name, 1)
     assert not is_same(call_of(one), call_of(other))
 
 
@@ -601,6 +653,40 @@ def test_a_tensor_of_inference_mode_does_not_tell_whether_it_was_written_to() ->
     with torch.inference_mode():
         one = torch.ones(2)
     assert not is_same(call_of(one), call_of(one))
+
+
+TENSOR = torch.ones(1)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, TENSOR),
+        (TENSOR, torch.zeros(1)),
+        (TENSOR, {"keys": TENSOR}),
+        ({"keys": TENSOR}, TENSOR),
+        ({"keys": TENSOR}, {"keys": TENSOR, "values": TENSOR}),
+        ({"keys": TENSOR, "values": TENSOR}, {"keys": TENSOR}),
+        ({"keys": TENSOR, "values": TENSOR}, {"keys": TENSOR, "values": torch.zeros(1)}),
+    ],
+)
+def test_what_a_block_writes_into_a_mapping_is_written_into_another(before: Any, after: Any) -> None:
+    shared, another = {"entry": before, "kept": 1}, {"entry": before, "kept": 2}
+    held = contents((shared,), {})
+    shared["entry"] = after
+    items = written(held, contents((shared,), {}))
+    write_again((), {"shared": another}, items)
+    assert Equality().same(another, {"entry": after, "kept": 2})
+
+
+def test_a_layer_that_a_block_adds_to_a_cache_is_known_to_be_written() -> None:
+    cache = cache_of(1.0)
+    held = contents((), {"past": cache})
+    states = torch.full((1, 1, 1, 2), 3.0)
+    cache.update(states, -states, 1)
+    (items,) = written(held, contents((), {"past": cache}))
+    assert items.keys() == {1}
+    assert torch.equal(items[1]["keys"], states)
 
 
 class Handing(LlamaDecoderLayer):  # type: ignore[misc]  # transformers does not say what it is

@@ -17,6 +17,7 @@ import torch
 from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import ViTConfig, ViTModel
 
 from architectures import CAUSAL, ENCODER_DECODERS, ENCODERS, MULTIMODAL, UNBUILDABLE, build, swept
 from factories import notes_of, save_model, tiny_llama, tiny_tokenizer
@@ -214,6 +215,8 @@ def test_a_single_bit_is_found(base: Path, tmp_path: Path) -> None:
     assert changed[0].relative_change == pytest.approx(np.linalg.norm(f - b) / np.linalg.norm(b), rel=1e-9)
     assert diff.summary.verdict == "changed"
     assert diff.summary.first_changed_layer == 2
+    assert [diff.results[i].name for i in diff.summary.most_changed] == [key]
+    assert [layer.n_changed_tensors for layer in diff.layers] == [0, 0, 1, 0]
     with pytest.raises(GateNotMetError, match=r"`expect=.identical.`"):
         diff.check_gates(expect="identical")
 
@@ -232,6 +235,56 @@ def test_layers_are_their_tensors_together(base: Path, tmp_path: Path) -> None:
     assert (diff.layers[1].n_tensors, diff.layers[1].n_changed_tensors) == (9, 1)
     every = np.sqrt(sum(np.sum(tensor**2) for tensor in stored.values()))
     assert diff.summary.relative_change == pytest.approx(moved / every, rel=1e-9)
+
+
+def test_the_tensors_that_changed_most_come_first_and_only_what_is_above_the_threshold_is_flagged(
+    base: Path, tmp_path: Path
+) -> None:
+    """A tensor times k has changed by |k − 1|; twice a tensor by 1, exactly."""
+    factors = {
+        "model.layers.1.mlp.up_proj.weight": 2.0,
+        "model.layers.1.mlp.down_proj.weight": 0.5,
+        "model.layers.2.self_attn.q_proj.weight": -2.0,
+        "model.layers.2.self_attn.v_proj.weight": 0.25,
+        "model.layers.3.self_attn.o_proj.weight": -1.0,
+        "model.norm.weight": 8.0,
+    }
+
+    def scale(tensors: dict[str, Tensor]) -> None:
+        for key, factor in factors.items():
+            tensors[key] *= factor
+
+    diff = weight_diff(base, edit_weights(base, tmp_path / "scaled", scale), threshold=1)
+    changes = {row.name: row.relative_change for row in diff.results if row.relative_change}
+    assert changes == pytest.approx({key: abs(factor - 1) for key, factor in factors.items()}, rel=1e-12)
+    assert changes["model.layers.1.mlp.up_proj.weight"] == diff.record.settings.threshold
+    ranked = sorted(changes, key=lambda key: -abs(factors[key] - 1))
+    assert [diff.results[i].name for i in diff.summary.most_changed] == ranked[:5]
+    assert {row.name for row in diff.results if row.flagged} == set(ranked[:3])
+    assert (diff.summary.n_changed_tensors, diff.summary.n_flagged_tensors) == (6, 3)
+    assert diff.summary.first_changed_layer == 1
+    assert (diff.summary.n_matrices, diff.summary.n_low_rank) == (None, None)
+
+
+def test_the_rank_of_an_adapter_is_the_largest_and_of_all_or_of_none(base: Path, tmp_path: Path) -> None:
+    def plant(ranks: dict[str, int]) -> Callable[[dict[str, Tensor]], None]:
+        generator = torch.Generator().manual_seed(5)
+
+        def add(tensors: dict[str, Tensor]) -> None:
+            for name, rank in ranks.items():
+                up = tensors[f"model.layers.{name}.weight"]
+                b, a = (torch.randn(n, rank, generator=generator) for n in up.shape)
+                up += 0.01 * b @ a.T
+
+        return add
+
+    ranks = {"0.mlp.up_proj": 2, "1.mlp.up_proj": 5, "2.mlp.gate_proj": 3}
+    found = []
+    for name, more in (("low", {}), ("mixed", {"3.mlp.gate_proj": 32})):
+        folder = edit_weights(base, tmp_path / name, plant({**ranks, **more}))
+        summary = weight_diff(base, folder, spectrum=True).summary
+        found.append((summary.n_matrices, summary.n_low_rank, summary.adapter_rank))
+    assert found == [(3, 3, 5), (4, 3, None)]
 
 
 def test_a_planted_update_of_rank_8_is_found_with_its_rank(tmp_path: Path) -> None:
@@ -343,6 +396,9 @@ def test_a_tensor_more_is_a_change_though_all_others_are_the_same(base: Path, tm
             0,
             1,
         )
+        who = "fine-tuned" if other is more else "base"
+        (note,) = notes_of(diff, "unmatched-tensors")
+        assert note == f"not compared, because only {who} has them: 1 tensor, model.extra.weight"
 
 
 def test_a_deeper_model_has_layers_that_are_named(base: Path, tmp_path: Path) -> None:
@@ -362,7 +418,7 @@ def test_a_tied_head_is_compared_once_and_with_the_other_s_own(base: Path, tmp_p
     tied = save_model(tmp_path / "tied", tiny_llama(tie_word_embeddings=True))
     both = weight_diff(tied, shutil.copytree(tied, tmp_path / "copy"))
     assert (None, "lm_head") not in rows_of(both)
-    assert any("tied to embed in both" in note for note in both.notes)
+    assert both.notes == ["lm_head is tied to embed in both: one tensor, compared once"]
     diff = weight_diff(tied, base)
     rows, stored = rows_of(diff), [load_numpy(folder / WEIGHTS) for folder in (tied, base)]
     b, f = stored[0]["model.embed_tokens.weight"], stored[1]["lm_head.weight"]
@@ -416,6 +472,19 @@ def test_a_tied_table_is_held_where_its_head_is(headless: tuple[Path, Path], tmp
 
     renamed = edit_weights(headless[0], tmp_path / "renamed", rename)
     assert "missing-tensors" not in weight_diff(renamed, renamed).note_codes
+    for one, other in ((headless[0], renamed), (renamed, headless[0])):
+        diff = weight_diff(one, other)
+        assert (diff.summary.verdict, diff.record.unmatched) == ("identical", [])
+        assert diff.summary.causes  # and no setting differs
+
+
+def test_a_model_that_reads_no_tokens_is_compared_without_a_vocabulary(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 8}
+    model = ViTModel(ViTConfig(**sizes, num_hidden_layers=2, patch_size=4))
+    base = save_model(tmp_path / "base", scattered(model, seed=1))
+    diff = weight_diff(base, save_model(tmp_path / "finetuned", scattered(model, seed=2)))
+    assert (diff.summary.n_unmatched, diff.notes) == (0, [])
+    assert diff.summary.n_changed_tensors == diff.summary.n_tensors == len(load_file(base / WEIGHTS))
 
 
 EVERY = [n for n in (*CAUSAL, *ENCODERS, *ENCODER_DECODERS, *MULTIMODAL) if n not in UNBUILDABLE]

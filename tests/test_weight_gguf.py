@@ -14,9 +14,10 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from factories import save_model, tiny_llama, tiny_tokenizer
+from ggufs import write_gguf
 from layouts import save_adapter, save_gguf, scattered, write_tokenizer
 from lazarus import weight_diff
-from lazarus.errors import WeightsError
+from lazarus.errors import GateNotMetError, WeightsError
 
 NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 KINDS = gguf.GGMLQuantizationType
@@ -114,6 +115,19 @@ def test_what_rounding_adds_is_known_of_numbers_and_not_of_codes(kind: str, tmp_
     said = "Update: not known whether it looks like an adapter's: the changed matrices are quantised"
     assert (said in str(diff)) == (kind == "Q8_0")
     assert ("none of the 30 changed matrices looks like" in str(diff)) == (kind == "F16")
+
+
+def test_a_setting_that_transformers_cannot_take_is_not_compared(tmp_path: Path) -> None:
+    one, other = (
+        write_gguf(tmp_path / f"{scale}.gguf", "llama", tiny_llama(), {"logit_scale": scale})
+        for scale in (0.5, 0.25)
+    )
+    diff = weight_diff(one, other)
+    assert (diff.summary.verdict, diff.summary.causes) == ("identical", [])
+    (part,) = diff.record.base.not_compared
+    assert (part.what, part.differs) == ("setting llama.logit_scale", True)
+    with pytest.raises(GateNotMetError, match=r"llama\.logit_scale"):
+        diff.check_gates(expect="identical")
 
 
 def test_a_gguf_file_in_float32_is_the_checkpoint(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from architectures import build
 from factories import save_model, tiny_llama
-from layouts import WEIGHTS, edit_weights, save_adapter, scattered
+from layouts import WEIGHTS, edit_json, edit_weights, save_adapter, scattered
 from lazarus import WeightDiff, weight_diff
 from lazarus.errors import GateNotMetError
 from lazarus.weights import rounding
@@ -178,6 +178,22 @@ def test_an_update_that_vanishes_is_said_to_be_too_small_to_tell(tmp_path: Path)
     assert weight_diff(base, tiny).summary.verdict == "changed"  # nothing was merged
 
 
+def test_where_an_update_is_too_small_a_wrong_rounding_is_not_known_to_be_its_merge(tmp_path: Path) -> None:
+    """Within a unit of right, and as far from a merge with any other scaling."""
+    base = save_model(tmp_path / "base", scattered(tiny_llama()))
+    save_adapter(tmp_path / "whole", base, LoraConfig(r=4, target_modules=["q_proj"]))
+    tiny = changed(tmp_path / "whole", tmp_path / "tiny", scaled(1e-12))
+
+    def cut(tensors: dict[str, Tensor]) -> None:
+        tensors.update({k: upper_half(v) if "q_proj" in k else v.bfloat16() for k, v in tensors.items()})
+
+    diff = weight_diff(f"{base}+{tiny}", edit_weights(base, tmp_path / "cut", cut))
+    assert diff.summary.verdict == "changed"
+    assert {row.rounding for row in diff.results if row.component == "attn_q"} == {None}
+    assert {row.rounding for row in diff.results if row.n_changed and row.component != "attn_q"} == {True}
+    assert "not known of 4 of the 4 tensors that the adapter changes" in " ".join(diff.notes)
+
+
 def test_another_fine_tune_is_no_merge(base: Path, tmp_path: Path) -> None:
     save_adapter(tmp_path / "adapter", base, LoraConfig(r=4, target_modules=["q_proj"]))
     other = edit_weights(base, tmp_path / "other", nudge)
@@ -228,6 +244,7 @@ def test_a_copy_in_a_narrower_dtype_is_a_rounding(dtype: torch.dtype, tmp_path: 
         "rounding",
         [f"fine-tuned is base rounded to {name}"],
     )
+    edit_json(wide / "config.json", hidden_act="gelu")  # what is not compared takes no cause away
     assert weight_diff(narrow, wide).summary.causes == [f"base is fine-tuned rounded to {name}"]
     diff.check_gates(expect="identical")
 

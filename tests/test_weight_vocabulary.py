@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from factories import save_model, tiny_llama
 from layouts import WEIGHTS, edit_weights, save_adapter
 from lazarus import WeightDiff, weight_diff
-from lazarus.errors import GateNotMetError
+from lazarus.errors import GateNotMetError, NoDataError
 from lazarus.results import TensorRecord
 from lazarus.weights.views import MemoryView, PickedRows
 
@@ -149,6 +149,40 @@ def test_tables_without_a_token_in_common_are_not_compared(base: Path, tmp_path:
         "embed was not compared: no token is in both vocabularies; 40 rows are only in base"
     )
     assert diff.summary.verdict == "changed"
+
+
+def test_tables_of_another_width_have_no_rows_in_common(base: Path, tmp_path: Path) -> None:
+    other = save_model(tmp_path / "other", tiny_llama(vocab_size=N + 2, hidden_size=16))
+    words([*WORDS[::-1], "x", "y"]).save_pretrained(other)
+    with pytest.raises(NoDataError, match="no tensor in common, by component and shape"):
+        weight_diff(base, other)
+
+
+def test_only_what_has_a_row_for_each_token_is_matched_by_token(base: Path, tmp_path: Path) -> None:
+    """A bias of the head has; parts of a quantised head, empty tables and what is in a layer have not."""
+    places = order()
+    bias = torch.arange(float(N))
+    shapes = {
+        "lm_head.scales": ((), (1,)),
+        "lm_head.absmax": ((0, 4), (3, 4)),
+        "model.layers.0.lm_head.weight": ((N, 4), (N + 1, 4)),
+    }
+
+    def add(side: int, bias: Tensor) -> Callable[[dict[str, Tensor]], None]:
+        more = {key: torch.ones(each[side]) for key, each in shapes.items()}
+        return lambda tensors: tensors.update({"lm_head.bias": bias, **more})
+
+    moved = with_tables(base, tmp_path / "moved", [WORDS[i] for i in places], lambda t: t[places])
+    one, other = (
+        (edit_weights(base, tmp_path / "one", add(0, bias))),
+        (edit_weights(moved, tmp_path / "other", add(1, bias[places]))),
+    )
+    diff = weight_diff(one, other)
+    (row,) = [row for row in diff.results if row.component == "lm_head.bias"]
+    assert (row.shape, row.n_changed) == ([N], 0)
+    found = {each.name: (each.base_shape, each.finetuned_shape) for each in diff.record.unmatched}
+    assert found == {key: (list(ours), list(theirs)) for key, (ours, theirs) in shapes.items()}
+    assert {each.rows_alone for each in diff.record.unmatched} == {None}
 
 
 def test_rows_without_a_token_are_compared_by_number(tmp_path: Path) -> None:

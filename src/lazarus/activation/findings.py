@@ -153,17 +153,15 @@ class Findings:
         if self.seen.output.n_rows.any():
             seen["logits"] = self._logits_change()
         found = find_verdict(seen, self.floors)
-        is_whole = not (self.n_prompts_left_out or self.n_outputs_left_out)
         if found == "changed":
             # The rounding is looked for after a first verdict that asked for it (`may_be_rounding`).
-            return "within_rounding" if is_whole and self.weights.rounding is not None else found
-        return found if is_whole else None
+            return "within_rounding" if self._is_whole and self.weights.rounding is not None else found
+        return found if self._is_whole else None
 
     @property
     def may_be_rounding(self) -> bool:
         """Return whether states changed in a way that rounded weights may explain."""
-        is_whole = not (self.n_prompts_left_out or self.n_outputs_left_out)
-        return self.verdict == "changed" and is_whole and not self._is_unlike and self.pair.same_shape
+        return self.verdict == "changed" and self._is_whole and self.pair.same_shape
 
     @property
     def rounding(self) -> Rounded | None:
@@ -254,6 +252,11 @@ class Findings:
         return self.pair.base.info.not_compared, self.pair.finetuned.info.not_compared
 
     @property
+    def _is_whole(self) -> bool:
+        """True where the states and the logits of every prompt could be compared."""
+        return not (self.n_prompts_left_out or self.n_outputs_left_out)
+
+    @property
     def _is_unlike(self) -> bool:
         """True where states have no distance: of other widths, or zero or not finite in one model alone."""
         return not self.pair.same_width or any(site.n_unlike for site in self.seen.sites.values())
@@ -292,17 +295,16 @@ class Findings:
     def _most_changed_block(self) -> int | None:
         local = {layer: _local(self.seen.sites[layer]) for layer in self.layers}
         # 0 is a block that did not change, and None one that was not measured.
-        changed = {
-            layer: change.relative_l2 for layer, change in local.items() if change and change.relative_l2
-        }
-        return max(changed, key=lambda layer: changed[layer] or 0.0, default=None)
+        changed = {layer: size for layer, change in local.items() if change and (size := change.relative_l2)}
+        return max(changed, key=lambda layer: changed[layer], default=None)
 
 
 def _l2_and_divergence(means: PromptMeans) -> tuple[float, float] | None:
     """The noise of one trial at one site; None where it could not be measured."""
     found = means.means()
     l2, divergence = (float(mean_over_prompts(found[name])) for name in ("relative_l2", "divergence"))
-    return None if np.isnan(l2) or np.isnan(divergence) else (l2, divergence)
+    # Both are NaN where no row could be compared, and nowhere else.
+    return None if np.isnan(l2) else (l2, divergence)
 
 
 def _local(accumulators: SiteMeasures) -> LocalChange | None:

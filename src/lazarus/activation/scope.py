@@ -33,11 +33,11 @@ def find_scope(pair: ModelPair, reading: Reading, notes: Notes) -> Scope:
         ModelError: a file that was not loaded cannot be read.
     """
     with_head = pair.shares_vocabulary
-    ours = find_coverage(pair.base, pair.base_conventions, with_head=with_head)
+    ours = find_coverage(pair.base, pair.base_conventions.head_reads if with_head else None)
     theirs = ours
     # One design, with one adapter or with none: the same tensors can be seen in both.
     if not pair.same_design or pair.base.adapter != pair.finetuned.adapter:
-        theirs = find_coverage(pair.finetuned, pair.finetuned_conventions, with_head=with_head)
+        theirs = find_coverage(pair.finetuned, pair.finetuned_conventions.head_reads if with_head else None)
     base, finetuned = find_outside(pair.base, pair.finetuned, (ours.compared, theirs.compared))
     note_outside(base, finetuned, notes)
     rows = _match_rows(pair, reading, (ours, theirs)) if pair.align == "ids" else None

@@ -12,7 +12,6 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
-from itertools import zip_longest
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -30,7 +29,6 @@ _CONSTANT = (
 )
 """Values that no block changes."""
 
-_Layer = tuple[type, Mapping[str, Any]]
 Written = list[dict[Any, Any]]
 """The items that a block wrote into each argument that can be written into: entries, or layers of a cache."""
 
@@ -58,9 +56,9 @@ class _Composed:
 
 @dataclass(frozen=True)
 class _Cache:
-    """The attributes of each layer of a KV cache. Keys and values are never written to in place."""
+    """The type and attributes of each layer of a KV cache. Keys and values are never written to in place."""
 
-    layers: Sequence[_Layer]
+    layers: list[tuple[type, dict[str, Any]]]
 
 
 class _Unknown:
@@ -159,8 +157,8 @@ def _parts(value: Any) -> Mapping[Any, Any] | None:
     if isinstance(value, list | tuple):
         return dict(enumerate(value))
     if isinstance(value, Mapping):
-        # A `UserDict` keeps its entries in `data`, and `value` gives these already; it may hold more besides.
-        beside = {("beside", n): v for n, v in getattr(value, "__dict__", {}).items() if n != "data"}
+        # It may hold more besides its entries. (A `UserDict` gives these a second time, as its `data`.)
+        beside = {("beside", n): v for n, v in getattr(value, "__dict__", {}).items()}
         return {**value, **beside}
     if dataclasses.is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
@@ -176,25 +174,10 @@ def _same(one: Any, other: Any, equality: Equality, n_layers: int | None) -> boo
         same_place = one.tensor.device == other.tensor.device
         return unchanged and same_place and equality.same(one.tensor, other.tensor) is True
     if isinstance(one, _Cache):
-        # A layer that one cache alone has is paired with None, and nothing equals that.
-        pairs = zip_longest(one.layers[:n_layers], other.layers[:n_layers])
-        return all(ours and theirs and _same_layer(ours, theirs, equality) for ours, theirs in pairs)
+        return equality.same(one.layers[:n_layers], other.layers[:n_layers]) is True
     if isinstance(one, _Composed):
         ours, theirs = one.parts, other.parts
         alike = one.kind is other.kind and ours.keys() == theirs.keys()
         return alike and all(_same(ours[n], theirs[n], equality, n_layers) for n in ours)
     # None means not known, and may not count as equal: a block that is replayed must be the same.
     return equality.same(one, other) is True
-
-
-def _same_layer(one: _Layer, other: _Layer, equality: Equality) -> bool:
-    """Return whether two layers of a cache are the same.
-
-    Those that a replayed block wrote are the same objects.
-    """
-    (kind, ours), (other_kind, theirs) = one, other
-    return (
-        kind is other_kind
-        and ours.keys() == theirs.keys()
-        and all(ours[n] is theirs[n] or equality.same(ours[n], theirs[n]) is True for n in ours)
-    )

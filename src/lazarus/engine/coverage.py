@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import ModelOutput
 
 from lazarus.engine.head import Head
-from lazarus.engine.probe import Conventions
 from lazarus.models import Compared, LoadedModel
 
 
@@ -22,9 +22,10 @@ class Coverage:
     """for how many tokens its LM head has logits; None where the head was not run"""
 
 
-def find_coverage(model: LoadedModel, conventions: Conventions, *, with_head: bool) -> Coverage:
-    """Return what of a model is compared: its text stack and, `with_head`, what makes logits of its states.
+def find_coverage(model: LoadedModel, head_reads: type[ModelOutput] | None) -> Coverage:
+    """Return what of a model is compared: its text stack, and what makes logits of its states.
 
+    `head_reads` is what the stack hands to the LM head (`Conventions`); None where no logits are compared.
     A pooler inside the stack only reads the last hidden states, so nothing that is compared depends on it.
 
     Raises:
@@ -35,8 +36,8 @@ def find_coverage(model: LoadedModel, conventions: Conventions, *, with_head: bo
     unread = set(pooler.modules()) if isinstance(pooler, nn.Module) else set()
     seen: set[nn.Module] = set(stack.modules()) - unread
     n_logits = None
-    if with_head and conventions.head_reads is not None:
-        n_logits, ran = _run_head(Head(model, conventions.head_reads), model)
+    if head_reads is not None:
+        n_logits, ran = _run_head(Head(model, head_reads), model)
         seen |= ran
     # Without `keep_vars` every entry is detached, a new object, and tied tensors could not be told by `id`.
     # A tied tensor is seen under all of its names, whichever of its modules ran.
@@ -48,13 +49,13 @@ def find_coverage(model: LoadedModel, conventions: Conventions, *, with_head: bo
 
 
 def _run_head(head: Head, model: LoadedModel) -> tuple[int, set[nn.Module]]:
-    """Return the number of logits of a row, and the modules outside the stack that ran for them."""
-    inside, ran = set(model.anatomy.stack.modules()), set[nn.Module]()
+    """Return the number of logits of a row, and the modules that ran for them."""
+    ran = set[nn.Module]()
 
     def note(module: nn.Module, _args: Any) -> None:
         ran.add(module)
 
-    handles = [m.register_forward_pre_hook(note) for m in model.model.modules() if m not in inside]
+    handles = [m.register_forward_pre_hook(note) for m in model.model.modules()]
     try:
         # Zeros serve: all that matters is which modules run, and how many logits come out.
         states = torch.zeros(1, model.anatomy.hidden_size, dtype=model.model.dtype, device=model.device)
@@ -63,5 +64,4 @@ def _run_head(head: Head, model: LoadedModel) -> tuple[int, set[nn.Module]]:
         for handle in handles:
             handle.remove()
     # An adapter's parts, and the module that it stands in for, have no forward pass of their own.
-    own = model.model.get_output_embeddings()
-    return n_logits, ran if own is None else ran | set(own.modules())
+    return n_logits, ran | set(model.model.get_output_embeddings().modules())

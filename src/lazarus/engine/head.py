@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from lazarus.engine.recorder import Recorder, Recording, accepted, calling, first_tensor
+from lazarus.engine.recorder import Recorder, Recording, accepted, calling, first_tensor, one_line
 from lazarus.engine.replay import Returned
 from lazarus.errors import UnsupportedModelError
 from lazarus.models import LoadedModel
@@ -37,10 +37,16 @@ class Head:
         self._output_class = output_class
 
     def logits(self, states: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocabulary"]:
-        """Next-token logits from states after the final norm."""
-        # An output class with required fields of its own fails here: a model whose head cannot be run alone.
-        with calling(self._loaded, (1, len(states))):
+        """Next-token logits from states after the final norm.
+
+        Raises:
+            UnsupportedModelError: what the stack returns is not made of states alone.
+        """
+        try:
             given = self._output_class(last_hidden_state=states[None])
+        except (TypeError, ValueError) as error:
+            # Its class has required fields of its own. No `calling`: Python blames the caller for that.
+            raise UnsupportedModelError(f"{self._loaded.name}: {one_line(error)}") from error
         with _returning(self.stack, given):
             return self._run(len(states), states.device)
 
@@ -179,10 +185,9 @@ def _same_alone(head: Head, whole: WholePass) -> bool | None:
 
 def _same_from_block(head: Head, whole: WholePass, states: Tensor) -> bool | None:
     assert whole.logits is not None
-    if states[0].dim() != 2:
-        return False  # streams of other axes than rows and features
-    read = head.read(states[0])
-    return read.shape == whole.logits[0].shape and _alike(read, whole.logits[0])
+    if states.shape[:-1] != whole.logits.shape[:-1]:
+        return False  # states of other axes than prompts, tokens and features
+    return _alike(head.read(states[0]), whole.logits[0])
 
 
 def _random(like: Tensor) -> Tensor:
@@ -228,9 +233,8 @@ def _block_returning(block: nn.Module, states: Tensor) -> Iterator[None]:
 def _stack_replaced(stack: nn.Module, states: Tensor) -> Iterator[None]:
     """The stack returns these states after its final norm while the context lasts."""
 
-    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+    def hook(_module: nn.Module, _args: Any, output: Any) -> None:
         output.last_hidden_state = states
-        return output
 
     handle = stack.register_forward_hook(hook)
     try:

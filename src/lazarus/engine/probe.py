@@ -129,7 +129,7 @@ def _run_probe(recorder: Recorder, batch: tuple[Tensor, Tensor]) -> _Probe:
     model = recorder.model
     whole = run_with_head(recorder, *batch)
     # A run calls the stack by itself: only where the head sits right on it is this pass the same.
-    is_plain = whole is not None and model.anatomy.stack is model.model.base_model
+    is_plain = model.anatomy.stack is model.model.base_model
     seen = whole.recording if whole is not None and is_plain else _whole(recorder, *batch)
     _check_calls(model, seen)
     axes = _find_axes(model, seen)
@@ -144,8 +144,8 @@ def _texts(model: LoadedModel, ids: Sequence[int]) -> Iterator[Sequence[int]]:
     """The tokens given, the next few of them, and then some from all over the vocabulary."""
     yield ids
     yield from (ids[start:] for start in range(LENGTH, min(len(ids), TEXTS * LENGTH), LENGTH))
-    n_tokens = getattr(model.model.get_input_embeddings(), "num_embeddings", 0)
-    if n_tokens > LENGTH:
+    n_tokens = getattr(model.model.get_input_embeddings(), "num_embeddings", None)
+    if n_tokens:
         yield [n_tokens * (2 * i + 1) // (2 * LENGTH) for i in range(LENGTH)]
 
 
@@ -217,8 +217,6 @@ def _find_axes(model: LoadedModel, seen: Recording) -> tuple[int, int]:
 
 
 def _arranged(states: Tensor, axes: tuple[int, int]) -> Tensor:
-    if axes == (0, 1) and states.dim() == 3:
-        return states
     return states.movedim(axes, (0, 1)).flatten(2)
 
 

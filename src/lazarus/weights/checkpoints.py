@@ -212,12 +212,18 @@ def _tied(structure: Structure, entries: Mapping[Place, Entry]) -> dict[str, tup
         return {}
     by_path = {entry.path: place for place, entry in entries.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in structure.model.state_dict().items()}
-    tied: dict[str, str] = structure.model.all_tied_weights_keys
-    return {
-        name: (structure.parts(name, shapes[name])[0].place, by_path[source])
-        for name, source in tied.items()
-        if name not in by_path and source in by_path and name in shapes
-    }
+    ties: dict[str, str] = structure.model.all_tied_weights_keys
+    groups = {owner: [owner] for owner in ties.values()}
+    for name, owner in ties.items():
+        groups[owner].append(name)
+    found: dict[str, tuple[Place, Place]] = {}
+    for names in groups.values():
+        # Files hold any one of them: a tied embedding may be there under the name of the LM head alone.
+        held = next((by_path[name] for name in names if name in by_path), None)
+        if held is not None:
+            lacking = [name for name in names if name not in by_path and name in shapes]
+            found |= {name: (structure.parts(name, shapes[name])[0].place, held) for name in lacking}
+    return found
 
 
 def _note_lacking(structure: Structure, stored: Iterable[Stored], made: set[str], notes: Notes) -> None:

@@ -115,7 +115,8 @@ def is_table(place: Place) -> bool:
 def _is_table(place: Place, base: Entry, finetuned: Entry) -> bool:
     """Return whether two tensors are a vocabulary's and may be compared in a part of their rows."""
     ours, theirs = base.view.shape, finetuned.view.shape
-    return is_table(place) and len(ours) > 0 and ours[1:] == theirs[1:] and min(ours[0], theirs[0]) > 0
+    has_rows = all(shape and shape[0] for shape in (ours, theirs))
+    return is_table(place) and has_rows and ours[1:] == theirs[1:]
 
 
 def _table(place: Place, base: Entry, finetuned: Entry, vocabulary: Vocabulary) -> _Table | None:

@@ -121,8 +121,10 @@ def _beside(checkpoint: Checkpoint) -> Beside:
 def _other_vocabulary(checkpoint: Checkpoint) -> dict[str, int]:
     """The configured size of the vocabulary, where the embedding has another number of rows."""
     model = checkpoint.structure.model
-    table = getattr(model, "get_input_embeddings", lambda: None)()
-    if model is None or not isinstance(table, nn.Embedding):
+    if model is None:
+        return {}
+    table = model.get_input_embeddings()
+    if not isinstance(table, nn.Embedding):
         return {}
     path = next(name for name, module in model.named_modules() if module is table)
     stored = next((e.view.shape[0] for e in checkpoint.entries.values() if e.path == f"{path}.weight"), None)
@@ -187,10 +189,8 @@ def _summary(
     measured: Sequence[Measured],
     others: Sequence[NotCompared],
 ) -> WeightSummary:
-    ranked = sorted(
-        (i for i, row in enumerate(rows) if row.relative_change),
-        key=lambda i: -(rows[i].relative_change or 0.0),
-    )
+    changes = {i: row.relative_change for i, row in enumerate(rows) if row.relative_change}
+    ranked = sorted(changes, key=changes.__getitem__, reverse=True)
     changed = [row for row in rows if row.n_changed]
     spectra = [row.spectrum for row in rows if row.spectrum is not None]
     ranks = [spectrum.adapter_rank for spectrum in spectra if spectrum.adapter_rank is not None]
@@ -225,10 +225,11 @@ def _verdict(
         return "identical", _causes(sides)
     found = [each for each in changed if each is not None and each.holds]
     # Rounding explains all that changed, and in one direction, or it explains nothing.
-    if len(found) < len(changed) or len({each.stored for each in found}) > 1:
+    roles = {each.stored for each in found}
+    if len(found) < len(changed) or len(roles) > 1:
         return "changed", []
     base, finetuned = sides
-    stored, source = ("fine-tuned", base) if found[0].stored == "finetuned" else ("base", finetuned)
+    stored, source = ("fine-tuned", base) if "finetuned" in roles else ("base", finetuned)
     other = "base" if source is base else "fine-tuned"
     adapter = f" with the adapter {source.adapter}, merged" if any(each.has_update for each in found) else ""
     dtypes = " and ".join(sorted({each.dtype for each in found}))
