@@ -141,6 +141,13 @@ ORDER = torch.arange(128, dtype=torch.int32) // 32
         ),
         ("hqq", "hqq-4", cut("scale"), r"do not fit a weight of the shape \[64, 128\] packed as 4bit_u8"),
         ("hqq", "hqq-3-axis0", cut("zero", 1), "do not fit"),
+        ("quanto", "quanto-int8", without("weight._scale"), "its weight._scale is missing"),
+        (
+            "quanto",
+            "quanto-int8",
+            cut("weight._data"),
+            r"its _scale has the shape \[64, 1\], and its codes \[32,",
+        ),
     ],
 )
 def test_a_damaged_weight_is_refused(
@@ -201,6 +208,14 @@ def test_activations_that_are_scaled_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(UnsupportedModelError, match=r"divided as it runs \(transformer.h.0.mlp.act.scales\)"):
         decode("awq", "awq-gemm", tmp_path, scaled)
+
+
+def test_codes_in_groups_of_an_unknown_weight_are_refused(tmp_path: Path) -> None:
+    def packed(own: dict[str, Tensor]) -> None:
+        own[f"{MODULE}.weight._data._data"] = torch.zeros(64, 128, dtype=torch.uint8)
+
+    with pytest.raises(UnsupportedModelError, match="the shapes of the weights are not stored"):
+        decode("quanto", "quanto-int8", tmp_path, packed)
 
 
 def test_groups_that_follow_each_other_need_no_list(tmp_path: Path) -> None:

@@ -293,6 +293,9 @@ def can_run_quantised(settings: Any, device: torch.device) -> bool:
         quantizer.validate_environment(device_map={"": device}, dtype=None, weights_only=True)
     except (ImportError, RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError):
         return False
+    # It quantises by these, and reads nothing that is: parameters stay random.
+    if quantizer.quantization_config.quant_method in ("hqq", "quanto"):
+        return False
     # Two of its quantisers dequantise by themselves where they find no GPU.
     return not getattr(quantizer.quantization_config, "dequantize", False)
 

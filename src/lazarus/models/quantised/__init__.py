@@ -6,6 +6,7 @@ coded.py       one weight: the stored tensors that hold its codes and scales, an
 blocks.py      which elements of a weight have one scale in common
 packing.py     codes out of words and bytes
 finding.py     which stored tensors make one weight together
+groups.py      which bits and groups a weight has, of those that a configuration states
 compressed.py  … and one module for each format
 """
 

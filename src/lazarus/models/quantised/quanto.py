@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 
 from torch import Tensor
 
@@ -35,7 +36,8 @@ class QuantoDecoder:
     def decode(self, parts: Mapping[str, Tensor], start: int, stop: int, /) -> Tensor:
         """Return rows start to stop, in the dtype of the scales."""
         scales = parts["scales"]
-        return parts["codes"][start:stop].to(scales.dtype) * self.blocks.spread(scales, start, stop)
+        codes = parts["codes"].reshape(-1, self.blocks.columns)[start:stop]
+        return codes.to(scales.dtype) * self.blocks.spread(scales, start, stop)
 
 
 def find(checkpoint: Checkpoint) -> Iterator[CodedTensor]:
@@ -59,12 +61,12 @@ def _coded(checkpoint: Checkpoint, key: str) -> CodedTensor:
     module, _, name = key.rpartition(".")
     codes = checkpoint.part(module, f"{name}._data", tuple(_KINDS))
     scales = checkpoint.part(module, f"{name}._scale", FLOATS)
-    try:
-        if len(codes.shape) != 2:
-            raise ValueError(f"its codes have the shape {list(codes.shape)}, and a matrix has two axes")
-        blocks = Blocks.of((codes.shape[0], codes.shape[1]), 1 if scales.shape else None, None)
-        blocks.check("_scale", scales.shape)
-    except ValueError as error:
-        raise damaged(codes.path, key, str(error)) from error
+    *stack, columns = codes.shape
+    # The rows of a convolution are those of its kernels: all of one output have its scale.
+    height = prod(stack[1:]) if scales.shape else prod(stack)
+    blocks = Blocks.of((prod(stack), columns), height, None)
+    if prod(scales.shape) != blocks.grid[0]:
+        why = f"its _scale has the shape {list(scales.shape)}, and its codes {list(codes.shape)}"
+        raise damaged(codes.path, key, why)
     decoder = QuantoDecoder(_KINDS[codes.dtype], blocks)
     return CodedTensor(key, codes.shape, scales.dtype, {"codes": codes, "scales": scales}, decoder)
