@@ -38,7 +38,7 @@ _METRICS = WEIGHT_METRICS | LENS_METRICS | METRICS
 
 MEANINGS = {
     "schema_version": "the version of this format",
-    "dequantize": "whether a quantised checkpoint runs on its dequantised weights: `auto`, `always` or `never`",
+    "dequantize": "whether a quantised checkpoint runs on dequantised weights: `auto`, `always` or `never`",
     "command": "which command made it",
     "tool": "which program made it",
     "environment": "software and hardware",
