@@ -424,7 +424,9 @@ def test_a_tied_head_is_compared_once_and_with_the_other_s_own(base: Path, tmp_p
     b, f = stored[0]["model.embed_tokens.weight"], stored[1]["lm_head.weight"]
     expected = np.linalg.norm(f.astype(np.float64) - b) / np.linalg.norm(b.astype(np.float64))
     assert rows[None, "lm_head"].relative_change == pytest.approx(expected, rel=1e-6)
-    assert any("a tensor of its own" in note for note in diff.notes)
+    told = "lm_head is tied to embed in {} and a tensor of its own in {}: it was compared with that embed"
+    assert notes_of(diff, "tied-tensors") == [told.format("base", "fine-tuned")]
+    assert notes_of(weight_diff(base, tied), "tied-tensors") == [told.format("fine-tuned", "base")]
 
 
 @pytest.fixture(scope="module")
@@ -447,6 +449,7 @@ def test_a_head_that_is_tied_in_one_and_lacking_in_the_other_is_a_change(headles
             ("lm_head", *shapes)
         ]
         assert f"{untied}: its files lack 1 of the model's parameters: lm_head.weight" in diff.notes
+        assert "tied-tensors" not in diff.note_codes
         with pytest.raises(GateNotMetError, match="no counterpart"):
             diff.check_gates(fail_above=1)
 
@@ -579,7 +582,10 @@ def test_numbers_that_are_not_finite_are_told_and_fail_every_gate(base: Path, tm
     diff = weight_diff(base, edit_weights(base, tmp_path / "spoilt", spoil), spectrum=True)
     broken = [row for row in diff.results if row.relative_change is None]
     assert [(row.layer, row.component) for row in broken] == [(0, "mlp_up"), (1, "mlp_up")]
-    assert any("NaN or infinity" in note and "2, " in note for note in diff.notes)
+    assert notes_of(diff, "undefined-change") == [
+        "tensors that hold NaN or infinity, so that their change is no number: "
+        "2, model.layers.0.mlp.up_proj.weight, model.layers.1.mlp.up_proj.weight"
+    ]
     with pytest.raises(GateNotMetError, match="layer 0 mlp_up has no relative change"):
         diff.check_gates(fail_above=5)
     assert weight_diff(tmp_path / "spoilt", tmp_path / "spoilt").summary.verdict == "identical"
@@ -589,7 +595,9 @@ def test_a_base_of_zeros_has_no_relative_change(base: Path, tmp_path: Path) -> N
     zero = edit_weights(base, tmp_path / "zero", lambda t: t["model.norm.weight"].zero_())
     diff = weight_diff(zero, base)
     assert rows_of(diff)[None, "final_norm"].relative_change is None
-    assert any("all zero in base" in note for note in diff.notes)
+    assert diff.notes == [
+        "tensors that are all zero in base, so that no change is relative: 1, model.norm.weight"
+    ]
 
 
 def test_what_is_not_finite_and_the_same_leaves_no_change_of_all(base: Path, tmp_path: Path) -> None:
@@ -650,10 +658,11 @@ def test_a_change_whose_squares_are_no_numbers_has_no_spectrum(
     scale: float, base: Path, tmp_path: Path
 ) -> None:
     b, f = normal(1) * scale, normal(2) * scale
-    changes: dict[str, Tensor] = {UP: f, "model.norm.weight": torch.zeros(32)}
+    ours = {UP: b, "two_rows": b[:2].clone()}
+    theirs = {UP: f, "two_rows": f[:2].clone(), "model.norm.weight": torch.zeros(32)}
     folders = (
-        with_up(base, tmp_path / "b", b),
-        edit_weights(base, tmp_path / "f", lambda tensors: tensors.update(changes)),
+        edit_weights(base, tmp_path / "b", lambda tensors: tensors.update(ours)),
+        edit_weights(base, tmp_path / "f", lambda tensors: tensors.update(theirs)),
     )
     diff = weight_diff(*folders, spectrum=True)
     row = rows_of(diff)[1, "mlp_up"]
@@ -663,7 +672,7 @@ def test_a_change_whose_squares_are_no_numbers_has_no_spectrum(
     assert row.relative_change == pytest.approx(expected, rel=1e-9)
     (note,) = diff.notes
     assert note.startswith("changed matrices without a spectrum")
-    assert note.endswith(f": 1, {UP}")
+    assert note.endswith(f": 2, {UP}, two_rows")
     assert weight_diff(*folders).notes == []
 
 

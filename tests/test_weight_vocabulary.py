@@ -17,7 +17,7 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from factories import save_model, tiny_llama
+from factories import notes_of, save_model, tiny_llama
 from layouts import WEIGHTS, edit_weights, save_adapter
 from lazarus import WeightDiff, weight_diff
 from lazarus.errors import GateNotMetError, NoDataError
@@ -85,6 +85,18 @@ def test_a_token_that_moved_is_compared_with_its_own_row(base: Path, tmp_path: P
     diff.check_gates(fail_above=0)
 
 
+def test_tokens_that_only_the_longest_table_holds_have_moved_too(base: Path, tmp_path: Path) -> None:
+    names = [*WORDS[1:-2], WORDS[0], WORDS[-1], WORDS[-2]]
+    places = [WORDS.index(name) for name in names]
+    short = edit_weights(base, tmp_path / "short", lambda t: t.update({"lm_head.bias": torch.ones(N - 2)}))
+    diff = weight_diff(short, with_tables(short, tmp_path / "moved", names, lambda t: t[places]))
+    assert diff.summary.n_moved_tokens == N
+    assert set(diff.notes) == {
+        f"{table} was compared by token in {n} rows, of which {n} are at another id in fine-tuned"
+        for table, n in (("embed", N), ("lm_head", N), ("lm_head.bias", N - 2))
+    }
+
+
 def test_what_changed_in_a_table_whose_tokens_moved(base: Path, tmp_path: Path) -> None:
     places = order()
 
@@ -121,13 +133,22 @@ def test_rows_of_new_tokens_are_listed(at_the_end: bool, base: Path, tmp_path: P
         more = torch.ones(2, table.shape[1])
         return torch.cat([table, more] if at_the_end else [more, table])
 
-    diff = weight_diff(base, with_tables(base, tmp_path / "grown", names, grown))
+    longer = with_tables(base, tmp_path / "grown", names, grown)
+    diff = weight_diff(base, longer)
     assert all(row.n_changed == 0 and row.shape[0] == N for row in rows_of(diff).values())
     assert [found.rows_alone for found in diff.record.unmatched] == [(0, 2), (0, 2)]
     assert diff.summary.verdict == "changed"
     assert diff.summary.n_moved_tokens == (0 if at_the_end else N)
-    (note,) = (note for note in diff.notes if note.startswith("embed was compared by token in 40 rows"))
-    assert note.endswith("0 rows are only in base and 2 only in fine-tuned: '<|im_start|>', '<|im_end|>'")
+    back = weight_diff(longer, base)
+    assert [found.rows_alone for found in back.record.unmatched] == [(2, 0), (2, 0)]
+    told = "{} was compared by token in 40 rows" + (
+        "" if at_the_end else ", of which 40 are at another id in fine-tuned"
+    )
+    for result, counts in ((diff, (0, 2)), (back, (2, 0))):
+        alone = f"{counts[0]} rows are only in base and {counts[1]} only in fine-tuned"
+        assert notes_of(result, "vocabularies-differ") == [
+            f"{told.format(table)}; {alone}: '<|im_start|>', '<|im_end|>'" for table in NAMES
+        ]
 
 
 def test_a_token_in_place_of_another_has_no_counterpart(base: Path, tmp_path: Path) -> None:
