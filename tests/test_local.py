@@ -244,8 +244,11 @@ def test_it_is_refused_for_models_of_another_shape() -> None:
 
 
 def test_blocks_that_do_not_run_on_the_others_states_are_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"`localize`: block 0 of .*Leave `localize` out"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"`localize`: block 0 of .*Leave `localize` out"
+    ) as caught:
         localized(tiny_llama(), tiny_llama().to(torch.bfloat16))
+    assert caught.value.option == "localize"
 
 
 def test_a_model_in_memory_against_itself_has_none() -> None:

@@ -18,7 +18,7 @@ from architectures import build
 from factories import perturbed, tiny_llama, word_tokenizer
 from lazarus.batches import BatchPair, Padding, TokenBatch
 from lazarus.engine import NoisePlan, Work, learn_pair, one_ulp_away, pick_sample, run
-from lazarus.engine.noise import nudged
+from lazarus.engine.noise import Sample, nudged
 from lazarus.models import wrap_model
 from lazarus.sites import Position
 from lazarus.tokens import TokenizedPrompt
@@ -105,6 +105,20 @@ def test_the_first_run_of_a_block_is_nudged_and_no_other() -> None:
     assert torch.equal(block(states), states)
 
 
+def test_a_nudge_moves_the_states_and_no_other_argument() -> None:
+    class Block(torch.nn.Module):
+        def forward(self, states: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return states, *others
+
+    states = torch.ones(3, 4)
+    block = Block()
+    with nudged(block, torch.Generator().manual_seed(0)):
+        moved, *others = block(states, states, states)
+    assert (moved != states).all()
+    assert len(others) == 2
+    assert all(torch.equal(other, states) for other in others)
+
+
 def test_a_pass_that_fails_leaves_no_nudge_behind() -> None:
     block, states = torch.nn.Identity(), torch.ones(3, 4)
     with pytest.raises(KeyError), nudged(block, torch.Generator()):
@@ -133,6 +147,16 @@ def test_another_seed_is_another_sample() -> None:
 @pytest.mark.parametrize(("n_prompts", "expected"), [(8, 8), (9, 8), (49, 8), (50, 5), (79, 7), (80, 8)])
 def test_the_sample_is_a_tenth_from_50_prompts_on(n_prompts: int, expected: int) -> None:
     assert len(pick_sample(n_prompts, 0)) == expected
+
+
+def test_a_sample_waits_for_every_prompt_of_a_batch() -> None:
+    batch = batch_of(2, 2)
+    sample = Sample([batch])
+    for prompt in (1, 0):
+        assert not sample.holds("logits", batch)
+        sample.take("logits", torch.tensor([prompt, 7]), torch.tensor([[1.0 + prompt], [9.0]]))
+    assert sample.holds("logits", batch)
+    assert sample.give("logits", batch).tolist() == [[1.0], [2.0]]
 
 
 # The batches of the trials

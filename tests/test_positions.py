@@ -25,8 +25,9 @@ def noted(position: Position, lengths: list[int]) -> list[Note]:
 
 
 def test_a_position_that_a_prompt_lacks_names_the_prompt() -> None:
-    with pytest.raises(PositionError, match="Prompt 1 has 1 tokens, so none at position 2"):
+    with pytest.raises(PositionError, match="Prompt 1 has 1 tokens, so none at position 2") as caught:
         check_positions(2, [5, 1, 3], Notes())
+    assert caught.value.option == "position"
     with pytest.raises(PositionError, match="Prompt 2 has 3 tokens, so none at position -4"):
         check_positions(-4, [5, 4, 3], Notes())
     with pytest.raises(PositionError, match="Prompt 0 has 3 tokens, so none at position 3"):

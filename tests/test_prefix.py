@@ -202,6 +202,38 @@ def test_a_prefix_that_saves_little_runs_with_every_prompt_without_a_word(ids: l
     assert notes.texts == []
 
 
+@pytest.fixture(scope="module")
+def pair() -> ModelPair:
+    """Two models that nothing is changed in."""
+    return learned(llama(), llama())
+
+
+def told(pair: ModelPair, prompts: Sequence[TokenizedPrompt], position: Position = "last") -> list[str]:
+    """What is noted where something else needs every prompt whole: then no model runs."""
+    plan = PrefixPlan(position, 512, 0, obstacle="for a reason")
+    notes = Notes()
+    assert share_prefix(pair, prompts, plan, notes) == 0
+    return notes.texts
+
+
+@pytest.mark.parametrize(("position", "n_tokens"), [("last", 17), (0, 17), (5, 17), (-1, 17), (-2, 16)])
+def test_a_prompt_that_is_the_prefix_keeps_a_token_and_all_that_a_negative_index_may_ask_for(
+    position: Position, n_tokens: int, pair: ModelPair
+) -> None:
+    prompts = tokenized([*ids_after(PREFIX, LENGTHS), PREFIX])
+    [note] = told(pair, prompts, position)
+    assert note == (
+        f"the first {n_tokens} tokens, the same in all prompts, ran with each of them: for a reason"
+    )
+
+
+def test_a_prefix_runs_once_where_that_saves_a_quarter_net_of_the_check(pair: ModelPair) -> None:
+    """Of 16 × 24 tokens 15 × 16 are left out, and 16 + 4 × (24 + 8) run in the check: 96 is a quarter."""
+    ids = ids_after(PREFIX[:16], [8] * 16)
+    assert len(told(pair, tokenized(ids))) == 1
+    assert told(pair, tokenized([*ids[1:], [*ids[0], 7]])) == []
+
+
 # --- Every number is the same
 
 
@@ -400,6 +432,125 @@ def test_a_row_of_zeros_in_one_way_alone_is_not_the_same() -> None:
     assert "differed by inf of their norm" in note
 
 
+def change(
+    model: Any, change: Callable[[torch.Tensor], torch.Tensor], module: str = "norm", passes: str = "cached"
+) -> None:
+    """Change what a module gives in the passes that go on from a cache, or in those of whole prompts."""
+    kind = ""
+
+    def entered(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        nonlocal kind
+        lengths = [value.get_seq_length() for value in kwargs.values() if isinstance(value, DynamicCache)]
+        kind = "whole" if not lengths else "cached" if lengths[0] else "prefix"
+
+    model.model.layers[0].register_forward_pre_hook(entered, with_kwargs=True)
+    changed = model.model.get_submodule(module)
+    changed.register_forward_hook(lambda _m, _a, output: change(output) if kind == passes else None)
+
+
+def with_last(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Set one number of the last token of the longest prompt, which is the first of its batch."""
+
+    def changed(states: torch.Tensor) -> torch.Tensor:
+        states = states.clone()
+        states[0, -1, 0] = value
+        return states
+
+    return changed
+
+
+@pytest.mark.parametrize("passes", ["cached", "whole"])
+def test_one_number_that_is_not_finite_is_enough(passes: str) -> None:
+    base = llama()
+    found = learned(base, base)
+    change(base, with_last(float("nan")), "layers.2", passes)
+    n_tokens, [note] = share(found)
+    assert n_tokens == 0
+    assert "states are not finite" in note
+
+
+def test_one_number_that_differs_is_enough_beside_states_of_zero() -> None:
+    """Those have no norm, and are the same in both ways."""
+    base: Any = llama()
+    found = learned(base, base)
+
+    def zero(_module: Any, _args: Any, states: torch.Tensor) -> torch.Tensor:
+        last_but_one = torch.tensor([states.shape[1] - 2])
+        is_prefix = states.shape[1] == len(PREFIX)
+        return states if is_prefix else states.index_fill(1, last_but_one, 0.0)
+
+    base.model.norm.register_forward_hook(zero)
+    assert share(found, position="all")[0] == len(PREFIX)
+    change(base, with_last(9.0))
+    _, [note] = share(found, position="all")
+    assert "states that went on from a cache of them differed by" in note
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factor", "expected"),
+    [
+        (torch.float32, 1.0009, 18),
+        (torch.float32, 1.0011, 0),
+        (torch.bfloat16, 1.121, 18),
+        (torch.bfloat16, 1.129, 0),
+    ],
+    ids=str,
+)
+def test_states_may_be_a_thousandth_apart_or_16_steps_of_the_type(
+    dtype: torch.dtype, factor: float, expected: int
+) -> None:
+    """One of 1000 in float32; in bfloat16, whose step is 1/128, one of 8."""
+    base = llama().to(dtype)
+    found = learned(base, base)
+    change(base, lambda states: (states.double() * factor).to(dtype))
+    assert share(found)[0] == expected
+
+
+@pytest.mark.parametrize("side", ["base", "finetuned"])
+def test_either_model_may_go_on_wrongly(side: str) -> None:
+    models = {"base": llama(), "finetuned": llama()}
+    found = learned(**models)
+    change(models[side], lambda states: states * 1.5)
+    _, [note] = share(found)
+    assert "differed by 0.5 of their norm" in note
+
+
+def test_a_fault_that_only_the_longest_prompt_shows_is_found() -> None:
+    base = llama()
+    found = learned(base, base)
+    change(base, lambda states: states * (1.5 if states.shape[1] == max(LENGTHS) else 1))
+    assert share(found)[0] == 0
+
+
+def test_prompts_of_several_lengths_go_on_together_in_the_check_as_in_the_run() -> None:
+    base = llama()
+    found = learned(base, base)
+    change(base, lambda states: states * (1.5 if states.shape[0] > 1 else 1))
+    assert share(found)[0] == 0
+
+
+def test_logits_are_not_compared() -> None:
+    base: Any = llama()
+    found = learned(base, base)
+    with torch.no_grad():
+        base.lm_head.weight[3] = torch.inf
+    assert share(found) == (len(PREFIX), [ONCE])
+
+
+def test_an_operator_that_is_missing_with_a_cache_alone_is_no_fault_of_the_run() -> None:
+    base = llama()
+    found = learned(base, base)
+
+    def fail(_states: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("\"triu_tril\" not implemented for 'Float'")
+
+    change(base, fail)
+    n_tokens, [note] = share(found)
+    assert n_tokens == 0
+    assert "ran with each of them: going on from a cache of them failed: base, on a batch" in note
+    assert "\"triu_tril\" not implemented for 'Float'" in note
+
+
 def test_an_adapter_on_the_weights_of_its_base(tmp_path: Path, base_folder: Path) -> None:
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     save_adapter(tmp_path / "adapter", base_folder, config)
@@ -542,6 +693,22 @@ def test_other_runs_that_need_every_prompt_whole(changes: dict[str, Any], reason
     n_tokens, notes = share(replace(learned(llama(), perturbed(llama())), **changes))
     assert n_tokens == 0
     assert reason in notes[0]
+
+
+@pytest.mark.parametrize("side", ["base", "finetuned"])
+def test_one_model_that_reads_both_ways_needs_every_prompt_whole(side: str, pair: ModelPair) -> None:
+    conventions = replace(getattr(pair, f"{side}_conventions"), causal=False)
+    n_tokens, [note] = share(replace(pair, **{f"{side}_conventions": conventions}))
+    assert n_tokens == 0
+    assert "not read from left to right alone" in note
+
+
+def test_prompts_of_which_one_must_not_be_padded_run_whole(pair: ModelPair) -> None:
+    """As where an attention picks its keys, and the longest prompt has more of them than it picks."""
+    picking = replace(pair.base, anatomy=replace(pair.base.anatomy, picked_keys=len(PREFIX) + 4))
+    n_tokens, [note] = share(replace(pair, base=picking))
+    assert n_tokens == 0
+    assert "prompts of several lengths cannot run together" in note
 
 
 def test_an_encoder_reads_the_prefix_with_what_follows() -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import shutil
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,12 +21,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from architectures import CAUSAL, ENCODER_DECODERS, ENCODERS, MULTIMODAL, REFUSED, UNBUILDABLE, build, swept
-from factories import perturbed, tiny_llama
+from factories import perturbed, save_model, tiny_llama, tiny_tokenizer
 from lazarus.batches import BatchPair, TokenBatch, make_batches
 from lazarus.engine import ModelPair, NoisePlan, Work, learn_pair, run
 from lazarus.engine.streamed import KEPT_SHARE, run_streamed
 from lazarus.errors import SaveError
-from lazarus.models import dissect, wrap_model
+from lazarus.models import (
+    LoadOptions,
+    Pager,
+    dissect,
+    layout,
+    load_paged,
+    parse_model,
+    shared_blocks,
+    wrap_model,
+)
 from lazarus.models.adapters import share_storage
 from lazarus.sites import Position, StatePair
 from lazarus.tokens import TokenizedPrompt
@@ -186,6 +196,15 @@ def test_models_of_another_depth_and_width(width: int, n_layers: int, keeping: C
     assert_same_bits(streamed(pair, work), resident(pair, work))
 
 
+def test_a_base_of_one_block_is_compared_at_every_site() -> None:
+    """What enters the other model is compared too, though only its last block is base's counterpart."""
+    pair = pair_of(tiny_llama(num_hidden_layers=1), tiny_llama(seed=4, num_hidden_layers=3))
+    work = work_for(pair, "mean")
+    found = streamed(pair, work)
+    assert_same_bits(found, resident(pair, work))
+    assert {site for _, site, _ in found} == {"embedding", 0, "final_norm", "logits"}
+
+
 @pytest.mark.parametrize("n_layers", [2, 4, 7])
 def test_each_model_s_own_reading_of_the_prompts(n_layers: int) -> None:
     """Even of blocks that are the same: those of four layers are, and read other ids."""
@@ -324,8 +343,9 @@ def test_blocks_that_are_the_same_and_get_the_same_run_once() -> None:
     pair = pair_of(base, finetuned)
     work = replace(work_for(pair, "all"), localize=False)
     with watched(finetuned=finetuned) as calls:
-        streamed(pair, work)
+        found = streamed(pair, work)
     assert Counter(index for _, index, _ in calls) == dict.fromkeys((2, 3), len(work.batches))
+    assert all(states.local is None for pairs in found.values() for states in pairs)
 
 
 def test_of_a_twin_the_last_block_alone_runs_and_all_is_exactly_0() -> None:
@@ -352,6 +372,84 @@ def test_tokens_are_told_as_they_pass() -> None:
         n_tokens = [b.base.n_tokens for b in work.batches] + [b.n_tokens for b in work.sample]
         assert sum(told) == sum(n_tokens)
         assert len(told) == 4 * len(n_tokens)
+
+
+# Blocks that are read when their turn comes
+
+
+def paged_pair(base: Path, finetuned: Path) -> ModelPair:
+    references = parse_model(str(base)), parse_model(str(finetuned))
+    options = LoadOptions(torch.float32, torch.device("cpu"))
+    models = load_paged(*references, options, lambda role, name: None)
+    return learn_pair(*models, (IDS, IDS), (0, 0))
+
+
+def in_memory(pair: ModelPair) -> list[list[int]]:
+    """Which blocks of each model are there; the LM head is the one after the last."""
+    parts = [[*m.anatomy.blocks, m.model.get_output_embeddings()] for m in (pair.base, pair.finetuned)]
+    return [
+        [i for i, part in enumerate(each) if not any(p.is_meta for p in part.parameters())] for each in parts
+    ]
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["short of memory", "read ahead"])
+def test_each_block_is_read_once_and_the_next_ahead_of_its_turn_where_four_fit(
+    ahead: bool, base_folder: Path, finetuned_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two compute, and two are read meanwhile. The LM head is read once, after the blocks."""
+    monkeypatch.setattr(layout, "SMALL_BYTES", 0)
+    pair = paged_pair(base_folder, finetuned_folder)
+    work = work_for(pair, "last")
+    # The largest block of each is of 4000 bytes, and there must be more than four times that of both.
+    monkeypatch.setattr(Pager, "block_bytes", lambda _pager, index: 1000 * (1 + index))
+    free = SimpleNamespace(available=4 * 8000 + 4 * ahead)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    reads: list[tuple[Pager, int, bool]] = []
+    read = Pager.read
+
+    def watch(pager: Pager, index: int) -> dict[str, Tensor]:
+        reads.append((pager, index, threading.current_thread() is not threading.main_thread()))
+        return read(pager, index)
+
+    monkeypatch.setattr(Pager, "read", watch)
+    held: list[list[list[int]]] = []
+    found = by_site(run_streamed(pair, work, lambda _: held.append(in_memory(pair))))
+    assert held == [[[index], [index]] for index in range(4) for _ in (*work.batches, *work.sample)]
+    for model in (pair.base, pair.finetuned):
+        own = [(index, elsewhere) for pager, index, elsewhere in reads if pager is model.pager]
+        assert own == [(0, False), *((index, ahead) for index in (1, 2, 3)), (4, False)]
+    assert in_memory(pair) == [[], []]
+    whole = pair_of(tiny_llama(), perturbed(tiny_llama()))
+    assert_same_bits(found, resident(whole, work))
+
+
+def test_blocks_of_a_copy_are_base_s(base_folder: Path, tmp_path: Path) -> None:
+    pair = paged_pair(base_folder, shutil.copytree(base_folder, tmp_path / "copy"))
+    work = work_for(pair, "last", n_sampled=0)
+    # Before the hooks of `watched`, with which a block is another.
+    assert shared_blocks(pair.base, pair.finetuned) == [True] * 4
+    with watched(finetuned=pair.finetuned.model) as calls:
+        streamed(pair, work)
+    assert Counter(index for _, index, _ in calls) == {3: len(work.batches)}
+
+
+@pytest.mark.parametrize("depth", [2, 7])
+def test_a_deeper_models_other_blocks_are_read_once_too(
+    depth: int, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = save_model(tmp_path / "other", tiny_llama(seed=4, num_hidden_layers=depth), tiny_tokenizer())
+    pair = paged_pair(base_folder, other)
+    reads = Counter[tuple[int, int]]()
+    read = Pager.read
+
+    def watch(pager: Pager, index: int) -> dict[str, Tensor]:
+        reads[pager.n_blocks, index] += 1
+        return read(pager, index)
+
+    monkeypatch.setattr(Pager, "read", watch)
+    list(run_streamed(pair, work_for(pair, "last", n_sampled=0), lambda _: None))
+    # The part after the last block is the LM head.
+    assert reads == dict.fromkeys(((n, index) for n in (4, depth) for index in range(n + 1)), 1)
 
 
 # What is left behind
@@ -423,3 +521,18 @@ def test_what_fits_neither_memory_nor_disk_is_refused_before_a_block_runs(
     assert calls == []
     keeping(10**9)
     assert_same_bits(streamed(pair, work), resident(pair, work))
+
+
+def test_what_fits_the_disk_to_the_byte_runs(
+    monkeypatch: pytest.MonkeyPatch, keeping: Callable[[int], None]
+) -> None:
+    """Both models' states of every token, padding included, of 32 numbers of 4 bytes."""
+    pair = pair_of(tiny_llama(), perturbed(tiny_llama()))
+    work = work_for(pair, "last", n_sampled=0)
+    n_tokens = sum(len(b.base.members) * b.base.padded_length for b in work.batches)
+    assert n_tokens > sum(LENGTHS)
+    keeping(0)
+    for free, fits in ((2 * n_tokens * 32 * 4, True), (2 * n_tokens * 32 * 4 - 1, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        with nullcontext() if fits else pytest.raises(SaveError, match="TMPDIR to a larger disk"):
+            next(run_streamed(pair, work, lambda _: None))

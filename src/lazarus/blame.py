@@ -120,11 +120,6 @@ def is_ours(error: BaseException) -> bool:
     return all(owners) or any(_from_a_hook(each) for each in _chain(error))
 
 
-def is_own(function: Callable[..., object]) -> bool:
-    """Return whether a function is of this package."""
-    return _is_ours(getattr(function, "__module__", None) or "")
-
-
 def raised_at(error: BaseException) -> str:
     """Return where an exception was raised, and where in this package that was called from."""
     frames = [(_is_ours(name), f"{file}, line {line}") for name, file, line in _frames(error)]

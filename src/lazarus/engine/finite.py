@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, Literal
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from lazarus.blame import is_out_of_memory, is_own
+from lazarus.blame import is_out_of_memory
 from lazarus.engine.head import MOST_LOGITS, Head
 from lazarus.engine.recorder import Recorder, RowSelection, calling, first_tensor
 from lazarus.engine.replay import StoppedError
@@ -123,20 +123,20 @@ def find_break(
         if found:
             raise StoppedError
 
-    input_ids = torch.tensor([list(ids)])
-    try:
-        with ExitStack() as stack:
-            # A block that stands in the list several times is hooked once.
-            for block in dict.fromkeys(model.anatomy.blocks):
-                stack.callback(block.register_forward_hook(take, with_kwargs=True).remove)
-            seen = Recorder(model).run(
-                input_ids,
-                torch.ones_like(input_ids),
-                RowSelection(lambda states: states.new_empty(0), torch.Tensor.detach),
-            )
-    except StoppedError:
-        broken, call = found[0]
-        return _explained(model, broken, call)
+    input_ids, seen = torch.tensor([list(ids)]), None
+    with suppress(StoppedError), ExitStack() as stack:
+        # A block that stands in the list several times is hooked once.
+        for block in dict.fromkeys(model.anatomy.blocks):
+            stack.callback(block.register_forward_hook(take, with_kwargs=True).remove)
+        seen = Recorder(model).run(
+            input_ids,
+            torch.ones_like(input_ids),
+            RowSelection(lambda states: states.new_empty(0), torch.Tensor.detach),
+        )
+    # Not in an `except`: what fails from here on would count as ours, with an error of ours as its context.
+    if found:
+        return _explained(model, *found[0])
+    assert seen is not None
     assert seen.final is not None
     if not _is_finite(seen.final):
         return _explained(model, _break("final_norm", seen.final, 1), None)
@@ -262,7 +262,8 @@ def _in_wider(model: LoadedModel, call: _Call) -> Literal["finite", "not finite"
         return type(value)(map(cast, value)) if type(value) in (tuple, list) else copy.copy(value)
 
     try:
-        block = _alone(call.block).to(wider)
+        # The hooks that this package has on a block outside a run load its weights, and here they are loaded.
+        block = copy.deepcopy(call.block).to(wider)
         shape = first_tensor(call.output).shape
         with torch.no_grad(), calling(model, shape):
             output = block(*map(cast, call.args), **{k: cast(v) for k, v in call.kwargs.items()})
@@ -273,16 +274,6 @@ def _in_wider(model: LoadedModel, call: _Call) -> Literal["finite", "not finite"
             return "unknown"
         raise
     return "finite" if _is_finite(first_tensor(output)) else "not finite"
-
-
-def _alone(block: nn.Module) -> nn.Module:
-    """A copy without what this package has hooked to it; what others have is part of the model."""
-    copied = copy.deepcopy(block)
-    for module in copied.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [k for k, hook in hooks.items() if is_own(hook)]:
-                del hooks[key]
-    return copied
 
 
 def _is_finite(states: Tensor) -> bool:

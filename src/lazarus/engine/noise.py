@@ -145,7 +145,7 @@ class Noise:
             advanced(batch.n_tokens)
 
     def _run(self, batch: TokenBatch) -> Iterator[StatePair]:
-        sites = [site for site in self.pair.sites if self.sample.holds(site, batch)]
+        sites = self.pair.sites
         plain, read = [self.sample.give(site, batch) for site in sites], self.sample.give("logits", batch)
         trials = count()
         for parts in self.plan.recomposed(batch, self.pair.base.anatomy.context):

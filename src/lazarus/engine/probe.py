@@ -241,7 +241,7 @@ def _has_final_norm(last: Tensor, final: Tensor) -> bool:
     """
     if last.shape != final.shape or last.dtype != final.dtype:
         return True
-    told = last.isfinite() & final.isfinite()
+    told = last.isfinite() | final.isfinite()
     return not torch.equal(last[told], final[told]) if told.any() else last.data_ptr() != final.data_ptr()
 
 
@@ -267,13 +267,11 @@ def _find_padding(recorder: Recorder, probe: _Probe) -> Padding | None:
     limit = _other_pass_limit(probe.blocks[0])
     # `_beginning` ends with `last`, so it may have seen fewer blocks than the probe.
     right = _kept([b[2, :SHORT] for b in probe.blocks[: len(single)]], single, limit)
-    if right:
-        return "right"
+    if right is not False:
+        return "right" if right else None
     # Is it the padding, or any company at all? Now with another prompt of the same length.
     pair = _beginning(recorder, input_ids[[0, 2], :SHORT], mask[[0, 2], :SHORT], last)
     together = _kept([_arranged(states, probe.axes)[1] for states in pair], single, limit)
-    if right is None and not together:
-        return None
     return "equal_lengths" if together else "one_by_one"
 
 
@@ -298,20 +296,16 @@ def _beginning(recorder: Recorder, input_ids: Tensor, mask: Tensor, last: nn.Mod
 
 def _last_of_new_kind(blocks: Sequence[nn.Module]) -> nn.Module:
     """The first block after which only blocks like earlier ones follow: the same modules and settings."""
-    kinds: list[list[Any]] = []
-    last = blocks[0]
-    for index, block in enumerate(blocks):
-        kind = [_settings(module, index) for module in block.modules()]
-        if kind not in kinds:
-            kinds.append(kind)
-            last = block
-    return last
+    kinds = [[_settings(module, index) for module in block.modules()] for index, block in enumerate(blocks)]
+    return blocks[max(kinds.index(kind) for kind in kinds)]
 
 
 def _settings(module: nn.Module, index: int) -> tuple[type, dict[str, Any]]:
     """A module's type, plain attributes and whatever forward was put on it, less the number of its block."""
     plain = {name: v for name, v in vars(module).items() if isinstance(v, int | float | str | None)}
-    numbers = {name for name, v in plain.items() if v == index and ("layer" in name or "idx" in name)}
+    # Of the type as well: a setting that is True, such as `do_layer_norm_before`, is equal to 1.
+    numbered = {name for name, v in plain.items() if type(v) is int and v == index}
+    numbers = {name for name in numbered if "layer" in name or "idx" in name}
     settings = {name: v for name, v in plain.items() if name not in numbers}
     return type(module), {**settings, "forward": vars(module).get("forward")}
 

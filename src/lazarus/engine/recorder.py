@@ -143,7 +143,7 @@ def _told(model: LoadedModel, where: str, error: Exception) -> LazarusError:
             option="dtype",
         )
     kind = type(model.model).__name__
-    if getattr(model.model, "main_input_name", "input_ids") != "input_ids":
+    if model.model.main_input_name != "input_ids":
         advice = "Lazarus compares models of text."
     else:
         advice = (

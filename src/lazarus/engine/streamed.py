@@ -60,6 +60,8 @@ class _Pass:
         self.head_picker = RowPicker.of(batch, "last") if self.picker.average else self.picker
         self.is_alike = True
         """whether no block had to run: base's had made the very same"""
+        self.embedding: Tensor | None = None
+        """the compared rows before the first block, of a pass that is ahead of the other model's"""
 
     @property
     def state_bytes(self) -> int:
@@ -256,7 +258,6 @@ class _Stream:
 
     def ends(self) -> Iterator[StatePair]:
         """Yield what comes after the blocks: the final norm, and the heads."""
-        self._run_theirs(self.pair.finetuned_conventions.n_layers)
         with _heads_in_memory(self.pair):
             for ours, theirs in zip(self.ours, self.theirs, strict=True):
                 b, f = ours.end(), theirs.end()
@@ -285,8 +286,9 @@ class _Stream:
             counterpart = self.pair.matched[layer]
             f = theirs.step_as(counterpart, b.call) if same else theirs.step(counterpart)
             rows = f.rows
-            if b.embedding is not None and f.embedding is not None:
-                yield StatePair("embedding", prompts, b.embedding, f.embedding)
+            entered = f.embedding if theirs.embedding is None else theirs.embedding
+            if b.embedding is not None and entered is not None:
+                yield StatePair("embedding", prompts, b.embedding, entered)
         yield StatePair(layer, prompts, b.rows, rows, local[0] if local else None)
 
     def _keep(self, layer: int, ours: _Pass, step: _Step) -> None:
@@ -304,14 +306,16 @@ class _Stream:
         pager, pair = self.pair.finetuned.pager, self.pair
         if pager is None:
             return pair.align == "ids" and pair.same_blocks[layer]
-        return pair.align == "ids" and pair.same_design and pager.same_as_base(layer)
+        return pair.align == "ids" and pager.same_as_base(layer)
 
     def _run_theirs(self, until: int) -> None:
         """Run blocks of a deeper fine-tuned model that have no counterpart."""
         for index in range(self.n_done, until):
             with self.their_blocks.in_memory(index):
                 for theirs in self.theirs:
-                    theirs.step(index)
+                    step = theirs.step(index)
+                    if step.embedding is not None:
+                        theirs.embedding = step.embedding
         self.n_done = max(self.n_done, until)
 
 

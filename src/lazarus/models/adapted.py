@@ -157,6 +157,6 @@ def _has_zero_factor(part: dict[str, Any], scaling: float = 1.0) -> bool | None:
         tensors = {"weight": factor} if isinstance(factor, Tensor) else dict(factor.named_parameters())
         if any(tensor.is_meta or not tensor.isfinite().all() for tensor in tensors.values()):
             return None
-        zero.append(not any(t.any() for name, t in tensors.items() if not name.endswith("bias")))
+        zero.append(not any(tensor.any() for tensor in tensors.values()))
         biases += [tensor for name, tensor in tensors.items() if name.endswith("bias")]
     return scaling == 0 or (any(zero) and not any(bias.any() for bias in biases))
