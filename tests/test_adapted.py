@@ -47,7 +47,7 @@ def lora(*targets: str, **settings: Any) -> LoraConfig:
 def put_on(net: nn.Module, config: PeftConfig) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that one with biases cannot be merged
-        return get_peft_model(net, config)  # type: ignore[arg-type]  # it takes any module
+        return get_peft_model(net, config)
 
 
 def layer_of(config: PeftConfig, name: str = "first") -> Any:

@@ -112,7 +112,7 @@ def _wants_config() -> bool:
 
 
 def test_a_cache_with_anything_else_is_not_one_of_keys_and_values() -> None:
-    class Recurrent(DynamicLayer): ...
+    class Recurrent(DynamicLayer): ...  # type: ignore[misc]  # transformers says nothing of its types
 
     cache = DynamicCache()
     cache.update(torch.ones(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), 0)

@@ -179,7 +179,8 @@ def test_one_block_alone_can_run_beside_bases() -> None:
     take = RowSelection(torch.Tensor.clone, torch.Tensor.clone)
     with beside(pair, torch.Tensor.clone, local):
         recorder.run(ids, torch.ones_like(ids), take)
-    with beside(pair, torch.Tensor.clone, alone := [], only=1):
+    alone: list[torch.Tensor] = []
+    with beside(pair, torch.Tensor.clone, alone, only=1):
         recorder.run(ids, torch.ones_like(ids), take)
     assert len(local) == 2
     assert [torch.equal(states, local[1]) for states in alone] == [True]
