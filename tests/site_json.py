@@ -38,6 +38,7 @@ _METRICS = WEIGHT_METRICS | LENS_METRICS | METRICS
 
 MEANINGS = {
     "schema_version": "the version of this format",
+    "dequantize": "whether a quantised checkpoint runs on dequantised weights: `auto`, `always` or `never`",
     "command": "which command made it",
     "tool": "which program made it",
     "environment": "software and hardware",
@@ -164,6 +165,11 @@ _NO_SPECTRUM = "without `--spectrum`, or where no matrix changed"
 _NO_LOGITS = "the logits are not finite there"
 
 NULL_WHEN = {
+    "quantisation": "both are quantised, or neither, or an adapter is on one",
+    "relative_error": "the other tensor is all zero, or not finite",
+    "nearest_relative_error": "its codes are floats, its blocks are very large, or as `relative_error`",
+    "error_ratio": "as `nearest_relative_error`",
+    "outlier_share": "there is no error, or as `relative_error`",
     "cosine_similarity": _NO_PAIR,
     "divergence": _NO_PAIR,
     "relative_l2": _NO_PAIR,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import lazarus
 from factories import perturbed, save_model, tiny_llama, tiny_tokenizer
 from layouts import compare, edit_json, edit_weights
 from lazarus.errors import UnsupportedModelError, WeightsError
+from lazarus.models.quantised import stored_codes
+from lazarus.models.stored import StoredTensor
 
 Tensors = dict[str, Tensor]
 CLAIMS: dict[str, dict[str, Any]] = {
@@ -74,6 +78,7 @@ def gptq(tensors: Tensors, weight: str, _: Tensor) -> None:
     module, (rows, columns) = weight.removesuffix(".weight"), tensors.pop(weight).shape
     tensors[f"{module}.qweight"] = torch.zeros(columns // 8, rows, dtype=torch.int32)
     tensors[f"{module}.scales"] = torch.ones(1, rows, dtype=torch.float16)
+    tensors[f"{module}.qzeros"] = torch.zeros(1, rows // 8, dtype=torch.int32)
 
 
 def nf4(tensors: Tensors, weight: str, _: Tensor) -> None:
@@ -95,6 +100,40 @@ def test_codes_without_a_claim_are_refused(
     for run in (compare, lazarus.weight_diff):
         with pytest.raises(WeightsError, match=r"codes: 28 of its weights are stored as a quantiser's codes"):
             run(folders[0], codes)
+
+
+@pytest.mark.parametrize("file", ["quantize_config.json", "quant_config.json"])
+def test_a_claim_may_be_in_a_file_of_its_own(file: str, folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """As AutoGPTQ and AutoAWQ wrote it, before configurations had a place for it."""
+
+    def edit(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            gptq(tensors, name, tensors[name])
+
+    codes = edit_weights(folders[0], tmp_path / "codes", edit)
+    settings = {"bits": 4, "group_size": -1, "quant_method": "gptq"}
+    (codes / file).write_text(json.dumps(settings), encoding="utf-8")
+    for run in (compare, lazarus.weight_diff):
+        result = run(folders[0], codes)
+        assert result.summary.verdict != "identical"
+    assert lazarus.weight_diff(codes, codes).summary.verdict == "identical"
+    (codes / file).write_text("[4", encoding="utf-8")
+    with pytest.raises(WeightsError, match=rf"{file}: is damaged: .*\. Fetch the model again\."):
+        compare(folders[0], codes)
+
+
+def test_weights_that_a_method_transposes_are_refused(tmp_path: Path) -> None:
+    """Where one is square, its shape would not tell."""
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=512, n_positions=64))
+    base = save_model(tmp_path / "base", model, tiny_tokenizer())
+    claim = claiming(base, tmp_path / "claim", "gptq")
+    codes = edit_weights(
+        claim,
+        tmp_path / "codes",
+        lambda t: gptq(t, "transformer.h.0.mlp.c_fc.weight", t["transformer.wpe.weight"]),
+    )
+    with pytest.raises(UnsupportedModelError, match="gptq stores the weights of gpt2 transposed"):
+        lazarus.weight_diff(base, codes)
 
 
 def test_elements_in_8_bits_are_no_codes(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -119,3 +158,35 @@ def test_an_unknown_quantisation_of_codes_is_refused(folders: tuple[Path, Path],
     for run in (compare, lazarus.weight_diff):
         with pytest.raises(UnsupportedModelError, match="quantised by 'a method of tomorrow', which"):
             run(folders[0], codes)
+
+
+@pytest.mark.parametrize("method", ["modelopt", "fp8"])
+def test_fp8_that_transformers_reads_wrongly_is_decoded(
+    method: str, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """It would take the codes for elements: of ModelOpt, and of AutoFP8, whose scales have another name."""
+
+    def edit(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            float8(tensors, name, tensors[name].abs().max())
+            tensors[f"{name}_scale"] = tensors.pop(f"{name}_scale_inv")
+
+    base = folders[0]
+    codes = edit_weights(base, tmp_path / "codes", edit)
+    if method == "modelopt":
+        settings = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}
+        (codes / "hf_quant_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    else:
+        claim = {"quant_method": "fp8", "activation_scheme": "static"}
+        edit_json(codes / "config.json", quantization_config=claim)
+    assert lazarus.weight_diff(base, codes).summary.verdict == "changed"
+    assert 0 < (compare(base, codes).summary.max_divergence or 0) < 0.1
+    with pytest.raises(UnsupportedModelError, match=f"quantised by '{method}', which transformers does not"):
+        compare(base, codes, dequantize="never")
+
+
+def test_stacked_experts_are_codes_where_scales_have_their_name() -> None:
+    codes, scales = (StoredTensor("", dtype, (2, 4, 4), 0, 0) for dtype in ("F8_E4M3", "F32"))
+    for ending in ("_scale", "_scale_inv", "_weight_scale"):
+        stored = {"experts.down_proj": codes, f"experts.down_proj{ending}": scales, "experts.up_proj": scales}
+        assert list(stored_codes(stored)) == ["experts.down_proj"]

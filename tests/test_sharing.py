@@ -469,10 +469,12 @@ def test_two_checkpoints_with_a_wrappers_names_are_each_model_by_itself(tmp_path
 
 def test_a_model_over_anothers_weights_is_ready_to_run_and_not_to_train(tmp_path: Path) -> None:
     model = tiny_llama(num_hidden_layers=1)
-    files = []
-    for name, each in (("base", model), ("tuned", changed(model, ["model.norm.weight", "lm_head.weight"]))):
-        files.append([str(save_model(tmp_path / name, each) / "model.safetensors")])
-    found = load_over(model.train(), (files[0], files[1]), torch.device("cpu"))
+    tuned = changed(model, ["model.norm.weight", "lm_head.weight"])
+    ours, theirs = (
+        read_headers([str(save_model(tmp_path / name, each) / "model.safetensors")])
+        for name, each in (("base", model), ("tuned", tuned))
+    )
+    found = load_over(model.train(), ours, theirs, torch.device("cpu"))
     assert found is not None
     assert not found.training
     assert not any(parameter.requires_grad for parameter in found.parameters())

@@ -30,6 +30,7 @@ from lazarus import activation_diff
 from lazarus.cli import app
 from lazarus.commands import commands
 from lazarus.results import json_schema
+from packed import quantised_copy
 from site_examples import ROOT, Block, Step, Terminal, blocks_of, matches, steps_of
 from site_json import MEANINGS, NULL_WHEN, described_fields, is_nullable, json_page, meaning, null_when
 
@@ -83,6 +84,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, finetune
     save_model(root / "merged", wrapped.merge_and_unload(), tiny_tokenizer())
     ia3 = IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"])
     save_adapter(root / "adapter-2", base_folder, ia3)
+    quantised_copy(base_folder, root / "base-w4")
     save_gguf(root / "model-q8_0.gguf", tiny_llama(), tiny_tokenizer(), gguf.GGMLQuantizationType.Q8_0)
     commits = {"v1": ("a" * 40, base_folder), "main": ("b" * 40, finetuned_folder)}
     publish(root / "hub", "org/model", commits)

@@ -30,6 +30,7 @@ from lazarus.render.weights.summary import MOST_LINES, summary_lines
 from lazarus.result_classes import WeightDiff
 from lazarus.results import (
     NotCompared,
+    Quantisation,
     Spectrum,
     TensorRecord,
     UnmatchedTensor,
@@ -311,9 +312,10 @@ def test_parquet_holds_the_same_with_types(tmp_path: Path) -> None:
 def _same(ours: TensorRecord, row: dict[str, Any]) -> None:
     """Every number, bit for bit; null where there is none."""
     for name in (*WEIGHT_METRICS, "layer", "n_changed"):
-        is_plain = name in TensorRecord.__struct_fields__
-        wanted = getattr(ours if is_plain else ours.spectrum, name, None)
-        found = row[name if is_plain else f"spectrum_{name}"]
+        parts = {"": TensorRecord, "spectrum_": Spectrum, "quantisation_": Quantisation}
+        before = next(start for start, kind in parts.items() if name in kind.__struct_fields__)
+        wanted = getattr(getattr(ours, before.rstrip("_")) if before else ours, name, None)
+        found = row[before + name]
         assert (found is None) == (wanted is None), name
         assert wanted is None or float(found) == wanted, name
     for name in ("component", "name", "base_dtype", "finetuned_dtype"):
@@ -322,9 +324,10 @@ def _same(ours: TensorRecord, row: dict[str, Any]) -> None:
 
 
 def test_every_field_has_a_column() -> None:
-    plain = set(TensorRecord.__struct_fields__) - {"spectrum"}
+    plain = set(TensorRecord.__struct_fields__) - {"spectrum", "quantisation"}
     of_spectrum = {f"spectrum_{name}" for name in Spectrum.__struct_fields__} - {"spectrum_singular_values"}
-    assert set(table.columns(whole_record())) == plain | of_spectrum
+    of_quantisation = {f"quantisation_{name}" for name in Quantisation.__struct_fields__}
+    assert set(table.columns(whole_record())) == plain | of_spectrum | of_quantisation
 
 
 def test_tables_of_nothing_have_their_columns(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ function that begins with `can_` tells.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -267,9 +268,36 @@ def gguf_names(model: Any, processor: Any) -> dict[str, str]:
 
 def knows_quantisation(settings: Any) -> bool:
     """Return whether transformers can read a quantisation, by a configuration's `quantization_config`."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    method = settings.get("quant_method")
+    if method == "fp8" and "weight_block_size" not in settings:
+        # AutoFP8's, whose scales have another name: the codes would be read as elements.
+        return False
+    is_bitsandbytes = settings.get("load_in_8bit") or settings.get("load_in_4bit")
+    return bool(is_bitsandbytes) or method in AUTO_QUANTIZATION_CONFIG_MAPPING
+
+
+def can_run_quantised(settings: Any, device: torch.device) -> bool:
+    """Return whether transformers can run quantised weights on a device as they are.
+
+    By a configuration's `quantization_config`: it may need a package, or kernels that a CPU does not have.
+    """
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    return bool(AutoHfQuantizer.supports_quant_method(settings))
+    if not knows_quantisation(settings):
+        return False
+    try:
+        # On a copy: checking the environment may switch the settings to dequantise.
+        quantizer = AutoHfQuantizer.from_config(copy.deepcopy(settings), pre_quantized=True)
+        quantizer.validate_environment(device_map={"": device}, dtype=None, weights_only=True)
+    except (ImportError, RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError):
+        return False
+    # It quantises by these, and reads nothing that is: parameters stay random.
+    if quantizer.quantization_config.quant_method in ("hqq", "quanto"):
+        return False
+    # Two of its quantisers dequantise by themselves where they find no GPU.
+    return not getattr(quantizer.quantization_config, "dequantize", False)
 
 
 @cache

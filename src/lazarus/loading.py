@@ -137,4 +137,4 @@ def _load_options(options: Options, device: torch.device) -> LoadOptions:
         dtype = torch.float32 if device.type == "cpu" else None
     else:
         dtype = getattr(torch, options.dtype)
-    return LoadOptions(dtype, device, options.trust_remote_code, options.layers_path)
+    return LoadOptions(dtype, device, options.trust_remote_code, options.layers_path, options.dequantize)

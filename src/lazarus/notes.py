@@ -59,6 +59,10 @@ CODES = {
     "own-code": "A model has Python code of its own: its tensors are named by their keys alone.",
     "no-layers": "The blocks of a model were not found: no tensor of it is in a layer.",
     # How the models ran
+    "weights-dequantised": "The weights of a quantised checkpoint were dequantised as they were read, and "
+    "the model ran on them: what its format does to activations was not applied.",
+    "quantised-pair": "One of the two is quantised, so what each block costs was measured though it was not "
+    "asked for: the run takes longer.",
     "streamed": "Both models do not fit into memory and were read from disk a block at a time: the numbers "
     "are the same, and the run takes longer.",
     "batches-read-weights": "Every batch read all weights from disk, because the pass cannot go on after one "

@@ -60,12 +60,12 @@ def holding(name: str, content: str | bytes, *more: str, **values: str) -> Prepa
     return prepare
 
 
-def damaged(damage: Callable[[Path], None], **values: str) -> Prepare:
+def damaged(damage: Callable[[Path], None], *more: str, **values: str) -> Prepare:
     """A fine-tuned model `damaged`, which is a copy of `base` after `damage` was done to it."""
 
     def prepare(folder: Path) -> list[str]:
         damage(Path(shutil.copytree(folder / "base", folder / "damaged")))
-        return compare(**{"f": "damaged", **values})
+        return compare(*more, **{"f": "damaged", **values})
 
     return prepare
 

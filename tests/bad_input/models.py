@@ -209,8 +209,8 @@ CONFIGURATIONS = (
     ),
     BadInput(
         "quantised without its package",
-        "a GPTQ checkpoint without the package that reads it",
-        damaged(partial(store_codes, quant_method="gptq", bits=4)),
+        "a GPTQ checkpoint with `--dequantize never`, without the package that reads it",
+        damaged(partial(store_codes, quant_method="gptq", bits=4), "--dequantize", "never"),
         ("damaged", "GPTQ", "a package is missing", "pip install optimum"),
         around=lambda: patch(
             "transformers.quantizers.quantizer_gptq.is_optimum_available", return_value=False

@@ -27,7 +27,7 @@ SHARED = (
 
 OTHERWISE_IN_WEIGHT_DIFF: dict[str, str] = {
     "no text model": "a model of pictures has weights like any other",
-    "quantised without its package": "what is quantised is refused before any package is asked for",
+    "quantised without its package": "it decodes what is quantised, and has no such option",
     "weights pickled": "they can be allowed, so the message is another",
     "tensor missing": "it is told in the notes",
     "tensor of another shape": "it is told in the notes",
@@ -195,10 +195,10 @@ WEIGHT_DIFF = (
         ("pytorch_model.bin", "more than plain tensors", "save_pretrained"),
     ),
     BadInput(
-        "weight-diff: quantised weights",
-        "`-f damaged`, whose weights are quantised by GPTQ",
+        "weight-diff: damaged codes",
+        "`-f damaged`, whose weights are quantised by GPTQ, and whose codes are of another type",
         _damaged(partial(store_codes, quant_method="gptq", bits=4)),
-        ("damaged", "quantised (gptq)", "codes", "unquantised"),
+        ("damaged", "lm_head.weight cannot be decoded", "qweight", "I8", "Fetch the checkpoint again"),
     ),
     BadInput(
         "weight-diff: nothing in common",

@@ -130,6 +130,9 @@ def _learn(
     # It runs prompts, so it comes after the checks that refuse them.
     run = replace(run, n_prefix=share_prefix(pair, reading.base, prefix_plan, notes))
     scope = find_scope(pair, reading, notes)
+    if run.localize and not options.localize:
+        told = f"one of the two is quantised: what each block costs was measured too ({option('localize')})"
+        notes.add("quantised-pair", told)
     settings = _settings(given, pair, run)
     plan = Plan(_prompts(reading), settings, run.traced, scope.outcomes, run.repeats)
     return Prepared(given, pair, reading, run, pair_facts(pair, scope), plan, notes, layers)
@@ -164,12 +167,17 @@ def _run_plan(given: Given, pair: ModelPair, reading: Reading) -> RunPlan:
         pad_ids=reading.pad_ids,
         batch_tokens=given.batch_tokens,
         position=position,
-        localize=options.localize,
+        localize=options.localize or _is_quantised_alone(pair),
         # States of two widths have no distance that noise could be held against.
         noise_floor=not options.no_noise_floor and pair.same_width,
         seed=options.seed,
         token_prompts=_token_prompts(options, position, pair),
     )
+
+
+def _is_quantised_alone(pair: ModelPair) -> bool:
+    """Return whether one of two models of one design is quantised, and the question is what a layer costs."""
+    return pair.same_design and pair.base.is_quantised != pair.finetuned.is_quantised
 
 
 def _position(options: Options, pair: ModelPair) -> Literal["last", "mean", "all"] | int:
@@ -213,8 +221,9 @@ def _settings(given: Given, pair: ModelPair, run: RunPlan) -> Settings:
         batch_tokens=run.batch_tokens,
         chat_template=options.chat_template,
         memory="resident" if pair.base.pager is None else "stream",
+        dequantize=options.dequantize,
         align=pair.align,
-        localize=options.localize,
+        localize=run.localize,
         readout=options.readout,
         noise_floor=run.noise_floor,
         fail_above=options.fail_above,

@@ -131,6 +131,7 @@ def _settings(lenses: Lenses, facts: LensFacts, words: list[str] | None) -> Lens
         layers_path=options.layers_path,
         seed=options.seed,
         trust_remote_code=options.trust_remote_code,
+        dequantize=options.dequantize,
     )
 
 

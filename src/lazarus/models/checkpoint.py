@@ -10,15 +10,18 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lazarus import _transformers
 from lazarus.models.faults import ConversionError
+from lazarus.models.quantised import Weight
 from lazarus.models.reference import Source
-from lazarus.models.stored import TORCH_DTYPES, LazyTensor, StoredTensor
+from lazarus.models.stored import TORCH_DTYPES
 from lazarus.models.wrappers import Wrappers, find_wrappers
 
 
@@ -121,13 +124,23 @@ class KeyMap:
         return {target: tuple(found) for target, found in sources.items()}
 
 
+@dataclass(frozen=True)
+class _Lazy:
+    """A tensor that is read when it is indexed, as transformers does with safetensors' own slices."""
+
+    weight: Weight
+
+    def __getitem__(self, _everything: object) -> Tensor:
+        return self.weight.read()
+
+
 class Conversion:
     """Makes the parameters of one model out of stored tensors.
 
     `sources` has, for each target, the keys that are collected for it.
     """
 
-    def __init__(self, model: PreTrainedModel, stored: Mapping[str, StoredTensor], device: torch.device):
+    def __init__(self, model: PreTrainedModel, stored: Mapping[str, Weight], device: torch.device):
         self.stored = stored
         self.device = device
         self.dtype = model.config.dtype
@@ -145,7 +158,7 @@ class Conversion:
             ConversionError: they do not make what the model wants.
         """
         strip = self.wrappers.strip
-        return self._into(model, {strip(key): LazyTensor(self.stored[key]) for key in keys}, self.device)
+        return self._into(model, {strip(key): _Lazy(self.stored[key]) for key in keys}, self.device)
 
     def check(self, model: PreTrainedModel) -> Any:
         """Put empty parameters of the dtype and shape that the checkpoint makes into an empty model.

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from lazarus.models.checkpoint import Conversion, names_loaded
 from lazarus.models.faults import translated
-from lazarus.models.stored import TORCH_DTYPES, same_elements
+from lazarus.models.quantised import same_weights
+from lazarus.models.stored import TORCH_DTYPES, StoredTensor
 from lazarus.models.tables import Place, Table
 
 SMALL_BYTES = 2**26
@@ -87,7 +88,7 @@ class StoredComparison:
     def _is_stored_alike(self, key: str) -> bool:
         ours, theirs = self._base.stored[key], self._finetuned.stored[key]
         with translated(theirs.path):
-            return same_elements(ours, theirs)
+            return same_weights(ours, theirs)
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,7 @@ def _tables(
             and any(_reads_by_id(m) for m, _ in places[name])
             and conversion.is_plain(name)
             and weight.nbytes >= SMALL_BYTES
+            and isinstance(stored, StoredTensor)
             and stored.dtype in TORCH_DTYPES
             and tuple(weight.shape) == stored.shape
         ):

@@ -23,15 +23,18 @@ from lazarus.models.design import same_config
 from lazarus.models.faults import translated
 from lazarus.models.formats import refuse_empty
 from lazarus.models.gguf.tensors import load as load_gguf
-from lazarus.models.opening import LoadOptions, Opened, open_to_load, stored_dtype, where
+from lazarus.models.opening import LoadOptions, Opened, open_to_load, stored_dtype, stored_weights, where
 from lazarus.models.pager import Pager
+from lazarus.models.quantised import Codes
 from lazarus.models.reference import ModelReference, Source, adapter_base, adapter_settings
 from lazarus.models.sharing import load_over
-from lazarus.models.stored import read_headers
 from lazarus.models.whole import is_hooked, run_once_whole
 from lazarus.models.wrappers import may_be_wrapped, refuse_unmerged
 from lazarus.notes import Note, Notes
 from lazarus.results import ModelInfo, NotCompared
+
+_PLAIN = {"float64", "float32", "float16", "bfloat16", "f64", "f32", "f16", "bf16"}
+"""stored dtypes, and types of GGUF, that are no quantiser's"""
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,19 @@ class LoadedModel:
     revision: str | None = None
     stored_dtype: str | None = None
     notes: tuple[Note, ...] = ()
+    codes: Codes | None = None
+    """the quantisation of its weights, where they are decoded as they are read"""
     pager: Pager | None = None
     """reads its blocks when they are needed; None where all of it is in memory"""
     unread: tuple[Unread, ...] = ()
     """other sets of weights in its folder"""
     untaken: Mapping[str, Any] = field(default_factory=dict)
     """settings of its GGUF file that it runs without"""
+
+    @property
+    def is_quantised(self) -> bool:
+        """Return whether most of its weights are stored as a quantiser's codes."""
+        return self.stored_dtype is not None and self.stored_dtype.lower() not in _PLAIN
 
     @property
     def run_dtype(self) -> str:
@@ -220,7 +230,11 @@ def _load_unusual(opened: Opened, options: LoadOptions) -> Weights | None:
     source, kind = opened.source, _transformers.registered_class(opened.model_class, opened.config)
     if source.gguf_file:
         return None
-    must = source.weights_file is not None or source.file("adapter_config.json") is not None
+    must = (
+        source.weights_file is not None
+        or source.file("adapter_config.json") is not None
+        or opened.codes is not None
+    )
     if kind is None or opened.quantised:
         if must:
             raise UnsupportedModelError(
@@ -229,8 +243,7 @@ def _load_unusual(opened: Opened, options: LoadOptions) -> Weights | None:
             )
         return None
     with translated(source.name):
-        keys = read_headers(find_files(source, opened.config, opened.model_class))
-        if not must and not may_be_wrapped(keys, kind.base_model_prefix):
+        if not must and not may_be_wrapped(stored_weights(opened), kind.base_model_prefix):
             return None
         if not _transformers.can_convert():
             raise UnsupportedModelError(
@@ -256,7 +269,7 @@ def build(
     config = copy.deepcopy(opened.config)
     model = build_empty(kind, config, files, "auto" if options.dtype is None else options.dtype)
     model.config.name_or_path = model.name_or_path = opened.source.path
-    return model, Conversion(model, read_headers(files), options.device)
+    return model, Conversion(model, stored_weights(opened), options.device)
 
 
 def _load_over(base: Weights, opened: Opened, options: LoadOptions) -> Weights | None:
@@ -275,9 +288,10 @@ def _load_over(base: Weights, opened: Opened, options: LoadOptions) -> Weights |
         or (options.dtype is None and (ours.config.dtype is None or ours.config.dtype != opened.config.dtype))
     ):
         return None
+    if not _transformers.can_convert():
+        return None
     with translated(opened.source.name):
-        files = [find_files(each.source, each.config, each.model_class) for each in (ours, opened)]
-        model = load_over(base.model, (files[0], files[1]), options.device)
+        model = load_over(base.model, stored_weights(ours), stored_weights(opened), options.device)
     if model is None:
         return None
     model.config.name_or_path = model.name_or_path = opened.source.path
@@ -383,6 +397,7 @@ def finish(reference: ModelReference, weights: Weights, options: LoadOptions) ->
         left_out=adapted.left_out,
         revision=weights.source.revision,
         stored_dtype=stored_dtype(weights.opened),
+        codes=weights.opened.codes,
         pager=weights.pager,
         untaken=weights.opened.untaken,
         unread=(*weights.opened.contents.unread, *adapted.unread),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +17,41 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from lazarus import _transformers
+from lazarus.errors import UnsupportedModelError, WeightsError
+from lazarus.messages import option
 from lazarus.models.checkpoint import find_files
 from lazarus.models.contents import NOTHING_BESIDE, Contents, look_for_weights, survey
 from lazarus.models.faults import translated
 from lazarus.models.formats import check_folder
 from lazarus.models.gguf.opening import OpenedGguf, open_gguf, usual_type
 from lazarus.models.gguf.parts import read_files
-from lazarus.models.quantised import check_claim, claimed_method, is_left_over
+from lazarus.models.quantised import (
+    CodedTensor,
+    Codes,
+    Weight,
+    can_decode,
+    check_claim,
+    claimed_method,
+    is_left_over,
+    stored_codes,
+)
 from lazarus.models.reference import Source
 from lazarus.models.stored import read_headers
 from lazarus.notes import Notes
 
 _SAFETENSORS_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_CLAIMED_BY = {
+    "hf_quant_config.json": "modelopt",
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+    "quanto_qmap.json": "quanto",
+}
+"""files that say how weights are quantised where config.json does not, and the method that writes each"""
+_CONV1D = {"gpt2", "openai-gpt", "decision_transformer", "imagegpt"}
+"""families with modules of transformers' `Conv1D`, whose weights have rows for inputs"""
+_TRANSPOSE = {"auto-round", "bitsandbytes", "gptq"}
+"""methods that quantise these modules, and store their weights as those of `Linear`"""
+_SAFETENSORS_DTYPES = {getattr(torch, dtype): name for name, dtype in _SAFETENSORS_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -37,6 +62,7 @@ class LoadOptions:
     device: torch.device
     trust_remote_code: bool = False
     layers_path: str | None = None
+    dequantize: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -50,6 +76,8 @@ class Opened:
     left_over: str | None = None
     """a quantisation that config.json claims, and that is not that of the stored weights"""
     gguf: OpenedGguf | None = None
+    codes: Codes | None = None
+    """the quantisation of its weights, where they are decoded as they are read"""
     contents: Contents = NOTHING_BESIDE
 
     @property
@@ -63,6 +91,13 @@ class Opened:
             notes.extend([self.contents.note])
         if self.gguf is not None:
             notes.extend(self.gguf.notes)
+        if self.codes is not None:
+            notes.add(
+                "weights-dequantised",
+                f"{self.source.name}: its weights ({self.codes.method}) were dequantised as they were read; "
+                "nothing else of its quantisation was applied",
+                model=self.source.name,
+            )
         if self.left_over is not None:
             notes.add(
                 "quantisation-claim",
@@ -119,7 +154,8 @@ def open_to_load(source: Source, options: LoadOptions) -> Opened:
     opened = open_checkpoint(source, options)
     if source.gguf_file:
         return opened
-    return find_weights(opened)[0]
+    opened = find_weights(opened)[0]
+    return decoding(opened) if _is_decoded(opened, options) else opened
 
 
 def find_weights(opened: Opened, *, pickled: bool = False) -> tuple[Opened, list[str]]:
@@ -144,8 +180,85 @@ def find_weights(opened: Opened, *, pickled: bool = False) -> tuple[Opened, list
         del config.quantization_config
         left_over = claimed_method(opened.config)
         return replace(opened, config=config, quantised=False, left_over=left_over), files
+    if not opened.quantised and next(stored_codes(stored), None) is not None:
+        opened = _claiming(opened)
     check_claim(source.name, opened.config, stored)
     return opened, files
+
+
+def _claiming(opened: Opened) -> Opened:
+    """Return a checkpoint of codes with the quantisation that another file claims, where one does.
+
+    Raises:
+        WeightsError: that file is damaged.
+    """
+    settings = getattr(opened.config, "compression_config", None)
+    settings = settings and {"quant_method": "compressed-tensors", **settings}
+    for name, method in _CLAIMED_BY.items():
+        if not settings and (path := opened.source.file(name)) is not None:
+            try:
+                settings = {"quant_method": method, **json.loads(Path(path).read_text(encoding="utf-8"))}
+            except (ValueError, TypeError) as error:
+                raise WeightsError(f"{path}: is damaged: {error}. Fetch the model again.") from error
+    if not settings:
+        return opened
+    config = copy.deepcopy(opened.config)
+    config.quantization_config = settings
+    return replace(opened, config=config, quantised=True)
+
+
+def _is_decoded(opened: Opened, options: LoadOptions) -> bool:
+    """Return whether the weights of a checkpoint are dequantised here, and not by transformers.
+
+    Raises:
+        UnsupportedModelError: it must be left to transformers, which does not know its quantisation.
+    """
+    if not opened.quantised:
+        return False
+    if options.dequantize == "never":
+        if _transformers.knows_quantisation(opened.config.quantization_config):
+            return False
+        raise UnsupportedModelError(
+            f"{opened.source.name}: its weights are quantised by {claimed_method(opened.config)!r}, which "
+            f"transformers does not know, and {option('dequantize', 'never')} leaves them to it. Leave the "
+            "option out.",
+            option="dequantize",
+        )
+    if options.dequantize == "always":
+        return True
+    has_kernels = _transformers.can_run_quantised(opened.config.quantization_config, options.device)
+    return can_decode(claimed_method(opened.config)) and not has_kernels
+
+
+def decoding(opened: Opened) -> Opened:
+    """Return a quantised checkpoint as one whose weights are dequantised as they are read.
+
+    Raises:
+        UnsupportedModelError: its modules are of a kind that is stored transposed.
+    """
+    settings, config = opened.config.quantization_config, copy.deepcopy(opened.config)
+    method = claimed_method(opened.config) or ""
+    if method in _TRANSPOSE and config.model_type in _CONV1D:
+        raise UnsupportedModelError(
+            f"{opened.source.name}: {method} stores the weights of {config.model_type} transposed, which is "
+            "not decoded. Compare an unquantised checkpoint."
+        )
+    # `from_pretrained` and the model itself take the claim for a promise of codes.
+    del config.quantization_config
+    plain = settings if isinstance(settings, Mapping) else settings.to_dict()
+    dtype = _SAFETENSORS_DTYPES.get(getattr(config, "dtype", None), "BF16")
+    codes = Codes(opened.source.name, method, plain, dtype)
+    return replace(opened, config=config, quantised=False, codes=codes)
+
+
+def stored_weights(opened: Opened) -> Mapping[str, Weight]:
+    """Return the tensors of a checkpoint by their keys, each read when it is asked for.
+
+    Raises:
+        ModelError: they cannot be found, or not decoded.
+    """
+    stored = read_headers(find_files(opened.source, opened.config, opened.model_class))
+    return stored if opened.codes is None else opened.codes.weights(stored)
 
 
 def stored_dtype(opened: Opened) -> str | None:
@@ -154,6 +267,14 @@ def stored_dtype(opened: Opened) -> str | None:
     source = opened.source
     if source.gguf_file:
         return usual_type(read_files(source))
+    if opened.codes is not None:
+        for weight in stored_weights(opened).values():
+            if isinstance(weight, CodedTensor):
+                name = weight.decoder.precision.scheme
+            else:
+                name = _SAFETENSORS_NAMES.get(weight.dtype, weight.dtype)
+            counts[name] += prod(weight.shape)
+        return counts.most_common(1)[0][0]
     for path in find_files(source, opened.config, opened.model_class):
         counts += _dtypes_in(Path(path))
     return counts.most_common(1)[0][0] if counts else None

@@ -25,12 +25,13 @@ from lazarus.models.equality import same_bits
 from lazarus.models.faults import translated
 from lazarus.models.gguf.tensors import read_unplaced
 from lazarus.models.load import LoadedModel
+from lazarus.models.quantised import CodedTensor, Weight, same_weights
 from lazarus.models.reference import Source
 from lazarus.models.settings import settings_that_differ
-from lazarus.models.stored import TORCH_DTYPES, StoredTensor, read_headers, read_whole, same_elements
+from lazarus.models.stored import TORCH_DTYPES, StoredTensor, read_headers
 from lazarus.results import SETTING, NotCompared
 
-Held = StoredTensor | Tensor
+Held = StoredTensor | CodedTensor | Tensor
 """a tensor in a file, or in memory"""
 
 _KINDS = (
@@ -163,7 +164,8 @@ def _held(model: LoadedModel, compared: AbstractSet[str]) -> dict[str, Held]:
                 held |= read_unplaced(model.source, type(model.model), model.model.config)
         return held
     with translated(model.source.name):
-        stored = read_headers(find_files(model.source, model.model.config, type(model.model)))
+        files = read_headers(find_files(model.source, model.model.config, type(model.model)))
+        stored: Mapping[str, Weight] = files if model.codes is None else model.codes.weights(files)
     keys = KeyMap(model.model, stored, {_plain(name): tensor for name, tensor in names.items()})
     plain = {_plain(name) for name in compared}
     seen = {key for target, found in keys.sources.items() if target in plain for key in found}
@@ -242,10 +244,10 @@ def _same(ours: Held, theirs: Held) -> bool | None:
     if isinstance(ours, StoredTensor) and isinstance(theirs, StoredTensor):
         if ours.dtype != theirs.dtype and not {ours.dtype, theirs.dtype} <= _FLOATS:
             return None  # codes of one quantisation, and elements of the other
-        return same_elements(ours, theirs)
+        return same_weights(ours, theirs)
     if any(isinstance(t, StoredTensor) and t.dtype not in TORCH_DTYPES for t in (ours, theirs)):
         return None
-    one, other = (read_whole(t) if isinstance(t, StoredTensor) else t.detach() for t in (ours, theirs))
+    one, other = (t.detach() if isinstance(t, Tensor) else t.read() for t in (ours, theirs))
     if type(one) not in _PLAIN_TENSORS or type(other) not in _PLAIN_TENSORS:
         # Quantised on one side alone: codes and elements cannot be compared.
         return same_bits(one, other) if type(one) is type(other) else None

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from lazarus import _transformers
 from lazarus.models.adapters import share_storage
 from lazarus.models.checkpoint import Conversion
-from lazarus.models.stored import StoredTensor, read_headers, same_elements
+from lazarus.models.quantised import Weight, same_weights
 
 
 def load_over(
-    base: PreTrainedModel, files: tuple[list[str], list[str]], device: torch.device
+    base: PreTrainedModel, ours: Mapping[str, Weight], theirs: Mapping[str, Weight], device: torch.device
 ) -> PreTrainedModel | None:
     """Load a second model over base's weights: only the tensors that differ are read.
 
-    `files` are both checkpoints' files; both must be of one class and configuration, in one dtype. None
-    where the files do not hold the same keys and shapes, where not one tensor is the same, where their keys
-    carry a wrapper's prefix, or where this version of transformers cannot: load it by itself.
+    `ours` and `theirs` are what both checkpoints store; both must be of one class and configuration, in one
+    dtype. None where they do not hold the same keys and shapes, where not one tensor is the same, or where
+    their keys carry a wrapper's prefix: load it by itself.
     """
-    if not _transformers.can_convert():
-        return None
-    try:
-        # What is wrong with the files is reported when the checkpoint is loaded by itself.
-        ours, theirs = read_headers(files[0]), read_headers(files[1])
-    except (SafetensorError, OSError, ValueError):
-        return None
     same = _same_keys(ours, theirs)
     if not same:
         return None
@@ -45,11 +38,11 @@ def load_over(
     return model.eval().requires_grad_(requires_grad=False)
 
 
-def _same_keys(ours: dict[str, StoredTensor], theirs: dict[str, StoredTensor]) -> set[str]:
+def _same_keys(ours: Mapping[str, Weight], theirs: Mapping[str, Weight]) -> set[str]:
     """Return the keys of the tensors with the same elements; none where the two list other keys or shapes."""
     if {key: s.shape for key, s in ours.items()} != {key: s.shape for key, s in theirs.items()}:
         return set()
-    return {key for key in ours if same_elements(ours[key], theirs[key])}
+    return {key for key in ours if same_weights(ours[key], theirs[key])}
 
 
 def _ties_what_is_stored(model: PreTrainedModel, conversion: Conversion) -> bool:

@@ -51,6 +51,26 @@ class StoredTensor:
     start: int
     n_bytes: int
 
+    def read(self) -> Tensor:
+        """Return the tensor in its stored dtype.
+
+        It is read into memory of its own, because a view of a mapped file stays in memory for as long as
+        the file is open. The memory has the same alignment as that view: kernels choose their path by it, and
+        then sums differ in the last bit.
+
+        Raises:
+            OSError: the file is missing or too short.
+        """
+        memory = torch.empty(self.n_bytes + 2 * _ALIGNMENT, dtype=torch.uint8)
+        # A mapping begins at a page, so its view is aligned as `start` is.
+        shift = (self.start - memory.data_ptr()) % _ALIGNMENT
+        taken = memory[shift : shift + self.n_bytes]
+        # Unbuffered: the bytes go straight into the tensor's memory.
+        with Path(self.path).open("rb", buffering=0) as file:
+            file.seek(self.start)
+            _fill(memoryview(taken.numpy().data), file)
+        return taken.view(TORCH_DTYPES[self.dtype]).view(self.shape)
+
 
 def read_headers(files: Sequence[str]) -> dict[str, StoredTensor]:
     """Return every tensor of these files by its key; of two with one key, that of the later file.
@@ -134,30 +154,6 @@ def _alike(
     return True
 
 
-class LazyTensor:
-    """A stored tensor that is read when it is indexed, as transformers does with safetensors' own slices.
-
-    It is read into memory of its own, because a view of a mapped file stays in memory for as long as the file
-    is open. The memory has the same alignment as that view: kernels choose their path by it, and then sums
-    differ in the last bit.
-    """
-
-    def __init__(self, stored: StoredTensor) -> None:
-        self.stored = stored
-
-    def __getitem__(self, _everything: object) -> Tensor:
-        stored, dtype = self.stored, TORCH_DTYPES[self.stored.dtype]
-        memory = torch.empty(stored.n_bytes + 2 * _ALIGNMENT, dtype=torch.uint8)
-        # A mapping begins at a page, so its view is aligned as `start` is.
-        shift = (stored.start - memory.data_ptr()) % _ALIGNMENT
-        taken = memory[shift : shift + stored.n_bytes]
-        # Unbuffered: the bytes go straight into the tensor's memory.
-        with Path(stored.path).open("rb", buffering=0) as file:
-            file.seek(stored.start)
-            _fill(memoryview(taken.numpy().data), file)
-        return taken.view(dtype).view(stored.shape)
-
-
 def _fill(memory: memoryview, file: io.FileIO) -> None:
     """Read until the memory is full: one call of the system reads at most two gigabytes."""
     done = 0
@@ -166,11 +162,6 @@ def _fill(memory: memoryview, file: io.FileIO) -> None:
         if not n_read:
             raise OSError(f"{file.name}: cut short")
         done += n_read
-
-
-def read_whole(stored: StoredTensor) -> Tensor:
-    """Return a stored tensor in its stored dtype."""
-    return LazyTensor(stored)[...]
 
 
 def read_rows(stored: StoredTensor, rows: Sequence[int]) -> Tensor:

@@ -11,6 +11,7 @@ from lazarus.errors import UsageError
 from lazarus.messages import option
 from lazarus.options.checks import check_bound, check_choice, check_count, check_named
 from lazarus.options.common import (
+    Dequantize,
     Device,
     Dtype,
     Expectation,
@@ -171,6 +172,7 @@ class Options(Checked):
     device: Device = "auto"
     batch_tokens: BatchTokens = None
     memory: Memory = "auto"
+    dequantize: Dequantize = "auto"
     layers_path: LayersPath = None
     seed: Seed = 0
     trust_remote_code: TrustRemoteCode = False
@@ -222,6 +224,7 @@ class OptionArguments(TypedDict, total=False):
     device: Device
     batch_tokens: BatchTokens
     memory: Memory
+    dequantize: Dequantize
     layers_path: LayersPath
     seed: Seed
     trust_remote_code: TrustRemoteCode

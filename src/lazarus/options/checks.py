@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from lazarus.errors import UsageError
 from lazarus.messages import option
 
+DEQUANTIZE = ("auto", "always", "never")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXPECTATIONS = ("identical", "changed")
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated, Literal
 
-from lazarus.options.checks import DTYPES, EXPECTATIONS, check_choice, check_device, check_named, check_seed
+from lazarus.options.checks import (
+    DEQUANTIZE,
+    DTYPES,
+    EXPECTATIONS,
+    check_choice,
+    check_device,
+    check_named,
+    check_seed,
+)
 from lazarus.options.option import COMPARE, RUN, Option
 
 Dtype = Annotated[
@@ -18,6 +26,16 @@ Dtype = Annotated[
     ),
 ]
 Device = Annotated[str, Option("Where the models run.", RUN, "auto|cpu|cuda[:N]|mps", check=check_device)]
+Dequantize = Annotated[
+    str,
+    Option(
+        "Run a quantised checkpoint on its dequantised weights; auto: where its kernels are not available "
+        "here.",
+        RUN,
+        "auto|always|never",
+        check=partial(check_choice, choices=DEQUANTIZE),
+    ),
+]
 LayersPath = Annotated[
     str | None,
     Option(

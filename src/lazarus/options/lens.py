@@ -12,7 +12,7 @@ from lazarus.errors import UsageError
 from lazarus.messages import option
 from lazarus.options.activation import Options
 from lazarus.options.checks import check_count
-from lazarus.options.common import Device, Dtype, LayersPath, Seed, TrustRemoteCode
+from lazarus.options.common import Dequantize, Device, Dtype, LayersPath, Seed, TrustRemoteCode
 from lazarus.options.option import COMPARE, READ, Checked, Option
 
 _ROLES = {"model1": "base", "model2": "finetuned"}
@@ -55,6 +55,7 @@ class CompareOptions(Checked):
     truncate: Truncate = False
     dtype: Dtype = "auto"
     device: Device = "auto"
+    dequantize: Dequantize = "auto"
     layers_path: LayersPath = None
     seed: Seed = 0
     trust_remote_code: TrustRemoteCode = False
@@ -66,6 +67,7 @@ class CompareOptions(Checked):
             device=self.device,
             chat_template=_ROLES.get(self.chat_template, self.chat_template),
             memory="resident",
+            dequantize=self.dequantize,
             align="text",
             truncate=self.truncate,
             layers_path=self.layers_path,
@@ -83,6 +85,7 @@ class CompareArguments(TypedDict, total=False):
     truncate: Truncate
     dtype: Dtype
     device: Device
+    dequantize: Dequantize
     layers_path: LayersPath
     seed: Seed
     trust_remote_code: TrustRemoteCode

@@ -22,6 +22,8 @@ Writer = Callable[..., None]
 
 LEAST_FREE_BYTES = 1 << 20
 TEMPORARY = ".lazarus-"
+RECIPE = "recipe.json"
+"""the end of a name that asks for the list of modules by their cost"""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ FORMATS: dict[str, Format] = {
     ".png": Format("figure", "matplotlib", "plot"),
     ".svg": Format("figure", "matplotlib", "plot"),
     ".pdf": Format("figure", "matplotlib", "plot"),
+    RECIPE: Format("recipe"),
 }
 """The formats of results."""
 
@@ -59,7 +62,8 @@ def format_of(path: str, command: str) -> str:
         OutputError: it is the suffix of a format that this command's results are not written in.
         MissingPackageError: the package that the format needs is not installed.
     """
-    suffix, known = Path(path).suffix.lower(), formats_of(command)
+    name, known = Path(path).name.lower(), formats_of(command)
+    suffix = RECIPE if name.endswith(RECIPE) and RECIPE in known else Path(name).suffix
     if suffix in FORMATS and suffix not in known:
         raise OutputError(f"-o {path}: {command} writes no {suffix}. Choose one of {', '.join(known)}.")
     chosen = suffix if suffix in known else ".json"
@@ -85,6 +89,8 @@ def writer_of(command: str, suffix: str) -> Writer:
             return lambda record, stream: write_parquet(renderer.columns(record), renderer.KINDS, stream)
         case ".md":
             write: Writer = renderer.write_markdown
+        case "recipe.json":
+            write = renderer.write_recipe
         case ".html":
             write = renderer.write_html
         case _:

@@ -52,6 +52,7 @@ from lazarus.results.rows import ResultRow, ResultRows, finite_or_none
 from lazarus.results.weights import (
     CheckpointInfo,
     CopiedLayers,
+    Quantisation,
     Spectrum,
     TensorRecord,
     UnmatchedTensor,
@@ -91,6 +92,7 @@ __all__ = [
     "NotCompared",
     "Output",
     "PromptRecord",
+    "Quantisation",
     "Readout",
     "ReadoutToken",
     "ResultRow",

@@ -335,6 +335,46 @@ WEIGHT_METRICS: dict[str, Metric] = {
                 "rounding of the stored type, and the rest is no more than that"
             ),
         ),
+        Metric(
+            "relative_error",
+            heading="Error",
+            unit="1",
+            range="0 to ∞",
+            format=".4f",
+            formula="‖q − w‖ / ‖w‖",
+            source="how far a quantised tensor q is from what it was before, w",
+            schema="‖q − w‖ / ‖w‖ of the quantised tensor q and the other one, w",
+        ),
+        Metric(
+            "nearest_relative_error",
+            heading="Nearest",
+            unit="1",
+            range="0 to ∞",
+            format=".4f",
+            formula="the error of rounding w to nearest, in the same bits and blocks",
+            source="scale 2 max|w| / (2^bits − 1): the rule of compressed-tensors without calibration",
+            schema="the same of w rounded to nearest in these bits and blocks; null of floats of few bits",
+        ),
+        Metric(
+            "error_ratio",
+            heading="Of nearest",
+            unit="1",
+            range="0 to ∞",
+            format=".3f",
+            formula="error / that of rounding to nearest",
+            source="above 1 where a method has moved weights away to lower the error of its activations",
+            schema="relative_error / nearest_relative_error",
+        ),
+        Metric(
+            "outlier_share",
+            heading="In outliers",
+            unit="1",
+            range="0 to 1",
+            format=".3f",
+            formula="share of Σ (q − w)² in the 1 % of the columns that have most of it",
+            source="0.01 where the error is spread evenly; more where few input channels hold it",
+            schema="share of the squared error in the 1 % of the columns (input channels) with most of it",
+        ),
     )
 }
 """The metrics of weight-diff."""

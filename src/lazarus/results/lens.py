@@ -82,6 +82,7 @@ class LensSettings(Record, frozen=True, kw_only=True):
     layers_path: str | None
     seed: int
     trust_remote_code: bool
+    dequantize: str = "auto"
 
 
 class LensSummary(Record, frozen=True, kw_only=True):

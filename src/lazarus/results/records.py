@@ -52,6 +52,7 @@ class Settings(Record, frozen=True, kw_only=True):
     batch_tokens: Annotated[int, Meta(description="tokens in one batch, padding included")]
     chat_template: str
     memory: Literal["resident", "stream"]
+    dequantize: str = "auto"
     align: Literal["ids", "text"]
     localize: bool
     readout: str | None = None

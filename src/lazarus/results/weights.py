@@ -65,6 +65,19 @@ class Spectrum(Record, frozen=True, kw_only=True):
     singular_values: Annotated[list[float], Meta(description="the 32 largest")]
 
 
+class Quantisation(Record, frozen=True, kw_only=True):
+    """The quantisation of one of the two tensors, where the other is not quantised: q against w."""
+
+    role: Annotated[Literal["base", "finetuned"], Meta(description="which of the two is quantised")]
+    scheme: Annotated[str, Meta(description="the method and the kind of its codes, such as `gptq int4`")]
+    bits: Annotated[int, Meta(ge=1, description="of one code")]
+    block: Annotated[list[int], Meta(description="rows and columns that have one scale in common")]
+    relative_error: Annotated[float | None, WEIGHT_METRICS["relative_error"].meta]
+    nearest_relative_error: Annotated[float | None, WEIGHT_METRICS["nearest_relative_error"].meta]
+    error_ratio: Annotated[float | None, WEIGHT_METRICS["error_ratio"].meta]
+    outlier_share: Annotated[float | None, WEIGHT_METRICS["outlier_share"].meta]
+
+
 class TensorRecord(Record, frozen=True, kw_only=True):
     """One tensor of both checkpoints, or the part of a fused one that is one component."""
 
@@ -96,6 +109,9 @@ class TensorRecord(Record, frozen=True, kw_only=True):
             description="share of an adapter's update that the other's tensor holds: 1 of a right merge, "
             "0 where it was left out, 2 where it was added twice"
         ),
+    ] = None
+    quantisation: Annotated[
+        Quantisation | None, Meta(description="where one of the two is quantised: how, and its error")
     ] = None
 
 

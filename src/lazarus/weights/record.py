@@ -20,6 +20,7 @@ from lazarus.results import (
     CheckpointInfo,
     CopiedLayers,
     NotCompared,
+    Quantisation,
     Spectrum,
     TensorRecord,
     WeightDiffRecord,
@@ -48,6 +49,8 @@ class Measured:
     spectrum: Spectrum | None
     rounded: Rounded | None = None
     """None where neither can be the other's rounding"""
+    quantisation: Quantisation | None = None
+    """None where both are quantised, or neither"""
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,7 @@ def _row(row: Row, measured: Measured, threshold: float) -> TensorRecord:
         spectrum=measured.spectrum,
         rounding=rounded.holds if rounded is not None and rounded.result != "unknown" else None,
         merged_share=rounded.share if rounded is not None else None,
+        quantisation=measured.quantisation,
     )
 
 

@@ -23,6 +23,7 @@ from lazarus.weights.checkpoints import Checkpoint, read_checkpoint
 from lazarus.weights.numbers import Pair, base_norm, measure
 from lazarus.weights.pairs import Row, match
 from lazarus.weights.parallel import measure_all, run_all
+from lazarus.weights.quantisation import describe, find_quantised
 from lazarus.weights.record import Measured, NamedCheckpoint, assemble
 from lazarus.weights.rounding import candidates, check
 from lazarus.weights.spectrum import spectrum
@@ -167,6 +168,7 @@ def _measure(rows: Sequence[Row], options: WeightOptions, watcher: Observer) -> 
     if any(each.numbers.n_changed for each in measured):
         _add_norms(pairs, measured, n_threads)
         _add_rounding(pairs, measured, n_threads)
+        _add_quantisation(pairs, measured, n_threads)
     return measured
 
 
@@ -176,6 +178,15 @@ def _add_norms(pairs: Sequence[Pair], measured: list[Measured], n_threads: int) 
     norms = measure_all([pairs[i] for i in lacking], base_norm, n_threads)
     for i, norm in zip(lacking, norms, strict=True):
         measured[i] = Measured(replace(measured[i].numbers, base_norm=norm), measured[i].spectrum)
+
+
+def _add_quantisation(pairs: Sequence[Pair], measured: list[Measured], n_threads: int) -> None:
+    """Describe the quantisation of those of which one side alone is quantised."""
+    found = {i: quantised for i, pair in enumerate(pairs) if (quantised := find_quantised(pair)) is not None}
+    sizes = [math.prod(pairs[i].matrix) for i in found]
+    described = run_all([partial(describe, each) for each in found.values()], sizes, n_threads)
+    for i, quantisation in zip(found, described, strict=True):
+        measured[i] = replace(measured[i], quantisation=quantisation)
 
 
 def _add_rounding(pairs: Sequence[Pair], measured: list[Measured], n_threads: int) -> None:

@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lazarus.errors import UnsupportedModelError, WeightsError
+from lazarus.errors import WeightsError
 from lazarus.messages import option
 from lazarus.models.contents import Unread
 from lazarus.models.faults import translated
-from lazarus.models.opening import Opened, find_weights
-from lazarus.models.quantised import claimed_method, stored_codes
+from lazarus.models.opening import Opened, decoding, find_weights
+from lazarus.models.quantised import CodedTensor, Weight
 from lazarus.models.stored import read_headers
 from lazarus.notes import Notes
 from lazarus.tokens import listed
+from lazarus.weights.coded import CodedView
 from lazarus.weights.parts import Take
 from lazarus.weights.views import MemoryView, StoredView, View, dtype_name
 
@@ -39,30 +40,30 @@ class Store:
         tensor = self.tensors[key]
         if isinstance(tensor, Tensor):
             return MemoryView(tensor, self.dtypes[key], take)
-        return StoredView(tensor, take)
+        return _view(tensor, take)
+
+
+def _view(weight: Weight, take: Take | None) -> CodedView | StoredView:
+    return CodedView(weight, take) if isinstance(weight, CodedTensor) else StoredView(weight, take)
 
 
 def open_store(opened: Opened, notes: Notes, *, allow_pickle: bool) -> Store:
     """Return the tensors of a checkpoint in safetensors files, or in .bin files where that is allowed.
 
     Raises:
-        UnsupportedModelError: its weights are quantised.
+        UnsupportedModelError: its weights are quantised in a way that cannot be decoded.
         WeightsError: there are no weights, they are pickled, or a file is damaged.
     """
     source = opened.source
     # Pickled files are found in any case, so that the refusal below can name --allow-pickle.
     opened, files = find_weights(opened, pickled=True)
+    opened = decoding(opened) if opened.quantised else opened
     opened.note(notes)
     with translated(source.name):
         if all(file.endswith(".safetensors") for file in files):
-            stored = read_headers(files)
-            if next(stored_codes(stored), None) is not None:
-                raise UnsupportedModelError(
-                    f"{source.name}: its weights are quantised ({claimed_method(opened.config)}): what is "
-                    "stored are codes, whose differences mean nothing. Compare an unquantised checkpoint, or "
-                    "a GGUF file."
-                )
-            views = {key: StoredView(tensor) for key, tensor in stored.items()}
+            headers = read_headers(files)
+            stored: Mapping[str, Weight] = headers if opened.codes is None else opened.codes.weights(headers)
+            views = {key: _view(tensor, None) for key, tensor in stored.items()}
             return Store(
                 {key: tensor.shape for key, tensor in stored.items()},
                 {key: view.dtype for key, view in views.items()},

@@ -135,10 +135,15 @@ def _blocks(record: ActivationDiffRecord) -> list[str]:
     others = len(changed) - BLOCKS_NAMED
     rest = len(changes) - len(changed)
     noise = record.summary.verdict == "within_noise"
-    line = f"{'Largest local changes, within the noise' if noise else 'Blocks that did it'}: {named}" + (
+    line = f"{'Largest local changes, within the noise' if noise else _did_it(record)}: {named}" + (
         f" and {others} more" if others > 0 else ""
     )
     return [line + (f"; exactly 0 in the other {rest}" if rest else "")]
+
+
+def _did_it(record: ActivationDiffRecord) -> str:
+    is_quantised = "quantised-pair" in record.note_codes
+    return "Blocks that cost most, by their local change" if is_quantised else "Blocks that did it"
 
 
 def _output(record: ActivationDiffRecord) -> list[str]:

@@ -24,6 +24,7 @@ OF_SPECTRUM = (
     "rounding_norm",
     "adapter_rank",
 )
+OF_QUANTISATION = ("relative_error", "nearest_relative_error", "error_ratio", "outlier_share")
 KIT = Kit(
     "weights/page.html",
     ("data", "colours", "dom", "lazy", "heatmap", "pager", "tensors", "sorting", "told", "main"),
@@ -43,6 +44,7 @@ def write_html(record: WeightDiffRecord, stream: IO[bytes]) -> None:
 
 def _context(record: WeightDiffRecord, grid: Grid, kept: PageSelection) -> dict[str, Any]:
     """Return what the template says of the result, whatever part of it the page has."""
+    is_quantised = any(row.quantisation for row in record.results)
     return {
         "command": "weight difference",
         "record": record,
@@ -59,11 +61,13 @@ def _context(record: WeightDiffRecord, grid: Grid, kept: PageSelection) -> dict[
         "outside": tables.others(record),
         "unmatched": tables.unmatched(record),
         "updates": tables.updates(record),
+        "quantisations": tables.quantisations(record),
         "provenance": run_tables(record, base_and_finetuned(record), {}),
         "metrics": [
             metric
             for metric in WEIGHT_METRICS.values()
-            if record.settings.spectrum or metric.name not in OF_SPECTRUM
+            if (record.settings.spectrum or metric.name not in OF_SPECTRUM)
+            and (is_quantised or metric.name not in OF_QUANTISATION)
         ],
     }
 

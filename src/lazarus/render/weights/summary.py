@@ -26,6 +26,7 @@ def summary_lines(record: WeightDiffRecord) -> list[str]:
         *_threshold(record),
         *_numbers(record),
         *_unmatched(record),
+        *_quantised(record),
         *_update(record),
         *_unmeasured(record),
         *_too_small(record),
@@ -214,6 +215,24 @@ def _update(record: WeightDiffRecord) -> list[str]:
     if ranks:
         line += f"; 90 % of the change in rank {median(ranks):g} (median)"
     return [line]
+
+
+def _quantised(record: WeightDiffRecord) -> list[str]:
+    """Return what the quantisation did: the error of all, and the tensors of which it is largest."""
+    known = [(row, q) for row in record.results if (q := row.quantisation) is not None]
+    errors = [q.relative_error for _, q in known if q.relative_error is not None]
+    if not errors:
+        return []
+    bits = sorted({q.bits for _, q in known})
+    said = f"{bits[0]} bits" if len(bits) == 1 else f"{bits[0]} to {bits[-1]} bits"
+    worst = sorted(known, key=lambda each: -(each[1].relative_error or 0.0))[:NAMED]
+    named = ", ".join(f"{place(row)} ({short(q.relative_error)})" for row, q in worst)
+    ratios = [q.error_ratio for _, q in known if q.error_ratio is not None]
+    of_nearest = f", {median(ratios):.2f} of rounding to nearest" if ratios else ""
+    tensors = counted(len(known), "tensor")
+    return [
+        f"Quantised: {tensors} in {said}, error {short(median(errors))} (median){of_nearest}; most in {named}"
+    ]
 
 
 def _unmeasured(record: WeightDiffRecord) -> list[str]:

@@ -10,17 +10,32 @@ from lazarus.render.base.cells import shown
 from lazarus.render.base.escape import code, escaped
 from lazarus.render.base.rows import Kind
 from lazarus.render.weights.summary import counted, shape_text, summary_lines
-from lazarus.results import Spectrum, TensorRecord, WeightDiffRecord
+from lazarus.results import Quantisation, Spectrum, TensorRecord, WeightDiffRecord
 from lazarus.results.glossary import WEIGHT_METRICS
 
 MOST_MARKDOWN_ROWS = 400
 """A comment on a pull request takes no more than 65,536 characters."""
-INTEGERS = ("layer", "spectrum_n_singular_values", "spectrum_rank_90", "spectrum_adapter_rank")
+INTEGERS = (
+    "layer",
+    "spectrum_n_singular_values",
+    "spectrum_rank_90",
+    "spectrum_adapter_rank",
+    "quantisation_bits",
+)
 """columns of whole numbers that may be empty"""
 
+_QUANTISATION = ("quantisation_role", "quantisation_scheme", "quantisation_block")
 _KINDS: dict[Kind, Sequence[str]] = {
     "int64": (*INTEGERS, "n_changed"),
-    "string": ("component", "name", "shape", "base_dtype", "finetuned_dtype", "spectrum_method"),
+    "string": (
+        "component",
+        "name",
+        "shape",
+        "base_dtype",
+        "finetuned_dtype",
+        "spectrum_method",
+        *_QUANTISATION,
+    ),
     "bool_": ("flagged", "rounding"),
 }
 KINDS: Mapping[str, Kind] = defaultdict(
@@ -32,17 +47,22 @@ _OF_SPECTRUM = ("effective_rank", "rank_90", "adapter_rank")
 
 
 def columns(record: WeightDiffRecord) -> dict[str, list[Any]]:
-    """Every field of every tensor as columns, the spectrum's with `spectrum_` before it; None where none is.
+    """Every field of every tensor as columns, those of its spectrum and its quantisation with
+    `spectrum_` and `quantisation_` before them; None where none is.
 
     The singular values themselves are in the JSON only.
     """
     rows = record.results
-    plain = [field for field in TensorRecord.__struct_fields__ if field != "spectrum"]
+    plain = [field for field in TensorRecord.__struct_fields__ if field not in ("spectrum", "quantisation")]
     table: dict[str, list[Any]] = {field: [getattr(row, field) for row in rows] for field in plain}
     table["shape"] = [shape_text(row.shape) for row in rows]
     for field in Spectrum.__struct_fields__:
         if field != "singular_values":
             table[f"spectrum_{field}"] = [getattr(row.spectrum, field, None) for row in rows]
+    for field in Quantisation.__struct_fields__:
+        table[f"quantisation_{field}"] = [getattr(row.quantisation, field, None) for row in rows]
+    blocks = (row.quantisation.block if row.quantisation else None for row in rows)
+    table["quantisation_block"] = [None if block is None else shape_text(block) for block in blocks]
     return table
 
 
@@ -73,9 +93,9 @@ def write_markdown(record: WeightDiffRecord, stream: IO[bytes]) -> None:
 
 
 def value_of(row: TensorRecord, name: str) -> float | int | None:
-    """A number of a tensor, or of its spectrum, by the name that the glossary has for it."""
-    holder = row if name in TensorRecord.__struct_fields__ else row.spectrum
-    value: float | int | None = getattr(holder, name, None)
+    """A number of a tensor, of its spectrum or its quantisation, by the name that the glossary has for it."""
+    holders = (holder for holder in (row, row.spectrum, row.quantisation) if hasattr(holder, name))
+    value: float | int | None = getattr(next(holders, None), name, None)
     return value
 
 

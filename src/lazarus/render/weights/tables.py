@@ -10,7 +10,7 @@ from lazarus.render.base.cells import Cell, Heading, Row, Table, cell, plain
 from lazarus.render.weights.grid import kind_of, outside
 from lazarus.render.weights.summary import cut, place, shape_text
 from lazarus.render.weights.table import most_changed_first, shown_names, value_of
-from lazarus.results import Spectrum, TensorRecord, WeightDiffRecord, WeightLayerRecord
+from lazarus.results import Quantisation, Spectrum, TensorRecord, WeightDiffRecord, WeightLayerRecord
 from lazarus.results.glossary import WEIGHT_METRICS
 
 MOST_OUTSIDE = 60
@@ -102,6 +102,44 @@ def updates(record: WeightDiffRecord) -> Table | None:
         headings=[Heading("Component"), *headings],
         rows=[Row(cut(name), _update(found)) for name, found in groups.items()],
     )
+
+
+def quantisations(record: WeightDiffRecord) -> Table | None:
+    """Return what the quantisation did, a row a component over all layers, worst first; None without any."""
+    groups: dict[str, list[Quantisation]] = {}
+    for row in record.results:
+        if row.quantisation is not None:
+            groups.setdefault(kind_of(row.component), []).append(row.quantisation)
+    if not groups:
+        return None
+    ranked = sorted(groups.items(), key=lambda group: -_worst(group[1]))
+    return Table(
+        caption="The quantised tensors of each component, the largest error first; errors are medians",
+        headings=[
+            Heading("Component"),
+            Heading("Tensors", "quantised ones, over all layers"),
+            Heading("Scheme"),
+            Heading("Blocks", "rows x columns with one scale"),
+            *map(_heading, _ERRORS),
+        ],
+        rows=[Row(cut(name), _quantised(found)) for name, found in ranked],
+    )
+
+
+_ERRORS = ("relative_error", "nearest_relative_error", "error_ratio", "outlier_share")
+
+
+def _worst(found: Sequence[Quantisation]) -> float:
+    return max((each.relative_error or 0.0 for each in found), default=0.0)
+
+
+def _quantised(found: Sequence[Quantisation]) -> list[Cell]:
+    return [
+        cell(len(found), ",", "n_tensors"),
+        plain(", ".join(dict.fromkeys(each.scheme for each in found))),
+        plain(", ".join(dict.fromkeys(shape_text(each.block) for each in found))),
+        *(_median([getattr(each, name) for each in found], name) for name in _ERRORS),
+    ]
 
 
 _MEDIANS = ("effective_rank", "stable_rank", "rank_90", "spectral_norm")

@@ -12,6 +12,7 @@ from typing import Any
 
 from lazarus import _transformers
 from lazarus.errors import UnsupportedModelError, WeightsError
+from lazarus.models.quantised.codes import can_decode
 from lazarus.models.stored import StoredTensor
 
 _NO_CODES = {"F64", "F32", "F16", "BF16", "C64", "BOOL", "I64"}
@@ -20,6 +21,8 @@ _FLOAT8 = {"F8_E4M3", "F8_E5M2"}
 """codes where there are scales beside them, elements where there are none"""
 _WEIGHT = re.compile(r"weight|qdata|W_q|_blocks$")
 """in the name of a tensor of codes; a model may have other whole numbers of its own, such as tables"""
+_OF_EXPERTS = ("_scale", "_scale_inv", "_weight_scale")
+"""what the name of stacked experts, which are no `weight`, has at its end where it is that of their scales"""
 _PARAMETER = re.compile(r"scale|zero_?point|qzeros|absmax|quant|g_idx|\bSCB$")
 """in the name of what a quantiser stores beside its codes, or beside elements that it rounds as it runs"""
 
@@ -29,7 +32,11 @@ def claimed_method(config: Any) -> str | None:
     settings = getattr(config, "quantization_config", None)
     if not settings:
         return None
-    method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
+    if not isinstance(settings, dict):
+        settings = settings.to_dict()
+    # bitsandbytes was the only method once, and had no name.
+    is_bitsandbytes = settings.get("load_in_8bit") or settings.get("load_in_4bit")
+    method = settings.get("quant_method", "bitsandbytes" if is_bitsandbytes else None)
     return str(getattr(method, "value", method))
 
 
@@ -42,7 +49,8 @@ def stored_codes(stored: Mapping[str, StoredTensor]) -> Iterator[str]:
     """Yield the keys of the weights that are stored as a quantiser's codes."""
     scaled = {key.rpartition(".")[0] for key in stored if _PARAMETER.search(key)}
     for key, tensor in stored.items():
-        may_be = len(tensor.shape) > 1 and _WEIGHT.search(key) and tensor.dtype not in _NO_CODES
+        is_weight = _WEIGHT.search(key) or any(key + ending in stored for ending in _OF_EXPERTS)
+        may_be = len(tensor.shape) > 1 and is_weight and tensor.dtype not in _NO_CODES
         if may_be and (tensor.dtype not in _FLOAT8 or key.rpartition(".")[0] in scaled):
             yield key
 
@@ -66,8 +74,8 @@ def check_claim(name: str, config: Any, stored: Mapping[str, StoredTensor]) -> N
                 f"({dtype}), and config.json has no quantization_config: what they stand for is not known. "
                 "Fetch the config.json that was saved with these weights."
             )
-    elif not _transformers.knows_quantisation(config.quantization_config):
+    elif not can_decode(method) and not _transformers.knows_quantisation(config.quantization_config):
         raise UnsupportedModelError(
-            f"{name}: its weights are quantised by {method!r}, which transformers cannot read. Use an "
-            "unquantised checkpoint."
+            f"{name}: its weights are quantised by {method!r}, which transformers cannot read, and which is "
+            "not decoded here. Use an unquantised checkpoint."
         )
