@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from architectures import CAUSAL, ENCODER_DECODERS, ENCODERS, MULTIMODAL, REFUSED, UNBUILDABLE, build, swept
 from factories import notes_of, perturbed, save_model, tiny_llama, tiny_tokenizer
-from layouts import compare, edit_json, edit_weights, pair_of, save_adapter, save_fp8, save_gguf
+from layouts import compare, edit_json, edit_weights, pair_of, save_adapter, save_gguf, store_codes
 from lazarus.errors import ModelError, UnsupportedModelError, WeightsError
 from lazarus.models import (
     LoadedModel,
@@ -427,7 +427,9 @@ def _gguf(folder: Path) -> Path:
 
 
 def _quantised(folder: Path) -> Path:
-    return save_fp8(folder, tiny_llama(), tiny_tokenizer())
+    save_model(folder, tiny_llama(), tiny_tokenizer())
+    store_codes(folder, quant_method="eetq")  # which transformers reads, and no one decodes
+    return folder
 
 
 def _rescaling(folder: Path) -> Path:

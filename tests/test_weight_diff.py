@@ -27,10 +27,10 @@ from layouts import (
     edit_json,
     edit_weights,
     publish,
-    save_fp8,
     save_gguf,
     save_sentence_transformer,
     scattered,
+    store_codes,
 )
 from lazarus import WeightDiff, weight_diff
 from lazarus.errors import (
@@ -820,9 +820,11 @@ def test_a_pickle_that_is_cut_short_is_an_error_of_the_model(
         weight_diff(base, folder, allow_pickle=True)
 
 
-def test_what_is_quantised_is_refused_by_name(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="quantised \\(fp8\\)"):
-        weight_diff(base, save_fp8(tmp_path / "fp8", tiny_llama(), None))
+def test_a_quantisation_that_is_not_decoded_is_refused_by_name(base: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(base, tmp_path / "aqlm"))
+    store_codes(folder, quant_method="aqlm")
+    with pytest.raises(UnsupportedModelError, match=r"quantised by 'aqlm'.*trained codebooks"):
+        weight_diff(base, folder)
 
 
 def test_two_models_without_a_common_tensor_are_an_error(base: Path, tmp_path: Path) -> None:

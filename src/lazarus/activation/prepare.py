@@ -177,7 +177,9 @@ def _run_plan(given: Given, pair: ModelPair, reading: Reading) -> RunPlan:
 
 def _is_quantised_alone(pair: ModelPair) -> bool:
     """Return whether one of two models of one design is quantised, and the question is what a layer costs."""
-    return pair.same_design and pair.base.is_quantised != pair.finetuned.is_quantised
+    ours, theirs = pair.base, pair.finetuned
+    runs_alike = pair.same_design and ours.run_dtype == theirs.run_dtype
+    return runs_alike and ours.is_dequantised != theirs.is_dequantised
 
 
 def _position(options: Options, pair: ModelPair) -> Literal["last", "mean", "all"] | int:

@@ -33,8 +33,8 @@ from lazarus.models.wrappers import may_be_wrapped, refuse_unmerged
 from lazarus.notes import Note, Notes
 from lazarus.results import ModelInfo, NotCompared
 
-_PLAIN = {"float64", "float32", "float16", "bfloat16", "f64", "f32", "f16", "bf16"}
-"""stored dtypes, and types of GGUF, that are no quantiser's"""
+_PLAIN = {"F64", "F32", "F16", "BF16"}
+"""the types of GGUF that are no quantiser's"""
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,11 @@ class LoadedModel:
     """settings of its GGUF file that it runs without"""
 
     @property
-    def is_quantised(self) -> bool:
-        """Return whether most of its weights are stored as a quantiser's codes."""
-        return self.stored_dtype is not None and self.stored_dtype.lower() not in _PLAIN
+    def is_dequantised(self) -> bool:
+        """Return whether it runs on plain weights that were made of a quantiser's codes."""
+        if self.source is None or not self.source.gguf_file:
+            return self.codes is not None
+        return self.stored_dtype is not None and self.stored_dtype not in _PLAIN
 
     @property
     def run_dtype(self) -> str:

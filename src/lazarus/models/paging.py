@@ -232,6 +232,8 @@ def fits_surely(base: ModelReference, finetuned: ModelReference, options: LoadOp
         if source.gguf_file:
             return False
         opened = open_checkpoint(source, options)
+        if opened.quantised:
+            return False  # codes of 2 bits become 16 times as large in float32
         with translated(source.name):
             n_bytes += sum(
                 Path(f).stat().st_size for f in find_files(source, opened.config, opened.model_class)
@@ -241,7 +243,7 @@ def fits_surely(base: ModelReference, finetuned: ModelReference, options: LoadOp
 
 def _sizes(source: Source, options: LoadOptions) -> tuple[int, int, int]:
     """The size of a model, of its largest block, and of what is not in blocks."""
-    opened = open_checkpoint(source, options)
+    opened = open_to_load(source, options)
     with translated(source.name):
         model, conversion = _build(opened, replace(options, device=torch.device("meta")))
         conversion.finish(model, conversion.check(model))

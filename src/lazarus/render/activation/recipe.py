@@ -24,6 +24,7 @@ def write_recipe(record: ActivationDiffRecord, stream: IO[bytes]) -> None:
     if not changes:
         raise OutputError(
             "a recipe ranks blocks by their local change, which was not measured. Run with "
-            f"{option('localize')}."
+            f"{option('localize')}.",
+            option="localize",
         )
     write_list(changes, "local change", stream)
