@@ -7,7 +7,7 @@ stored.py      the tensors of safetensors files: where they are, reading them, a
 checkpoint.py  how transformers makes parameters of a checkpoint's stored tensors
 wrappers.py    what a wrapper has put around the names of a checkpoint's tensors
 contents.py    what a folder holds besides the weights that are read
-quantised.py   what a configuration claims of quantisation, and whether the stored weights are so
+quantised/     quantised checkpoints: what they claim, and their weights decoded as they are read
 load.py        from that name to weights in memory, each set of weights once
 in_memory.py   a model that the caller has in memory
 whole.py       what a model does when it first runs as a whole, done once
