@@ -1,11 +1,11 @@
-"""Quantised models of which it is known which layer costs most: `python -m benchmarks.quantised [PART…]`.
+"""Quantised models of which it is known which layer costs most: `python -m benchmarks.quantised [--only PART]`.
 
 truth    SmolLM2 with one layer in 3 bits and all others in 8, for 20 choices of the layer: which layer do
          activation-diff and weight-diff name first?
 example  SmolLM2 in 8, 4 and 3 bits, by two methods: what activation-diff says, and what the next-token
          distribution gains where the layers that it ranks first are restored, against as many others
-memory   weight-diff of a checkpoint of 3 GB against itself in 4 bits: seconds and memory, beside reading both
-         files and one pass of NumPy over them
+size     weight-diff of a checkpoint of 3 GB against itself in 4 bits: memory, and its time over that of
+         reading both files and one pass of NumPy over them
 
 The checkpoints are in compressed-tensors' format, packed here. The results are written to
 benchmarks/results/quantised.json; `--write-docs` writes them into docs/quantised.md.
@@ -17,7 +17,7 @@ import argparse
 import json
 import random
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,11 +30,13 @@ from torch import Tensor
 
 import lazarus
 from benchmarks import places
-from benchmarks.results import Machine
+from benchmarks.commands import measure, python_module
+from benchmarks.size import random_llamas
 from benchmarks.trust_report import table
 from benchmarks.weights import make_base, make_once
 
 Method = Literal["nearest", "mse"]
+PARTS = ["truth", "example", "size"]
 GROUP = 64
 N_CHOICES, N_PROMPTS, SEED = 20, 16, 0
 N_RESTORED = 5
@@ -71,12 +73,21 @@ class Example(Struct, frozen=True):
     """with the five restored whose weights have the largest error"""
 
 
+class Size(Struct, frozen=True):
+    """weight-diff of a large checkpoint against itself in 4 bits, a whole command in turn with the other."""
+
+    gigabytes: float
+    seconds: float
+    numpy_seconds: float
+    peak_mebibytes: float
+
+
 class Results(Struct, frozen=True):
     """All that was measured."""
 
-    machine: Machine | None = None
     truth: list[Choice] = []
     example: list[Example] = []
+    size: list[Size] = []
 
 
 def quantise(weight: Tensor, bits: int, method: Method) -> tuple[Tensor, Tensor]:
@@ -106,12 +117,14 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return words[:, :n_words].where(words[:, :n_words] < 2**31, words[:, :n_words] - 2**32).to(torch.int32)
 
 
-def save_quantised(folder: Path, bits: Mapping[int, int], method: Method = "nearest") -> Path:
-    """Save SmolLM2 with the matrices of each layer in so many bits; 16 leaves a layer as it is."""
+def save_quantised(
+    folder: Path, bits: Mapping[int, int], method: Method = "nearest", base: Path = places.BASE
+) -> Path:
+    """Save a model with the matrices of each layer in so many bits; 16 leaves a layer as it is."""
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(places.BASE, folder)
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
     tensors: dict[str, Tensor] = {}
-    for key, weight in load_file(places.BASE / "model.safetensors").items():
+    for key, weight in _weights_of(base):
         layer = int(key.split(".")[2]) if key.startswith("model.layers.") else -1
         width = bits.get(layer, 16)
         if width == 16 or not key.endswith("_proj.weight"):
@@ -139,6 +152,11 @@ def save_quantised(folder: Path, bits: Mapping[int, int], method: Method = "near
     }
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
+
+
+def _weights_of(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    for path in sorted(folder.glob("*.safetensors")):
+        yield from load_file(path).items()
 
 
 def prompts() -> list[str]:
@@ -211,6 +229,24 @@ def _example(bits: int, method: Method, n_layers: int) -> Example:
     )
 
 
+def measure_size(n_runs: int = 3) -> list[Size]:
+    """Time weight-diff and the pass of NumPy in turn, the files in the system's cache."""
+    base = Path(random_llamas(27, 2048)[0])
+    folder = places.CACHE / "quantised-large"
+    if not folder.exists():
+        save_quantised(folder, dict.fromkeys(range(27), 4), base=base)
+    size = sum(path.stat().st_size for each in (base, folder) for path in each.glob("*.safetensors"))
+    numpy_pass = python_module("benchmarks.quantised_pass", base, folder)
+    diff = python_module("lazarus", "introspect", "weight-diff", "-b", base, "-f", folder, "-q")
+    measure(numpy_pass)
+    found = []
+    for _ in range(n_runs):
+        theirs, ours = measure(numpy_pass), measure(diff)
+        found.append(Size(size / 1e9, ours.seconds, theirs.seconds, ours.peak / 2**20))
+        console.print(found[-1])
+    return found
+
+
 def page(results: Results) -> list[str]:
     """The measured part of docs/quantised.md."""
     choices = results.truth
@@ -234,28 +270,37 @@ def page(results: Results) -> list[str]:
         for e in results.example
     ]
     heads = ["method", "bits", "weight error", "KL", "agree", "ranked first", "KL, these restored"]
-    return [
-        table(["named first", f"of {len(choices)} layers"], [[k, str(v)] for k, v in named.items()]),
-        table([*heads, "KL, by weight error", "KL, others"], rows),
+    sizes = [
+        [f"{s.gigabytes:.1f} GB", f"{s.seconds / s.numpy_seconds:.2f}", f"{s.peak_mebibytes:.0f} MiB"]
+        for s in results.size
     ]
+    tables = [
+        (["named first", f"of {len(choices)} layers"], [[k, str(v)] for k, v in named.items()], choices),
+        ([*heads, "KL, by weight error", "KL, others"], rows, results.example),
+        (["both files", "time of weight-diff / NumPy", "peak memory"], sizes, results.size),
+    ]
+    return [table(head, body) for head, body, measured in tables if measured]
 
 
 def main() -> None:
     """Measure, and write what was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=["truth", "example", []], default=["truth", "example"])
+    parser.add_argument("--only", action="append", choices=PARTS, help="a part; may be given again")
     parser.add_argument("--write-docs", action="store_true", help="write docs/quantised.md from the results")
     options = parser.parse_args()
+    parts = options.only or PARTS
     results = Results()
     if RESULTS.exists():
         results = msgspec.json.decode(RESULTS.read_bytes(), type=Results)
     if not options.write_docs:
         make_once(places.BASE, make_base)
         n_layers = json.loads((places.BASE / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
-        if "truth" in options.parts:
+        if "truth" in parts:
             results = msgspec.structs.replace(results, truth=measure_truth(n_layers))
-        if "example" in options.parts:
+        if "example" in parts:
             results = msgspec.structs.replace(results, example=measure_example(n_layers))
+        if "size" in parts:
+            results = msgspec.structs.replace(results, size=measure_size())
         RESULTS.write_bytes(msgspec.json.format(msgspec.json.encode(results)) + b"\n")
     lines = "\n\n".join(page(results))
     if options.write_docs:
