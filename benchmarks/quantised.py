@@ -1,4 +1,4 @@
-"""Quantised models of which it is known which layer costs most: `python -m benchmarks.quantised [--only PART]`.
+"""Quantised models of which it is known what costs most: `python -m benchmarks.quantised [--only PART]`.
 
 truth    SmolLM2 with one layer in 3 bits and all others in 8, for 20 choices of the layer: which layer do
          activation-diff and weight-diff name first?
@@ -207,7 +207,7 @@ def _example(bits: int, method: Method, n_layers: int) -> Example:
         return lazarus.activation_diff(places.BASE, folder, prompts(), no_noise_floor=True), folder
 
     def kl(restored: Sequence[int]) -> float:
-        return float(run(restored)[0].output.kl_base_finetuned)
+        return float(run(restored)[0].record.output.kl_base_finetuned)
 
     whole, folder = run()
     weights = lazarus.weight_diff(places.BASE, folder)
@@ -219,8 +219,8 @@ def _example(bits: int, method: Method, n_layers: int) -> Example:
     return Example(
         method=method,
         bits=bits,
-        kl=float(whole.output.kl_base_finetuned),
-        agreement=float(whole.output.top1_agreement),
+        kl=float(whole.record.output.kl_base_finetuned),
+        agreement=float(whole.record.output.top1_agreement),
         weight_error=weights.summary.relative_change or 0.0,
         ranked=ranked,
         kl_restored=kl(ranked[:N_RESTORED]),
