@@ -21,8 +21,8 @@ MODULE = "model.layers.1.mlp.down_proj"
 Edit = Callable[[dict[str, Tensor]], None]
 
 
-def decode(library: str, variant: str, folder: Path, edit: Edit, **settings: Any) -> None:
-    """Decode all weights of a variant after an edit of its tensors and settings."""
+def decode(library: str, variant: str, folder: Path, edit: Edit, **settings: Any) -> dict[str, Tensor]:
+    """The decoded weights of a variant after an edit of its tensors and settings."""
     known = json.loads((FOLDER / f"{library}.json").read_text(encoding="utf-8"))[variant]
     every = load_file(FOLDER / f"{library}.safetensors")
     own = {k.partition("/")[2]: t for k, t in every.items() if k.partition("/")[0] == variant}
@@ -31,9 +31,7 @@ def decode(library: str, variant: str, folder: Path, edit: Edit, **settings: Any
     save_file({name: tensor.contiguous() for name, tensor in own.items()}, path, known.get("metadata"))
     stated = {**known["settings"], **settings}
     weights = Codes("model", stated["quant_method"], stated, "F16").weights(read_headers([str(path)]))
-    for weight in weights.values():
-        if isinstance(weight, CodedTensor):
-            weight.read()
+    return {key: weight.read() for key, weight in weights.items() if isinstance(weight, CodedTensor)}
 
 
 def without(name: str) -> Edit:
@@ -220,5 +218,9 @@ def test_codes_in_groups_of_an_unknown_weight_are_refused(tmp_path: Path) -> Non
 
 def test_groups_that_follow_each_other_need_no_list(tmp_path: Path) -> None:
     """AutoRound leaves the list out, and others left it at zero."""
+    expected = decode("gptq", "gptq-4-sym", tmp_path, put("g_idx", ORDER))
+    assert expected
     for edit in (without("g_idx"), put("g_idx", ORDER * 0)):
-        decode("gptq", "gptq-4-sym", tmp_path, edit)
+        found = decode("gptq", "gptq-4-sym", tmp_path, edit)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)

@@ -291,7 +291,7 @@ def can_run_quantised(settings: Any, device: torch.device) -> bool:
         # On a copy: checking the environment may switch the settings to dequantise.
         quantizer = AutoHfQuantizer.from_config(copy.deepcopy(settings), pre_quantized=True)
         quantizer.validate_environment(device_map={"": device}, dtype=None, weights_only=True)
-    except (ImportError, RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError):
+    except (ImportError, RuntimeError, ValueError, TypeError, AttributeError):
         return False
     # It quantises by these, and reads nothing that is: parameters stay random.
     if quantizer.quantization_config.quant_method in ("hqq", "quanto"):

@@ -49,6 +49,10 @@ class Observer(Protocol):
         """Count so many more tokens as run through both models."""
 
 
+_PLAIN_GGUF = {"F64", "F32", "F16", "BF16"}
+"""the types of GGUF that are no quantiser's"""
+
+
 @dataclass(frozen=True)
 class Given:
     """The arguments of a run, beside the models."""
@@ -179,7 +183,14 @@ def _is_quantised_alone(pair: ModelPair) -> bool:
     """Return whether one of two models of one design is quantised, and the question is what a layer costs."""
     ours, theirs = pair.base, pair.finetuned
     runs_alike = pair.same_design and ours.run_dtype == theirs.run_dtype
-    return runs_alike and ours.is_dequantised != theirs.is_dequantised
+    return runs_alike and _is_dequantised(ours) != _is_dequantised(theirs)
+
+
+def _is_dequantised(model: LoadedModel) -> bool:
+    """Return whether a model runs on plain weights that were made of a quantiser's codes."""
+    if model.source is None or not model.source.gguf_file:
+        return model.codes is not None
+    return model.stored_dtype not in _PLAIN_GGUF
 
 
 def _position(options: Options, pair: ModelPair) -> Literal["last", "mean", "all"] | int:

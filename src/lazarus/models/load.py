@@ -33,9 +33,6 @@ from lazarus.models.wrappers import may_be_wrapped, refuse_unmerged
 from lazarus.notes import Note, Notes
 from lazarus.results import ModelInfo, NotCompared
 
-_PLAIN = {"F64", "F32", "F16", "BF16"}
-"""the types of GGUF that are no quantiser's"""
-
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -61,13 +58,6 @@ class LoadedModel:
     """other sets of weights in its folder"""
     untaken: Mapping[str, Any] = field(default_factory=dict)
     """settings of its GGUF file that it runs without"""
-
-    @property
-    def is_dequantised(self) -> bool:
-        """Return whether it runs on plain weights that were made of a quantiser's codes."""
-        if self.source is None or not self.source.gguf_file:
-            return self.codes is not None
-        return self.stored_dtype is not None and self.stored_dtype not in _PLAIN
 
     @property
     def run_dtype(self) -> str:

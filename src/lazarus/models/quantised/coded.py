@@ -20,7 +20,7 @@ _DECODED_BYTES = 2**24
 
 @dataclass(frozen=True)
 class Precision:
-    """How finely a weight is quantised."""
+    """Fineness of a weight's quantisation."""
 
     scheme: str
     """the method and the kind of its codes, such as `gptq int4`"""

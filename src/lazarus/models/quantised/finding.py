@@ -16,7 +16,7 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a finder of coded weights looks at."""
+    """A quantised checkpoint, as a finder of coded weights sees it."""
 
     stored: Mapping[str, StoredTensor]
     settings: Settings
