@@ -32,9 +32,12 @@ TESTED_BY = {
     "engine/coverage.py": "outside claims weight_diff",
     "engine/finite.py": "finite gates claims",
     "engine/pair.py": "engine align streamed repeats",
-    "engine/prefix_cache.py": "prefix replay",
-    "engine/probe.py": "engine architectures",
-    "engine/recorder.py": "engine head finite",
+    "engine/head.py": "probe engine finite",
+    "engine/local.py": "resident engine",
+    "engine/prefix_cache.py": "prefix replay recorder",
+    "engine/probe.py": "engine architectures finite head",
+    "engine/recorder.py": "engine head finite resident",
+    "engine/replay.py": "prefix",
     "engine/resident.py": "engine streamed local",
     "engine/runner.py": "engine streamed prefix",
     "models/adapted.py": "sameness claims adapters",
@@ -44,7 +47,7 @@ TESTED_BY = {
     "activation/accumulation.py": "accumulation repeats noise",
     "activation/findings.py": "accumulation gates verdict noise outside claims model_rounding",
     "weights/pairs.py": "weight_diff weight_vocabulary weight_components",
-    "weights/record.py": "weight_diff weight_rounding outside gates claims",
+    "weights/record.py": "weight_diff weight_rounding weight_gguf weight_vocabulary outside gates claims",
 }
 """the test files that hold a module, beside the one of its own name"""
 
@@ -65,12 +68,15 @@ class Figures(Struct, frozen=True):
 
     module: str
     mutants: int
+    """those that were run"""
     killed: int
     """the endless ones among them"""
     endless: int
     survived: int
     no_result: int
     """those of the survivors that cannot change a result"""
+    of: int = 0
+    """all mutants of the module"""
 
     @property
     def share(self) -> float:
@@ -92,7 +98,7 @@ def read() -> Results:
     return msgspec.json.decode(places.MUTANTS.read_bytes(), type=Results)
 
 
-def save(results: Results) -> None:
+def merged(results: Results) -> Results:
     """Put the modules that were run in the place of what is saved of them."""
     before = read()
     others = set(MODULES) - {figures.module for figures in results.modules}
@@ -100,11 +106,16 @@ def save(results: Results) -> None:
     kept = [survivor for survivor in before.survivors if survivor.key.split(":")[0] in others]
     modules.sort(key=lambda figures: MODULES.index(figures.module))
     survivors = sorted([*results.survivors, *kept], key=lambda s: MODULES.index(s.key.split(":")[0]))
-    text = msgspec.json.format(msgspec.json.encode(Results(modules, survivors)), indent=1)
+    return Results(modules, survivors)
+
+
+def save(results: Results) -> None:
+    """Write the results."""
+    text = msgspec.json.format(msgspec.json.encode(results), indent=1)
     places.MUTANTS.write_bytes(text + b"\n")
 
 
 def total(modules: Sequence[Figures]) -> Figures:
     """The figures of all modules together."""
-    names = ("mutants", "killed", "endless", "survived", "no_result")
+    names = ("mutants", "killed", "endless", "survived", "no_result", "of")
     return Figures("all", *(sum(getattr(figures, name) for figures in modules) for name in names))

@@ -19,7 +19,7 @@ import tempfile
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.machinery import SourceFileLoader
@@ -194,14 +194,20 @@ def _overlay(sources: Mapping[Path, str]) -> None:
 # --- which tests run which lines ----------------------------------------------------------------
 
 
-def learn_tests(modules: Sequence[str], needed: Sequence[str], told: Callable[[str], None]) -> list[Test]:
-    """Every test that passes, with the lines of the modules that it runs.
+def learn_tests(
+    modules: Sequence[str],
+    needed: Sequence[str],
+    told: Callable[[str], None],
+    chosen: Collection[str] | None = None,
+) -> list[Test]:
+    """Every test that passes, with the lines of the modules that it runs; of the `chosen` files alone.
 
     What was learnt before is kept where neither the test's file nor a module that is `needed` has changed.
     Whatever else has changed may have made a test fail: without the cache, all is learnt anew.
     """
     sources = {module: (SOURCE / module).read_text(encoding="utf-8") for module in modules}
     files = [path for path in sorted(TESTS.glob("test_*.py")) if not any(s in path.stem for s in SKIPPED)]
+    files = [path for path in files if chosen is None or path.stem in chosen]
     stamps = {module: _stamp(text) for module, text in sources.items()}
     kept = {path: _kept(path, {module: stamps[module] for module in needed}) for path in files}
     missing = [path for path, found in kept.items() if found is None]

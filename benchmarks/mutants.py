@@ -7,8 +7,9 @@ missing.
 
 Every outcome is kept in benchmarks/cache/mutants, so a run that was stopped goes on where it was;
 `--again` runs the survivors once more, after tests were added. The figures and the survivors are written to
-benchmarks/results/mutants.json, where the reasons that are there already stay. `--reasons` takes more from
-a file: a JSON object of keys and reasons.
+benchmarks/results/mutants.json, where the reasons that are there already stay: those of a sample in place of
+all that is there, those of `--only` in place of what is there of these modules. `--reasons` takes more
+reasons from a file: a JSON object of keys and reasons.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import hashlib
 import os
 import random
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -31,7 +32,7 @@ from msgspec import Struct
 from rich.console import Console
 
 from benchmarks import places
-from benchmarks.mutant_results import MODULES, TESTED_BY, Figures, Results, Survivor, read, save
+from benchmarks.mutant_results import MODULES, TESTED_BY, Figures, Results, Survivor, merged, read, save
 from benchmarks.mutant_tests import SOURCE, Ran, Test, learn_tests, run_imported, run_swapped
 from benchmarks.mutations import Mutant, mutants
 from benchmarks.trust_report import mutants_table
@@ -125,8 +126,7 @@ class Picker:
         file are much alike, so the fastest of each file follow, then the second ones, and so on; of the
         module's own files, many at a time.
         """
-        own = {f"test_{Path(mutant.module).stem}", f"test_weight_{Path(mutant.module).stem}"}
-        own |= {f"test_{name}" for name in TESTED_BY.get(mutant.module, "").split()}
+        own = own_tests(mutant.module)
         killers = self.run.killers(mutant)
         found, variants, seen = [], Counter[str](), defaultdict[str, float](float)
         for test in sorted((test for test in self.tests if _runs(test, mutant)), key=lambda t: t.seconds):
@@ -148,6 +148,12 @@ class Picker:
         return picked
 
 
+def own_tests(module: str) -> set[str]:
+    """Return the names of the test files that hold a module."""
+    name = Path(module).stem
+    return {f"test_{each}" for each in (name, f"weight_{name}", *TESTED_BY.get(module, "").split())}
+
+
 def _runs(test: Test, mutant: Mutant) -> bool:
     lines = test.lines.get(mutant.module, [])
     return bool(lines) and (not mutant.statements or not mutant.statements.isdisjoint(lines))
@@ -160,10 +166,11 @@ def main() -> None:
     parser.add_argument("--sample", type=int, help="so many mutants, drawn at random")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=TEST_SECONDS, help="time of a mutant's tests")
+    parser.add_argument("--own", action="store_true", help="only with the test files that hold a module")
     parser.add_argument("--again", action="store_true", help="run the survivors again")
     parser.add_argument("--reasons", type=Path, help="why survivors cannot change a result")
     options = parser.parse_args()
-    found = [m for name in options.only or MODULES for m in mutants(name, source_of(name))]
+    found = every = [m for name in options.only or MODULES for m in mutants(name, source_of(name))]
     if options.sample is not None:
         found = random.Random(options.seed).sample(found, min(options.sample, len(found)))
     reasons = (
@@ -171,11 +178,11 @@ def main() -> None:
     )
     import_what_tests_need()
     places.MUTANTS_CACHE.mkdir(parents=True, exist_ok=True)
-    run = run_all(found, options.seconds, again=options.again)
-    results = summed_up(found, run, reasons)
+    own = set().union(*map(own_tests, options.only or MODULES)) if options.own else None
+    run = run_all(found, options.seconds, again=options.again, files=own)
+    results = summed_up(found, run, reasons, Counter(mutant.module for mutant in every))
     Console(width=200).print(mutants_table(results.modules), highlight=False, markup=False)
-    if options.sample is None:
-        save(results)
+    save(merged(results) if options.only or options.sample is None else results)
 
 
 def import_what_tests_need() -> None:
@@ -192,16 +199,20 @@ def source_of(module: str) -> str:
     return (SOURCE / module).read_text(encoding="utf-8")
 
 
-def run_all(found: Sequence[Mutant], seconds: float, *, again: bool) -> Run:
-    """Run whatever has no outcome yet: in one session what can be swapped, and the rest one by one."""
+def run_all(
+    found: Sequence[Mutant], seconds: float, *, again: bool, files: Collection[str] | None = None
+) -> Run:
+    """Run whatever has no outcome yet: in one session what can be swapped, and the rest one by one.
+
+    `files` are the names of the test files to run; None for all.
+    """
     run = Run.begin(places.MUTANTS_CACHE / "outcomes.jsonl")
     left = [mutant for mutant in found if not run.is_done(mutant, again=again)]
     run.n_left = len(left)
     if left:
         print(f"{len(left)} of {len(found)} mutants to run", file=run.screen)
-        tests = learn_tests(
-            MODULES, sorted({mutant.module for mutant in left}), partial(print, file=run.screen)
-        )
+        needed = sorted({mutant.module for mutant in left})
+        tests = learn_tests(MODULES, needed, partial(print, file=run.screen), files)
         picker = Picker(tests, seconds, run)
         before = dict(run.outcomes)
         run_swapped([mutant for mutant in left if mutant.function], picker.pick, run.record)
@@ -212,8 +223,13 @@ def run_all(found: Sequence[Mutant], seconds: float, *, again: bool) -> Run:
     return run
 
 
-def summed_up(found: Sequence[Mutant], run: Run, reasons: Mapping[str, str]) -> Results:
-    """The figures of each module, and the survivors with the reasons that are known."""
+def summed_up(
+    found: Sequence[Mutant], run: Run, reasons: Mapping[str, str], n_mutants: Mapping[str, int]
+) -> Results:
+    """The figures of each module, and the survivors with the reasons that are known.
+
+    `n_mutants` is how many each module has, of which those that are `found` were run.
+    """
     known = {survivor.key: survivor.reason for survivor in read().survivors} | dict(reasons)
     survivors: list[Survivor] = []
     modules: list[Figures] = []
@@ -226,8 +242,10 @@ def summed_up(found: Sequence[Mutant], run: Run, reasons: Mapping[str, str]) -> 
         ]
         n_endless = sum(ran.killed_by == "time" for _, ran in ours)
         n_no_result = sum(bool(survivor.reason) for survivor in alive)
-        figures = Figures(module, len(ours), len(ours) - len(alive), n_endless, len(alive), n_no_result)
-        modules.append(figures)
+        n_killed = len(ours) - len(alive)
+        modules.append(
+            Figures(module, len(ours), n_killed, n_endless, len(alive), n_no_result, n_mutants[module])
+        )
         survivors += alive
     return Results(modules, survivors)
 

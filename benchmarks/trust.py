@@ -46,7 +46,7 @@ POWERS = {
     "bfloat16": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
 }
 POWER_BLOCK = 15
-COST_ROUNDS = 2
+COST_ROUNDS = 5
 POPULATION, DRAWN, DRAWS = 1000, 100, 1000
 WORDS = 24
 READ_POSITIONS = ("last", "mean", "1")
@@ -278,7 +278,8 @@ def main() -> None:
         trust_report.write(places.TRUST, places.TRUST_DOCS)
         return
     weights.main()
-    pairs.main()
+    if not {"truth", "readout"}.isdisjoint(chosen.part or PARTS):
+        pairs.main()
     there = places.TRUST.exists()
     trust = msgspec.json.decode(places.TRUST.read_bytes(), type=Trust) if there else Trust()
     trust.machine = describe_machine()

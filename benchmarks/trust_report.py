@@ -69,12 +69,16 @@ def _page(trust: Trust) -> list[str]:
 
 def mutants_table(modules: Sequence[Figures]) -> str:
     """The mutants of each module, and of all together."""
-    head = ("module", "mutants", "killed", "survive", "of these, no change of a result", "killed of the rest")
+    head = ("module", "mutants", "run", "killed", "survive", "of these, no change of a result")
     rows = [
-        (f"`{m.module}`", f"{m.mutants}", f"{m.killed}", f"{m.survived}", f"{m.no_result}", f"{m.share:.1%}")
+        (
+            f"`{m.module}`",
+            *(f"{n}" for n in (m.of, m.mutants, m.killed, m.survived, m.no_result)),
+            f"{m.share:.1%}",
+        )
         for m in (*modules, total(modules))
     ]
-    return table(head, rows)
+    return table((*head, "killed of the rest"), rows)
 
 
 def _mutants(results: Results) -> list[str]:
@@ -84,7 +88,8 @@ def _mutants(results: Results) -> list[str]:
         "and verdicts: `<` for `<=`, a constant one larger, a statement left out. The tests that run the "
         "statement run on it. A mutant is killed where one of them fails, or does not end. Those that "
         "survive are in `benchmarks/results/mutants.json`, each with the reason why it changes no result, "
-        "or with none where a test is missing. The table has the modules that were run whole so far.",
+        "or with none where a test is missing. Where fewer were run than there are, "
+        "they were drawn at random.",
         mutants_table(results.modules),
     ]
 

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lazarus.models.quantised import CodedTensor, Codes, Weight
+from lazarus.models.quantised import UNKNOWN, CodedTensor, Codes, Weight
+from lazarus.models.quantised.activations import quantised_activations
 from lazarus.models.stored import read_headers
 
 FOLDER = Path(__file__).parent / "quantised"
@@ -78,3 +79,62 @@ def test_nothing_of_a_quantised_weight_is_left_over(library: str, variant: str, 
     """Or it would be reported as a tensor without a place."""
     weights, _ = opened(library, variant, tmp_path)
     assert [key for key in weights if not key.endswith((".weight", ".bias", "_proj", "_bias"))] == []
+
+
+@pytest.mark.parametrize(
+    ("library", "variant", "expected"),
+    [
+        ("auto-round", "autoround-4-sym", None),
+        ("awq", "awq-gemm", None),
+        ("bitsandbytes", "bnb-int8", "int8, dynamic, but for outliers"),
+        ("bitsandbytes", "bnb-nf4", None),
+        ("compressed-tensors", "ct-int4-group", None),
+        ("compressed-tensors", "ct-fp8-naive-weightonly", None),
+        ("compressed-tensors", "ct-fp8-tensor-static", "fp8, static"),
+        ("compressed-tensors", "ct-w8a8-int-channel", "int8, dynamic"),
+        ("compressed-tensors", "ct-nvfp4-w4a4", "fp4, dynamic"),
+        ("compressed-tensors", "ct-mixed", "fp8, dynamic"),
+        ("compressed-tensors", "ct-kv", "fp8, dynamic; KV cache fp8, static"),
+        ("fp8", "fbgemm-fp8", "fp8, dynamic"),
+        ("fp8", "fp8-autofp8", "fp8, static"),
+        ("fp8", "mxfp8", "mxfp8, dynamic"),
+        ("gptq", "gptq-4-desc", None),
+        ("hqq", "hqq-4", None),
+        ("modelopt", "modelopt-fp8", "fp8, static"),
+        ("modelopt", "modelopt-fp8-pb", None),
+        ("modelopt", "modelopt-int4-awq", None),
+        ("modelopt", "modelopt-nvfp4-experts", "NVFP4"),
+        ("mxfp4", "mxfp4-gptoss", None),
+        ("quanto", "quanto-int8", None),
+        ("torchao", "ao-int8-wo-f32", None),
+        ("torchao", "ao-int8-da", "Int8DynamicActivationInt8WeightConfig"),
+        ("torchao", "ao-8da4w-emb", "Int8DynamicActivationIntxWeightConfig"),
+    ],
+)
+def test_it_is_known_how_activations_are_quantised(library: str, variant: str, expected: str | None) -> None:
+    settings = json.loads((FOLDER / f"{library}.json").read_text(encoding="utf-8"))[variant]["settings"]
+    assert quantised_activations(settings["quant_method"], settings) == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "expected"),
+    [
+        ("auto-round", {"act_bits": 8, "act_data_type": "int"}, "int8"),
+        ("compressed-tensors", {"config_groups": {"W4A16": ["Linear"]}}, None),
+        ("compressed-tensors", {"config_groups": {"FP8_DYNAMIC": ["Linear"]}}, "FP8_DYNAMIC"),
+        ("compressed-tensors", {}, UNKNOWN),
+        ("modelopt", {}, UNKNOWN),
+        ("quanto", {"model.layers.0.mlp": {"weights": "qint8", "activations": "qint8"}}, "qint8"),
+        ("quanto", {"model.layers.0.mlp": {"weights": "qint8", "activations": "none"}}, None),
+        ("torchao", {}, UNKNOWN),
+        (
+            "torchao",
+            {"quant_type": "int8_dynamic_activation_int8_weight"},
+            "int8_dynamic_activation_int8_weight",
+        ),
+    ],
+)
+def test_settings_that_do_not_tell_are_not_taken_for_weights_alone(
+    method: str, settings: dict[str, Any], expected: str | None
+) -> None:
+    assert quantised_activations(method, settings) == expected

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ from lazarus.errors import ModelError, OutputError, UnsupportedModelError
 from packed import GROUP, quantised_copy
 
 PROMPTS = ["Hello there", "The cat", "17 + 15 ="]
+
+
+def saved_page(diff: lazarus.ActivationDiff, path: Path) -> str:
+    diff.save(path)
+    return path.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +58,36 @@ def test_what_each_block_costs_is_measured_without_being_asked_for(folders: dict
     assert len(local) == len(diff.layers)
     most = max(range(len(local)), key=lambda layer: local[layer] or 0.0)
     assert f"Blocks that cost most, by their local change: {most} (" in str(diff)
+    assert any("it quantises weights alone" in note for note in diff.notes)
+    page = saved_page(diff, folders["root"] / "report.html")
+    ranked = re.search(r"Blocks in the order of what their quantisation costs.*?</table>", page, re.DOTALL)
+    assert ranked is not None
+    order = sorted(range(len(local)), key=lambda layer: -(local[layer] or 0.0))
+    assert [int(n) for n in re.findall(r'<th scope="row">(\d+)', ranked[0])] == order
+    assert "Which block costs most?" in page
     both = lazarus.activation_diff(folders["w4"], folders["w4"], PROMPTS)
     assert all(layer.local is None for layer in both.layers)
+
+
+def test_what_was_not_applied_to_activations_is_noted(folders: dict[str, Path], tmp_path: Path) -> None:
+    copy = quantised_copy(folders["base"], tmp_path / "w4a8")
+    settings = json.loads((copy / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    scheme = {"num_bits": 8, "type": "int", "dynamic": True}
+    settings["config_groups"]["group_0"]["input_activations"] = scheme
+    edit_json(copy / "config.json", quantization_config=settings)
+    diff = lazarus.activation_diff(folders["base"], copy, PROMPTS)
+    assert any("its quantisation of activations (int8, dynamic) was not applied" in n for n in diff.notes)
+
+
+def test_codes_that_the_claimed_format_does_not_have_are_named(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    copy = quantised_copy(folders["base"], tmp_path / "other")
+    edit_json(copy / "config.json", quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 16})
+    said = r"28 of its weights are stored as codes in a layout that is not one of 'gptq'.*weight_packed \(I32"
+    for run in (partial(lazarus.activation_diff, prompts=PROMPTS), lazarus.weight_diff):
+        with pytest.raises(UnsupportedModelError, match=said):
+            run(folders["base"], copy)
 
 
 def test_compare_reads_it_as_well(folders: dict[str, Path]) -> None:

@@ -102,6 +102,32 @@ def test_a_gguf_file_holds_what_transformers_loads(kind: str, tmp_path: Path) ->
     assert any("different types" in note for note in diff.notes) == (kind != "F32")
 
 
+@pytest.mark.parametrize(("kind", "bits", "width"), [("Q8_0", 8, 32), ("Q4_0", 4, 32), ("Q5_1", 5, 32)])
+def test_the_error_of_its_quantisation_is_what_float64_says(
+    kind: str, bits: int, width: int, tmp_path: Path
+) -> None:
+    model = tiny_llama()
+    path = save_gguf(tmp_path / f"{kind}.gguf", model, tiny_tokenizer(), KINDS[kind])
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
+    before, after = numbers_of(model), numbers_of(loaded)
+    rows = weight_diff(save_model(tmp_path / "base", model), path).record.results
+    assert {row.name for row in rows if row.quantisation} == {n for n, w in before.items() if w.ndim > 1}
+    for row in rows:
+        if (found := row.quantisation) is None:
+            continue
+        weight = before[row.name]
+        groups = weight.reshape(len(weight), -1, width)
+        scale = np.abs(groups).max(-1, keepdims=True) * 2 / (2**bits - 1)
+        scale[scale == 0] = 1.0
+        nearest = np.clip(np.round(groups / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale - groups
+        assert (found.scheme, found.bits, found.block) == (kind, bits, [1, width])
+        error = np.linalg.norm(after[row.name] - weight) / np.linalg.norm(weight)
+        assert found.relative_error == pytest.approx(error, rel=1e-5)
+        # Queries and keys too, whose rows are in another order in the file.
+        expected = np.linalg.norm(nearest) / np.linalg.norm(weight)
+        assert found.nearest_relative_error == pytest.approx(expected, rel=1e-5), row.name
+
+
 @pytest.mark.parametrize("kind", ["F16", "Q8_0"])
 def test_what_rounding_adds_is_known_of_numbers_and_not_of_codes(kind: str, tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", tiny_llama())

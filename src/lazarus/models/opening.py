@@ -26,6 +26,7 @@ from lazarus.models.formats import check_folder
 from lazarus.models.gguf.opening import OpenedGguf, open_gguf, usual_type
 from lazarus.models.gguf.parts import read_files
 from lazarus.models.quantised import (
+    UNKNOWN,
     CodedTensor,
     Codes,
     Weight,
@@ -95,7 +96,7 @@ class Opened:
             notes.add(
                 "weights-dequantised",
                 f"{self.source.name}: its weights ({self.codes.method}) were dequantised as they were read; "
-                "nothing else of its quantisation was applied",
+                + _left_out(self.codes.activations),
                 model=self.source.name,
             )
         if self.left_over is not None:
@@ -105,6 +106,15 @@ class Opened:
                 "and none of them is: it was read as it is stored",
                 model=self.source.name,
             )
+
+
+def _left_out(activations: str | None) -> str:
+    """Return what else a quantisation does, and was not applied."""
+    if activations is None:
+        return "it quantises weights alone"
+    if activations == UNKNOWN:
+        return "whether it quantises activations too is not known, and that was not applied"
+    return f"its quantisation of activations ({activations}) was not applied"
 
 
 def open_checkpoint(source: Source, options: LoadOptions) -> Opened:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from lazarus.models.quantised import CodedTensor
+from lazarus.models.quantised import CodedTensor, Precision
 from lazarus.weights.parts import Take, as_matrix, part_of
 from lazarus.weights.views import MemoryView, Rows
 
@@ -25,7 +25,17 @@ class CodedView:
     @property
     def dtype(self) -> str:
         """Return the name of its quantisation, such as `gptq int4`."""
-        return self.coded.decoder.precision.scheme
+        return self.precision.scheme
+
+    @property
+    def precision(self) -> Precision:
+        """Return how finely it is quantised."""
+        return self.coded.decoder.precision
+
+    @property
+    def has_whole_blocks(self) -> bool:
+        """Return whether blocks of its elements are those that have one scale: a part may cut them."""
+        return self.take is None or self.precision.block[0] == 1
 
     @cached_property
     def shape(self) -> tuple[int, ...]:

@@ -18,12 +18,18 @@ from transformers import PreTrainedModel
 
 from lazarus.models.gguf.parts import Gguf
 from lazarus.models.gguf.tensors import SETTINGS, translate
+from lazarus.models.quantised import Precision
 from lazarus.weights.parts import Take, as_matrix
 from lazarus.weights.views import MemoryView, Rows, View
 
 _EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps\.weight")
 _PLAIN = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """the ggml types that are dtypes of torch too"""
+_WIDTHS = {
+    **dict.fromkeys(("Q2_K", "Q3_K", "Q6_K", "IQ1_M", "IQ2_S", "IQ2_XS", "NVFP4"), 16),
+    **dict.fromkeys(("Q4_K", "Q5_K", "IQ1_S", "IQ2_XXS", "IQ3_S", "IQ3_XXS", "IQ4_XS"), 32),
+}
+"""columns that have one scale, where that is not the whole block (llama.cpp, ggml/src/ggml-common.h)"""
 _N_BYTES = 2**22
 """how much of two tensors is compared at once"""
 _KEPT = 2
@@ -81,9 +87,10 @@ class GgufFile:
     def view(self, key: str, expert: int | None, take: Take | None) -> View:
         """A tensor, one expert of a stack, or a part of either."""
         rows = _GgufRows(self.data(key, expert), self._tensors[key].kind)
-        if expert is None and not self._translation.is_untouched(key, rows.shape):
-            return _WholeView(self, key, rows.dtype, take)
-        return rows if take is None else _WholeView(self, key, rows.dtype, take, expert)
+        change = "nothing" if expert is not None else self._translation.changes(key, rows.shape)
+        if change == "nothing" and take is None:
+            return rows
+        return _WholeView(self, key, rows, take, expert, has_whole_blocks=change != "anything")
 
     def _whole(self, key: str, expert: int | None) -> Tensor:
         tensor = self._tensors[key]
@@ -103,6 +110,23 @@ class _GgufRows:
     def dtype(self) -> str:
         """Return the name of its stored dtype, or of its ggml type."""
         return _PLAIN.get(self.kind.name, str(self.kind.name))
+
+    @property
+    def precision(self) -> Precision | None:
+        """Return how finely it is quantised; None of plain elements."""
+        name = str(self.kind.name)
+        bits = re.search(r"\d+", name)
+        if self.data.dtype != np.uint8 or name in _PLAIN or bits is None:
+            return None
+        import gguf
+
+        width = _WIDTHS.get(name) or gguf.GGML_QUANT_SIZES[self.kind][0]
+        return Precision(name, int(bits[0]), (1, width))
+
+    @property
+    def has_whole_blocks(self) -> bool:
+        """Return whether its rows are those of the codes."""
+        return True
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
@@ -147,9 +171,21 @@ class _WholeView:
 
     file: GgufFile
     key: str
-    dtype: str
+    stored: _GgufRows
     take: Take | None
-    expert: int | None = None
+    expert: int | None
+    has_whole_blocks: bool
+    """whether its rows, before the take, are those of the codes in any order"""
+
+    @property
+    def dtype(self) -> str:
+        """Return the name of its stored dtype, or of its ggml type."""
+        return self.stored.dtype
+
+    @property
+    def precision(self) -> Precision | None:
+        """Return how finely it is quantised; None of plain elements."""
+        return self.stored.precision
 
     @cached_property
     def shape(self) -> tuple[int, ...]:

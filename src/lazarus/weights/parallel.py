@@ -53,6 +53,11 @@ class _Stoppable:
         return until(self.stop, self.pair.chunks(n_elements))
 
 
+def stoppable(pair: Pair, stop: Event) -> Pair:
+    """Return the pair, of which reading ends in an error once `stop` is set."""
+    return _Stoppable(pair, stop)
+
+
 def until(stop: Event, items: Iterable[T]) -> Iterator[T]:
     """Yield the items, until `stop` is set: then the task ends with an error."""
     for item in items:
@@ -77,7 +82,7 @@ def measure_all(
 
 
 def _measured(measure_one: Callable[[Pair], T], pair: Pair, stop: Event) -> T:
-    return measure_one(_Stoppable(pair, stop))
+    return measure_one(stoppable(pair, stop))
 
 
 def run_all(

@@ -3,81 +3,97 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from threading import Event
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float64
 from torch import Tensor
 
 from lazarus.models.quantised import Precision
 from lazarus.results import Quantisation, finite_or_none
-from lazarus.weights.coded import CodedView
-from lazarus.weights.numbers import N_ELEMENTS, Pair, ViewPair, rows_at_once, starts_and_stops
-from lazarus.weights.parallel import until
-from lazarus.weights.views import View, open_rows
+from lazarus.weights.numbers import N_ELEMENTS, Chunk, Pair, ViewPair
+from lazarus.weights.views import QuantisedView, View
 
 _WORST = 100
 """One in so many columns counts as an outlier."""
+_MOST_AT_ONCE = 32 * N_ELEMENTS
+"""Blocks with more elements are not rounded to nearest."""
 
 
-@dataclass(frozen=True, eq=False)
-class Quantised:
-    """A quantised tensor and the same one before."""
+@dataclass
+class QuantisationError:
+    """The error of one quantised tensor, added up over the chunks of its pair."""
 
     role: Literal["base", "finetuned"]
-    coded: CodedView
-    plain: View
+    """which of the two is quantised"""
+    precision: Precision
+    matrix: tuple[int, int]
+    nearest: _Nearest | None
+    """None where it cannot be told what rounding to nearest would give"""
+    square: float = 0.0
+    """the sum of the squares of what the elements were before"""
+    nearest_square: float = 0.0
+    by_column: Float64[Tensor, " columns"] = field(init=False)
+    """the sum of the squared error in each column"""
+
+    def __post_init__(self) -> None:
+        self.by_column = torch.zeros(self.matrix[1], dtype=torch.float64)
+
+    @classmethod
+    def of(cls, pair: Pair) -> QuantisationError | None:
+        """Return None where both of a pair are quantised, or neither, and where an adapter is on one."""
+        if not isinstance(pair, ViewPair):
+            return None
+        base, finetuned = _precision(pair.base), _precision(pair.finetuned)
+        if (base is None) == (finetuned is None):
+            return None
+        view = pair.finetuned if base is None else pair.base
+        precision = base or finetuned
+        assert precision is not None
+        is_whole = isinstance(view, QuantisedView) and view.has_whole_blocks
+        nearest = _Nearest.of(precision, pair.matrix) if is_whole else None
+        return cls("finetuned" if base is None else "base", precision, pair.matrix, nearest)
+
+    @property
+    def n_elements(self) -> int:
+        """Return how many elements a chunk must have to hold whole blocks."""
+        if self.nearest is None:
+            return N_ELEMENTS
+        per_block = self.nearest.height * self.matrix[1]
+        return -(-N_ELEMENTS // per_block) * per_block
+
+    def add(self, chunk: Chunk) -> None:
+        """Take in one chunk."""
+        exact = chunk.base if self.role == "finetuned" else chunk.finetuned
+        self.by_column += chunk.change.square().sum(0)
+        self.square += _square(exact)
+        if self.nearest is not None:
+            self.nearest_square += _square(self.nearest.error(exact.to(torch.float32)).double())
+
+    def told(self) -> Quantisation:
+        """Return what was found."""
+        error, norm = math.sqrt(float(self.by_column.sum())), math.sqrt(self.square)
+        nearest = None if self.nearest is None else math.sqrt(self.nearest_square)
+        return Quantisation(
+            role=self.role,
+            scheme=self.precision.scheme,
+            bits=self.precision.bits,
+            block=list(self.precision.block),
+            relative_error=_ratio(error, norm),
+            nearest_relative_error=None if nearest is None else _ratio(nearest, norm),
+            error_ratio=None if nearest is None else _ratio(error, nearest),
+            outlier_share=_share_of_worst(self.by_column),
+        )
 
 
-def find_quantised(pair: Pair) -> Quantised | None:
-    """Return which of a pair is quantised, where it is one alone; None otherwise, and with an adapter."""
-    if not isinstance(pair, ViewPair):
-        return None
-    base, finetuned = pair.base, pair.finetuned
-    if isinstance(finetuned, CodedView) and not isinstance(base, CodedView):
-        return Quantised("finetuned", finetuned, base)
-    if isinstance(base, CodedView) and not isinstance(finetuned, CodedView):
-        return Quantised("base", base, finetuned)
-    return None
+def _precision(view: View) -> Precision | None:
+    return view.precision if isinstance(view, QuantisedView) else None
 
 
-def describe(quantised: Quantised, stop: Event) -> Quantisation:
-    """Measure the error of a quantisation.
-
-    Raises:
-        OSError: a file is missing or too short.
-        WeightsError: the parts of the quantised tensor contradict each other.
-    """
-    precision = quantised.coded.coded.decoder.precision
-    nearest = _Nearest.of(quantised, precision)
-    by_column = torch.zeros(quantised.plain.matrix[1], dtype=torch.float64)
-    square = nearest_square = 0.0
-    n_rows = quantised.plain.matrix[0]
-    step = rows_at_once(quantised.plain.matrix, N_ELEMENTS)
-    if nearest is not None:
-        step = -(-step // nearest.height) * nearest.height
-    with open_rows(quantised.coded) as codes, open_rows(quantised.plain) as rows:
-        for start, end in until(stop, starts_and_stops(n_rows, step)):
-            exact = rows.read(start, end).to(torch.float32)
-            error = codes.read(start, end).to(torch.float32) - exact
-            by_column += error.square().sum(0, dtype=torch.float64)
-            square += exact.square().sum(dtype=torch.float64).item()
-            if nearest is not None:
-                nearest_square += nearest.error(exact).square().sum(dtype=torch.float64).item()
-    norm = math.sqrt(square)
-    error_norm, nearest_norm = math.sqrt(float(by_column.sum())), math.sqrt(nearest_square)
-    return Quantisation(
-        role=quantised.role,
-        scheme=precision.scheme,
-        bits=precision.bits,
-        block=list(precision.block),
-        relative_error=_ratio(error_norm, norm),
-        nearest_relative_error=None if nearest is None else _ratio(nearest_norm, norm),
-        error_ratio=None if nearest is None else _ratio(error_norm, nearest_norm),
-        outlier_share=_share_of_worst(by_column),
-    )
+def _square(elements: Tensor) -> float:
+    flat = elements.reshape(-1)
+    return torch.dot(flat, flat).item()
 
 
 def _ratio(one: float, other: float) -> float | None:
@@ -106,23 +122,25 @@ class _Nearest:
     width: int
 
     @classmethod
-    def of(cls, quantised: Quantised, precision: Precision) -> _Nearest | None:
+    def of(cls, precision: Precision, matrix: tuple[int, int]) -> _Nearest | None:
         """Return None for floats of few bits, and where a block is more than what is read at once."""
         height, width = precision.block
-        if not precision.is_integer or (quantised.coded.take is not None and height > 1):
+        if not precision.is_integer or height * matrix[1] > _MOST_AT_ONCE:
             return None
-        if height * quantised.plain.matrix[1] > N_ELEMENTS * 32:
-            return None
-        return cls(precision.bits, height, min(width, quantised.plain.matrix[1]))
+        return cls(precision.bits, max(1, min(height, matrix[0])), max(1, min(width, matrix[1])))
 
-    def error(self, exact: Float32[Tensor, "rows columns"]) -> Float32[Tensor, "height width blocks"]:
+    def error(self, exact: Tensor) -> Tensor:
         """Return the errors, a block at a time; of what is padded they are 0."""
         rows, columns = exact.shape
-        padded = torch.nn.functional.pad(exact, (0, -columns % self.width, 0, -rows % self.height))
-        blocks = padded.reshape(-1, self.height, padded.shape[1] // self.width, self.width)
-        largest = blocks.abs().amax((1, 3), keepdim=True)
-        scale = largest * (2 / (2**self.bits - 1))
+        if columns % self.width or rows % self.height:
+            exact = torch.nn.functional.pad(exact, (0, -columns % self.width, 0, -rows % self.height))
+        blocks = exact.reshape(-1, self.height, exact.shape[1] // self.width, self.width)
+        if self.height > 1:
+            blocks = blocks.transpose(1, 2)
+        blocks = blocks.reshape(-1, self.height * self.width)
+        low, high = torch.aminmax(blocks, dim=-1, keepdim=True)
+        scale = torch.maximum(high, -low) * (2 / (2**self.bits - 1))
         most = 2 ** (self.bits - 1)
         codes = (blocks / scale.where(scale > 0, 1.0)).round_().clamp_(-most, most - 1)
         error: Tensor = codes.mul_(scale).sub_(blocks)
-        return error.flatten(2)
+        return error

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Literal, Protocol, Unpack, runtime_checkable
 
 import torch
@@ -22,8 +23,8 @@ from lazarus.weights.adapters import put_adapter
 from lazarus.weights.checkpoints import Checkpoint, read_checkpoint
 from lazarus.weights.numbers import Pair, base_norm, measure
 from lazarus.weights.pairs import Row, match
-from lazarus.weights.parallel import measure_all, run_all
-from lazarus.weights.quantisation import describe, find_quantised
+from lazarus.weights.parallel import measure_all, run_all, stoppable
+from lazarus.weights.quantisation import QuantisationError
 from lazarus.weights.record import Measured, NamedCheckpoint, assemble
 from lazarus.weights.rounding import candidates, check
 from lazarus.weights.spectrum import spectrum
@@ -154,21 +155,22 @@ def _tokenizers(side: NamedCheckpoint) -> list[Source]:
 def _measure(rows: Sequence[Row], options: WeightOptions, watcher: Observer) -> list[Measured]:
     """Return the measures of every pair and, where it is asked for, the spectrum of each changed matrix."""
 
-    def measure_one(pair: Pair) -> Measured:
-        numbers = measure(pair)
+    def measure_one(pair: Pair, error: QuantisationError | None, stop: Event) -> Measured:
+        pair = stoppable(pair, stop)
+        numbers = measure(pair) if error is None else measure(pair, error.n_elements, error.add)
         is_matrix = min(pair.matrix) > 1
         has_spectrum = options.spectrum and is_matrix and numbers.n_changed
         found = spectrum(pair, options.seed, pair.finetuned_dtype) if has_spectrum else None
-        return Measured(numbers, found)
+        return Measured(numbers, found, quantisation=error.told() if error is not None else None)
 
     pairs = [row.pair for row in rows]
     sizes, n_threads = [math.prod(pair.matrix) for pair in pairs], torch.get_num_threads()
     watcher.running(sum(sizes))
-    measured = measure_all(pairs, measure_one, n_threads, lambda i: watcher.advanced(sizes[i]))
+    tasks = [partial(measure_one, pair, QuantisationError.of(pair)) for pair in pairs]
+    measured = run_all(tasks, sizes, n_threads, lambda i: watcher.advanced(sizes[i]))
     if any(each.numbers.n_changed for each in measured):
         _add_norms(pairs, measured, n_threads)
         _add_rounding(pairs, measured, n_threads)
-        _add_quantisation(pairs, measured, n_threads)
     return measured
 
 
@@ -177,16 +179,7 @@ def _add_norms(pairs: Sequence[Pair], measured: list[Measured], n_threads: int) 
     lacking = [i for i, each in enumerate(measured) if each.numbers.base_norm is None]
     norms = measure_all([pairs[i] for i in lacking], base_norm, n_threads)
     for i, norm in zip(lacking, norms, strict=True):
-        measured[i] = Measured(replace(measured[i].numbers, base_norm=norm), measured[i].spectrum)
-
-
-def _add_quantisation(pairs: Sequence[Pair], measured: list[Measured], n_threads: int) -> None:
-    """Describe the quantisation of those of which one side alone is quantised."""
-    found = {i: quantised for i, pair in enumerate(pairs) if (quantised := find_quantised(pair)) is not None}
-    sizes = [math.prod(pairs[i].matrix) for i in found]
-    described = run_all([partial(describe, each) for each in found.values()], sizes, n_threads)
-    for i, quantisation in zip(found, described, strict=True):
-        measured[i] = replace(measured[i], quantisation=quantisation)
+        measured[i] = replace(measured[i], numbers=replace(measured[i].numbers, base_norm=norm))
 
 
 def _add_rounding(pairs: Sequence[Pair], measured: list[Measured], n_threads: int) -> None:

@@ -11,7 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ SETTINGS = re.compile(
 )
 """Tensors that are settings, which the configuration has, or that follow from them."""
 
+Change = Literal["nothing", "order of rows", "anything"]
 _READING = "Dequantising GGUF tensors"
 
 
@@ -76,8 +77,8 @@ class Translation(Protocol):
         """Return a tensor's elements in transformers' layout."""
         ...
 
-    def is_untouched(self, key: str, shape: tuple[int, ...]) -> bool:
-        """Return whether transformers takes a tensor as it is."""
+    def changes(self, key: str, shape: tuple[int, ...]) -> Change:
+        """Return what transformers does to a tensor of this shape."""
         ...
 
     def state_dict(self, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -115,11 +116,15 @@ class _Processed:
             return np.asarray(tensor)
         return np.asarray(result.weights)
 
-    def is_untouched(self, key: str, shape: tuple[int, ...]) -> bool:
-        """Return whether transformers takes a tensor as it is, by trying it on the indices of its rows."""
+    def changes(self, key: str, shape: tuple[int, ...]) -> Change:
+        """Return what transformers does to a tensor, by trying it on the indices of its rows."""
         numbers = np.arange(1.0, shape[0] + 1)
         numbers = numbers if len(shape) == 1 else numbers.reshape(-1, *[1] * (len(shape) - 1))
-        return np.array_equal(self.processed(key, numbers), numbers)
+        found = self.processed(key, numbers)
+        if np.array_equal(found, numbers):
+            return "nothing"
+        is_sorted_anew = found.shape == numbers.shape and np.array_equal(np.sort(found, axis=0), numbers)
+        return "order of rows" if is_sorted_anew else "anything"
 
     def state_dict(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Read every tensor that has a place in the model."""
@@ -169,9 +174,9 @@ class _Converted:
         found = {pattern: torch.from_numpy(np.array(weights))}
         return np.asarray(self._convert(converter, found))
 
-    def is_untouched(self, key: str, shape: tuple[int, ...]) -> bool:
-        """Return whether transformers takes a tensor as it is; some conversions change columns alone."""
-        return self._places[key][2] is None
+    def changes(self, key: str, shape: tuple[int, ...]) -> Change:
+        """Return what transformers does to a tensor; some conversions change columns alone."""
+        return "nothing" if self._places[key][2] is None else "anything"
 
     def state_dict(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Read every tensor that has a place in the model."""

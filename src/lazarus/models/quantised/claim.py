@@ -6,25 +6,14 @@ from elsewhere. transformers believes it in both cases.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lazarus import _transformers
 from lazarus.errors import UnsupportedModelError, WeightsError
 from lazarus.models.quantised.codes import can_decode
+from lazarus.models.quantised.finding import NO_CODES, PARAMETER, stored_codes
 from lazarus.models.stored import StoredTensor
-
-_NO_CODES = {"F64", "F32", "F16", "BF16", "C64", "BOOL", "I64"}
-"""dtypes in which no quantiser stores codes; whole numbers in 64 bits are indices"""
-_FLOAT8 = {"F8_E4M3", "F8_E5M2"}
-"""codes where there are scales beside them, elements where there are none"""
-_WEIGHT = re.compile(r"weight|qdata|W_q|_blocks$")
-"""in the name of a tensor of codes; a model may have other whole numbers of its own, such as tables"""
-_OF_EXPERTS = ("_scale", "_scale_inv", "_weight_scale")
-"""what the name of stacked experts, which are no `weight`, has at its end where it is that of their scales"""
-_PARAMETER = re.compile(r"scale|zero_?point|qzeros|absmax|quant|g_idx|\bSCB$")
-"""in the name of what a quantiser stores beside its codes, or beside elements that it rounds as it runs"""
 
 
 def claimed_method(config: Any) -> str | None:
@@ -42,17 +31,7 @@ def claimed_method(config: Any) -> str | None:
 
 def is_left_over(stored: Mapping[str, StoredTensor]) -> bool:
     """Return whether a claim of quantisation is not true of these tensors: all are plain elements."""
-    return all(t.dtype in _NO_CODES and not _PARAMETER.search(key) for key, t in stored.items())
-
-
-def stored_codes(stored: Mapping[str, StoredTensor]) -> Iterator[str]:
-    """Yield the keys of the weights that are stored as a quantiser's codes."""
-    scaled = {key.rpartition(".")[0] for key in stored if _PARAMETER.search(key)}
-    for key, tensor in stored.items():
-        is_weight = _WEIGHT.search(key) or any(key + ending in stored for ending in _OF_EXPERTS)
-        may_be = len(tensor.shape) > 1 and is_weight and tensor.dtype not in _NO_CODES
-        if may_be and (tensor.dtype not in _FLOAT8 or key.rpartition(".")[0] in scaled):
-            yield key
+    return all(t.dtype in NO_CODES and not PARAMETER.search(key) for key, t in stored.items())
 
 
 def check_claim(name: str, config: Any, stored: Mapping[str, StoredTensor]) -> None:

@@ -23,7 +23,7 @@ class Precision:
     """Fineness of a weight's quantisation."""
 
     scheme: str
-    """the method and the kind of its codes, such as `gptq int4`"""
+    """the method and the kind of its codes, such as `gptq int4`; ggml's name of the type, such as `Q4_K`"""
     bits: int
     block: tuple[int, int]
     """rows and columns that have one scale in common"""
@@ -31,7 +31,7 @@ class Precision:
     @property
     def is_integer(self) -> bool:
         """Return whether the codes are whole numbers, equally far apart."""
-        return re.search(r"\bu?int\d", self.scheme) is not None
+        return re.search(r"\bu?int\d|^Q\d", self.scheme) is not None
 
 
 @runtime_checkable

@@ -22,8 +22,9 @@ from lazarus.models.quantised import (
     quanto,
     torchao,
 )
+from lazarus.models.quantised.activations import quantised_activations
 from lazarus.models.quantised.coded import CodedTensor
-from lazarus.models.quantised.finding import IGNORED, Checkpoint
+from lazarus.models.quantised.finding import IGNORED, Checkpoint, stored_codes
 from lazarus.models.stored import StoredTensor, same_elements
 
 Weight = StoredTensor | CodedTensor
@@ -71,6 +72,11 @@ class Codes:
     dtype: str
     """safetensors' name of the dtype in which the model runs by its configuration"""
 
+    @property
+    def activations(self) -> str | None:
+        """Return how it quantises activations, by its configuration; None where it does not."""
+        return quantised_activations(self.method, self.settings)
+
     def weights(self, stored: Mapping[str, StoredTensor]) -> dict[str, Weight]:
         """Return the tensors that an unquantised checkpoint would hold, in the order of these.
 
@@ -101,7 +107,22 @@ class Codes:
                 found[first[id(tensor)].key] = first[id(tensor)]
             elif id(tensor) not in parts and not IGNORED.search(key):
                 found[key] = tensor
+        self._check_all_found(found)
         return found
+
+    def _check_all_found(self, weights: Mapping[str, Weight]) -> None:
+        """Refuse codes that no format has taken: they would pass for elements, or for missing tensors.
+
+        Raises:
+            UnsupportedModelError: there are some.
+        """
+        plain = {key: weight for key, weight in weights.items() if isinstance(weight, StoredTensor)}
+        if left := sorted(stored_codes(plain)):
+            raise UnsupportedModelError(
+                f"{self.name}: {len(left)} of its weights are stored as codes in a layout that is not one of "
+                f"{self.method!r} as it is read here, first {left[0]} ({plain[left[0]].dtype} "
+                f"{list(plain[left[0]].shape)}). Compare an unquantised checkpoint."
+            )
 
 
 def same_weights(one: Weight, other: Weight) -> bool:

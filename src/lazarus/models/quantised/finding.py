@@ -1,4 +1,4 @@
-"""Which stored tensors make one weight together."""
+"""Which stored tensors are codes, and which make one weight together."""
 
 from __future__ import annotations
 
@@ -73,3 +73,24 @@ IGNORED = re.compile(
     r"|\._\w+_act_(quant_scale|quant_zero_point|per_tensor_scale)$|\.k_proj\.k_bias$|\.v_proj\.v_bias$"
 )
 """what a quantiser stores beside the codes of weights: of activations and of the KV cache"""
+
+NO_CODES = {"F64", "F32", "F16", "BF16", "C64", "BOOL", "I64"}
+"""dtypes in which no quantiser stores codes; whole numbers in 64 bits are indices"""
+_FLOAT8 = {"F8_E4M3", "F8_E5M2"}
+"""codes where there are scales beside them, elements where there are none"""
+_WEIGHT = re.compile(r"weight|qdata|W_q|_blocks$")
+"""in the name of a tensor of codes; a model may have other whole numbers of its own, such as tables"""
+_OF_EXPERTS = ("_scale", "_scale_inv", "_weight_scale")
+"""what the name of stacked experts, which are no `weight`, has at its end where it is that of their scales"""
+PARAMETER = re.compile(r"scale|zero_?point|qzeros|absmax|quant|g_idx|\bSCB$")
+"""in the name of what a quantiser stores beside its codes, or beside elements that it rounds as it runs"""
+
+
+def stored_codes(stored: Mapping[str, StoredTensor]) -> Iterator[str]:
+    """Yield the keys of tensors that look like the codes of a quantised weight."""
+    scaled = {key.rpartition(".")[0] for key in stored if PARAMETER.search(key)}
+    for key, tensor in stored.items():
+        is_weight = _WEIGHT.search(key) or any(key + ending in stored for ending in _OF_EXPERTS)
+        may_be = len(tensor.shape) > 1 and is_weight and tensor.dtype not in NO_CODES
+        if may_be and (tensor.dtype not in _FLOAT8 or key.rpartition(".")[0] in scaled):
+            yield key

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lazarus.render.activation.series import LayerSeries, measured
-from lazarus.render.activation.summary import verdict
+from lazarus.render.activation.summary import BLOCKS_NAMED, verdict
 from lazarus.render.base.frame import Answer
 from lazarus.render.base.words import short
 from lazarus.results import ActivationDiffRecord, differing
@@ -67,7 +67,8 @@ def _where_by_cka(record: ActivationDiffRecord, question: str, series: LayerSeri
 
 
 def _which_block(record: ActivationDiffRecord) -> Answer:
-    question = "Which block did it?"
+    is_quantised = "quantised-pair" in record.note_codes
+    question = "Which block costs most?" if is_quantised else "Which block did it?"
     changes = {layer.layer: layer.local.relative_l2 for layer in record.layers if layer.local}
     known = {layer: value for layer, value in changes.items() if value is not None}
     if not known:
@@ -82,6 +83,9 @@ def _which_block(record: ActivationDiffRecord) -> Answer:
     changed = sum(value > 0 for value in known.values())
     blocks = _count(len(known), "block")
     reason = f"Local change {short(known[block])}, the largest; {changed} of {blocks} changed."
+    if is_quantised:
+        ranked = sorted(known, key=lambda layer: -known[layer])[1:BLOCKS_NAMED]
+        reason += f" Next: {', '.join(map(str, ranked))}." if ranked else ""
     return Answer(question, f"Block {block}", reason)
 
 

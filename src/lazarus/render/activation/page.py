@@ -79,6 +79,7 @@ def _context(record: ActivationDiffRecord) -> dict[str, Any]:
         "shown": _shown(record),
         "absent": _absent(record),
         "layers": tables.layers(record),
+        "ranking": tables.ranking(record),
         "groups": tables.groups(record),
         "contrasts": tables.contrasts(record),
         "output": tables.output(record),

@@ -18,6 +18,7 @@ from lazarus.results import (
 
 MOST_CONTRASTS = 100
 MOST_GROUPS = 20
+_RANKED = ("local_relative_l2", "local_cosine_similarity", "divergence")
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,26 @@ def contrasts(record: ActivationDiffRecord) -> Table | None:
         caption="Contrasts between groups" + (f"; {left} more are in the JSON" if left > 0 else ""),
         headings=[Heading("Groups"), *headings],
         rows=[_contrast(contrast) for contrast in found[:MOST_CONTRASTS]],
+    )
+
+
+def ranking(record: ActivationDiffRecord) -> Table | None:
+    """Return the blocks of a quantised pair in the order of what they cost; None of other pairs."""
+    costs = {
+        layer: layer.local.relative_l2
+        for layer in record.layers
+        if layer.local is not None and layer.local.relative_l2 is not None
+    }
+    if "quantised-pair" not in record.note_codes or not costs:
+        return None
+    columns = [column for column in _columns(record) if column.field in _RANKED]
+    return Table(
+        caption="Blocks in the order of what their quantisation costs: the local change",
+        headings=[Heading("Block"), *(Heading(c.heading, c.meaning) for c in columns)],
+        rows=[
+            Row(str(layer.layer), [cell(c.read(layer), c.format, c.field) for c in columns])
+            for layer in sorted(costs, key=lambda layer: -costs[layer])
+        ],
     )
 
 
