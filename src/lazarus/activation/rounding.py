@@ -6,32 +6,20 @@ It shows in the hidden states, far above the noise. The weights tell it from a w
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import repeat
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lazarus.blame import Translated
 from lazarus.errors import AdapterError
 from lazarus.facts import Rounded
 from lazarus.metrics.rounding import RoundingTest, beyond_rounding, unit_in_the_last_place
-from lazarus.models import LoadedModel, settings_that_differ
+from lazarus.models import LoadedModel, Parts, effective_tensors, settings_that_differ
 
 _NARROW = (torch.bfloat16, torch.float16)
 _TYPES = (Tensor, nn.Parameter, nn.Buffer)
 PART = 2**16
 """Elements that are looked at together: few enough to stay in a processor's cache."""
-
-Parts = tuple[Tensor, Tensor | None, Tensor | None]
-"""
-a tensor without its adapters; what they add to it, in float64, or None; and, of several adapters, the sum of
-the absolute values of what each adds
-"""
 
 
 def find_rounding(base: LoadedModel, finetuned: LoadedModel) -> Rounded | None:
@@ -53,7 +41,7 @@ def find_rounding(base: LoadedModel, finetuned: LoadedModel) -> Rounded | None:
 
 def _test(stored: LoadedModel, exact: LoadedModel) -> Rounded | None:
     """Test whether `stored` is `exact`, rounded."""
-    found, source = dict(_effective(stored.model)), dict(_effective(exact.model))
+    found, source = ({each.name: each.read for each in effective_tensors(m.model)} for m in (stored, exact))
     if found.keys() != source.keys():
         return None
     tests: list[RoundingTest] = []
@@ -123,61 +111,3 @@ def _in_float64(
     x, w = stored.double(), base.to(stored.device).double()
     d = torch.zeros_like(w) if update is None else update.to(stored.device)
     return x, w, d, None if size is None else unit_in_the_last_place(w.abs() + size.to(w.device), dtype)
-
-
-def _effective(model: nn.Module) -> Iterator[tuple[str, Callable[[], Parts]]]:
-    """Yield a model's tensors by the names that they have without an adapter, with what its adapters add."""
-    layers = {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}
-    copied = {name: module for name, module in model.named_modules() if hasattr(module, "modules_to_save")}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        owner = next((path for path in (*copied, *layers) if name.startswith(f"{path}.")), None)
-        if owner is None:
-            yield name, partial(_plain, tensor)
-            continue
-        inside = name.removeprefix(f"{owner}.")
-        if owner in layers and inside.startswith("base_layer."):
-            attribute = inside.removeprefix("base_layer.")
-            path = owner.removesuffix(".token_adapter")  # PEFT wraps a table whose tokens are trained twice
-            yield f"{path}.{attribute}", partial(_with_update, layers[owner], attribute, tensor)
-        elif owner in copied:
-            for active in copied[owner].active_adapters:
-                if inside.startswith(f"modules_to_save.{active}."):
-                    yield (
-                        f"{owner}.{inside.removeprefix(f'modules_to_save.{active}.')}",
-                        partial(_plain, tensor),
-                    )
-
-
-def _plain(tensor: Tensor) -> Parts:
-    return tensor, None, None
-
-
-def _with_update(layer: nn.Module, attribute: str, tensor: Tensor) -> Parts:
-    """A tensor under adapters: what merging them adds to it, computed on a copy in float64.
-
-    Of several, with the sum of their sizes: one may have been merged and rounded before the next.
-    """
-    # A copy, because merging changes the layer in place, and base may share its weights.
-    merged: Any = copy.deepcopy(layer).double()
-
-    def held() -> Tensor:
-        tensor: Tensor = dict(merged.base_layer.named_parameters())[attribute]
-        return tensor.detach().clone()
-
-    first = before = held()
-    size = torch.zeros_like(before)
-    adapters = list(merged.active_adapters)
-    # One at a time: `size` is the sum of what each of them adds.
-    for adapter in adapters:
-        # PEFT refuses some, as a bias of LoRA's own; a lack of memory is no refusal, and passes.
-        with warnings.catch_warnings(), Translated("merging an adapter", _refusal):
-            warnings.filterwarnings("ignore", "Already following adapters were merged")
-            merged.merge(adapter_names=[adapter])
-        after = held()
-        size += (after - before).abs()
-        before = after
-    return tensor, before - first, size if len(adapters) > 1 else None
-
-
-def _refusal(error: Exception) -> AdapterError:
-    return AdapterError(f"PEFT does not merge it: {error}")

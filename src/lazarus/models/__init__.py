@@ -22,6 +22,7 @@ chats.py       what its chat template makes of a chat
 adapters.py    PEFT adapters, and two module trees over one storage
 adapter_files.py  what the folder of an adapter holds: its tensors by PEFT's names, and what else
 fitting.py     where an adapter's tensors belong on a model of another class
+effective.py   the tensors that it computes with: base and what its adapters add
 adapted.py     what an adapter has put on a model, and whether it changes anything
 formats.py     folders that hold a model in a form that is not read
 faults.py      the faults of the libraries below, put as what to do about them
@@ -35,6 +36,7 @@ anatomy.py     where a transformers model keeps its blocks, and how long its con
 from lazarus.models.anatomy import Anatomy, dissect
 from lazarus.models.chats import ChatTemplate, render_chats
 from lazarus.models.design import same_design
+from lazarus.models.effective import Effective, Parts, effective_tensors, unwrapped
 from lazarus.models.equality import Equality, has_non_finite, same_bits
 from lazarus.models.in_memory import wrap_model
 from lazarus.models.layout import is_hollow
@@ -54,14 +56,17 @@ __all__ = [
     "Beside",
     "ChatTemplate",
     "Compared",
+    "Effective",
     "Equality",
     "Footprint",
     "LoadOptions",
     "LoadedModel",
     "ModelReference",
     "Pager",
+    "Parts",
     "Source",
     "dissect",
+    "effective_tensors",
     "estimate",
     "find_beside",
     "find_outside",
@@ -81,6 +86,7 @@ __all__ = [
     "same_design",
     "settings_that_differ",
     "shared_blocks",
+    "unwrapped",
     "weights_identical",
     "why_the_same",
     "wrap_model",
