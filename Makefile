@@ -81,7 +81,7 @@ $(VENV)/.real-weights: $(VENV)/.installed-dev
 	@touch $@
 
 # Beside the environment, because the tests of refusals want these libraries absent.
-UPSTREAM := compressed-tensors==0.20.1 loguru==0.7.3 bitsandbytes==0.50.2 torchao==0.18.0
+UPSTREAM := compressed-tensors==0.20.1 loguru==0.7.3 torchao==0.18.0
 $(VENV)/.upstream: $(VENV)/.installed-dev
 	$(PIP) --no-deps --target $(VENV)/upstream $(UPSTREAM)
 	@touch $@
