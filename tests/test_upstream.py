@@ -7,6 +7,7 @@ not among them: on a CPU its kernels round scales and inputs to bfloat16.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -30,31 +31,28 @@ def compressed_8(base: Path, folder: Path) -> Path:
     return quantised_copy(base, folder, bits=8)
 
 
-def saved_by_transformers(settings: Any, base: Path, folder: Path) -> Path:
-    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=settings, dtype=torch.float32)
+def torchao_config(settings: Any, base: Path, folder: Path) -> Path:
+    config: Any = transformers.TorchAoConfig(settings)
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.float32)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
 def torchao_int8(base: Path, folder: Path) -> Path:
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    return saved_by_transformers(transformers.TorchAoConfig(Int8WeightOnlyConfig()), base, folder)
+    torchao: Any = import_module("torchao.quantization")
+    return torchao_config(torchao.Int8WeightOnlyConfig(), base, folder)
 
 
 def torchao_intx4(base: Path, folder: Path) -> Path:
-    from torchao.quantization import IntxWeightOnlyConfig
-    from torchao.quantization.granularity import PerGroup
-
-    settings = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
-    return saved_by_transformers(transformers.TorchAoConfig(settings), base, folder)
+    torchao: Any = import_module("torchao.quantization")
+    int4: Any = vars(torch)["int4"]
+    return torchao_config(torchao.IntxWeightOnlyConfig(int4, torchao.PerGroup(32)), base, folder)
 
 
 def torchao_float8(base: Path, folder: Path) -> Path:
-    from torchao.quantization import Float8WeightOnlyConfig
-
-    return saved_by_transformers(transformers.TorchAoConfig(Float8WeightOnlyConfig()), base, folder)
+    torchao: Any = import_module("torchao.quantization")
+    return torchao_config(torchao.Float8WeightOnlyConfig(), base, folder)
 
 
 @pytest.mark.parametrize(
