@@ -29,8 +29,8 @@ from transformers.pytorch_utils import Conv1D
 from architectures import CAUSAL, ENCODER_DECODERS, ENCODERS, MULTIMODAL, UNBUILDABLE, build
 from lazarus.errors import BlocksNotFoundError
 from lazarus.models import Anatomy, dissect
-from lazarus.weights.components import Namer, Part, Place, name_by_path
-from lazarus.weights.fused import FusedLayout
+from lazarus.names.components import Namer, Part, Place, name_by_path
+from lazarus.names.fused import FusedLayout
 
 ALL = tuple(n for n in (*CAUSAL, *ENCODERS, *ENCODER_DECODERS, *MULTIMODAL) if n not in UNBUILDABLE)
 WITHOUT_BLOCKS = ("blt", "xlm")

@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lazarus.models.stored import read_headers
+from lazarus.names.parts import Take
 from lazarus.weights.numbers import Chunk, Numbers, Pair, UpdatePair, ViewPair, base_norm, measure
 from lazarus.weights.parallel import measure_all
-from lazarus.weights.parts import Take
 from lazarus.weights.views import AddedView, MemoryView, StoredView
 
 Floats = NDArray[np.float64]

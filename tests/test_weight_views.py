@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lazarus.models.stored import StoredTensor, read_headers
-from lazarus.weights.parts import Take
+from lazarus.names.parts import Take
 from lazarus.weights.views import AddedView, MemoryView, StoredView, View, bits, open_rows, same_bits
 
 TYPES = [

@@ -3,10 +3,9 @@
 run.py          the order of a run
 structure.py    what a checkpoint's tensors belong to: the model's modules, built empty
 stores.py       tensors in safetensors and pickled files; gguf.py those of a GGUF file
-components.py   the standard name of each tensor; roles.py reads names, fused.py cuts fused tensors
 checkpoints.py  one checkpoint as components
 adapters.py     which of them an adapter changes; updates.py what it adds to one
-views.py        a tensor that is read a few rows at a time; parts.py where a part of it is in the file
+views.py        a tensor that is read a few rows at a time
 vocabulary.py   which row of a table is the same token's in the other
 pairs.py        which tensor of one belongs to which of the other
 copies.py       which layers of models of different depth are copies

@@ -24,10 +24,10 @@ from lazarus.models.equality import is_one
 from lazarus.models.faults import one_line, translated
 from lazarus.models.layout import hollow, is_hollow
 from lazarus.models.reference import adapter_settings
+from lazarus.names.components import Place
+from lazarus.names.parts import Take
 from lazarus.notes import Notes
 from lazarus.weights.checkpoints import Checkpoint, Entry
-from lazarus.weights.components import Place
-from lazarus.weights.parts import Take
 from lazarus.weights.updates import ADAPTER, Merged, Product, Replaced, low_rank, part_of_update
 from lazarus.weights.views import AddedView, MemoryView, Update, View, dtype_name
 

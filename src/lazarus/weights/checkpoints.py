@@ -20,12 +20,12 @@ from lazarus.models.faults import translated
 from lazarus.models.formats import refuse_empty
 from lazarus.models.load import other_shape
 from lazarus.models.wrappers import Wrappers, refuse_unmerged
+from lazarus.names.components import Part, Place
+from lazarus.names.parts import Take
 from lazarus.notes import Notes
 from lazarus.options import WeightOptions
 from lazarus.tokens import listed
-from lazarus.weights.components import Part, Place
 from lazarus.weights.gguf import GgufFile
-from lazarus.weights.parts import Take
 from lazarus.weights.stores import Store, open_store
 from lazarus.weights.structure import Structure, learn_structure
 from lazarus.weights.views import View

@@ -11,7 +11,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from lazarus.models.quantised import CodedTensor, Precision
-from lazarus.weights.parts import Take, as_matrix, part_of
+from lazarus.names.parts import Take, as_matrix, part_of
 from lazarus.weights.views import MemoryView, Rows
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from lazarus.models.gguf.parts import Gguf
 from lazarus.models.gguf.tensors import SETTINGS, translate
 from lazarus.models.quantised import Precision
-from lazarus.weights.parts import Take, as_matrix
+from lazarus.names.parts import Take, as_matrix
 from lazarus.weights.views import MemoryView, Rows, View
 
 _EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps\.weight")

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from msgspec.structs import replace
 
+from lazarus.names.components import Place
 from lazarus.notes import Note, Notes
 from lazarus.results import UnmatchedTensor
 from lazarus.tokens import listed
 from lazarus.weights.checkpoints import Checkpoint, Entry
-from lazarus.weights.components import Place
 from lazarus.weights.copies import Run, find_copies, note_depths
 from lazarus.weights.numbers import Pair, UpdatePair, ViewPair
 from lazarus.weights.views import AddedView, PickedRows, View

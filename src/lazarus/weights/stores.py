@@ -18,10 +18,10 @@ from lazarus.models.faults import translated
 from lazarus.models.opening import Opened, decoding, find_weights
 from lazarus.models.quantised import CodedTensor, Weight
 from lazarus.models.stored import read_headers
+from lazarus.names.parts import Take
 from lazarus.notes import Notes
 from lazarus.tokens import listed
 from lazarus.weights.coded import CodedView
-from lazarus.weights.parts import Take
 from lazarus.weights.views import MemoryView, StoredView, View, dtype_name
 
 

@@ -13,8 +13,8 @@ from lazarus.models import LoadOptions, Source, dissect
 from lazarus.models.checkpoint import build_empty
 from lazarus.models.faults import translated
 from lazarus.models.opening import Opened, open_checkpoint
+from lazarus.names.components import Namer, Part, name_by_path
 from lazarus.notes import Notes
-from lazarus.weights.components import Namer, Part, name_by_path
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float64, Int64, Shaped
 from torch import Tensor
 
-from lazarus.weights.parts import Take, as_matrix, lay_out
+from lazarus.names.parts import Take, as_matrix, lay_out
 from lazarus.weights.views import MemoryView, Rows, Update
 
 ADAPTER = "default"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lazarus.models.quantised import Precision
 from lazarus.models.stored import TORCH_DTYPES, StoredTensor
-from lazarus.weights.parts import RowLayout, Take, as_matrix, lay_out, part_of
+from lazarus.names.parts import RowLayout, Take, as_matrix, lay_out, part_of
 
 _FIRST, _CHUNK = 1024, 2**16
 """how many elements are compared at first, and then at a time"""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from lazarus.weights.words import (
+from lazarus.names.words import (
     ATTRIBUTES,
     EXPERT_ATTENTION,
     HEAD_LEAVES,

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lazarus.models import Anatomy
-from lazarus.weights.fused import Holder, pieces
-from lazarus.weights.parts import Take
-from lazarus.weights.roles import Block, component_of, head, outside, own_name
+from lazarus.names.fused import Holder, pieces
+from lazarus.names.parts import Take
+from lazarus.names.roles import Block, component_of, head, outside, own_name
 
 _BLOCK_PATH = re.compile(
     r"(?:(?P<before>.*?)\.)?(?:layers|layer|h|blocks|block)\.(?P<layer>\d+)\.(?P<inside>.+)"
@@ -82,6 +82,10 @@ class Namer:
         holder = Holder(self._modules.get(owner), self._modules.get(owner.rpartition(".")[0]))
         found = pieces(place.component, shape, holder)
         return [Part(Place(place.layer, name), take) for name, take in found] or [Part(place, None)]
+
+    def place(self, path: str) -> Place:
+        """Return the place of a tensor as a whole: that of a fused one has the name of all that is in it."""
+        return self._named(path).place
 
     def is_named(self, path: str) -> bool:
         """Return whether a rule knows the tensor; its component is its path otherwise."""

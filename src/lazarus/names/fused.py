@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lazarus.weights.parts import Take
+from lazarus.names.parts import Take
 
 _ALL = slice(None)
 _MATRICES = ("mlp_gate", "mlp_up", "mlp_gate_up", "mlp_down")
