@@ -62,7 +62,12 @@ MEANINGS = {
     "ActivationDiffRecord.results": "one for each prompt and layer, prompt by prompt",
     "ActivationDiffRecord.summary": "the few numbers that a reader looks for first",
     "ActivationDiffRecord.output": "the effect on the next token",
+    "ActivationDiffRecord.attribution": "who caused the change of the output",
     "ActivationDiffRecord.readout": "one for each layer that was read out",
+    "Attribution.target": "what the parts add up to",
+    "Attribution.restored": "what is left with the first group, and with the first three, set back to base",
+    "AttributedGroup.name": "such as `block 7`, `embedding and head`, or the name of a tensor",
+    "Restored.groups": "the groups that are set back to base",
     "ActivationDiffRecord.groups": "what the prompts' groups show",
     "ActivationDiffRecord.tokens": "one for each prompt of which every token was kept",
     "Environment.device_name": "name of the processor or GPU",
@@ -97,6 +102,7 @@ MEANINGS = {
     "Settings.memory": "both models in memory, or a block of each at a time",
     "Settings.align": "the same token ids for both, or each one's own reading of the text",
     "Settings.localize": "whether local change was measured",
+    "Settings.attribute": "whether the change was attributed, to blocks or to single tensors",
     "Settings.readout": "which layers were asked for",
     "Settings.noise_floor": "whether the noise was measured",
     "Settings.fail_above": "the gate on the divergence",
@@ -159,6 +165,7 @@ MEANINGS = {
 _NO_PAIR = "no pair of states there is finite and not zero, or the widths differ"
 _NO_NOISE = "the noise was not measured (`--no-noise-floor`), or the widths differ"
 _NO_LOCAL = "without `--localize`"
+_NO_ATTRIBUTION = "without `--attribute`"
 _NOT_FINITE = "it is not finite: one model rules out a token that the other may give"
 _NONE_GIVEN = "none was given"
 _NO_SPECTRUM = "without `--spectrum`, or where no matrix changed"
@@ -210,6 +217,14 @@ NULL_WHEN = {
     "rendered": "without `--chat-template`",
     "PromptRecord.finetuned_n_tokens": "without `--align text`",
     "Readout.static_share": "there is one prompt, or no change",
+    "ActivationDiffRecord.attribution": _NO_ATTRIBUTION,
+    "Settings.attribute": _NO_ATTRIBUTION,
+    "AttributedGroup.layer": "outside the blocks",
+    "AttributedGroup.component": "with `--attribute blocks`",
+    "AttributedGroup.share": "the sum is 0",
+    "AttributedGroup.interval": "there are fewer than 5 prompts",
+    "GroupCurve.nats": _NO_ATTRIBUTION,
+    "ResultRow.nats": _NO_ATTRIBUTION,
     "Settings.readout": "without `--readout`",
     "fail_above": _NONE_GIVEN,
     "expect": _NONE_GIVEN,

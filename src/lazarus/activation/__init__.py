@@ -13,9 +13,10 @@ record.py        the result
 live.py          what live models add to it: facts, and a look at their weights (rounding.py)
 breaks.py        which model gives states that are not finite, and why
 readout.py       the mean difference, read as tokens
+attribution.py   who caused the change of the output; attributed.py tells of it
 
-accumulation.py, repeats.py, findings.py, traces.py, limits.py and record.py need no model: whoever has pairs
-of states from another runtime gives them `PairFacts` and a `Plan`.
+accumulation.py, attributed.py, repeats.py, findings.py, traces.py, limits.py and record.py need no model:
+whoever has pairs of states from another runtime gives them `PairFacts` and a `Plan`.
 """
 
 from lazarus.activation.accumulation import Accumulation, Plan

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lazarus.activation.accumulation import Accumulation
+from lazarus.activation.attributed import Attributed
 from lazarus.facts import NOTHING_KNOWN, PairFacts, Rounded, Site, WeightFacts
 from lazarus.metrics import PromptMeans, SiteMeasures, mean_over_prompts, normalized_divergence
 from lazarus.results import (
@@ -121,7 +122,7 @@ class Findings:
             "local": _local(accumulators),
         }
 
-    def rows(self) -> ResultRows:
+    def rows(self, attributed: Attributed | None = None) -> ResultRows:
         """One row a prompt and layer."""
         local: dict[Site, Mapping[str, Floats]] = {
             layer: self.seen.sites[layer].local.means() for layer in self.layers
@@ -139,6 +140,8 @@ class Findings:
             "local_relative_l2": column(local, "local_relative_l2"),
             "local_cosine_similarity": 1 - column(local, "local_divergence"),
         }
+        if attributed is not None:
+            columns["nats"] = attributed.by_layer(len(self.layers))
         return ResultRows([prompt.text for prompt in self.seen.plan.prompts], columns)
 
     @cached_property
@@ -189,7 +192,7 @@ class Findings:
         found = {name: finite_or_none(mean_over_prompts(v)) for name, v in means.means().items()}
         return Output(**found, noise_floor=floor.relative_l2 if floor else None)
 
-    def groups(self) -> Groups | None:
+    def groups(self, attributed: Attributed | None = None) -> Groups | None:
         """The curve of each group of prompts, and how much more the first diverges than the others."""
         curves = group_curves(self.divergence, self._groups)
         if not curves:
@@ -198,7 +201,12 @@ class Findings:
         found = contrasts(self.divergence, self._groups, floor, self.settings.seed)
         return Groups(
             curves=[
-                GroupCurve(group=c.group, n_prompts=c.n_prompts, divergence=_listed(c.mean_divergence))
+                GroupCurve(
+                    group=c.group,
+                    n_prompts=c.n_prompts,
+                    divergence=_listed(c.mean_divergence),
+                    nats=self._nats(c.group, attributed),
+                )
                 for c in curves
             ],
             contrasts=[
@@ -212,6 +220,14 @@ class Findings:
                 for c in found
             ],
         )
+
+    def _nats(self, group: str, attributed: Attributed | None) -> list[float] | None:
+        """Return the part of every block in the KL of a group of prompts."""
+        if attributed is None:
+            return None
+        own = [name == group for name in self._groups]
+        found: list[float] = attributed.by_layer(len(self.layers))[own].mean(0).tolist()
+        return found
 
     def summary(self) -> Summary:
         """The few numbers that a reader looks for first."""

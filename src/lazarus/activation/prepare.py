@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 
 from lazarus.activation.accumulation import Plan
+from lazarus.activation.attribution import check_attribution
 from lazarus.activation.live import pair_facts
 from lazarus.activation.readout import readable_layers
 from lazarus.activation.runplan import RunPlan
@@ -122,6 +123,8 @@ def _learn(
     reading.note_apart(notes)
     pair = learn_pair(*models, reading.samples, reading.pad_ids, reading.align)
     check_shapes(pair, len(prompts), FEWEST_FOR_CKA, localize=options.localize)
+    if options.attribute is not None:
+        check_attribution(pair)
     layers = readable_layers(options, pair, reading)
     run = _run_plan(given, pair, reading)
     lengths = [len(prompt.ids) for prompt in reading.base]
@@ -223,6 +226,11 @@ def _prompts(reading: Reading) -> list[PromptRecord]:
     ]
 
 
+def _attribute(options: Options) -> Literal["blocks", "tensors"] | None:
+    chosen: tuple[Literal["blocks", "tensors"], ...] = ("blocks", "tensors")
+    return next((each for each in chosen if each == options.attribute), None)
+
+
 def _settings(given: Given, pair: ModelPair, run: RunPlan) -> Settings:
     """Every option that the run used."""
     options = given.options
@@ -237,6 +245,7 @@ def _settings(given: Given, pair: ModelPair, run: RunPlan) -> Settings:
         dequantize=options.dequantize,
         align=pair.align,
         localize=run.localize,
+        attribute=_attribute(options),
         readout=options.readout,
         noise_floor=run.noise_floor,
         fail_above=options.fail_above,

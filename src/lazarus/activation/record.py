@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 
 from lazarus.activation.accumulation import Accumulation
+from lazarus.activation.attributed import Attributed
 from lazarus.activation.findings import Findings
 from lazarus.activation.limits import note_limits
 from lazarus.activation.traces import Read, trace_tokens
@@ -38,6 +39,7 @@ class About:
     breaks: Notes = field(default_factory=Notes)
     """why states of a model are not finite, where they are not, with options as errors have them"""
     readout: list[Readout] | None = None
+    attributed: Attributed | None = None
     read: Read | None = None
     """the tokens of a prompt, where every token of some is kept"""
     chooses_prompts: bool = False
@@ -82,11 +84,12 @@ def conclude(
                 for site in ("embedding", "final_norm")
                 if site in pair.sites
             ],
-            results=found.rows(),
+            results=found.rows(about.attributed),
             summary=found.summary(),
             output=found.output,
+            attribution=None if about.attributed is None else about.attributed.record(plan.settings.seed),
             readout=about.readout,
-            groups=found.groups(),
+            groups=found.groups(about.attributed),
             tokens=trace_tokens(found, about.read, choose=about.chooses_prompts) if about.read else None,
             notes=notes.texts,
             note_codes=notes.codes,

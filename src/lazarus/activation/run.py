@@ -8,9 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
+import numpy as np
 from torch import nn
 
 from lazarus.activation.accumulation import Accumulation, Plan
+from lazarus.activation.attributed import Attributed
+from lazarus.activation.attribution import attribute
 from lazarus.activation.breaks import note_breaks
 from lazarus.activation.live import weight_facts, with_broken_weights
 from lazarus.activation.measure import Job, measure
@@ -170,17 +173,35 @@ def _compare(prepared: Prepared, watcher: Observer) -> ActivationDiff:
     pair.note_common(notes)
     prepared.run.note(notes)
     notes.extend(on_shards)
+    attributed = _attributed(prepared, seen, notes) if given.options.attribute else None
     seen.facts = with_broken_weights(pair, seen.facts, breaks)
     note_breaks(pair, seen, reading, breaks)
     about = About(
         environment=environment(given.device),
         notes=notes,
         breaks=breaks,
+        attributed=attributed,
         readout=read_differences(pair, seen, layers, reading.tokenizers) if layers else None,
         read=partial(_compared, reading, prepared.run.position),
         chooses_prompts=given.options.token_prompts == "auto",
     )
     return conclude(seen, weight_facts(pair, seen), about)
+
+
+def _attributed(prepared: Prepared, seen: Accumulation, notes: Notes) -> Attributed:
+    """Attribute the change of the output; what the run has measured in float32 is not measured again."""
+    known = None
+    if prepared.pair.base.run_dtype == prepared.pair.finetuned.run_dtype == "float32":
+        kl = seen.output.means()["kl_base_finetuned"]
+        known = kl if np.isfinite(kl).all() else None
+    found = attribute(prepared.pair, prepared.run, prepared.given.options, known)
+    if found.is_rough:
+        notes.add(
+            "rough-attribution",
+            f"with {found.n_points} points the parts add up to {found.total:.4g} nats of "
+            f"{float(found.kl.mean()):.4g}: shares are rough",
+        )
+    return found
 
 
 def _open_folder(options: Options, rank: Rank) -> WorkFolder | None:

@@ -18,13 +18,19 @@ spill.py       hidden states between two blocks, in memory or in files
 run.py         either of the two, on a piece of work (work.py)
 prefix.py      whether a prefix that all prompts have in common runs once
 noise.py       base against base, with what ought not to matter changed
+path.py        a model at any point of the straight path between two
+contributions.py  what each changed parameter adds to a gradient, prompt by prompt
+attribution.py the integrand of an attribution, at one point of a path
 """
 
+from lazarus.engine.attribution import Asked, PathRunner
+from lazarus.engine.contributions import Contributions
 from lazarus.engine.coverage import Coverage, find_coverage
 from lazarus.engine.finite import Break, broken_weights, find_break, note_of_weights
 from lazarus.engine.head import NO_HEAD, Head
 from lazarus.engine.noise import NoisePlan, one_ulp_away, pick_sample
 from lazarus.engine.pair import ModelPair, check_shapes, learn_pair
+from lazarus.engine.path import Path, check_path
 from lazarus.engine.positions import check_positions
 from lazarus.engine.prefix import PrefixPlan, common_prefix, share_prefix
 from lazarus.engine.probe import Conventions, head_reads_blocks, learn
@@ -34,15 +40,20 @@ from lazarus.engine.work import Work
 
 __all__ = [
     "NO_HEAD",
+    "Asked",
     "Break",
+    "Contributions",
     "Conventions",
     "Coverage",
     "Head",
     "ModelPair",
     "NoisePlan",
+    "Path",
+    "PathRunner",
     "PrefixPlan",
     "Work",
     "broken_weights",
+    "check_path",
     "check_positions",
     "check_shapes",
     "common_prefix",

@@ -28,7 +28,11 @@ MOST_LOGITS = 2**24
 class Head:
     """The LM head of one model, on rows [rows, hidden] of one sequence."""
 
-    def __init__(self, model: LoadedModel, output_class: type[ModelOutput]) -> None:
+    def __init__(
+        self, model: LoadedModel, output_class: type[ModelOutput], *, with_grad: bool = False
+    ) -> None:
+        """Take the class of what the stack hands to the head, and whether its logits need a gradient."""
+        self._with_grad = with_grad
         self._loaded = model
         self.model = model.model
         self.stack = model.anatomy.stack
@@ -71,10 +75,10 @@ class Head:
         """
         # Any ids do: their hidden states are replaced on the way.
         ids = torch.zeros(1, n_rows, dtype=torch.long, device=device)
-        with torch.no_grad(), calling(self._loaded, ids.shape):
+        with torch.set_grad_enabled(self._with_grad), calling(self._loaded, ids.shape):
             output = self.model(input_ids=ids, **accepted(self.model))
-        logits: Tensor = output.logits
-        return logits[0]
+            logits: Tensor = output.logits
+            return logits[0]
 
 
 @dataclass

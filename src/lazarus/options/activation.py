@@ -26,6 +26,7 @@ from lazarus.options.option import COMPARE, READ, RUN, Checked, Option
 NAMED_POSITIONS = ("auto", "last", "mean", "all")
 MEMORY_MODES = ("auto", "resident", "stream")
 ALIGNMENTS = ("ids", "text")
+ATTRIBUTED = ("blocks", "tensors")
 
 
 def _check_position(name: str, position: str | int) -> None:
@@ -72,6 +73,17 @@ Align = Annotated[
 ]
 Localize = Annotated[
     bool, Option("Also measure what each block itself adds, apart from what it inherits.", COMPARE)
+]
+Attribute = Annotated[
+    str | None,
+    Option(
+        "What each block, or each tensor, contributes to KL(base‖fine-tuned) of the next token, in nats that "
+        "add up; by gradients, in memory.",
+        COMPARE,
+        "blocks|tensors",
+        shown_default="off",
+        check=partial(check_choice, choices=ATTRIBUTED),
+    ),
 ]
 Readout = Annotated[
     str | None,
@@ -159,6 +171,7 @@ class Options(Checked):
     threshold: Threshold = 0.1
     align: Align = "ids"
     localize: Localize = False
+    attribute: Attribute = None
     readout: Readout = None
     token_prompts: TokenPrompts = "auto"
     no_noise_floor: NoNoiseFloor = False
@@ -211,6 +224,7 @@ class OptionArguments(TypedDict, total=False):
     threshold: Threshold
     align: Align
     localize: Localize
+    attribute: Attribute
     readout: Readout
     token_prompts: TokenPrompts
     no_noise_floor: NoNoiseFloor

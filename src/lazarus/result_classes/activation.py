@@ -93,6 +93,18 @@ class ActivationDiff(Result[ActivationDiffRecord]):
         """
         return figure.plot_heatmap(self.record, ax, sort=sort)
 
+    def plot_attribution(self, ax: Axes | None = None) -> Axes:
+        """Draw what each block, and what is outside them, contributes to KL(base‖fine-tuned), in nats.
+
+        Of single tensors it is a map of components by layers. Without `ax` it is a new figure of pyplot's.
+        Returns the axes.
+
+        Raises:
+            MissingPackageError: matplotlib is not installed.
+            UsageError: the result has no attribution.
+        """
+        return figure.plot_attribution(self.record, ax)
+
     def _repr_html_(self) -> str:
         return notebook.to_html(self.record)
 

@@ -93,6 +93,18 @@ METRICS: dict[str, Metric] = {
             schema="‖F(b) − B(b)‖ / ‖B(b)‖",
         ),
         Metric(
+            "nats",
+            heading="Nats",
+            unit="nats",
+            range="-∞ to ∞",
+            format=".6f",
+            formula="∫₀¹ ⟨∇KL(base‖base + tΔ), Δ⟩ dt over the parameters of the block",
+            source="Aumann–Shapley value along the straight path between the weights (Aumann & Shapley 1974; "
+            "Sundararajan et al. 2017, arXiv 1703.01365)",
+            schema="part in KL(base‖fine-tuned) of the next token, in nats; below 0 where it makes up for "
+            "others",
+        ),
+        Metric(
             "noise_floor",
             heading="Noise Floor",
             unit="relative L2",

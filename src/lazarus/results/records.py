@@ -55,6 +55,7 @@ class Settings(Record, frozen=True, kw_only=True):
     dequantize: str = "auto"
     align: Literal["ids", "text"]
     localize: bool
+    attribute: Literal["blocks", "tensors"] | None = None
     readout: str | None = None
     noise_floor: bool
     fail_above: float | None
@@ -163,6 +164,44 @@ class Output(Record, frozen=True, kw_only=True):
     ]
 
 
+class AttributedGroup(Record, frozen=True, kw_only=True):
+    """The part of a block, or of a tensor, in KL(base‖fine-tuned)."""
+
+    name: str
+    layer: Annotated[Layer | None, Meta(description="the block; null outside the blocks")]
+    component: Annotated[
+        str | None, Meta(description="of a tensor, its standard name, such as attn_q; null of a block")
+    ]
+    nats: Annotated[float, METRICS["nats"].meta]
+    share: Annotated[float | None, Meta(description="nats / sum; null where the sum is 0")]
+    interval: Annotated[
+        tuple[float, float] | None, Meta(description="95 % interval of nats over prompts; null with few")
+    ]
+
+
+class Restored(Record, frozen=True, kw_only=True):
+    """The fine-tuned model with these groups set back to base."""
+
+    groups: list[str]
+    kl: Annotated[float, Meta(description="the mean KL(base‖it) that is left, in nats")]
+
+
+class Attribution(Record, frozen=True, kw_only=True):
+    """Who caused the change of the output: parts of KL(base‖fine-tuned) that add up."""
+
+    target: Literal["kl_base_finetuned"] = "kl_base_finetuned"
+    kl: Annotated[float, Meta(description="mean KL(base‖fine-tuned) in nats, in float32, measured by itself")]
+    sum: Annotated[float, Meta(description="of the parts of all groups")]
+    completeness_error: Annotated[
+        float, Meta(ge=0, description="|sum − kl| / kl: what the quadrature misses")
+    ]
+    n_points: Annotated[int, Meta(ge=1, description="points of the Gauss–Legendre quadrature")]
+    groups: Annotated[
+        list[AttributedGroup], Meta(description="blocks in order, and then what is outside them")
+    ]
+    restored: list[Restored]
+
+
 class ReadoutToken(Record, frozen=True, kw_only=True):
     """A token that the mean difference promotes or suppresses."""
 
@@ -188,6 +227,9 @@ class GroupCurve(Record, frozen=True, kw_only=True):
     group: str
     n_prompts: int
     divergence: list[float | None]
+    nats: Annotated[
+        list[float] | None, Meta(description="with attribute: each block's part in the group's KL")
+    ] = None
 
 
 class GroupContrast(Record, frozen=True, kw_only=True):
@@ -277,6 +319,7 @@ class ActivationDiffRecord(Record, frozen=True, kw_only=True):
     results: ResultRows
     summary: Summary
     output: Output | None = None
+    attribution: Attribution | None = None
     readout: list[Readout] | None = None
     groups: Groups | None = None
     tokens: list[TokenTrace] | None = None

@@ -37,6 +37,7 @@ class ResultRow(Record, frozen=True, kw_only=True):
     centered_cosine_similarity: float | None
     local_relative_l2: float | None = None
     local_cosine_similarity: float | None = None
+    nats: float | None = None
 
 
 class ResultRows(Sequence[ResultRow]):
@@ -53,6 +54,7 @@ class ResultRows(Sequence[ResultRow]):
         "centered_cosine_similarity",
         "local_relative_l2",
         "local_cosine_similarity",
+        "nats",
     )
 
     def __init__(self, prompts: Sequence[str], columns: Mapping[str, NDArray[np.float64]]) -> None:

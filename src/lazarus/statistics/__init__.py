@@ -7,7 +7,7 @@ columns.py     what these share
 """
 
 from lazarus.statistics.groups import Contrast, GroupCurve, contrasts, group_curves
-from lazarus.statistics.intervals import MIN_PROMPTS, Intervals, intervals, onset
+from lazarus.statistics.intervals import MIN_PROMPTS, Intervals, intervals, onset, signed_intervals
 from lazarus.statistics.verdict import FACTOR, Floor, find_verdict, noise_floor
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "intervals",
     "noise_floor",
     "onset",
+    "signed_intervals",
 ]

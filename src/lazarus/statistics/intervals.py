@@ -57,6 +57,35 @@ def intervals(divergence: Floats, seed: int) -> Intervals | None:
     return Intervals(*ends)
 
 
+def signed_intervals(values: Floats, seed: int) -> tuple[Floats, Floats] | None:
+    """Return both ends of the 95 % interval of the mean over prompts of `values`, [prompts, columns].
+
+    A bootstrap-t (Efron & Tibshirani 1993, ch. 12) on the mean itself, for values of any sign; whole prompts
+    are resampled, the same ones for every column. None below 5 prompts; where all values are equal, both ends
+    are that value.
+    """
+    from scipy.special import stdtrit
+
+    n_prompts = len(values)
+    if n_prompts < MIN_PROMPTS:
+        return None
+    # In one order, so that no interval depends on that of the prompts.
+    ordered = in_canonical_order(values)
+    mean = column_means(ordered)
+    centred = ordered - mean
+    error = np.sqrt((centred**2).sum(0) / n_prompts / (n_prompts - 1))
+    limit = LONGEST_REACH * float(stdtrit(n_prompts - 1, 0.975))
+    blocks: list[Floats] = []
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for counts in _resamples(n_prompts, np.random.default_rng(seed)):
+            first, second = counts @ centred / n_prompts, counts @ centred**2 / n_prompts
+            blocks.append(first / np.sqrt((second - first**2) / (n_prompts - 1)))
+    # A resample of equal values has no error of its own: as far as the limit, on its side.
+    statistic = np.nan_to_num(np.concatenate(blocks), nan=0.0).clip(-limit, limit)
+    below, above = np.quantile(statistic, [0.025, 0.975], axis=0)
+    return mean - above * error, mean - below * error
+
+
 def onset(band_low: Floats, floor: Floats) -> int | None:
     """The first layer whose bound lies above the floor and stays so to the last; None without one.
 

@@ -7,6 +7,9 @@ from typing import IO, TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lazarus.errors import UsageError
+from lazarus.messages import option
+from lazarus.render.activation.attribution import draw_attribution
 from lazarus.render.activation.curve import DIVERGENCE, draw_curve, draw_local, number_layers
 from lazarus.render.activation.series import LayerSeries, measured
 from lazarus.render.base.figure import LARGER, WIDTH_INCHES, drawable, new_figure, title, write_picture
@@ -99,6 +102,25 @@ def plot_curve(record: ActivationDiffRecord, axes: Axes | None) -> Axes:
         width, height = figure_size(record)
         return compose(record, new_figure("plot", (LARGER * width, LARGER * height)))
     draw_curve(record, axes)
+    return axes
+
+
+def plot_attribution(record: ActivationDiffRecord, axes: Axes | None) -> Axes:
+    """Draw who caused the change of the output on these axes, or in a new figure of pyplot's.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+        UsageError: the result has no attribution.
+    """
+    if record.attribution is None:
+        raise UsageError(
+            f"there is no attribution in this result. Run with {option('attribute', 'blocks')}.",
+            option="attribute",
+        )
+    if axes is None:
+        axes = new_figure("attribution", (WIDTH_INCHES, HEIGHT_INCHES)).subplots()
+        axes.set_title(title(record), loc="left", fontsize="medium", parse_math=False)
+    draw_attribution(record.attribution, axes)
     return axes
 
 

@@ -7,6 +7,7 @@ from typing import IO, Any
 
 from lazarus.render.activation import tables
 from lazarus.render.activation.answers import answers, headline
+from lazarus.render.activation.attribution import attribution_table, bars
 from lazarus.render.activation.payload import MOST_CURVES, payload
 from lazarus.render.activation.sample import Sample, TokenSample, choose, choose_tokens, is_sampled
 from lazarus.render.activation.series import LayerSeries, measured
@@ -80,6 +81,8 @@ def _context(record: ActivationDiffRecord) -> dict[str, Any]:
         "absent": _absent(record),
         "layers": tables.layers(record),
         "ranking": tables.ranking(record),
+        "attribution": attribution_table(record),
+        "bars": bars(record),
         "groups": tables.groups(record),
         "contrasts": tables.contrasts(record),
         "output": tables.output(record),
@@ -111,6 +114,7 @@ def _absent(record: ActivationDiffRecord) -> list[str]:
         (shown.divergence, "the divergence (the two models have states of different width)"),
         (measured([layer.noise_floor for layer in record.layers]), "the noise floor"),
         (shown.local, "each block's own change (--localize)"),
+        (record.attribution is not None, "who caused the change, in nats (--attribute blocks)"),
         (shown.tokens, "single tokens (--position all)"),
         (shown.groups, "groups of prompts (give the prompts a group)"),
         (shown.output, "the next token (no next-token head, or --align text)"),

@@ -1,4 +1,4 @@
-"""The summary under the table: what the numbers say together, in at most eight plain lines."""
+"""The summary under the table: what the numbers say together, in at most nine plain lines."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ import math
 
 import numpy as np
 
+from lazarus.render.activation.attribution import attribution_lines
 from lazarus.render.base.escape import PROMPT_CHARACTERS, escaped
 from lazarus.render.base.words import short
 from lazarus.results import ActivationDiffRecord, differing, told
 
-MOST_LINES = 8
+MOST_LINES = 9
 BLOCKS_NAMED = 3
 TOKENS_NAMED = 6
 
 
 def summary_lines(record: ActivationDiffRecord) -> list[str]:
-    """At most eight lines, the most important ones; the JSON has all of it."""
+    """At most nine lines, the most important ones; the JSON has all of it."""
     found = record.summary
     lines = [] if found.verdict is None else [f"Verdict: {verdict(record)}"]
-    lines += [*_most_divergent(record), _where(record), *_blocks(record), *_output(record)]
-    lines += [*_groups(record), *_readout(record)]
+    lines += [*_most_divergent(record), _where(record), *_blocks(record), *attribution_lines(record)]
+    lines += [*_output(record), *_groups(record), *_readout(record)]
     spare = MOST_LINES - len(lines) - 1
-    lines += _spread(record)[:spare]
+    lines += _spread(record)[: max(0, spare)]
     return [*lines, _what_was_compared(record)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lazarus.render.activation.attribution import nats_by_layer
 from lazarus.render.activation.summary import summary_lines
 from lazarus.render.base.escape import PROMPT_CHARACTERS, escaped
 from lazarus.render.base.words import loading
@@ -26,10 +27,12 @@ def prompts(texts: Sequence[str]) -> str:
 
 
 def table(record: ActivationDiffRecord) -> str:
-    """The table, a row a layer; with a column of local change or of CKA where there is one."""
+    """The table, a row a layer; with columns of local change, of nats and of CKA where there are any."""
     extra: dict[str, list[float | None]] = {}
     if record.settings.localize:
         extra["Local"] = [layer.local.relative_l2 if layer.local else None for layer in record.layers]
+    if record.attribution is not None:
+        extra["Nats"] = list(nats_by_layer(record))
     if record.base.hidden_size != record.finetuned.hidden_size:
         extra["CKA"] = [layer.cka for layer in record.layers]
     header = HEADER + "".join(f"{name:>12}" for name in extra)
@@ -38,7 +41,7 @@ def table(record: ActivationDiffRecord) -> str:
 
 
 def summary(record: ActivationDiffRecord) -> str:
-    """Return what a reader needs besides the table, in at most eight lines, and then the notes."""
+    """Return what a reader needs besides the table, in at most nine lines, and then the notes."""
     lines = [*summary_lines(record), *(f"Note: {escaped(note)}" for note in record.notes)]
     return "\n".join(lines)
 
