@@ -233,6 +233,26 @@ def test_the_models_stay_as_they_are() -> None:
     assert [p.requires_grad for model in (base, other) for p in model.parameters()] == needed
 
 
+def test_an_observer_is_told_of_its_passes() -> None:
+    told: list[list[int]] = []
+
+    class Watcher:
+        def loading(self, role: object, name: str) -> None: ...
+        def testing(self, prompts: object) -> None: ...
+
+        def running(self, n_tokens: int) -> None:
+            told.append([n_tokens, 0])
+
+        def advanced(self, n_tokens: int) -> None:
+            told[-1][1] += n_tokens
+
+    base = tiny_llama()
+    attributed(base, perturbed(base, 0.02), observer=Watcher())
+    [(compared, done), (passed, all_of_it)] = told
+    assert compared == done
+    assert passed == all_of_it == 4 * compared
+
+
 def test_a_tied_table_is_one_group() -> None:
     base = tiny_llama(tie_word_embeddings=True)
     found = attributed(base, perturbed(base, 0.05))

@@ -81,6 +81,7 @@ class ConsoleObserver(_Console):
 
     def __init__(self, *, show: bool, prints: bool = True, saves: bool = False) -> None:
         super().__init__(MofNCompleteColumn(), TextColumn("tokens"), show=show, prints=prints, saves=saves)
+        self._steps = iter(("Comparing", "Attributing"))
 
     def loading(self, role: Literal["base", "finetuned"], name: str) -> None:
         """Print which model is loaded; transformers draws the bar of its weights."""
@@ -92,8 +93,8 @@ class ConsoleObserver(_Console):
         self._begin("Tokenising", None)
 
     def running(self, n_tokens: int) -> None:
-        """Begin the bar."""
-        self._progress.update(self._task, description="Comparing", total=n_tokens)
+        """Begin the bar; again where the change is attributed."""
+        self._progress.reset(self._task, description=next(self._steps, "Attributing"), total=n_tokens)
 
 
 class WeightObserver(_Console):

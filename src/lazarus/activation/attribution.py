@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -30,7 +31,20 @@ N_RESTORED = (1, 3)
 """how many of the groups with the largest parts are set back to base, to see what that gives"""
 
 
-def attribute(pair: ModelPair, plan: RunPlan, options: Options, kl: Floats | None = None) -> Attributed:
+@runtime_checkable
+class Observer(Protocol):
+    """An object that is told how far an attribution has come."""
+
+    def running(self, n_tokens: int) -> None:
+        """The passes begin: so many tokens in all."""
+
+    def advanced(self, n_tokens: int) -> None:
+        """Count so many more tokens."""
+
+
+def attribute(
+    pair: ModelPair, plan: RunPlan, options: Options, watcher: Observer, kl: Floats | None = None
+) -> Attributed:
     """Attribute the change of the output to the parameters that changed.
 
     `kl` is KL(base‖fine-tuned) of each prompt in float32, where it is known.
@@ -42,7 +56,7 @@ def attribute(pair: ModelPair, plan: RunPlan, options: Options, kl: Floats | Non
     head_reads = pair.base_conventions.head_reads
     assert head_reads is not None
     path = Path(pair.base, pair.finetuned, options.layers_path)
-    job = _Job(pair, plan, PathRunner(path, head_reads, plan.position))
+    job = _Job(pair, plan, PathRunner(path, head_reads, plan.position), watcher)
     groups = list(_tensors(path) if options.attribute == "tensors" else _blocks(path))
     if not path.changes:
         n_prompts = len(plan.base_prompts)
@@ -81,6 +95,7 @@ class _Job:
     pair: ModelPair
     plan: RunPlan
     runner: PathRunner
+    watcher: Observer
 
     @property
     def n_prompts(self) -> int:
@@ -122,6 +137,7 @@ class _Job:
         """Return every parameter's part in each prompt's KL: [changes, prompts]."""
         parts = np.zeros((len(self.runner.path.changes), self.n_prompts))
         nodes, weights = np.polynomial.legendre.leggauss(n_points)
+        self.watcher.running(n_points * sum(batch.n_tokens for batch in self.batches))
         for asked in self._asked():
             for node, weight in zip(nodes.tolist(), weights.tolist(), strict=True):
                 # From [−1, 1] to [0, 1].
@@ -129,6 +145,7 @@ class _Job:
                 for each in asked:
                     self.runner.add_up(each, self.contributions)
                     parts[:, each.batch.prompts] += weight / 2 * self.contributions.found.numpy()
+                    self.watcher.advanced(each.batch.n_tokens)
         return self._spread(parts)
 
     def _asked(self) -> Iterator[list[Asked]]:

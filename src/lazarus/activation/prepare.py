@@ -44,7 +44,7 @@ class Observer(Protocol):
         """Both models are there, and these are the prompts."""
 
     def running(self, n_tokens: int) -> None:
-        """The batches begin: so many tokens in all."""
+        """The batches begin: so many tokens in all. With `attribute` once more, for its own passes."""
 
     def advanced(self, n_tokens: int) -> None:
         """Count so many more tokens as run through both models."""

@@ -173,7 +173,7 @@ def _compare(prepared: Prepared, watcher: Observer) -> ActivationDiff:
     pair.note_common(notes)
     prepared.run.note(notes)
     notes.extend(on_shards)
-    attributed = _attributed(prepared, seen, notes) if given.options.attribute else None
+    attributed = _attributed(prepared, seen, watcher, notes) if given.options.attribute else None
     seen.facts = with_broken_weights(pair, seen.facts, breaks)
     note_breaks(pair, seen, reading, breaks)
     about = About(
@@ -188,13 +188,13 @@ def _compare(prepared: Prepared, watcher: Observer) -> ActivationDiff:
     return conclude(seen, weight_facts(pair, seen), about)
 
 
-def _attributed(prepared: Prepared, seen: Accumulation, notes: Notes) -> Attributed:
+def _attributed(prepared: Prepared, seen: Accumulation, watcher: Observer, notes: Notes) -> Attributed:
     """Attribute the change of the output; what the run has measured in float32 is not measured again."""
     known = None
     if prepared.pair.base.run_dtype == prepared.pair.finetuned.run_dtype == "float32":
         kl = seen.output.means()["kl_base_finetuned"]
         known = kl if np.isfinite(kl).all() else None
-    found = attribute(prepared.pair, prepared.run, prepared.given.options, known)
+    found = attribute(prepared.pair, prepared.run, prepared.given.options, watcher, known)
     if found.is_rough:
         notes.add(
             "rough-attribution",
