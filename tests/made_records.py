@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from lazarus.results import (
     ActivationDiffRecord,
+    AttributedGroup,
+    Attribution,
     Environment,
     GroupContrast,
     GroupCurve,
@@ -23,6 +25,7 @@ from lazarus.results import (
     PromptRecord,
     Readout,
     ReadoutToken,
+    Restored,
     ResultRows,
     Settings,
     SiteRecord,
@@ -160,13 +163,36 @@ def whole_record(n_prompts: int = 12, n_layers: int = 6) -> ActivationDiffRecord
         record,
         prompts=prompts,
         layers=local,
-        settings=settings(localize=True, readout="auto", position="all"),
+        settings=settings(localize=True, attribute="blocks", readout="auto", position="all"),
+        attribution=_attribution(n_layers),
+        results=ResultRows(texts, {**record.results.columns, "nats": values / 10 - 0.01}),
         groups=_groups(values, names),
         output=_output(),
         readout=[_readout(n_layers // 2), _readout(n_layers - 1)],
         tokens=[token_trace(i, text, n_layers) for i, text in enumerate(texts[:4])],
         summary=msgspec.structs.replace(record.summary, most_changed_block=3),
         notes=["12 prompts: intervals of so few are rough", "layer 2: prompt 1 <b>left out</b>: not finite"],
+    )
+
+
+def _attribution(n_layers: int) -> Attribution:
+    """Parts of blocks, one of them below 0, and of the head."""
+    nats = [0.05 * layer - 0.02 for layer in range(n_layers)]
+    groups = [
+        AttributedGroup(
+            name=f"block {layer}", layer=layer, component=None, nats=value, share=value, interval=(-0.1, 0.4)
+        )
+        for layer, value in enumerate(nats)
+    ]
+    head = AttributedGroup(name="<b>head</b>", layer=None, component=None, nats=0.3, share=0.3, interval=None)
+    total = sum(nats) + 0.3
+    return Attribution(
+        kl=total + 0.001,
+        sum=total,
+        completeness_error=0.001 / (total + 0.001),
+        n_points=4,
+        groups=[*groups, head],
+        restored=[Restored(groups=["<b>head</b>"], kl=0.4)],
     )
 
 

@@ -301,11 +301,12 @@ def test_what_was_not_measured_is_absent_and_named_once() -> None:
     markup = page_of(record_of(divergences(4, 3)))
     sections = {attributes.get("id") for attributes in markup.attributes("section")}
     assert {"layers", "prompts", "provenance", "reading"} <= sections
-    assert not sections & {"tokens", "groups", "output", "readout"}
-    for option in ("--localize", "--readout auto", "--position all"):
+    assert not sections & {"attribution", "tokens", "groups", "output", "readout"}
+    for option in ("--localize", "--attribute blocks", "--readout auto", "--position all"):
         assert markup.text.count(f"({option})") == 1
     whole = page_of(whole_record())
-    assert {"tokens", "groups", "output", "readout"} <= {a.get("id") for a in whole.attributes("section")}
+    there = {a.get("id") for a in whole.attributes("section")}
+    assert {"attribution", "tokens", "groups", "output", "readout"} <= there
     assert "Not measured in this run" not in whole.text
 
 
