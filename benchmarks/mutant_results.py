@@ -30,7 +30,7 @@ MODULES = (
 TESTED_BY = {
     "engine/arguments.py": "replay prefix streamed",
     "engine/coverage.py": "outside claims weight_diff",
-    "engine/finite.py": "finite gates claims",
+    "engine/finite.py": "finite breaks gates claims",
     "engine/pair.py": "engine align streamed repeats",
     "engine/head.py": "probe engine finite",
     "engine/local.py": "resident engine",
@@ -47,7 +47,7 @@ TESTED_BY = {
     "activation/accumulation.py": "accumulation repeats noise",
     "activation/findings.py": "accumulation gates verdict noise outside claims model_rounding",
     "weights/pairs.py": "weight_diff weight_vocabulary weight_components",
-    "weights/record.py": "weight_diff weight_rounding weight_gguf weight_vocabulary outside gates claims",
+    "weights/record.py": "weight_diff weight_rounding weight_gguf weight_vocabulary weight_spectrum weights_render outside gates claims",
 }
 """the test files that hold a module, beside the one of its own name"""
 
