@@ -47,7 +47,8 @@ TESTED_BY = {
     "activation/accumulation.py": "accumulation repeats noise",
     "activation/findings.py": "accumulation gates verdict noise outside claims model_rounding",
     "weights/pairs.py": "weight_diff weight_vocabulary weight_components",
-    "weights/record.py": "weight_diff weight_rounding weight_gguf weight_vocabulary weight_spectrum weights_render outside gates claims",
+    "weights/record.py": "weight_diff weight_rounding weight_gguf weight_vocabulary weight_spectrum "
+    "weights_render outside gates claims",
 }
 """the test files that hold a module, beside the one of its own name"""
 

@@ -391,6 +391,9 @@ def test_it_is_shown_saved_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixtu
     chart = page.partition('<svg class="bars"')[2].partition("</svg>")[0]
     assert chart.count("<rect") == len(found.groups)
     assert "Who caused it" in page
+    diff.save(tmp_path / "result.svg")
+    drawn = (tmp_path / "result.svg").read_text(encoding="utf-8")
+    assert drawn.count('id="nats"') == len(diff.layers)
     bars: list[Any] = list(diff.plot_attribution().patches)
     assert [bar.get_height() for bar in bars] == [group.nats for group in found.groups]
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lazarus.render.activation.attribution import nats_by_layer
 from lazarus.render.activation.series import LayerSeries, Values, measured
 from lazarus.render.base.figure import (
     BLUE,
@@ -87,6 +88,22 @@ def draw_local(record: ActivationDiffRecord, axes: Axes) -> None:
         axes.set_yticks([0])
     axes.set_ylabel("Local change\n(relative L2)")
     axes.set_ylim(0, 1.08 * most or 1.0)
+    _finish(record, axes)
+
+
+def draw_nats(record: ActivationDiffRecord, axes: Axes) -> None:
+    """Draw each block's part in KL(base‖fine-tuned), a bar a layer, and tell what is outside the blocks."""
+    found = record.attribution
+    assert found is not None
+    layers, parts = [layer.layer for layer in record.layers], nats_by_layer(record)
+    width = min(0.64, len(layers) / 10)
+    for bar in axes.bar(layers, _array(parts), width=width, color=GREEN):
+        bar.set_gid("nats")
+    outside = found.sum - sum(value or 0.0 for value in parts)
+    told = f"outside the blocks: {outside:.4f}"
+    axes.text(0.99, 0.95, told, transform=axes.transAxes, ha="right", va="top", fontsize="small")
+    axes.axhline(0, color="black", linewidth=0.6)
+    axes.set_ylabel("Part of the KL\n(nats)")
     _finish(record, axes)
 
 

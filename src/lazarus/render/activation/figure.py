@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import IO, TYPE_CHECKING, Literal
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from lazarus.errors import UsageError
 from lazarus.messages import option
 from lazarus.render.activation.attribution import draw_attribution
-from lazarus.render.activation.curve import DIVERGENCE, draw_curve, draw_local, number_layers
+from lazarus.render.activation.curve import DIVERGENCE, draw_curve, draw_local, draw_nats, number_layers
 from lazarus.render.activation.series import LayerSeries, measured
 from lazarus.render.base.figure import LARGER, WIDTH_INCHES, drawable, new_figure, title, write_picture
 from lazarus.results import ActivationDiffRecord
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["compose", "draw_curve", "draw_heatmap", "draw_local", "figure_size", "write_figure"]
 
 HEIGHT_INCHES = 3.0
-HEIGHT_WITH_LOCAL_INCHES = 4.2
+PANEL_INCHES = 1.2
 PROMPT_CHARACTERS = 40
 MOST_PROMPTS_LABELLED = 40
 
@@ -38,26 +39,38 @@ def write_figure(
 
 
 def figure_size(record: ActivationDiffRecord) -> tuple[float, float]:
-    """Width and height in inches: a local change has a panel of its own."""
-    has_local = measured(LayerSeries.of(record).local)
-    return WIDTH_INCHES, HEIGHT_WITH_LOCAL_INCHES if has_local else HEIGHT_INCHES
+    """Width and height in inches: a local change has a panel of its own, and so has an attribution."""
+    return WIDTH_INCHES, HEIGHT_INCHES + PANEL_INCHES * len(_below(record))
+
+
+def _below(record: ActivationDiffRecord) -> list[Callable[[ActivationDiffRecord, Axes], None]]:
+    """Return what draws each of the panels below the curve."""
+    is_measured = {
+        draw_local: measured(LayerSeries.of(record).local),
+        draw_nats: record.attribution is not None,
+    }
+    return [draw for draw, there in is_measured.items() if there]
 
 
 def compose(record: ActivationDiffRecord, figure: Figure) -> Axes:
-    """Draw the curve into an empty figure, the local change below it where it was measured.
+    """Draw the curve into an empty figure; below it the local change and the attribution, if there are any.
 
     Returns:
         The axes of the curve.
     """
     axes: Axes
-    if not measured(LayerSeries.of(record).local):
+    panels = _below(record)
+    if not panels:
         axes = figure.subplots()
         draw_curve(record, axes)
     else:
-        axes, below = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [2.2, 1]})
+        heights = [2.2, *[1] * len(panels)]
+        axes, *below = figure.subplots(len(heights), 1, sharex=True, gridspec_kw={"height_ratios": heights})
         draw_curve(record, axes)
-        draw_local(record, below)
-        axes.set_xlabel("")
+        for draw, panel in zip(panels, below, strict=True):
+            draw(record, panel)
+        for upper in (axes, *below[:-1]):
+            upper.set_xlabel("")
         figure.align_ylabels()
     axes.set_title(title(record), loc="left", fontsize="medium", parse_math=False)
     return axes
