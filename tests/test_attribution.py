@@ -24,7 +24,7 @@ from layouts import save_adapter
 from lazarus.batches import TokenBatch
 from lazarus.engine import Path as WeightPath
 from lazarus.engine import PathRunner, learn
-from lazarus.errors import UnsupportedModelError, UsageError
+from lazarus.errors import DeviceError, UnsupportedModelError, UsageError
 from lazarus.models import wrap_model
 from lazarus.results import Attribution
 from lazarus.tokens import TokenizedPrompt
@@ -353,6 +353,53 @@ def test_what_cannot_be_attributed_is_refused_with_the_reason(
     with pytest.raises(UnsupportedModelError, match=said) as told:
         lazarus.activation_diff(base, other, PROMPTS, attribute="blocks", **options)
     assert told.value.option == "attribute"
+
+
+class _OneWay(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, states: Tensor) -> Tensor:
+        return states * 1
+
+    @staticmethod
+    def backward(_: Any, *_gradients: Any) -> Any:
+        raise NotImplementedError("no way back")
+
+
+class _Activation(torch.nn.Module):
+    def forward(self, states: Tensor) -> Any:
+        return _OneWay.apply(states)  # type: ignore[no-untyped-call]
+
+
+def test_a_backward_pass_that_does_not_run_is_told() -> None:
+    models = [tiny_llama(), perturbed(tiny_llama(), 0.05)]
+    for model in models:
+        model.model.layers[1].mlp.act_fn = _Activation()
+    with pytest.raises(UnsupportedModelError, match="its backward pass does not run: no way back") as told:
+        attributed(models[0], models[1])
+    assert told.value.option == "attribute"
+
+
+@pytest.mark.parametrize("is_learnt", [False, True])
+def test_a_lack_of_memory_is_never_taken_for_a_part_that_is_not_known(
+    is_learnt: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    if is_learnt:
+        learn_ways = PathRunner.learn
+
+        def learn_and_break(runner: PathRunner, batch: TokenBatch) -> Any:
+            found = learn_ways(runner, batch)
+            monkeypatch.setattr("lazarus.engine.contributions._Call.product", fails)
+            return found
+
+        monkeypatch.setattr(PathRunner, "learn", learn_and_break)
+    else:
+        monkeypatch.setattr("lazarus.engine.contributions._Call.product", fails)
+    base = tiny_llama()
+    with pytest.raises(DeviceError):
+        attributed(base, perturbed(base, 0.05))
 
 
 def test_it_is_a_choice() -> None:

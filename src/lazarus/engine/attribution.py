@@ -10,11 +10,14 @@ from torch import Tensor, autograd
 from transformers.utils import ModelOutput
 
 from lazarus.batches import TokenBatch
+from lazarus.blame import Translated
 from lazarus.engine.contributions import Contributions, Owners
 from lazarus.engine.head import MOST_LOGITS, Head
 from lazarus.engine.path import Path
 from lazarus.engine.positions import RowPicker
-from lazarus.engine.recorder import accepted, calling, first_tensor
+from lazarus.engine.recorder import accepted, calling, first_tensor, one_line
+from lazarus.errors import UnsupportedModelError
+from lazarus.messages import option
 from lazarus.sites import Position
 
 _RELATIVE, _OF_ALL = 1e-2, 1e-4
@@ -66,9 +69,14 @@ class PathRunner:
         return _by_prompt(asked, torch.cat(kl))
 
     def add_up(self, asked: Asked, seen: Contributions) -> None:
-        """Find out how the KL of each prompt of a batch changes along every change: `seen.found`."""
+        """Find out how the KL of each prompt of a batch changes along every change: `seen.found`.
+
+        Raises:
+            UnsupportedModelError: the model's backward pass does not run.
+        """
         batch, n_prompts = asked.batch, len(asked.batch.members)
         seen.begin(n_prompts)
+        back = Translated(f"the backward pass of {self.path.model.name}", self._told)
         with seen.attached(), torch.enable_grad():
             seen.owners = Owners.of_batch(n_prompts, batch.padded_length)
             states = asked.picker.pick(self._final(batch))
@@ -79,9 +87,11 @@ class PathRunner:
                 logits = self._logits(leaf[part])
                 # The gradient of KL(p‖softmax(z)) is softmax(z) − p.
                 gradient = logits.detach().softmax(-1).sub_(asked.logits[part].softmax(-1))
-                autograd.backward(logits, gradient.mul_(asked.weights[part, None].to(gradient)))
+                with back:
+                    autograd.backward(logits, gradient.mul_(asked.weights[part, None].to(gradient)))
             if states.requires_grad:
-                autograd.backward(states, leaf.grad)
+                with back:
+                    autograd.backward(states, leaf.grad)
 
     def learn(self, batch: TokenBatch) -> Contributions:
         """Learn on a few prompts how the contribution of each change is found: by outputs, or by gradient.
@@ -92,9 +102,8 @@ class PathRunner:
             UnsupportedModelError: the model's backward pass does not run.
         """
         changes, model = self.path.changes, self.path.model.model
-        by_outputs, by_gradient = (
-            Contributions(changes, model, chosen) for chosen in (set[int](), set(range(len(changes))))
-        )
+        by_outputs = Contributions(changes, model, is_learning=True)
+        by_gradient = Contributions(changes, model, set(range(len(changes))))
         self.path.move(0.0)
         asked = self.ask(batch)
         singles = [self.ask(replace(batch, members=[member])) for member in batch.members]
@@ -106,12 +115,19 @@ class PathRunner:
         exact = torch.stack(expected, dim=1)
         self.add_up(singles[0], by_outputs)
         wrong = _wrong(by_outputs.found, exact[:, :1]) | set(by_outputs.faults)
-        found = Contributions(changes, model, wrong)
+        # With one prompt alone it is not seen whether several can be told apart.
         if wrong or len(batch.members) == 1:
-            return replace(found, one_by_one=bool(wrong))
-        self.add_up(asked, found)
-        parted = not found.faults and not _wrong(found.found, exact)
-        return replace(found, one_by_one=not parted, faults={})
+            return Contributions(changes, model, wrong, one_by_one=True)
+        self.add_up(asked, by_outputs)
+        is_parted = not by_outputs.faults and not _wrong(by_outputs.found, exact)
+        return Contributions(changes, model, one_by_one=not is_parted)
+
+    def _told(self, error: Exception) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"{self.path.model.name}: its backward pass does not run: {one_line(error)}. Leave "
+            f"{option('attribute')} out.",
+            option="attribute",
+        )
 
     def _final(self, batch: TokenBatch) -> Float[Tensor, "batch time hidden"]:
         ids, mask = batch.padded()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
+from lazarus.blame import is_out_of_memory
 from lazarus.engine.path import Change
 
 
@@ -73,6 +74,8 @@ class Contributions:
     """the changes whose gradient is computed: of one prompt at a time"""
     one_by_one: bool = False
     """whether prompts must run one at a time"""
+    is_learning: bool = False
+    """whether a contribution that cannot be found is kept in `faults`, and is no error"""
     faults: dict[int, Exception] = field(default_factory=dict)
     """why the contribution of a change is not known"""
     owners: Owners = field(init=False)
@@ -143,7 +146,10 @@ class Contributions:
             for attribute, index in call.held.items():
                 try:
                     self._add(index, call, attribute, place, gradient)
-                except (RuntimeError, NotImplementedError, UnsplitError) as error:
+                # torch raises the first where there is no forward-mode derivative, and for a lack of memory.
+                except (RuntimeError, UnsplitError) as error:
+                    if not self.is_learning or is_out_of_memory(error):
+                        raise
                     self.faults.setdefault(index, error)
         finally:
             self._is_busy = False
