@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import lazarus
 from benchmarks import places, weights
 from benchmarks.quantised import Method, quantise
-from benchmarks.trust_report import table
+from benchmarks.trust_report import fill_in, table
 from lazarus.demo import BASE as DEMO_BASE
 from lazarus.demo import FINETUNED as DEMO_FINETUNED
 
@@ -32,7 +32,6 @@ PARTS = ["completeness", "restored"]
 N_PROMPTS, N_RESTORED, N_PAIRS = 12, 3, 20
 RESULTS = places.ROOT / "benchmarks" / "results" / "attribution.json"
 DOCS = places.ROOT / "docs" / "attribution.md"
-MARKS = "<!-- measured: begin -->", "<!-- measured: end -->"
 console = Console(stderr=True)
 
 
@@ -233,9 +232,7 @@ def main() -> None:
         RESULTS.write_bytes(msgspec.json.format(msgspec.json.encode(results)) + b"\n")
     lines = "\n\n".join(page(results))
     if options.write_docs:
-        before, _, rest = DOCS.read_text(encoding="utf-8").partition(MARKS[0])
-        after = rest.partition(MARKS[1])[2]
-        DOCS.write_text(f"{before}{MARKS[0]}\n\n{lines}\n\n{MARKS[1]}{after}", encoding="utf-8")
+        fill_in(DOCS, lines)
     Console().print(lines, highlight=False, markup=False)
 
 

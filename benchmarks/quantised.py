@@ -34,7 +34,7 @@ import lazarus
 from benchmarks import places
 from benchmarks.commands import measure, python_module
 from benchmarks.size import random_llamas
-from benchmarks.trust_report import table
+from benchmarks.trust_report import fill_in, table
 from benchmarks.weights import make_base, make_once
 
 Method = Literal["nearest", "mse"]
@@ -44,7 +44,6 @@ N_CHOICES, N_PROMPTS, SEED = 20, 16, 0
 N_RESTORED = 5
 RESULTS = places.ROOT / "benchmarks" / "results" / "quantised.json"
 DOCS = places.ROOT / "docs" / "quantised.md"
-MARKS = "<!-- measured: begin -->", "<!-- measured: end -->"
 console = Console(stderr=True)
 
 
@@ -313,9 +312,7 @@ def main() -> None:
         RESULTS.write_bytes(msgspec.json.format(msgspec.json.encode(results)) + b"\n")
     lines = "\n\n".join(page(results))
     if options.write_docs:
-        before, _, rest = DOCS.read_text(encoding="utf-8").partition(MARKS[0])
-        after = rest.partition(MARKS[1])[2]
-        DOCS.write_text(f"{before}{MARKS[0]}\n\n{lines}\n\n{MARKS[1]}{after}", encoding="utf-8")
+        fill_in(DOCS, lines)
     Console().print(lines, highlight=False, markup=False)
 
 

@@ -187,7 +187,7 @@ class Restored(Record, frozen=True, kw_only=True):
 
 
 class Attribution(Record, frozen=True, kw_only=True):
-    """Who caused the change of the output: parts of KL(base‖fine-tuned) that add up."""
+    """Parts of KL(base‖fine-tuned) that add up: who caused the change of the output."""
 
     target: Literal["kl_base_finetuned"] = "kl_base_finetuned"
     kl: Annotated[float, Meta(description="mean KL(base‖fine-tuned) in nats, in float32, measured by itself")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float64
@@ -13,12 +13,27 @@ from torch import Tensor
 from lazarus.models.quantised import Precision
 from lazarus.results import Quantisation, finite_or_none
 from lazarus.weights.numbers import N_ELEMENTS, Chunk, Pair, ViewPair
-from lazarus.weights.views import QuantisedView, View
+from lazarus.weights.views import View
 
 _WORST = 100
 """One in so many columns counts as an outlier."""
 _MOST_AT_ONCE = 32 * N_ELEMENTS
 """Blocks with more elements are not rounded to nearest."""
+
+
+@runtime_checkable
+class QuantisedView(View, Protocol):
+    """A tensor that may be stored as codes."""
+
+    @property
+    def precision(self) -> Precision | None:
+        """Return how finely it is quantised; None where it is not."""
+        ...
+
+    @property
+    def has_whole_blocks(self) -> bool:
+        """Return whether blocks of its elements, as it is read, are those that have one scale."""
+        ...
 
 
 @dataclass

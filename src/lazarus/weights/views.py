@@ -16,7 +16,6 @@ from jaxtyping import Float64, Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lazarus.models.quantised import Precision
 from lazarus.models.stored import TORCH_DTYPES, StoredTensor
 from lazarus.names.parts import RowLayout, Take, as_matrix, lay_out, part_of
 
@@ -53,21 +52,6 @@ class View(Rows, Protocol):
     @property
     def matrix(self) -> tuple[int, int]:
         """Rows and columns under which it is read; a vector of n is (n, 1), a scalar (1, 1)."""
-        ...
-
-
-@runtime_checkable
-class QuantisedView(View, Protocol):
-    """A tensor that may be stored as codes."""
-
-    @property
-    def precision(self) -> Precision | None:
-        """Return how finely it is quantised; None where it is not."""
-        ...
-
-    @property
-    def has_whole_blocks(self) -> bool:
-        """Return whether blocks of its elements, as it is read, are those that have one scale."""
         ...
 
 
