@@ -37,7 +37,7 @@ from lazarus.results import (
     WeightDiffRecord,
     json_schema,
 )
-from lazarus.results.glossary import WEIGHT_METRICS
+from lazarus.results.weight_glossary import WEIGHT_METRICS
 from made_records import HOSTILE
 from made_weights import checkpoint, expert_record, record_of, spectrum, summary, tensor, whole_record
 

@@ -3,7 +3,7 @@
 option.py      what an option is: its help, panel and check, and how a record of options is read
 common.py      the options that several commands have
 checks.py      what an option may be, whichever command it belongs to
-activation.py  the options of activation-diff
+activation.py  the options of activation-diff; values.py what those say that are written as text
 weights.py     the options of weight-diff
 lens.py        the options of compare
 """
@@ -11,19 +11,21 @@ lens.py        the options of compare
 from lazarus.options.activation import (
     ALIGNMENTS,
     MEMORY_MODES,
-    NAMED_POSITIONS,
     OptionArguments,
     Options,
-    check_token_prompts,
-    parse_position,
-    parse_readout,
-    parse_token_prompts,
     read_template,
-    readout_layers,
 )
 from lazarus.options.checks import DTYPES, EXPECTATIONS
 from lazarus.options.lens import CompareArguments, CompareOptions, parse_track
 from lazarus.options.option import check
+from lazarus.options.values import (
+    NAMED_POSITIONS,
+    check_token_prompts,
+    parse_position,
+    parse_readout,
+    parse_token_prompts,
+    readout_layers,
+)
 from lazarus.options.weights import WeightArguments, WeightOptions
 
 __all__ = [

@@ -1,9 +1,11 @@
 """Results as plain data; free of torch.
 
-glossary.py   what each number is called and means; lens_glossary.py those of compare
+glossary.py   what each number is called and means; weight_glossary.py and lens_glossary.py those of
+              weight-diff and compare
 rows.py       one row a prompt and layer, held as columns
 outside.py    what a checkpoint holds besides what was compared
-records.py    the record of activation-diff and its parts
+measured.py   the numbers of activation-diff, by what they are of
+records.py    the record of activation-diff
 weights.py    the record of weight-diff
 lens.py       the record of compare
 consistency.py   whether the parts of a record that was read contradict each other
@@ -13,7 +15,7 @@ flags.py      which layers are above a threshold
 
 from lazarus.results.document import json_schema, read_json, write_json
 from lazarus.results.flags import flag_above
-from lazarus.results.glossary import METRICS, WEIGHT_METRICS, Metric
+from lazarus.results.glossary import METRICS, Metric
 from lazarus.results.lens import (
     CompareRecord,
     LensLayer,
@@ -25,33 +27,36 @@ from lazarus.results.lens import (
     TokenEvolution,
 )
 from lazarus.results.lens_glossary import LENS_METRICS
-from lazarus.results.outside import BROKEN, SETTING, NotCompared, differing, note_outside, told
-from lazarus.results.records import (
-    SCHEMA_VERSION,
-    ActivationDiffRecord,
+from lazarus.results.measured import (
     AttributedGroup,
     Attribution,
-    Environment,
     GroupContrast,
     GroupCurve,
     Groups,
     LayerRecord,
     LocalChange,
     Measures,
-    ModelInfo,
     Output,
-    PromptRecord,
     Readout,
     ReadoutToken,
     Restored,
-    Settings,
     SiteRecord,
-    Summary,
     TokenTrace,
+)
+from lazarus.results.outside import BROKEN, SETTING, NotCompared, differing, note_outside, told
+from lazarus.results.records import (
+    SCHEMA_VERSION,
+    ActivationDiffRecord,
+    Environment,
+    ModelInfo,
+    PromptRecord,
+    Settings,
+    Summary,
     Tool,
     Verdict,
 )
 from lazarus.results.rows import ResultRow, ResultRows, finite_or_none
+from lazarus.results.weight_glossary import WEIGHT_METRICS
 from lazarus.results.weights import (
     CheckpointInfo,
     CopiedLayers,

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from lazarus.results.lens import CompareRecord
-from lazarus.results.records import ActivationDiffRecord, Groups
+from lazarus.results.measured import Groups
+from lazarus.results.records import ActivationDiffRecord
 from lazarus.results.weights import WeightDiffRecord
 
 

@@ -11,7 +11,8 @@ import msgspec
 from lazarus.commands import commands
 from lazarus.errors import ResultFileError
 from lazarus.results.consistency import contradiction
-from lazarus.results.records import SCHEMA_VERSION, LayerRecord, SiteRecord, Tool
+from lazarus.results.measured import LayerRecord, SiteRecord
+from lazarus.results.records import SCHEMA_VERSION, Tool
 from lazarus.results.rows import ResultRow, ResultRows
 
 

@@ -6,7 +6,8 @@ from typing import TypeVar
 
 from msgspec.structs import replace
 
-from lazarus.results.records import ActivationDiffRecord, Measures
+from lazarus.results.measured import Measures
+from lazarus.results.records import ActivationDiffRecord
 
 M = TypeVar("M", bound=Measures)
 

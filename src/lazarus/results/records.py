@@ -6,15 +6,21 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, field
 
-from lazarus.results.glossary import METRICS
+from lazarus.results.measured import (
+    Attribution,
+    Groups,
+    LayerRecord,
+    Output,
+    Readout,
+    SiteRecord,
+    TokenTrace,
+)
 from lazarus.results.outside import NotCompared
 from lazarus.results.rows import Layer, Record, ResultRows
 
 SCHEMA_VERSION: Literal["1.0"] = "1.0"
 
 Verdict = Literal["identical", "within_noise", "within_rounding", "changed"]
-Cosine = Annotated[float, METRICS["cosine_similarity"].meta]
-Divergence = Annotated[float, METRICS["divergence"].meta]
 
 
 class Tool(Record, frozen=True, kw_only=True):
@@ -99,169 +105,6 @@ class PromptRecord(Record, frozen=True, kw_only=True):
     finetuned_n_tokens: Annotated[
         int | None, Meta(description="with align text: tokens in the fine-tuned model's own reading")
     ] = None
-
-
-class LocalChange(Record, frozen=True, kw_only=True):
-    """Change by a block's own weights, apart from what it inherits: F(b) against B(b)."""
-
-    relative_l2: Annotated[float | None, METRICS["local_relative_l2"].meta]
-    cosine_similarity: Annotated[float | None, Meta(description="cosine of F(b) and B(b)")]
-
-
-class Measures(Record, frozen=True, kw_only=True):
-    """The numbers of one layer or site: means over prompts of each prompt's own mean over tokens."""
-
-    cosine_similarity: Cosine | None
-    divergence: Divergence | None
-    flagged: Annotated[bool, Meta(description="divergence above settings.threshold")]
-    n_prompts: Annotated[int, Meta(ge=0, description="prompts with at least one finite pair")]
-    relative_l2: Annotated[float | None, METRICS["relative_l2"].meta]
-    norm_ratio: Annotated[float | None, METRICS["norm_ratio"].meta]
-    centered_cosine_similarity: Annotated[float | None, METRICS["centered_cosine_similarity"].meta]
-    noise_floor: Annotated[float | None, METRICS["noise_floor"].meta] = None
-    noise_floor_divergence: Annotated[
-        float | None, Meta(description="what numerical noise alone may reach, in divergence")
-    ] = None
-    unrelated_similarity: Annotated[float | None, METRICS["unrelated_similarity"].meta] = None
-    normalized_divergence: Annotated[float | None, METRICS["normalized_divergence"].meta] = None
-    interval: Annotated[tuple[float, float] | None, METRICS["interval"].meta] = None
-    top1_share: Annotated[float | None, METRICS["top1_share"].meta] = None
-    top3_share: Annotated[
-        float | None, Meta(description="share of the mean cosine that its three largest dimensions carry")
-    ] = None
-    cka: Annotated[float | None, METRICS["cka"].meta] = None
-    local: LocalChange | None = None
-
-
-class LayerRecord(Measures, frozen=True, kw_only=True):
-    """One block: the residual stream after it, before the final norm."""
-
-    layer: Layer
-    finetuned_layer: Annotated[
-        Layer | None, Meta(description="its counterpart in a model of other depth; null where it is the same")
-    ] = None
-
-
-class SiteRecord(Measures, frozen=True, kw_only=True):
-    """A site outside the blocks: what enters the first one, and what leaves the final norm."""
-
-    name: Literal["embedding", "final_norm"]
-
-
-class Output(Record, frozen=True, kw_only=True):
-    """The effect on the next-token distribution at the compared position: means over prompts."""
-
-    kl_base_finetuned: Annotated[float | None, METRICS["kl_base_finetuned"].meta]
-    kl_finetuned_base: Annotated[float | None, Meta(description="KL(finetuned‖base), nats")]
-    js: Annotated[float | None, METRICS["js"].meta]
-    top1_agreement: Annotated[float | None, METRICS["top1_agreement"].meta]
-    base_rank_of_finetuned_top1: Annotated[
-        float | None, Meta(description="rank in base of the fine-tuned model's first choice, from 1")
-    ]
-    logits_relative_l2: Annotated[float | None, Meta(description="‖f − b‖ / ‖b‖ of the logits")]
-    noise_floor: Annotated[
-        float | None, Meta(description="what numerical noise alone may reach, in the logits' relative L2")
-    ]
-
-
-class AttributedGroup(Record, frozen=True, kw_only=True):
-    """The part of a block, or of a tensor, in KL(base‖fine-tuned)."""
-
-    name: str
-    layer: Annotated[Layer | None, Meta(description="the block; null outside the blocks")]
-    component: Annotated[
-        str | None, Meta(description="of a tensor, its standard name, such as attn_q; null of a block")
-    ]
-    nats: Annotated[float, METRICS["nats"].meta]
-    share: Annotated[float | None, Meta(description="nats / sum; null where the sum is 0")]
-    interval: Annotated[
-        tuple[float, float] | None, Meta(description="95 % interval of nats over prompts; null with few")
-    ]
-
-
-class Restored(Record, frozen=True, kw_only=True):
-    """The fine-tuned model with these groups set back to base."""
-
-    groups: list[str]
-    kl: Annotated[float, Meta(description="the mean KL(base‖it) that is left, in nats")]
-
-
-class Attribution(Record, frozen=True, kw_only=True):
-    """Parts of KL(base‖fine-tuned) that add up: who caused the change of the output."""
-
-    target: Literal["kl_base_finetuned"] = "kl_base_finetuned"
-    kl: Annotated[float, Meta(description="mean KL(base‖fine-tuned) in nats, in float32, measured by itself")]
-    sum: Annotated[float, Meta(description="of the parts of all groups")]
-    completeness_error: Annotated[
-        float, Meta(ge=0, description="|sum − kl| / kl: what the quadrature misses")
-    ]
-    n_points: Annotated[int, Meta(ge=1, description="points of the Gauss–Legendre quadrature")]
-    groups: Annotated[
-        list[AttributedGroup], Meta(description="blocks in order, and then what is outside them")
-    ]
-    restored: list[Restored]
-
-
-class ReadoutToken(Record, frozen=True, kw_only=True):
-    """A token that the mean difference promotes or suppresses."""
-
-    token: str
-    token_id: int
-    score: float
-
-
-class Readout(Record, frozen=True, kw_only=True):
-    """The mean difference at a layer, read through each model's own final norm and head."""
-
-    layer: Layer
-    base_promoted: list[ReadoutToken]
-    base_suppressed: list[ReadoutToken]
-    finetuned_promoted: list[ReadoutToken]
-    finetuned_suppressed: list[ReadoutToken]
-    static_share: Annotated[float | None, METRICS["static_share"].meta]
-
-
-class GroupCurve(Record, frozen=True, kw_only=True):
-    """The divergence per layer of one group of prompts."""
-
-    group: str
-    n_prompts: int
-    divergence: list[float | None]
-    nats: Annotated[
-        list[float] | None, Meta(description="with attribute: each block's part in the group's KL")
-    ] = None
-
-
-class GroupContrast(Record, frozen=True, kw_only=True):
-    """Mean log divergence of group a less that of group b, per layer, and its test."""
-
-    group_a: str
-    group_b: str
-    log_ratio: Annotated[
-        list[float | None], Meta(description="mean log divergence of a less that of b; null within the noise")
-    ]
-    p_value: Annotated[
-        float | None, Meta(description="one-sided permutation test of the largest log_ratio over layers")
-    ]
-    layer: Annotated[Layer | None, Meta(description="where log_ratio is largest")]
-
-
-class Groups(Record, frozen=True, kw_only=True):
-    """Curves and contrasts of the prompts' groups."""
-
-    curves: list[GroupCurve]
-    contrasts: list[GroupContrast]
-
-
-class TokenTrace(Record, frozen=True, kw_only=True):
-    """Every compared token of one prompt, with `position` all."""
-
-    prompt_index: int
-    positions: Annotated[list[int], Meta(description="of each token in the prompt, from 0")]
-    tokens: Annotated[list[str], Meta(description="each token's text")]
-    divergence: Annotated[
-        list[list[float | None]], Meta(description="of each token at every layer; null if not finite")
-    ]
 
 
 class Summary(Record, frozen=True, kw_only=True):

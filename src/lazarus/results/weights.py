@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, field
 
-from lazarus.results.glossary import WEIGHT_METRICS
 from lazarus.results.outside import NotCompared
 from lazarus.results.records import Environment, Tool
 from lazarus.results.rows import Layer, Record
+from lazarus.results.weight_glossary import WEIGHT_METRICS
 
 WeightVerdict = Literal["identical", "rounding", "changed"]
 RelativeChange = Annotated[float | None, WEIGHT_METRICS["relative_change"].meta]

@@ -11,7 +11,7 @@ from lazarus.render.weights.figure import Map, compose, figure_size
 from lazarus.render.weights.summary import counted, place, summary_lines, verdict
 from lazarus.render.weights.table import most_changed_first, shown_names, value_of
 from lazarus.results import TensorRecord, WeightDiffRecord
-from lazarus.results.glossary import WEIGHT_METRICS
+from lazarus.results.weight_glossary import WEIGHT_METRICS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,7 +13,7 @@ from lazarus.render.weights.grid import Grid
 from lazarus.render.weights.payload import PageSelection, payload
 from lazarus.render.weights.summary import summary_lines
 from lazarus.results import WeightDiffRecord
-from lazarus.results.glossary import WEIGHT_METRICS
+from lazarus.results.weight_glossary import WEIGHT_METRICS
 
 OF_SPECTRUM = (
     "spectral_norm",

@@ -15,7 +15,7 @@ from lazarus.render.weights.grid import Grid
 from lazarus.render.weights.summary import shape_text
 from lazarus.render.weights.table import most_changed_first
 from lazarus.results import TensorRecord, WeightDiffRecord
-from lazarus.results.glossary import WEIGHT_METRICS
+from lazarus.results.weight_glossary import WEIGHT_METRICS
 
 MOST_CELLS = 50_000
 """Components × layers of the map: 533 kB in the page."""

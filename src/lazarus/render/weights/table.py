@@ -11,7 +11,7 @@ from lazarus.render.base.escape import code, escaped
 from lazarus.render.base.rows import Kind
 from lazarus.render.weights.summary import counted, shape_text, summary_lines
 from lazarus.results import Quantisation, Spectrum, TensorRecord, WeightDiffRecord
-from lazarus.results.glossary import WEIGHT_METRICS
+from lazarus.results.weight_glossary import WEIGHT_METRICS
 
 MOST_MARKDOWN_ROWS = 400
 """A comment on a pull request takes no more than 65,536 characters."""

@@ -11,7 +11,7 @@ from lazarus.render.weights.grid import kind_of, outside
 from lazarus.render.weights.summary import cut, place, shape_text
 from lazarus.render.weights.table import most_changed_first, shown_names, value_of
 from lazarus.results import Quantisation, Spectrum, TensorRecord, WeightDiffRecord, WeightLayerRecord
-from lazarus.results.glossary import WEIGHT_METRICS
+from lazarus.results.weight_glossary import WEIGHT_METRICS
 
 MOST_OUTSIDE = 60
 MOST_UNMATCHED = 100
