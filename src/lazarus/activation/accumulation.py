@@ -22,10 +22,12 @@ from lazarus.metrics import (
     RowValues,
     SiteMeasures,
     SitePlan,
+    TokenOutputs,
     compare_logits,
     compare_rows,
     count_by_prompt,
     has_distribution,
+    margin_motion,
     parts_of,
     within,
 )
@@ -96,6 +98,10 @@ class Accumulation:
     """the accumulators of each site of the residual stream"""
     output: PromptMeans = field(init=False)
     """those of the next-token distributions"""
+    token_outputs: TokenOutputs = field(init=False)
+    """the next-token distributions of the traced prompts, token by token"""
+    margin_noise: float = field(init=False)
+    """the most that noise has moved the margin between base's two likeliest tokens; NaN if not measured"""
     noise: list[dict[Site, PromptMeans]] = field(init=False)
     """those of each trial of the noise"""
     n_logits_not_finite: np.ndarray = field(init=False)
@@ -109,6 +115,8 @@ class Accumulation:
         site_plan = SitePlan(self.n_prompts, centered, kept, self.plan.traced)
         self.sites = {site: SiteMeasures(site_plan) for site in self.facts.sites}
         self.output = PromptMeans(OUTPUT_METRICS, self.n_prompts)
+        self.token_outputs = TokenOutputs(self.plan.traced)
+        self.margin_noise = float("nan")
         self.noise = []
         self.n_logits_not_finite = np.zeros((2, self.n_prompts), dtype=np.int64)
 
@@ -119,6 +127,8 @@ class Accumulation:
             if pair.trial is not None:
                 values = compare_rows(Rows.of(pair.base, pair.finetuned), centered=False)
                 self._trial(pair.trial, pair.site).update(pair.prompts, values)
+                if pair.site == "logits" and self.plan.traced:
+                    self._move_margin(margin_motion(pair.base, pair.finetuned))
             elif pair.site == "logits":
                 self._take_logits(pair)
             else:
@@ -129,6 +139,8 @@ class Accumulation:
     def state(self) -> AccumulatorState:
         """Return what was seen, as arrays by their names."""
         found = within("output", self.output.state())
+        found |= within("tokens", self.token_outputs.state())
+        found |= within("margin", {"noise": np.asarray(self.margin_noise)})
         if self.n_logits_not_finite.any():
             found |= within("not_finite", {"logits": self.n_logits_not_finite})
         for site, measures in self.sites.items():
@@ -144,6 +156,8 @@ class Accumulation:
         # The keys of a state are text, and layers are integers.
         named: dict[str, Site] = {str(site): site for site in (*self.facts.sites, "logits")}
         self.output.add(parts["output"])
+        self.token_outputs.add(parts["tokens"])
+        self._move_margin(parts["margin"]["noise"].item())
         self.n_logits_not_finite += parts.get("not_finite", {}).get("logits", 0)
         for site, measures in parts_of(parts["sites"]).items():
             self.sites[named[site]].add(measures)
@@ -161,9 +175,17 @@ class Accumulation:
         everything = torch.arange(len(pair.prompts)), pair.prompts
         for rows, prompts in (everything, *self.repeats.copies(pair.prompts)):
             at = rows.to(device)
-            self.output.update(prompts, RowValues(values.values[at], values.valid[at]))
+            own = RowValues(values.values[at], values.valid[at])
+            self.output.update(prompts, own)
+            if self.plan.traced:
+                sides = pair.base[at.to(pair.base.device)], pair.finetuned[at.to(pair.finetuned.device)]
+                self.token_outputs.update(prompts, sides, own, self.plan.outcomes)
             # On the CPU: `has_distribution` answers there, and `rows` are there.
             count_by_prompt(self.n_logits_not_finite, prompts, [side[rows] for side in not_finite])
+
+    def _move_margin(self, motion: float) -> None:
+        # `fmax` leaves NaN, which is what was not measured, behind.
+        self.margin_noise = float(np.fmax(self.margin_noise, motion))
 
     def _trial(self, trial: int, site: Site) -> PromptMeans:
         # Trials come in any order.

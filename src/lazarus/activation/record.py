@@ -12,7 +12,7 @@ from lazarus.activation.accumulation import Accumulation
 from lazarus.activation.attributed import Attributed
 from lazarus.activation.findings import Findings
 from lazarus.activation.limits import note_limits
-from lazarus.activation.traces import Read, trace_tokens
+from lazarus.activation.traces import Reader, trace_tokens
 from lazarus.errors import NoDataError
 from lazarus.facts import NOTHING_KNOWN, WeightFacts
 from lazarus.notes import Notes
@@ -40,8 +40,8 @@ class About:
     """why states of a model are not finite, where they are not, with options as errors have them"""
     readout: list[Readout] | None = None
     attributed: Attributed | None = None
-    read: Read | None = None
-    """the tokens of a prompt, where every token of some is kept"""
+    reader: Reader | None = None
+    """the text of tokens, where every token of some prompts is kept"""
     chooses_prompts: bool = False
     """whether of the traced prompts only the most divergent are told"""
 
@@ -90,7 +90,7 @@ def conclude(
             attribution=None if about.attributed is None else about.attributed.record(plan.settings.seed),
             readout=about.readout,
             groups=found.groups(about.attributed),
-            tokens=trace_tokens(found, about.read, choose=about.chooses_prompts) if about.read else None,
+            tokens=trace_tokens(found, about.reader, choose=about.chooses_prompts) if about.reader else None,
             notes=notes.texts,
             note_codes=notes.codes,
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -182,7 +181,7 @@ def _compare(prepared: Prepared, watcher: Observer) -> ActivationDiff:
         breaks=breaks,
         attributed=attributed,
         readout=read_differences(pair, seen, layers, reading.tokenizers) if layers else None,
-        read=partial(_compared, reading, prepared.run.position),
+        reader=_TokenReader(reading, prepared.run.position),
         chooses_prompts=given.options.token_prompts == "auto",
     )
     return conclude(seen, weight_facts(pair, seen), about)
@@ -241,8 +240,19 @@ def _take_up(prepared: Prepared) -> None:
     given.folder.begin(fingerprint(models, prompts, given.options, settings))
 
 
-def _compared(reading: Reading, position: Position, prompt: int) -> tuple[list[int], list[str]]:
-    """Return which tokens of a prompt are compared, and what they say."""
-    ids, tokenizer = reading.base[prompt].ids, reading.tokenizers[0]
-    positions = list(compared_tokens(position, len(ids)))
-    return positions, [token_text(tokenizer, ids[i]) for i in positions]
+@dataclass(frozen=True)
+class _TokenReader:
+    """The text of tokens, by the tokenizers of a run."""
+
+    reading: Reading
+    position: Position
+
+    def compared(self, prompt: int) -> tuple[list[int], list[str]]:
+        """Return the indices of the compared tokens in a prompt, and the text of each."""
+        ids = self.reading.base[prompt].ids
+        positions = list(compared_tokens(self.position, len(ids)))
+        return positions, [self.token(ids[i], 0) for i in positions]
+
+    def token(self, token_id: int, side: int) -> str:
+        """Return the text of a token of base (0) or of the fine-tuned model (1)."""
+        return token_text(self.reading.tokenizers[side], token_id)

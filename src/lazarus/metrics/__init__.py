@@ -6,7 +6,7 @@ cka.py         similarity of two models of any widths, on one row a prompt
 outcomes.py    the next tokens that two models both have, and those that one alone has
 output.py      a pair of next-token distributions → how far apart they are
 rounding.py    a stored tensor held against base + update, rounded to its dtype
-traces.py      every token of a few prompts
+traces.py      every token of a few prompts: the states, and what both models would say next
 site.py        all of them at one site
 
 Everything here is float64: on the few rows that are compared, never on whole activations.
@@ -36,7 +36,7 @@ from lazarus.metrics.states import (
     to_float64,
     within,
 )
-from lazarus.metrics.traces import TokenTraces
+from lazarus.metrics.traces import NextTokens, TokenOutputs, TokenTraces, margin_motion
 
 __all__ = [
     "FEWEST_FOR_CKA",
@@ -47,12 +47,14 @@ __all__ = [
     "AccumulatorState",
     "CkaRows",
     "Directions",
+    "NextTokens",
     "Outcomes",
     "PromptMeans",
     "RowValues",
     "Rows",
     "SiteMeasures",
     "SitePlan",
+    "TokenOutputs",
     "TokenTraces",
     "centered_divergence",
     "compare_local",
@@ -62,6 +64,7 @@ __all__ = [
     "debiased_cka",
     "divergence",
     "has_distribution",
+    "margin_motion",
     "match_outcomes",
     "mean_over_prompts",
     "norm_ratio",

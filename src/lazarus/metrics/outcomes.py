@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -45,6 +45,15 @@ class Outcomes:
         known = (self.base, self.finetuned)[side].to(ids.device)
         places[known] = torch.arange(self.n_common, device=ids.device)
         return places[ids]
+
+    def translated(
+        self, ids: Int[Tensor, " rows"], side: int
+    ) -> tuple[Int[Tensor, " rows"], Bool[Tensor, " rows"]]:
+        """Return the other model's ids of tokens of one model, and which of them it has; 0 for the others."""
+        outcome = self.of_ids(ids, side)
+        theirs = (self.finetuned, self.base)[side].to(ids.device)
+        # One more place, for a token that the other lacks; it may be the only one.
+        return torch.cat([theirs, theirs.new_zeros(1)])[outcome], outcome < self.n_common
 
 
 def match_outcomes(

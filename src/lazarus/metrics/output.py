@@ -84,10 +84,8 @@ def _first_choices(base: Tensor, finetuned: Tensor, outcomes: Outcomes | None) -
     ours, theirs = base.argmax(-1), finetuned.argmax(-1)
     known = torch.ones_like(theirs, dtype=torch.bool)
     if outcomes is not None:
-        outcome = outcomes.of_ids(theirs, 1)
-        known = outcome < outcomes.n_common
-        # One more place, for a token that base lacks; it may be the only one.
-        theirs = torch.cat([outcomes.base, torch.zeros(1, dtype=torch.long)]).to(base.device)[outcome]
+        theirs, known = outcomes.translated(theirs, 1)
+    # A token that base lacks ranks after all of base's.
     chosen = base.gather(-1, theirs[:, None]).masked_fill(~known[:, None], -torch.inf)
     return (ours == theirs) & known, 1 + (base > chosen).sum(-1)
 

@@ -37,10 +37,12 @@ from lazarus.results.measured import (
     LocalChange,
     Measures,
     Output,
+    Parting,
     Readout,
     ReadoutToken,
     Restored,
     SiteRecord,
+    TokenChoice,
     TokenTrace,
 )
 from lazarus.results.outside import BROKEN, SETTING, NotCompared, differing, note_outside, told
@@ -101,6 +103,7 @@ __all__ = [
     "ModelInfo",
     "NotCompared",
     "Output",
+    "Parting",
     "PromptRecord",
     "Quantisation",
     "Readout",
@@ -113,6 +116,7 @@ __all__ = [
     "Spectrum",
     "Summary",
     "TensorRecord",
+    "TokenChoice",
     "TokenEvolution",
     "TokenTrace",
     "Tool",

@@ -195,6 +195,28 @@ METRICS: dict[str, Metric] = {
             source="base_rank_of_finetuned_top1: the rank in base of the fine-tuned model's first choice",
         ),
         Metric(
+            "margin",
+            heading="Margin",
+            unit="logits",
+            range="0 to ∞",
+            format=".4f",
+            formula="base's logit of its own first choice less that of the fine-tuned model's",
+            source="how near base was to the other choice; 0 is a tie",
+            schema="base's logit of its own first choice less that of the other's, from 0; null where base "
+            "cannot give that token",
+        ),
+        Metric(
+            "noise_margin",
+            heading="Noise",
+            unit="logits",
+            range="0 to ∞",
+            format=".1e",
+            formula="1.75 × the most that noise moves the margin of base's two likeliest tokens; one ulp "
+            "of the logits at least",
+            source="two models that are the same may part where both margins are below it",
+            schema="what numerical noise alone may move a margin by, in logits; null if not measured",
+        ),
+        Metric(
             "static_share",
             heading="Static share",
             unit="1",

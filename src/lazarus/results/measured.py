@@ -165,6 +165,32 @@ class Groups(Record, frozen=True, kw_only=True):
     contrasts: list[GroupContrast]
 
 
+class TokenChoice(Record, frozen=True, kw_only=True):
+    """A next token that a model finds likely."""
+
+    token: Annotated[str, Meta(description="its text")]
+    token_id: Annotated[int, Meta(ge=0)]
+    probability: Annotated[float, Meta(description="0 to 1")]
+
+
+class Parting(Record, frozen=True, kw_only=True):
+    """The first compared token of a prompt after which the two models' first choices differ."""
+
+    position: Annotated[int, Meta(ge=0, description="of that token in the prompt, from 0")]
+    token_base: Annotated[str, Meta(description="base's first choice of the next token")]
+    token_finetuned: Annotated[str, Meta(description="the fine-tuned model's")]
+    margin_base: Annotated[float | None, METRICS["margin"].meta]
+    margin_finetuned: Annotated[
+        float | None,
+        Meta(description="the same in the fine-tuned model: its first choice's logit less base's"),
+    ]
+    noise_margin: Annotated[float | None, METRICS["noise_margin"].meta]
+    cause: Annotated[
+        Literal["noise", "change"] | None,
+        Meta(description="noise: a near-tie, both margins are within noise_margin; null if not measured"),
+    ]
+
+
 class TokenTrace(Record, frozen=True, kw_only=True):
     """Every compared token of one prompt, with `position` all."""
 
@@ -174,3 +200,23 @@ class TokenTrace(Record, frozen=True, kw_only=True):
     divergence: Annotated[
         list[list[float | None]], Meta(description="of each token at every layer; null if not finite")
     ]
+    kl: Annotated[
+        list[float | None] | None,
+        Meta(
+            description="KL(base‖fine-tuned) of the next token after each token, in nats; null if not finite"
+        ),
+    ] = None
+    agrees: Annotated[
+        list[bool | None] | None,
+        Meta(description="after each token, whether both models' first choices are the same"),
+    ] = None
+    base_choices: Annotated[
+        list[list[TokenChoice]] | None,
+        Meta(description="after each token, base's likeliest next tokens; none if not finite"),
+    ] = None
+    finetuned_choices: Annotated[
+        list[list[TokenChoice]] | None, Meta(description="those of the fine-tuned model")
+    ] = None
+    parting: Annotated[
+        Parting | None, Meta(description="where first choices first differ; null if nowhere")
+    ] = None
