@@ -22,6 +22,7 @@ from lazarus.results import (
     LocalChange,
     ModelInfo,
     Output,
+    Parting,
     PromptRecord,
     Readout,
     ReadoutToken,
@@ -30,6 +31,7 @@ from lazarus.results import (
     Settings,
     SiteRecord,
     Summary,
+    TokenChoice,
     TokenTrace,
     Tool,
 )
@@ -203,8 +205,39 @@ def token_trace(index: int, text: str, n_layers: int) -> TokenTrace:
         [float(v) for v in row] for row in divergences(len(tokens), n_layers, index)
     ]
     values[0][0] = None
+    positions = list(range(1, len(tokens) + 1))
+    choices = [
+        [
+            [
+                TokenChoice(token=f"{name} {token}"[:40], token_id=0, probability=0.75),
+                TokenChoice(token="</script>\n", token_id=7, probability=0.0625),
+            ]
+            for token in tokens
+        ]
+        for name in ("base's", "other's")
+    ]
+    agrees: list[bool | None] = [i != len(tokens) // 2 for i in range(len(tokens))]
+    kl: list[float | None] = [float(values[i][-1] or 0.0) / 3 for i in range(len(tokens))]
+    kl[0], agrees[0], choices[0][0], choices[1][0] = None, None, [], []
+    parting = Parting(
+        position=positions[len(tokens) // 2],
+        token_base="<b>base</b>",
+        token_finetuned="\u202eother",
+        margin_base=0.5,
+        margin_finetuned=1.25,
+        noise_margin=0.001,
+        cause="change",
+    )
     return TokenTrace(
-        prompt_index=index, positions=list(range(1, len(tokens) + 1)), tokens=tokens, divergence=values
+        prompt_index=index,
+        positions=positions,
+        tokens=tokens,
+        divergence=values,
+        kl=kl,
+        agrees=agrees,
+        base_choices=choices[0],
+        finetuned_choices=choices[1],
+        parting=parting if len(tokens) > 1 else None,
     )
 
 

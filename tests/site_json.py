@@ -118,6 +118,9 @@ MEANINGS = {
     "Summary.max_divergence": "that divergence",
     "Summary.first_flagged_layer": "the first layer above the threshold",
     "Summary.n_flagged_layers": "how many layers are above it",
+    "Parting.margin_finetuned": "the same in the fine-tuned model: its own first choice against base's",
+    "TokenChoice.token": "its text",
+    "TokenChoice.token_id": "its id in that model's vocabulary",
     "TokenTrace.prompt_index": "`prompts[].index`",
     "Tool.name": "`lazarus`",
     "Tool.version": "its version",
@@ -152,6 +155,7 @@ MEANINGS = {
     "LensModel.layers": "one for each block, in order",
     "LensToken.token_id": "its id in this model",
     "TokenEvolution.token_id": "its id in this model",
+    "LensSettings.at": "where the prompt is read: `last`, or `parting`",
     "LensSettings.top_k": "tokens that are kept of each layer",
     "LensSettings.track": "the tokens that were asked for",
     "LensSettings.dtype": "the type in which both models ran",
@@ -199,6 +203,15 @@ NULL_WHEN = {
     "ActivationDiffRecord.output": "no head was run: encoders, `--align text`, the few that a note names",
     "ActivationDiffRecord.readout": "without `--readout`",
     "ActivationDiffRecord.groups": "no prompt has a group",
+    "Parting.cause": "without the noise floor",
+    "Parting.margin_base": "base's vocabulary lacks the other token",
+    "Parting.margin_finetuned": "the fine-tuned model's vocabulary lacks the other token",
+    "Parting.noise_margin": "without the noise floor",
+    "TokenTrace.kl": "the heads were not run; of a token where logits are not finite or KL is infinite",
+    "TokenTrace.agrees": "the heads were not run; of a token where logits are not finite",
+    "TokenTrace.base_choices": "the heads were not run",
+    "TokenTrace.finetuned_choices": "the heads were not run",
+    "TokenTrace.parting": "first choices agree after every compared token, or the heads were not run",
     "ActivationDiffRecord.tokens": "`position` is not `all`, the widths differ, or none was kept",
     "Environment.matmul": "never, in a result of this version",
     "GroupContrast.p_value": "as `layer`, or a group has fewer than 2 measured prompts",
@@ -267,6 +280,7 @@ NULL_WHEN = {
     "TokenEvolution.token": "as `token_id`",
     "TokenEvolution.token_id": "the model has no token for it",
     "TokenEvolution.emergence_layer": "it is not the first choice at the end",
+    "CompareRecord.position": "the two tokenizers count the prompt's tokens differently",
     "LensSettings.track": "none was given: the first choices of both",
     "kl_1_2": "it is not finite: model 2 rules out a token that model 1 may give, or logits are not finite",
     "kl_2_1": "the same the other way round",
@@ -344,9 +358,11 @@ def _in_order(records: dict[str, Any], reference: str) -> list[str]:
 
 def _referenced(told: dict[str, Any]) -> str | None:
     for branch in _branches(told):
-        reference = branch.get("$ref") or (branch.get("items") or {}).get("$ref")
-        if reference:
-            return _record(reference)
+        if "$ref" in branch:
+            return _record(branch["$ref"])
+        if branch.get("items"):
+            # An item may be a list itself.
+            return _referenced(branch["items"])
     return None
 
 

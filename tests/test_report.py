@@ -251,7 +251,7 @@ def test_texts_are_cut_no_more_than_they_must_be() -> None:
 
 def test_tokens_fit_beside_the_prompts_or_the_page_says_how_many_do() -> None:
     record = whole_record()
-    long = [token_trace(i, "word " * 5000, 6) for i in range(8)]
+    long = [token_trace(i, "word " * 2500, 6) for i in range(8)]
     record = msgspec.structs.replace(record, tokens=long)
     markup = page_of(record)
     shown = script_data(markup)["tokens"]

@@ -307,7 +307,38 @@ def test_another_prompts_tokens_are_shown_when_chosen(page: Page, record: Activa
     values = page.locator("#tokens-explorer [data-part=table] td[data-value]").evaluate_all(
         "all => all.map(c => c.dataset.value)"
     )
-    assert [cell_value(v) for v in values] == [v for row in record.tokens[1].divergence for v in row]
+    kl, divergence = record.tokens[1].kl or [], record.tokens[1].divergence
+    rows = [[own, *row] for own, row in zip(kl, divergence, strict=True)]
+    assert [cell_value(v) for v in values] == [v for row in rows for v in row]
+
+
+def test_the_text_is_coloured_by_kl_and_says_what_comes_next(
+    page: Page, record: ActivationDiffRecord
+) -> None:
+    assert record.tokens is not None
+    trace = next(t for t in record.tokens if t.parting is not None)
+    assert trace.kl is not None
+    assert trace.base_choices is not None
+    assert trace.parting is not None
+    page.locator("#tokens-prompt").select_option(str(record.tokens.index(trace)))
+    spans = page.locator("#tokens-text span")
+    assert spans.count() == len(trace.tokens)
+    largest = max(range(len(trace.kl)), key=lambda i: trace.kl[i] or 0.0 if trace.kl else 0.0)
+    strength = "e => Number((e.style.background.match(/([0-9.]+)%/) || [0, 0])[1])"
+    strengths = [spans.nth(i).evaluate(strength) for i in range(len(trace.tokens))]
+    assert strengths[largest] == max(strengths) > 0
+    assert strengths[0] == 0  # nothing is known of it
+    framed = page.locator("#tokens-text .parting")
+    assert framed.get_attribute("data-row") == str(trace.positions.index(trace.parting.position))
+    assert "more than noise explains" in page.locator("#tokens-parting").inner_text()
+    spans.nth(largest).hover()
+    shown = page.locator("#tokens-after").inner_text()
+    assert trace.base_choices[largest][0].token in shown
+    assert "75 %" in shown
+    spans.nth(largest).click()
+    caption = page.locator("#tokens-explorer .choices caption").inner_text()
+    assert caption.endswith("nats")
+    assert page.locator("#tokens-explorer .choices .token").count() == 4
 
 
 def test_hostile_prompts_are_text(view: Opened) -> None:

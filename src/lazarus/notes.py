@@ -99,6 +99,7 @@ CODES = {
     "tied-tensors": "A tensor is tied to another, in one model or in both, and how it was compared is told.",
     "unmatched-tensors": "Tensors have no counterpart of their shape: they were not compared.",
     "stored-types": "The two are stored in different types: a part of the change may be rounding.",
+    "no-parting": "The parting was asked for, and first choices agree after every token.",
     # What is not finite
     "broken-weights": "Weights of a model hold NaN or infinity: numbers that come of them are no measure.",
     "not-finite": "States or logits of a model are not finite, from where on and why: nothing is measured "

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from lazarus.engine import Conventions, Head
 from lazarus.engine.head import MOST_LOGITS, NO_HEAD, alike, reads_blocks, run_with_head
@@ -37,9 +38,7 @@ def read_layers(
         UnsupportedModelError: the model predicts no next token, or it can be read in neither way.
         DeviceError: out of memory, or an operator that the device lacks.
     """
-    if conventions.head_reads is None:
-        raise UnsupportedModelError(_why_no_logits(model, conventions))
-    head, time = Head(model, conventions.head_reads), conventions.axes[1]
+    head, time = Head(model, check_head(model, conventions)), conventions.axes[1]
     seen = _last_states(model, time, ids)
     own = _own_logits(head, seen)
     rows: list[Tensor] = []
@@ -56,6 +55,17 @@ def read_layers(
                 return _read_cut(model, head, (time, ids), advanced)
         advanced(states.shape[time])
     return torch.cat(rows)
+
+
+def check_head(model: LoadedModel, conventions: Conventions) -> type[ModelOutput]:
+    """Return what the LM head of a model reads.
+
+    Raises:
+        UnsupportedModelError: the model predicts no next token.
+    """
+    if conventions.head_reads is None:
+        raise UnsupportedModelError(_why_no_logits(model, conventions))
+    return conventions.head_reads
 
 
 def _reads_last_block(model: LoadedModel, ids: Sequence[int]) -> bool | None:

@@ -67,10 +67,17 @@ def make_record(lenses: Lenses, facts: LensFacts, notes: Notes) -> CompareRecord
         prompt=facts.prompt,
         tracked=[each.text for each in tracked],
         layers=pairs,
+        position=_position(lenses),
         summary=_summary(pairs, same_vocabulary=outcomes.same_ids),
         notes=notes.texts,
         note_codes=notes.codes,
     )
+
+
+def _position(lenses: Lenses) -> int | None:
+    """Return the token that is read; None where two tokenizers count it differently."""
+    ours, theirs = (len(lens.prompt.ids) - 1 for lens in lenses)
+    return ours if ours == theirs else None
 
 
 def _check(lens: Lens, options: CompareOptions) -> None:
@@ -132,6 +139,7 @@ def _settings(lenses: Lenses, facts: LensFacts, words: list[str] | None) -> Lens
         seed=options.seed,
         trust_remote_code=options.trust_remote_code,
         dequantize=options.dequantize,
+        at=options.at,
     )
 
 

@@ -9,6 +9,7 @@ from lazarus.blame import MemoryFaults
 from lazarus.engine import Conventions, broken_weights, learn, note_of_weights
 from lazarus.errors import PromptsError
 from lazarus.lens.lens import Lens
+from lazarus.lens.parting import cut_at_parting
 from lazarus.lens.reading import read_layers
 from lazarus.lens.record import LensFacts, make_record
 from lazarus.lens.vocabulary import Vocabulary
@@ -90,8 +91,11 @@ def compare(
         models = load_models((model1, model2), of_pair, device, watcher.loading, notes)
     with MemoryFaults([*helps, "a shorter prompt"]):
         reading = read_prompts(models, Asked(found.prompts, tokenizer, template), of_pair, notes)
-        lenses = _look(models, reading, watcher)
+        conventions = _learn(models, reading)
         _note_other_ids(reading, notes)
+        if chosen.at == "parting":
+            reading = cut_at_parting(models, conventions, reading, notes)
+        lenses = _look(models, conventions, reading, watcher)
         broken = [note_of_weights(m, names) for m in models if (names := broken_weights(m))]
         notes.extend(broken)
         return Comparison(make_record(lenses, LensFacts(found.prompts[0].text, chosen, device), notes))
@@ -128,13 +132,20 @@ def _one_prompt(prompt: str | Mapping[str, Any] | Prompt | PromptList, options: 
     return found
 
 
-def _look(models: tuple[LoadedModel, LoadedModel], reading: Reading, watcher: Observer) -> tuple[Lens, Lens]:
-    """Each model's lens on the prompt, one model after the other."""
+def _learn(models: tuple[LoadedModel, LoadedModel], reading: Reading) -> tuple[Conventions, Conventions]:
     ours = learn(models[0], reading.samples[0], reading.pad_ids[0])
     alike = same_design(models[0].model, models[1].model)
     # Two models of one design differ in their weights alone, and one probe tells of both.
-    theirs = ours if alike else learn(models[1], reading.samples[1], reading.pad_ids[1])
-    conventions = (ours, theirs)
+    return ours, ours if alike else learn(models[1], reading.samples[1], reading.pad_ids[1])
+
+
+def _look(
+    models: tuple[LoadedModel, LoadedModel],
+    conventions: tuple[Conventions, Conventions],
+    reading: Reading,
+    watcher: Observer,
+) -> tuple[Lens, Lens]:
+    """Each model's lens on the prompt, one model after the other."""
     watcher.running(sum(each.n_layers for each in conventions))
     one, other = (
         _look_at(model, known, prompt[0], tokenizer, watcher)

@@ -6,15 +6,17 @@ import csv
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, TypedDict
 
 from lazarus.errors import UsageError
 from lazarus.messages import option
 from lazarus.options.activation import Options
-from lazarus.options.checks import check_count
+from lazarus.options.checks import check_choice, check_count
 from lazarus.options.common import Dequantize, Device, Dtype, LayersPath, Seed, TrustRemoteCode
 from lazarus.options.option import COMPARE, READ, Checked, Option
 
+PLACES = ("last", "parting")
 _ROLES = {"model1": "base", "model2": "finetuned"}
 
 
@@ -34,6 +36,15 @@ Track = Annotated[
         check=_check_track,
     ),
 ]
+At = Annotated[
+    str,
+    Option(
+        "Read the prompt's last token, or the first one after which the two models' first choices differ.",
+        COMPARE,
+        "last|parting",
+        check=partial(check_choice, choices=PLACES),
+    ),
+]
 ChatTemplate = Annotated[
     str,
     Option("Wrap the prompt as a user turn, the same text for both models.", READ, "none|model1|model2|FILE"),
@@ -51,6 +62,7 @@ class CompareOptions(Checked):
 
     top_k: TopK = 5
     track: Track = None
+    at: At = "last"
     chat_template: ChatTemplate = "none"
     truncate: Truncate = False
     dtype: Dtype = "auto"
@@ -81,6 +93,7 @@ class CompareArguments(TypedDict, total=False):
 
     top_k: TopK
     track: Track
+    at: At
     chat_template: ChatTemplate
     truncate: Truncate
     dtype: Dtype

@@ -83,6 +83,7 @@ class LensSettings(Record, frozen=True, kw_only=True):
     seed: int
     trust_remote_code: bool
     dequantize: str = "auto"
+    at: str = "last"
 
 
 class LensSummary(Record, frozen=True, kw_only=True):
@@ -113,5 +114,8 @@ class CompareRecord(Record, frozen=True, kw_only=True):
     tracked: Annotated[list[str], Meta(description="texts of the tracked tokens")]
     layers: list[LensPair]
     summary: LensSummary
+    position: Annotated[
+        int | None, Meta(description="of the token that is read, in the prompt, from 0; it ends there")
+    ] = None
     notes: list[str]
     note_codes: list[str] = field(default_factory=list)

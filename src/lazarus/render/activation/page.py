@@ -31,6 +31,7 @@ SCRIPTS = (
     "pager",
     "explorer",
     "prompts",
+    "tokentext",
     "tokens",
     "main",
 )
@@ -61,6 +62,7 @@ class Shown:
     local: bool
     cka: bool
     tokens: bool
+    token_outputs: bool
     groups: bool
     output: bool
     readout: bool
@@ -101,6 +103,7 @@ def _shown(record: ActivationDiffRecord) -> Shown:
         local=measured(series.local),
         cka=not divergence and measured(series.cka),
         tokens=bool(record.tokens),
+        token_outputs=any(trace.kl is not None for trace in record.tokens or []),
         groups=bool(record.groups and record.groups.curves),
         output=record.output is not None,
         readout=bool(record.readout),

@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from lazarus.render.activation.sample import Sample, TokenSample
 from lazarus.render.activation.series import LayerSeries, measured
 from lazarus.render.base.script import matrix
-from lazarus.results import METRICS, ActivationDiffRecord, GroupCurve
+from lazarus.results import METRICS, ActivationDiffRecord, GroupCurve, TokenTrace
 
 MOST_CURVES = 8
 """Groups that are drawn: more lines cannot be told from one another."""
+PLACES = 4
+"""of the probability of a likely token, which the page shows as a percentage"""
 
 
 def payload(record: ActivationDiffRecord, sample: Sample, tokens: TokenSample | None) -> dict[str, Any]:
@@ -80,6 +83,20 @@ def _tokens(tokens: TokenSample) -> list[dict[str, Any]]:
             "positions": list(trace.positions),
             "tokens": list(trace.tokens),
             "divergence": matrix(np.array(trace.divergence, dtype=np.float64)),
+            "output": None if trace.kl is None else _output(trace),
         }
         for trace in tokens.traces
     ]
+
+
+def _output(trace: TokenTrace) -> dict[str, Any]:
+    """What both models would say after each token of a trace that has it."""
+    sides = (trace.base_choices or [], trace.finetuned_choices or [])
+    parting = trace.parting
+    return {
+        "kl": list(trace.kl or []),
+        "choices": [
+            [[[c.token, round(c.probability, PLACES)] for c in token] for token in side] for side in sides
+        ],
+        "parting": None if parting is None else msgspec.structs.asdict(parting),
+    }

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,11 +21,15 @@ MOST_CHARACTERS = 4_000
 """Of one prompt's text."""
 LEAST_CHARACTERS = 80
 """Rather than cut texts any shorter, the page leaves prompts out."""
-MOST_MATRIX_BYTES = 920_000
+MOST_MATRIX_BYTES = 860_000
 """The prompts' cells and the tokens' together."""
 
 BYTES_A_PROMPT = 24
 """What a prompt takes besides its text: its index, group and number of tokens."""
+BYTES_A_CHOICE = 14
+"""What a likely token takes besides its text: its probability, and brackets."""
+BYTES_A_KL = 32
+"""What KL after a token takes, and the brackets about its likely tokens."""
 BYTES_A_CELL = 32 / 3
 """A float64 in base64."""
 
@@ -106,7 +111,7 @@ def choose_tokens(record: ActivationDiffRecord, n_prompts: int) -> TokenSample |
     spare = MOST_MATRIX_BYTES - a_row * n_prompts
     traces: list[TokenTrace] = []
     for trace in record.tokens:
-        sizes = np.cumsum([a_row + BYTES_A_PROMPT + _size(token) for token in trace.tokens])
+        sizes = np.cumsum([a_row + _token_size(trace, i) for i in range(len(trace.tokens))])
         fit = int(np.searchsorted(sizes, spare, side="right"))
         if fit == len(trace.tokens) or not traces:
             traces.append(_first_tokens(trace, max(fit, 1)))
@@ -150,13 +155,24 @@ def _longest(texts: Sequence[str]) -> int:
 
 
 def _size(text: str) -> int:
-    return len(in_script(text).encode()) + BYTES_A_PROMPT
+    return _text_size(text) + BYTES_A_PROMPT
+
+
+def _text_size(text: str) -> int:
+    return len(in_script(text).encode())
 
 
 def _first_tokens(trace: TokenTrace, count: int) -> TokenTrace:
-    return TokenTrace(
-        prompt_index=trace.prompt_index,
-        positions=trace.positions[:count],
-        tokens=trace.tokens[:count],
-        divergence=trace.divergence[:count],
+    columns = ("positions", "tokens", "divergence", "kl", "agrees", "base_choices", "finetuned_choices")
+    found = {name: getattr(trace, name) for name in columns}
+    return msgspec.structs.replace(
+        trace, **{name: None if values is None else values[:count] for name, values in found.items()}
     )
+
+
+def _token_size(trace: TokenTrace, index: int) -> int:
+    """Return the bytes of a token in the page: its text, and the likely tokens after it."""
+    sides = (trace.base_choices, trace.finetuned_choices)
+    likely = [choice.token for side in sides if side is not None for choice in side[index]]
+    own = BYTES_A_PROMPT + _size(trace.tokens[index])
+    return own + (BYTES_A_KL if likely else 0) + sum(BYTES_A_CHOICE + _text_size(text) for text in likely)

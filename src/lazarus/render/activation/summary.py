@@ -1,4 +1,4 @@
-"""The summary under the table: what the numbers say together, in at most nine plain lines."""
+"""The summary under the table: what the numbers say together, in a few plain lines."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ TOKENS_NAMED = 6
 
 
 def summary_lines(record: ActivationDiffRecord) -> list[str]:
-    """At most nine lines, the most important ones; the JSON has all of it."""
+    """At most nine lines, and one for each option that measures more; the JSON has all of it."""
     found = record.summary
     lines = [] if found.verdict is None else [f"Verdict: {verdict(record)}"]
     lines += [*_most_divergent(record), _where(record), *_blocks(record), *attribution_lines(record)]
-    lines += [*_output(record), *_groups(record), *_readout(record)]
+    lines += [*_output(record), *_partings(record), *_groups(record), *_readout(record)]
     spare = MOST_LINES - len(lines) - 1
     lines += _spread(record)[: max(0, spare)]
     return [*lines, _what_was_compared(record)]
@@ -155,6 +155,22 @@ def _output(record: ActivationDiffRecord) -> list[str]:
         f"Next token: first choices agree on {found.top1_agreement:.0%} of prompts; KL(base‖fine-tuned) "
         f"{_nats(found.kl_base_finetuned)} nats, KL(fine-tuned‖base) {_nats(found.kl_finetuned_base)}"
     ]
+
+
+def _partings(record: ActivationDiffRecord) -> list[str]:
+    """Return in how many of the traced prompts first choices part, and the first place where they do."""
+    traces = [trace for trace in record.tokens or [] if trace.agrees is not None]
+    partings = [(trace.prompt_index, trace.parting) for trace in traces if trace.parting is not None]
+    if not traces:
+        return []
+    line = f"Token by token: first choices part in {len(partings)} of {len(traces)} prompts kept"
+    near = sum(parting.cause == "noise" for _, parting in partings)
+    line += f", {near} of them by a near-tie within the noise" if near else ""
+    if partings:
+        prompt, first = next((each for each in partings if each[1].cause != "noise"), partings[0])
+        texts = (escaped(repr(token)) for token in (first.token_base, first.token_finetuned))
+        line += f"; in prompt {prompt} after token {first.position}: {' against '.join(texts)}"
+    return [line]
 
 
 def _nats(kl: float | None) -> str:

@@ -8,6 +8,8 @@ from lazarus.render.base.escape import escaped
 from lazarus.render.lens.tokens import quoted_token
 from lazarus.results import CompareRecord, LensModel, LensPair, LensToken
 
+CONTEXT = 60
+"""characters of the prompt before the token that is read"""
 LEAST_JS = 1e-12
 """below it the two distributions differ by rounding only"""
 
@@ -17,8 +19,16 @@ def summary_lines(record: CompareRecord) -> list[str]:
 
     What their distance means where the vocabularies differ is among the record's notes.
     """
-    lines = [first_choices(record), parting(record), by_layers(record)]
+    lines = [place_read(record), first_choices(record), parting(record), by_layers(record)]
     return [line for line in lines if line]
+
+
+def place_read(record: CompareRecord) -> str:
+    """Return the token at which the two part, with what stands before it; empty for the last of a prompt."""
+    if record.settings.at != "parting" or record.position is None:
+        return ""
+    before = "".join(record.model1.prompt_tokens)[-CONTEXT:]
+    return f"Read at the parting: after token {record.position}, {quoted_token(before)}"
 
 
 def last_choice(model: LensModel) -> LensToken | None:

@@ -12,8 +12,8 @@ function tokenSource(trace) {
     text: (row) => spaced(trace.tokens[row]),
     name: (row) => `Token ${trace.positions[row]}`,
     group: () => null,
-    lead: [["Position", (row) => element("td", { textContent: trace.positions[row] })]],
-    told: (row) => [element("pre", { textContent: visible(trace.tokens[row]), dir: "auto" })],
+    lead: [["Position", (row) => element("td", { textContent: trace.positions[row] })], ...(trace.output ? [["KL, nats", (row) => numberCell(trace.output.kl[row])]] : [])],
+    told: (row) => [element("pre", { textContent: visible(trace.tokens[row]), dir: "auto" }), ...(trace.output ? [choicesTable(trace.output, row)] : [])],
   };
 }
 
@@ -28,5 +28,12 @@ function startTokens() {
   const select = document.getElementById("tokens-prompt");
   select.replaceChildren(...data.tokens.map(promptOption));
   const explorer = new Explorer("tokens", tokenSource(data.tokens[0]));
-  select.addEventListener("change", () => explorer.setSource(tokenSource(data.tokens[Number(select.value)])));
+  const text = document.getElementById("tokens-output") && new TokenText((row) => explorer.pick(row));
+  const show = (trace) => text && text.setTrace(trace);
+  show(data.tokens[0]);
+  select.addEventListener("change", () => {
+    const trace = data.tokens[Number(select.value)];
+    explorer.setSource(tokenSource(trace));
+    show(trace);
+  });
 }
