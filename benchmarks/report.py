@@ -258,4 +258,11 @@ machine that is slower in one run than in another slows both sides.
 ## Targets that are missed
 
 {missed}
+
+## What options cost
+
+An option's run and the same run without it take turns in one process (`python -m benchmarks.extras`).
+
+<!-- measured: begin -->
+<!-- measured: end -->
 """

@@ -132,6 +132,9 @@ def write_docs(source: Path, target: Path) -> None:
     """Write the page of the last results."""
     target.parent.mkdir(exist_ok=True)
     target.write_text(report.markdown(read(source)), encoding="utf-8")
+    from benchmarks import extras  # here, because it imports torch
+
+    extras.write_docs(target)
 
 
 def main() -> None:
