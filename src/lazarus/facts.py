@@ -110,6 +110,8 @@ class PairFacts(PairShape):
     finetuned: ModelFacts
     align: Literal["ids", "text"] = "ids"
     """whether both read the same token ids, or each its own of the same text"""
+    why_no_scores: str | None = None
+    """why scores or embeddings are not compared, where one of the two gives any"""
 
     @property
     def n_layers(self) -> tuple[int, int]:

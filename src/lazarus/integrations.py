@@ -35,7 +35,8 @@ class ActivationDiffCallback(TrainerCallback):  # type: ignore[misc]  # transfor
     What it finds goes through `trainer.log`, so to every reporter that the Trainer has (TensorBoard, Weights
     & Biases, Trackio): `activation_diff/max_divergence`, `/most_divergent_layer`, `/divergence_layer_N` (1 −
     cosine similarity, 0 to 2, mean over prompts), and, of causal models, `/kl_base_finetuned` (nats) and
-    `/top1_agreement` (0 to 1). `last` is the latest result, whole.
+    `/top1_agreement` (0 to 1); of classifiers and reward models `/mean_absolute_difference`, `/agreement` and
+    `/rank_correlation`. `last` is the latest result, whole.
 
     Gates (`fail_above`, `expect`) are held at every measurement after the first: `activation_diff/gate_met`
     is 1 or 0, with a warning that says why. A step that could not be measured has not met its gate. Training
@@ -191,6 +192,12 @@ def scalars(diff: ActivationDiff) -> dict[str, float]:
         found |= {
             "kl_base_finetuned": output.kl_base_finetuned,
             "top1_agreement": output.top1_agreement,
+        }
+    if output is not None and output.scores is not None:
+        found |= {
+            "mean_absolute_difference": output.scores.mean_absolute_difference,
+            "agreement": output.scores.agreement,
+            "rank_correlation": output.scores.rank_correlation,
         }
     return {f"{PREFIX}/{name}": value for name, value in found.items() if value is not None}
 

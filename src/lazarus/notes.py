@@ -108,6 +108,10 @@ CODES = {
     "over fewer prompts or tokens.",
     "logits-left-out": "Logits that are not finite were left out: the effect on the output is of the others.",
     "output-not-measured": "There are no logits to compare: the effect on the output was not measured.",
+    "labels-matched": "Two heads do not have the same labels in the same order, and how they were matched is "
+    "told: labels that one model alone has were not compared.",
+    "embedded-whole": "Prompts are longer than sentence-transformers would read: their embeddings are of all "
+    "tokens.",
     "infinite-kl": "A KL divergence is infinite, and null in JSON: one model gives the probability 0 to what "
     "the other can give.",
     "undefined-change": "The relative change of some tensors is undefined: they have none, and gates on it "

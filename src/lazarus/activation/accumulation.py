@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -15,16 +15,20 @@ from lazarus.metrics import (
     MOST_KEPT,
     OUTPUT_METRICS,
     ROW_METRICS,
+    SCORE_METRICS,
     AccumulatorState,
     Outcomes,
     PromptMeans,
     Rows,
     RowValues,
+    ScoreMeans,
+    ScorePlan,
     SiteMeasures,
     SitePlan,
     TokenOutputs,
     compare_logits,
     compare_rows,
+    compare_scores,
     count_by_prompt,
     has_distribution,
     margin_motion,
@@ -47,6 +51,8 @@ class Plan:
     """which next tokens both models have; None where every id is the same token in both"""
     repeats: Repeats | None = None
     """the prompts whose states come once for several; None where each prompt has its own"""
+    scored: ScorePlan | None = None
+    """how scores or embeddings are compared; None where next tokens are"""
 
     @classmethod
     def of(
@@ -97,7 +103,7 @@ class Accumulation:
     sites: dict[Site, SiteMeasures] = field(init=False)
     """the accumulators of each site of the residual stream"""
     output: PromptMeans = field(init=False)
-    """those of the next-token distributions"""
+    """those of the next-token distributions, or of the scores"""
     token_outputs: TokenOutputs = field(init=False)
     """the next-token distributions of the traced prompts, token by token"""
     margin_noise: float = field(init=False)
@@ -114,7 +120,7 @@ class Accumulation:
         kept = _kept(self.n_prompts, self.plan.settings.seed)
         site_plan = SitePlan(self.n_prompts, centered, kept, self.plan.traced)
         self.sites = {site: SiteMeasures(site_plan) for site in self.facts.sites}
-        self.output = PromptMeans(OUTPUT_METRICS, self.n_prompts)
+        self.output = self._means_of_output(kept)
         self.token_outputs = TokenOutputs(self.plan.traced)
         self.margin_noise = float("nan")
         self.noise = []
@@ -125,10 +131,7 @@ class Accumulation:
         for pair in pairs:
             # First, because trials have logits as well, and of these only the relative L2 is used.
             if pair.trial is not None:
-                values = compare_rows(Rows.of(pair.base, pair.finetuned), centered=False)
-                self._trial(pair.trial, pair.site).update(pair.prompts, values)
-                if pair.site == "logits" and self.plan.traced:
-                    self._move_margin(margin_motion(pair.base, pair.finetuned))
+                self._take_trial(pair, pair.trial)
             elif pair.site == "logits":
                 self._take_logits(pair)
             else:
@@ -155,7 +158,8 @@ class Accumulation:
         parts = parts_of(state)
         # The keys of a state are text, and layers are integers.
         named: dict[str, Site] = {str(site): site for site in (*self.facts.sites, "logits")}
-        self.output.add(parts["output"])
+        # With all that is under the name: scores have parts of their own.
+        self.output.add({k.removeprefix("output/"): v for k, v in state.items() if k.startswith("output/")})
         self.token_outputs.add(parts["tokens"])
         self._move_margin(parts["margin"]["noise"].item())
         self.n_logits_not_finite += parts.get("not_finite", {}).get("logits", 0)
@@ -165,7 +169,37 @@ class Accumulation:
             for site, means in parts_of(noise).items():
                 self._trial(int(trial), named[site]).add(means)
 
+    def _means_of_output(self, kept: dict[int, int]) -> PromptMeans:
+        scored = self.plan.scored
+        if scored is None:
+            return PromptMeans(OUTPUT_METRICS, self.n_prompts)
+        # Scores are few numbers, and each prompt's are told; embeddings of a sample are kept.
+        slots = {"scores": {i: i for i in range(self.n_prompts)}, "embedding": kept, "token_scores": {}}
+        return ScoreMeans(self.n_prompts, scored.kind, slots[scored.kind])
+
+    def _take_trial(self, pair: StatePair, trial: int) -> None:
+        scored, means = self.plan.scored, self._trial(trial, pair.site)
+        if scored is not None and pair.site == "logits":
+            # Both are base's.
+            ours, theirs = (scored.columns(scores, 0) for scores in (pair.base, pair.finetuned))
+            means.update(pair.prompts, compare_scores(ours, theirs, scored.kind))
+        else:
+            means.update(pair.prompts, compare_rows(Rows.of(pair.base, pair.finetuned), centered=False))
+            if pair.site == "logits" and self.plan.traced:
+                self._move_margin(margin_motion(pair.base, pair.finetuned))
+
+    def _take_scores(self, pair: StatePair, scored: ScorePlan) -> None:
+        assert isinstance(self.output, ScoreMeans)
+        ours, theirs = scored.columns(pair.base, 0), scored.columns(pair.finetuned, 1)
+        not_finite = [~scores.isfinite().all(-1) for scores in (ours, theirs)]
+        for each in self.repeats.spread(replace(pair, base=ours, finetuned=theirs)):
+            self.output.compare(each.prompts, each.base, each.finetuned)
+        count_by_prompt(self.n_logits_not_finite, pair.prompts, not_finite)
+
     def _take_logits(self, pair: StatePair) -> None:
+        if self.plan.scored is not None:
+            self._take_scores(pair, self.plan.scored)
+            return
         values = compare_logits(pair.base, pair.finetuned, self.plan.outcomes)
         device, not_finite = values.values.device, list[Tensor]()
         # A second look at all logits, and nearly never needed.
@@ -191,7 +225,8 @@ class Accumulation:
         # Trials come in any order.
         while len(self.noise) <= trial:
             self.noise.append({})
-        return self.noise[trial].setdefault(site, PromptMeans(ROW_METRICS, self.n_prompts))
+        metrics = SCORE_METRICS if site == "logits" and self.plan.scored is not None else ROW_METRICS
+        return self.noise[trial].setdefault(site, PromptMeans(metrics, self.n_prompts))
 
 
 def _kept(n_prompts: int, seed: int) -> dict[int, int]:

@@ -40,6 +40,15 @@ def note_breaks(pair: ModelPair, seen: Accumulation, reading: Reading, notes: No
             continue
         if broken_weights(model):
             continue  # which is told already
+        if first == "logits" and seen.plan.scored is not None:
+            notes.add(
+                "not-finite",
+                f"{model.name}: its head makes of prompt {prompt} what is not finite, though the states are: "
+                f"try {option('dtype', 'float32')}",
+                model=model.name,
+                prompts=[prompt],
+            )
+            continue
         what = "logits are" if first == "logits" else f"states are, from {_place(first)} on,"
         notes.add(
             "not-finite",

@@ -12,8 +12,18 @@ from numpy.typing import NDArray
 
 from lazarus.activation.accumulation import Accumulation
 from lazarus.activation.attributed import Attributed
+from lazarus.activation.scored import find_scores
 from lazarus.facts import NOTHING_KNOWN, PairFacts, Rounded, Site, WeightFacts
-from lazarus.metrics import PromptMeans, SiteMeasures, mean_over_prompts, normalized_divergence
+from lazarus.metrics import (
+    OUTPUT_METRICS,
+    PromptMeans,
+    ScoreMeans,
+    ScorePlan,
+    SiteMeasures,
+    mean_over_prompts,
+    normalized_divergence,
+    scores_relative_l2,
+)
 from lazarus.results import (
     GroupContrast,
     GroupCurve,
@@ -60,6 +70,11 @@ class Findings:
         return self.seen.plan.settings
 
     @property
+    def scored(self) -> ScorePlan | None:
+        """How scores or embeddings are compared; None where next tokens are."""
+        return self.seen.plan.scored
+
+    @property
     def n_prompts(self) -> int:
         """The number of prompts."""
         return self.seen.n_prompts
@@ -83,7 +98,8 @@ class Findings:
         trials: dict[Site, list[tuple[float, float]]] = {}
         for trial in self.seen.noise:
             for site, means in trial.items():
-                if (noise := _l2_and_divergence(means)) is not None:
+                of_scores = site == "logits" and self.scored is not None
+                if (noise := _l2_and_divergence(means, of_scores=of_scores)) is not None:
                     trials.setdefault(site, []).append(noise)
         return {site: noise_floor(found, self.pair.base.info.run_dtype) for site, found in trials.items()}
 
@@ -179,18 +195,23 @@ class Findings:
 
     @cached_property
     def n_outputs_left_out(self) -> int:
-        """The number of prompts of which logits were not finite in one of the models."""
+        """The number of prompts of which logits or scores were not finite in one of the models."""
         return int((self.seen.output.n_excluded > 0).sum())
 
     @cached_property
     def output(self) -> Output | None:
-        """The effect on the next-token distribution; None where the heads were not run."""
-        means = self.seen.output
+        """The effect on the next token or on the scores; None where the heads were not run."""
+        means, known = self.seen.output, self.floors.get("logits")
         if not means.n_rows.any():
             return None
-        floor = self.floors.get("logits")
+        floor = known.relative_l2 if known else None
+        if self.scored is not None:
+            assert isinstance(means, ScoreMeans)
+            scores = find_scores(means, self.scored, self.settings.seed)
+            nothing = dict.fromkeys(OUTPUT_METRICS)
+            return Output(kind=self.scored.kind, scores=scores, **nothing, noise_floor=floor)
         found = {name: finite_or_none(mean_over_prompts(v)) for name, v in means.means().items()}
-        return Output(**found, noise_floor=floor.relative_l2 if floor else None)
+        return Output(**found, noise_floor=floor)
 
     def groups(self, attributed: Attributed | None = None) -> Groups | None:
         """The curve of each group of prompts, and how much more the first diverges than the others."""
@@ -281,7 +302,9 @@ class Findings:
         return {name: mean_over_prompts(values) for name, values in self.by_prompt[site].items()}
 
     def _logits_change(self) -> float:
-        """The mean relative L2 of the logits; ∞ where only one of the models can give a token."""
+        """The relative L2 of the logits or scores; ∞ where only one of the models can give a token."""
+        if self.scored is not None:
+            return scores_relative_l2(self.seen.output)
         means = {name: mean_over_prompts(v) for name, v in self.seen.output.means().items()}
         one_sided = np.inf in (means["kl_base_finetuned"], means["kl_finetuned_base"])
         return float("inf") if one_sided else means["logits_relative_l2"]
@@ -315,8 +338,11 @@ class Findings:
         return max(changed, key=lambda layer: changed[layer], default=None)
 
 
-def _l2_and_divergence(means: PromptMeans) -> tuple[float, float] | None:
+def _l2_and_divergence(means: PromptMeans, *, of_scores: bool) -> tuple[float, float] | None:
     """The noise of one trial at one site; None where it could not be measured."""
+    if of_scores:
+        noise = scores_relative_l2(means)
+        return (noise, 0.0) if np.isfinite(noise) else None
     found = means.means()
     l2, divergence = (float(mean_over_prompts(found[name])) for name in ("relative_l2", "divergence"))
     # Both are NaN where no row could be compared, and nowhere else.

@@ -122,7 +122,11 @@ def _output(found: Findings, notes: Notes) -> None:
                     f"{name} is infinite, and null in JSON: {model} gives the probability 0 to tokens that "
                     "the other can give",
                 )
-    elif pair.align == "ids" and pair.base.is_causal and pair.finetuned.is_causal:
+    elif (
+        found.scored
+        or pair.why_no_scores
+        or (pair.align == "ids" and pair.base.is_causal and pair.finetuned.is_causal)
+    ):
         why = _why_no_output(found)
         notes.add("output-not-measured", f"{why}: the effect on the output was not measured")
 
@@ -130,6 +134,8 @@ def _output(found: Findings, notes: Notes) -> None:
 def _why_no_output(found: Findings) -> str:
     pair, counts = found.pair, found.seen.n_logits_not_finite
     broken = [name for name, count in zip(pair.names, counts, strict=True) if count.any()]
+    if pair.why_no_scores is not None:
+        return pair.why_no_scores
     if broken:
         return f"the logits of {' and '.join(broken)} are not finite"
     whys = (pair.base.why_no_head, pair.finetuned.why_no_head)

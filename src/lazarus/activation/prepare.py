@@ -131,8 +131,9 @@ def _learn(
     pair.note_run(max(lengths), notes)
     check_positions(run.position, lengths, notes)
     twice = f"{option('localize')} runs blocks twice, and a cache takes a token in once"
+    whole = None if pair.scored is None else "scores and embeddings are made of whole prompts"
     prefix_plan = PrefixPlan(
-        run.position, run.batch_tokens, reading.pad_ids[0], twice if run.localize else None
+        run.position, run.batch_tokens, reading.pad_ids[0], twice if run.localize else whole
     )
     # It runs prompts, so it comes after the checks that refuse them.
     run = replace(run, n_prefix=share_prefix(pair, reading.base, prefix_plan, notes))
@@ -141,7 +142,8 @@ def _learn(
         told = f"one of the two is quantised: what each block costs was measured too ({option('localize')})"
         notes.add("quantised-pair", told)
     settings = _settings(given, pair, run)
-    plan = Plan(_prompts(reading), settings, run.traced, scope.outcomes, run.repeats)
+    scored = None if pair.scored is None else pair.scored.plan
+    plan = Plan(_prompts(reading), settings, run.traced, scope.outcomes, run.repeats, scored)
     return Prepared(given, pair, reading, run, pair_facts(pair, scope), plan, notes, layers)
 
 

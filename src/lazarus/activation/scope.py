@@ -32,13 +32,22 @@ def find_scope(pair: ModelPair, reading: Reading, notes: Notes) -> Scope:
         DeviceError: out of memory.
         ModelError: a file that was not loaded cannot be read.
     """
-    with_head = pair.shares_vocabulary
-    ours = find_coverage(pair.base, pair.base_conventions.head_reads if with_head else None)
+    with_head, scored = pair.shares_vocabulary, pair.scored
+    ours = find_coverage(
+        pair.base, pair.base_conventions.head_reads if with_head else None, pair.score_head(0)
+    )
     theirs = ours
     # One design, with one adapter or with none: the same tensors can be seen in both.
     if not pair.same_design or pair.base.adapter != pair.finetuned.adapter:
-        theirs = find_coverage(pair.finetuned, pair.finetuned_conventions.head_reads if with_head else None)
-    base, finetuned = find_outside(pair.base, pair.finetuned, (ours.compared, theirs.compared))
+        theirs = find_coverage(
+            pair.finetuned, pair.finetuned_conventions.head_reads if with_head else None, pair.score_head(1)
+        )
+    embeds = scored is not None and scored.plan.kind == "embedding"
+    base, finetuned = find_outside(pair.base, pair.finetuned, (ours.compared, theirs.compared), embeds=embeds)
+    for side, parts in enumerate((base, finetuned)):
+        if scored is not None and (own := scored.own(side)):
+            what = f"labels that the other does not have ({', '.join(own)})"
+            parts.append(NotCompared(what=what, n_tensors=0, differs=True))
     note_outside(base, finetuned, notes)
     rows = _match_rows(pair, reading, (ours, theirs)) if pair.align == "ids" else None
     for side, parts in enumerate((base, finetuned)):

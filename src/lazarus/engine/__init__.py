@@ -5,6 +5,8 @@ recorder.py    the states at every site of one model's forward pass
 finite.py      where a model's states stop being finite, and why
 head.py        a model's own LM head on a few rows
 local.py       the fine-tuned model's blocks on base's states: what each block itself changes
+scored.py      scores of labels, and embeddings, of each prompt by itself
+outputs.py     which of them two models have in common
 probe.py       one short pass that learns how a model's blocks behave, and checks it
 coverage.py    the tensors that a comparison can see
 pair.py        two models, what they have in common, and what cannot be asked of them

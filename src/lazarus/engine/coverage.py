@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
 from lazarus.engine.head import Head
+from lazarus.engine.scored import LabelHead, ScoreHead, modules_run
 from lazarus.models import Compared, LoadedModel
 
 
@@ -22,11 +22,14 @@ class Coverage:
     """for how many tokens its LM head has logits; None where the head was not run"""
 
 
-def find_coverage(model: LoadedModel, head_reads: type[ModelOutput] | None) -> Coverage:
-    """Return what of a model is compared: its text stack, and what makes logits of its states.
+def find_coverage(
+    model: LoadedModel, head_reads: type[ModelOutput] | None, scores: ScoreHead | None = None
+) -> Coverage:
+    """Return what of a model is compared: its text stack, and what makes logits or scores of its states.
 
     `head_reads` is what the stack hands to the LM head (`Conventions`); None where no logits are compared.
-    A pooler inside the stack only reads the last hidden states, so nothing that is compared depends on it.
+    `scores` makes scores or embeddings where these are. A pooler inside the stack only reads the last hidden
+    states, so nothing that is compared depends on it but the scores of a head that reads it.
 
     Raises:
         DeviceError: out of memory.
@@ -34,11 +37,15 @@ def find_coverage(model: LoadedModel, head_reads: type[ModelOutput] | None) -> C
     stack = model.anatomy.stack
     pooler = getattr(stack, "pooler", None)
     unread = set(pooler.modules()) if isinstance(pooler, nn.Module) else set()
+    if isinstance(scores, LabelHead) and len(scores.fields) > 1:
+        unread = set()
     seen: set[nn.Module] = set(stack.modules()) - unread
     n_logits = None
     if head_reads is not None:
         n_logits, ran = _run_head(Head(model, head_reads), model)
         seen |= ran
+    if isinstance(scores, LabelHead):
+        seen |= _run_scores(scores, model)
     # Without `keep_vars` every entry is detached, a new object, and tied tensors could not be told by `id`.
     # A tied tensor is seen under all of its names, whichever of its modules ran.
     tensors = model.model.state_dict(keep_vars=True)
@@ -50,18 +57,18 @@ def find_coverage(model: LoadedModel, head_reads: type[ModelOutput] | None) -> C
 
 def _run_head(head: Head, model: LoadedModel) -> tuple[int, set[nn.Module]]:
     """Return the number of logits of a row, and the modules that ran for them."""
-    ran = set[nn.Module]()
-
-    def note(module: nn.Module, _args: Any) -> None:
-        ran.add(module)
-
-    handles = [m.register_forward_pre_hook(note) for m in model.model.modules()]
-    try:
-        # Zeros serve: all that matters is which modules run, and how many logits come out.
-        states = torch.zeros(1, model.anatomy.hidden_size, dtype=model.model.dtype, device=model.device)
+    # Zeros serve: all that matters is which modules run, and how many logits come out.
+    states = torch.zeros(1, model.anatomy.hidden_size, dtype=model.model.dtype, device=model.device)
+    with modules_run(model) as ran:
         n_logits = head.logits(states).shape[-1]
-    finally:
-        for handle in handles:
-            handle.remove()
     # An adapter's parts, and the module that it stands in for, have no forward pass of their own.
     return n_logits, ran | set(model.model.get_output_embeddings().modules())
+
+
+def _run_scores(head: LabelHead, model: LoadedModel) -> set[nn.Module]:
+    """Return the modules that run for the scores, with all that is in them."""
+    stack = model.anatomy.stack
+    with torch.no_grad(), modules_run(model) as ran:
+        head.run_sample()
+    # What is around the stack runs too. An adapter's parts have no forward pass of their own.
+    return {inside for m in ran for inside in m.modules() if stack not in m.modules()}

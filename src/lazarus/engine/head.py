@@ -51,7 +51,7 @@ class Head:
         except (TypeError, ValueError) as error:
             # Its class has required fields of its own. No `calling`: Python blames the caller for that.
             raise UnsupportedModelError(f"{self._loaded.name}: {one_line(error)}") from error
-        with _returning(self.stack, given):
+        with returning(self.stack, given):
             return self._run(len(states), states.device)
 
     def read(self, states: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocabulary"]:
@@ -248,7 +248,7 @@ def _stack_replaced(stack: nn.Module, states: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def _returning(module: nn.Module, output: Any) -> Iterator[None]:
+def returning(module: nn.Module, output: Any) -> Iterator[None]:
     """The module returns `output` whatever it is given, while the context lasts."""
     own = vars(module).get("forward")  # accelerate puts one of its own there
     module.forward = lambda *_args, **_kwargs: output

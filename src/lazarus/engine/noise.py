@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lazarus.batches import Padding, TokenBatch
 from lazarus.engine.pair import ModelPair
-from lazarus.engine.runner import Runner, States, joined, logit_pairs
+from lazarus.engine.runner import Runner, States, joined, output_pairs
 from lazarus.facts import Site
 from lazarus.sites import Position, StatePair
 
@@ -124,7 +124,7 @@ class Noise:
         self.plan = plan
         self.sample = Sample(batches)
         self._waiting = list(batches)
-        self._head = self._runner().head
+        self._outputs = self._runner()
         self._generator = torch.Generator().manual_seed(plan.seed)
 
     def take(self, states: States) -> None:
@@ -155,7 +155,7 @@ class Noise:
                 for site, b, f in zip(sites, plain, other.sites, strict=False):
                     yield StatePair(site, other.prompts, b, f, trial=trial)
                 ours = States(other.prompts, plain, other.head_prompts, read)
-                yield from logit_pairs(self._head, self._head, ours, other, trial)
+                yield from output_pairs(self._outputs, self._outputs, ours, other, trial)
 
     def _moved(self, batch: TokenBatch, parts: Sequence[TokenBatch]) -> States:
         """Run the parts of a batch, one after the other, on a first block's input that is moved."""
@@ -171,7 +171,7 @@ class Noise:
         return joined(found)
 
     def _runner(self) -> Runner:
-        return Runner(self.pair.base, self.pair.base_conventions)
+        return Runner(self.pair.base, self.pair.base_conventions, self.pair.score_head(0))
 
 
 def n_copies(parts: Sequence[TokenBatch], batch: TokenBatch) -> int:

@@ -8,7 +8,9 @@ from itertools import takewhile
 from typing import Literal
 
 from lazarus.batches import Padding
+from lazarus.engine.outputs import Scored, find_scored
 from lazarus.engine.probe import Conventions, learn, passes_go_on
+from lazarus.engine.scored import ScoreHead
 from lazarus.errors import ShapeMismatchError
 from lazarus.facts import PairShape
 from lazarus.messages import option
@@ -32,6 +34,10 @@ class ModelPair(PairShape):
     """how many of the first blocks run once, for both models"""
     same_design: bool = False
     """whether both have one class and one configuration, so that the same weights compute the same"""
+    scored: Scored | None = None
+    """the outputs beside next tokens that are compared: then next tokens are not"""
+    why_not_scored: str | None = None
+    """why there are none, where one of the two has such outputs"""
     streams: bool = False
     """whether the blocks run one at a time over all batches, read from disk"""
 
@@ -54,7 +60,16 @@ class ModelPair(PairShape):
     def shares_vocabulary(self) -> bool:
         """Return whether token i of both heads is the same token."""
         heads = (self.base_conventions.head_reads, self.finetuned_conventions.head_reads)
-        return self.align == "ids" and None not in heads
+        return self.align == "ids" and None not in heads and self.scored is None
+
+    @property
+    def compares_outputs(self) -> bool:
+        """Return whether next tokens, scores or embeddings are compared."""
+        return self.shares_vocabulary or self.scored is not None
+
+    def score_head(self, side: int) -> ScoreHead | None:
+        """Return what makes the scores of base, 0, or of the fine-tuned model, 1, where they are compared."""
+        return None if self.scored is None else self.scored.heads[side]
 
     def padding(self, longest: int) -> Padding:
         """The batching that is right for both models and prompts of up to `longest` tokens."""
@@ -92,6 +107,8 @@ class ModelPair(PairShape):
                 "batch by batch, and each batch read all weights",
             )
         self._note_shapes(notes)
+        if self.scored is not None:
+            self.scored.note(longest, notes)
 
     def note_common(self, notes: Notes) -> None:
         """Note what did not run a second time; of models that are streamed it is known after the run."""
@@ -140,8 +157,20 @@ def learn_pair(
     """
     ours = learn(base, ids[0], pad_ids[0])
     same_design = have_same_design(base.model, finetuned.model)
-    theirs = ours if same_design else learn(finetuned, ids[1], pad_ids[1])
-    pair = ModelPair(base, finetuned, ours, theirs, align, same_design=same_design)
+    # What a checkpoint lacks is random, and then its head is not that of the other.
+    as_base = same_design and base.missing == finetuned.missing
+    theirs = ours if as_base else learn(finetuned, ids[1], pad_ids[1])
+    scored = find_scored((base, finetuned), (ours.labels, theirs.labels), align)
+    pair = ModelPair(
+        base,
+        finetuned,
+        ours,
+        theirs,
+        align,
+        same_design=same_design,
+        scored=scored if isinstance(scored, Scored) else None,
+        why_not_scored=scored if isinstance(scored, str) else None,
+    )
     if base.pager is not None:  # which blocks are the same is seen when they are read
         unknown = (False,) * len(base.anatomy.blocks)
         return replace(pair, streams=_streams(pair, ids, pad_ids), same_blocks=unknown)

@@ -7,7 +7,7 @@ properties of the model in hand, and twenty tokens are enough to see them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from lazarus.engine.head import (
 )
 from lazarus.engine.recorder import Recorder, Recording, RowSelection, first_tensor
 from lazarus.engine.replay import Call, can_replay, recording, stopping_after
+from lazarus.engine.scored import NO_LABELS, LabelCheck, check_labels
 from lazarus.errors import BlocksNotFoundError, NoDataError
 from lazarus.messages import option
 from lazarus.metrics import to_float64
@@ -58,6 +59,8 @@ class Conventions:
     """what the stack hands to a causal model's LM head; None where the head cannot be run by itself"""
     why_no_head: str = NO_HEAD
     """why it cannot be"""
+    labels: LabelCheck = NO_LABELS
+    """how the scores of its labels are made, where it has any"""
     padding_is_known: bool = True
     """False where too few states were finite to see what padding does"""
     notes: tuple[Note, ...] = ()
@@ -94,6 +97,7 @@ def learn(model: LoadedModel, ids: Sequence[int], pad_id: int) -> Conventions:
     head = HeadCheck(None)
     if probe.causal and probe.whole is not None:
         head = head_alone(recorder, probe.batch, probe.whole)
+    labels = check_labels(recorder, probe.batch, padding or "one_by_one", probe.output)
     assert probe.seen.final is not None
     return Conventions(
         n_layers=len(probe.blocks),
@@ -104,6 +108,7 @@ def learn(model: LoadedModel, ids: Sequence[int], pad_id: int) -> Conventions:
         has_final_norm=_has_final_norm(probe.blocks[-1], probe.seen.final),
         head_reads=head.reads,
         why_no_head=head.why_not,
+        labels=labels,
         padding_is_known=padding is not None,
         notes=_notes(model, probe.seen),
     )
@@ -118,6 +123,8 @@ class _Probe:
     whole: WholePass | None
     """the pass with the LM head, where there is one"""
     seen: Recording
+    output: Any
+    """what the stack returned of it"""
     axes: tuple[int, int]
     blocks: list[Tensor]
     """the states after each block, batch and time in front"""
@@ -130,14 +137,15 @@ def _run_probe(recorder: Recorder, batch: tuple[Tensor, Tensor]) -> _Probe:
     whole = run_with_head(recorder, *batch)
     # A run calls the stack by itself: only where the head sits right on it is this pass the same.
     is_plain = model.anatomy.stack is model.model.base_model
-    seen = whole.recording if whole is not None and is_plain else _whole(recorder, *batch)
+    outputs = list[Any]() if whole is None else [whole.stack_output]
+    seen = whole.recording if whole is not None and is_plain else _whole(recorder, *batch, outputs.append)
     _check_calls(model, seen)
     axes = _find_axes(model, seen)
     blocks = [_arranged(states, axes) for states in seen.blocks]
     # The two rows differ in their last token alone: earlier states move only if a block looks ahead.
     told = [_alike(b[0, :-1], b[1, :-1], _same_pass_limit(b)) for b in blocks]
     causal = None if set(told) == {None} else False not in told
-    return _Probe(batch, whole, seen, axes, blocks, causal)
+    return _Probe(batch, whole, seen, outputs[-1], axes, blocks, causal)
 
 
 def _texts(model: LoadedModel, ids: Sequence[int]) -> Iterator[Sequence[int]]:
@@ -184,8 +192,10 @@ def _probe_batch(ids: Sequence[int], pad_id: int) -> tuple[Int[Tensor, "b t"], I
     return input_ids, mask
 
 
-def _whole(recorder: Recorder, input_ids: Tensor, mask: Tensor) -> Recording:
-    return recorder.run(input_ids, mask, RowSelection(torch.Tensor.detach, torch.Tensor.detach))
+def _whole(
+    recorder: Recorder, input_ids: Tensor, mask: Tensor, take: Callable[[Any], None] | None = None
+) -> Recording:
+    return recorder.run(input_ids, mask, RowSelection(torch.Tensor.detach, torch.Tensor.detach, take))
 
 
 def _check_calls(model: LoadedModel, seen: Recording) -> None:

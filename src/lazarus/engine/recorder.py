@@ -26,6 +26,8 @@ class RowSelection:
 
     block: Callable[[Tensor], Tensor]
     final: Callable[[Tensor], Tensor]
+    output: Callable[[Any], None] | None = None
+    """is given all that the stack returns"""
 
 
 @dataclass
@@ -109,6 +111,8 @@ class Recorder:
                 output = self.stack(input_ids=input_ids.to(self.device), **arguments)
             last = getattr(output, "last_hidden_state", None)
             recording.final = take.final(first_tensor(output) if last is None else last)
+            if take.output is not None:
+                take.output(output)
             recording.cache = None if prefix_cache is None else getattr(output, cache_name(), None)
         return recording
 

@@ -12,7 +12,7 @@ from lazarus.engine.local import beside
 from lazarus.engine.pair import ModelPair
 from lazarus.engine.positions import RowPicker
 from lazarus.engine.replay import Passed, recording
-from lazarus.engine.runner import Begun, Runner, States, logit_pairs
+from lazarus.engine.runner import Begun, Runner, States, output_pairs
 from lazarus.sites import Position, StatePair
 
 
@@ -48,8 +48,8 @@ class Resident:
         self.pair = pair
         self.position = position
         self.localize = localize
-        self.base = Runner(pair.base, pair.base_conventions)
-        self.finetuned = Runner(pair.finetuned, pair.finetuned_conventions)
+        self.base = Runner(pair.base, pair.base_conventions, pair.score_head(0))
+        self.finetuned = Runner(pair.finetuned, pair.finetuned_conventions, pair.score_head(1))
 
     def run(self, batch: BatchPair) -> tuple[States, Iterator[StatePair]]:
         """Run a batch through both models; returns base's states, and each site's pair.
@@ -81,5 +81,5 @@ class Resident:
         # zip stops at the last common site: a final norm that only one of them has is no site.
         for site, b, f, changed in zip(pair.sites, ours.sites, matched, [None, *own, None], strict=False):
             yield StatePair(site, ours.prompts, b, f, changed)
-        if pair.shares_vocabulary:
-            yield from logit_pairs(self.base.head, self.finetuned.head, ours, theirs)
+        if pair.compares_outputs:
+            yield from output_pairs(self.base, self.finetuned, ours, theirs)

@@ -16,6 +16,7 @@ from lazarus.engine.prefix_cache import PrefixCache, holds_keys_and_values
 from lazarus.engine.probe import Conventions
 from lazarus.engine.recorder import Recorder, RowSelection
 from lazarus.engine.replay import Passed, UnlikeError, replaying
+from lazarus.engine.scored import BatchScores, ScoreHead
 from lazarus.errors import UnsupportedModelError
 from lazarus.models import LoadedModel, same_bits
 from lazarus.sites import Position, StatePair
@@ -23,7 +24,10 @@ from lazarus.sites import Position, StatePair
 
 @dataclass(frozen=True)
 class States:
-    """One model's compared rows of one batch: at every site in order, and those that its head reads."""
+    """One model's compared rows of one batch: at every site in order, and those that its head reads.
+
+    Of a model whose scores are compared the last are the scores themselves.
+    """
 
     prompts: Tensor
     sites: list[Tensor]
@@ -64,11 +68,15 @@ class Begun:
 class Runner:
     """One of the two models, ready to run batches. A prefix that stands before several of them runs once."""
 
-    def __init__(self, model: LoadedModel, conventions: Conventions) -> None:
+    def __init__(
+        self, model: LoadedModel, conventions: Conventions, score_head: ScoreHead | None = None
+    ) -> None:
+        """Take a model, how it behaves, and what makes its scores where these are compared."""
         self.model = model
         self.conventions = conventions
         self.recorder = Recorder(model)
         self.head = Head(model, conventions.head_reads) if conventions.head_reads else None
+        self.score_head = score_head
         self._prefixes: dict[tuple[tuple[int, ...], Position], Prefix] = {}
 
     def begin(self, batch: TokenBatch, position: Position) -> None:
@@ -139,9 +147,9 @@ class Runner:
         first = max(0, len(known) - 1)
         prefix = self.prefix_of(batch, position)
         prefix_cache = prefix.prefix_cache if prefix else None
-        seen = self.recorder.run(
-            *batch.padded(), RowSelection(self.picking(picker), final), first, prefix_cache
-        )
+        scores = BatchScores(self.score_head, batch, position) if self.score_head else None
+        take = RowSelection(self.picking(picker), final, scores.take if scores else None)
+        seen = self.recorder.run(*batch.padded(), take, first, prefix_cache)
         embedding = [] if known else [seen.embedding]
         taken = [rows for rows in (*embedding, *seen.blocks, seen.final) if rows is not None]
         if prefix:
@@ -150,6 +158,8 @@ class Runner:
         sites = [*known, *taken]
         # Beside the blocks there are the embedding and the end.
         assert len(sites) == self.conventions.n_layers + 2, (len(sites), self.conventions.n_layers)
+        if scores is not None:
+            return States(picker.prompts, sites, scores.prompts, scores.rows)
         head = sites[-1] if head_picker is picker else head_rows[0]
         return States(picker.prompts, sites, head_picker.prompts, head)
 
@@ -168,14 +178,17 @@ def joined(parts: Sequence[States]) -> States:
     return States(others[0], sites, others[1], others[2])
 
 
-def logit_pairs(
-    base: Head | None, finetuned: Head | None, ours: States, theirs: States, trial: int | None = None
+def output_pairs(
+    base: Runner, finetuned: Runner, ours: States, theirs: States, trial: int | None = None
 ) -> Iterator[StatePair]:
-    """Both models' logits at the rows that the heads read, a few rows at a time, each over its own tokens."""
-    if base is None or finetuned is None:
+    """Both models' scores, or else their logits at the rows that the heads read, a few rows at a time."""
+    if base.score_head is not None:
+        yield StatePair("logits", ours.head_prompts, ours.head_rows, theirs.head_rows, trial=trial)
         return
-    n_rows = max(1, MOST_LOGITS // base.n_tokens)
+    if base.head is None or finetuned.head is None:
+        return
+    n_rows = max(1, MOST_LOGITS // base.head.n_tokens)
     for start in range(0, len(ours.head_rows), n_rows):
         part = slice(start, start + n_rows)
-        b, f = base.logits(ours.head_rows[part]), finetuned.logits(theirs.head_rows[part])
+        b, f = base.head.logits(ours.head_rows[part]), finetuned.head.logits(theirs.head_rows[part])
         yield StatePair("logits", ours.head_prompts[part], b, f, trial=trial)

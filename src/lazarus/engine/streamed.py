@@ -27,7 +27,8 @@ from lazarus.engine.replay import (
     stopping_after,
     stopping_before,
 )
-from lazarus.engine.runner import Runner, States, joined, logit_pairs
+from lazarus.engine.runner import Runner, States, joined, output_pairs
+from lazarus.engine.scored import BatchScores
 from lazarus.engine.spill import SpillBuffer, check_room
 from lazarus.engine.work import Work
 from lazarus.models import Equality, LoadedModel, free_bytes, give_back
@@ -58,6 +59,7 @@ class _Pass:
         self.blocks = runner.model.anatomy.blocks
         self.picker = RowPicker.of(batch, position)
         self.head_picker = RowPicker.of(batch, "last") if self.picker.average else self.picker
+        self.scores = BatchScores(runner.score_head, batch, position) if runner.score_head else None
         self.is_alike = True
         """whether no block had to run: base's had made the very same"""
         self.embedding: Tensor | None = None
@@ -96,8 +98,10 @@ class _Pass:
         return self.runner.picking(self.picker)(states)
 
     def end(self) -> States:
-        """The compared rows after the final norm, and those that the head reads."""
+        """The compared rows after the final norm, and those that the head reads, or the scores."""
         final, head = self.buffer.take((self, "end"))
+        if self.scores is not None:
+            return States(self.picker.prompts, [final], self.scores.prompts, self.scores.rows)
         return States(self.picker.prompts, [final], self.head_picker.prompts, head)
 
     def _ends_with(self, index: int) -> bool:
@@ -121,7 +125,7 @@ class _Pass:
             _NOTHING if ends else stopping_after(self.blocks[index]),
         ):
             # The recorder hooks no block: `recording` has the one that runs.
-            take = RowSelection(torch.Tensor.detach, final)
+            take = RowSelection(torch.Tensor.detach, final, self.scores.take if self.scores else None)
             self.runner.recorder.run(*self.batch.padded(), take, first=len(self.blocks))
 
     def _taken(self, call: Call, passed: Passed) -> _Step:
@@ -178,7 +182,7 @@ class _NoisePass:
                 for final in plain:
                     yield StatePair("final_norm", other.prompts, final, other.sites[0], trial=trial)
                 ours = States(other.prompts, plain, other.head_prompts, read)
-                yield from logit_pairs(self.runner.head, self.runner.head, ours, other, trial)
+                yield from output_pairs(self.runner, self.runner, ours, other, trial)
 
     def _n_copies(self, parts: Sequence[_Pass]) -> int:
         return n_copies([part.batch for part in parts], self.batch)
@@ -219,10 +223,10 @@ class _Stream:
         self.pair = pair
         self.work = work
         base, finetuned = (
-            Runner(pair.base, pair.base_conventions),
-            Runner(pair.finetuned, pair.finetuned_conventions),
+            Runner(pair.base, pair.base_conventions, pair.score_head(0)),
+            Runner(pair.finetuned, pair.finetuned_conventions, pair.score_head(1)),
         )
-        self.heads = base.head, finetuned.head
+        self.runners = base, finetuned
         self.ours = [_Pass(base, b.base, work.position, buffer) for b in work.batches]
         self.theirs = [_Pass(finetuned, b.finetuned, work.position, buffer) for b in work.batches]
         self.again = [_Pass(base, batch, work.position, buffer) for batch in work.again]
@@ -265,8 +269,8 @@ class _Stream:
                 self._keep_end(b)
                 if "final_norm" in self.pair.sites:
                     yield StatePair("final_norm", b.prompts, b.sites[0], f.sites[0])
-                if self.pair.shares_vocabulary:
-                    yield from logit_pairs(*self.heads, b, f)
+                if self.pair.compares_outputs:
+                    yield from output_pairs(*self.runners, b, f)
             for again in self.again:
                 self._keep_end(again.end())
             for noise in self.noise:

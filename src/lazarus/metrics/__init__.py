@@ -5,6 +5,7 @@ directions.py  what all prompts have in common: the unrelated-prompt baseline, t
 cka.py         similarity of two models of any widths, on one row a prompt
 outcomes.py    the next tokens that two models both have, and those that one alone has
 output.py      a pair of next-token distributions → how far apart they are
+scores.py      a pair of scores or embeddings → how far apart they are; which labels are the same
 rounding.py    a stored tensor held against base + update, rounded to its dtype
 traces.py      every token of a few prompts: the states, and what both models would say next
 site.py        all of them at one site
@@ -16,6 +17,15 @@ from lazarus.metrics.cka import FEWEST_FOR_CKA, MOST_KEPT, CkaRows, debiased_cka
 from lazarus.metrics.directions import Directions, normalized_divergence
 from lazarus.metrics.outcomes import Outcomes, match_outcomes
 from lazarus.metrics.output import OUTPUT_METRICS, compare_logits, has_distribution
+from lazarus.metrics.scores import (
+    SCORE_METRICS,
+    ScoreKind,
+    ScoreMeans,
+    ScorePlan,
+    compare_scores,
+    match_labels,
+    scores_relative_l2,
+)
 from lazarus.metrics.site import SiteMeasures, SitePlan
 from lazarus.metrics.states import (
     LOCAL_METRICS,
@@ -44,6 +54,7 @@ __all__ = [
     "MOST_KEPT",
     "OUTPUT_METRICS",
     "ROW_METRICS",
+    "SCORE_METRICS",
     "AccumulatorState",
     "CkaRows",
     "Directions",
@@ -52,6 +63,9 @@ __all__ = [
     "PromptMeans",
     "RowValues",
     "Rows",
+    "ScoreKind",
+    "ScoreMeans",
+    "ScorePlan",
     "SiteMeasures",
     "SitePlan",
     "TokenOutputs",
@@ -60,17 +74,20 @@ __all__ = [
     "compare_local",
     "compare_logits",
     "compare_rows",
+    "compare_scores",
     "count_by_prompt",
     "debiased_cka",
     "divergence",
     "has_distribution",
     "margin_motion",
+    "match_labels",
     "match_outcomes",
     "mean_over_prompts",
     "norm_ratio",
     "normalized_divergence",
     "parts_of",
     "relative_l2",
+    "scores_relative_l2",
     "to_float64",
     "within",
 ]

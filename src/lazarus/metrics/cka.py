@@ -51,11 +51,13 @@ def _hsic(k: Float[Tensor, "rows rows"], m: Float[Tensor, "rows rows"]) -> float
 class CkaRows:
     """Keeps one row a prompt of both models, the mean over the prompt's compared tokens, for CKA.
 
-    `slots` gives the prompts that are kept a place each. An update brings whole prompts.
+    `slots` gives the prompts that are kept a place each. An update brings whole prompts. Rows are in float32
+    unless another dtype is given: they are kept until the end of the run.
     """
 
-    def __init__(self, slots: Mapping[int, int]) -> None:
+    def __init__(self, slots: Mapping[int, int], dtype: torch.dtype = torch.float32) -> None:
         self.slots = dict(slots)
+        self.dtype = dtype
         self.base: Tensor | None = None
         self.finetuned: Tensor | None = None
         self.seen = np.zeros(len(self.slots), dtype=bool)
@@ -76,10 +78,9 @@ class CkaRows:
         def placed(store: Tensor | None, states: Tensor) -> Tensor:
             """The store with these states in it, each prompt's averaged."""
             if store is None:
-                # In float32: these rows are kept until the end of the run.
-                store = torch.zeros(len(self.slots), states.shape[1], dtype=torch.float32)
+                store = torch.zeros(len(self.slots), states.shape[1], dtype=self.dtype)
             rows = to_float64(states[kept.to(states.device)]).cpu()
-            store[places] = (sum_by_prompt(rows, order, len(places)) / counts[:, None]).float()
+            store[places] = (sum_by_prompt(rows, order, len(places)) / counts[:, None]).to(self.dtype)
             return store
 
         self.base, self.finetuned = placed(self.base, base), placed(self.finetuned, finetuned)
@@ -104,7 +105,7 @@ class CkaRows:
         for name in ("base", "finetuned"):
             rows, store = torch.from_numpy(state[name]), getattr(self, name)
             if store is None:
-                store = torch.zeros(len(self.slots), rows.shape[1], dtype=torch.float32)
+                store = torch.zeros(len(self.slots), rows.shape[1], dtype=self.dtype)
                 setattr(self, name, store)
             store[places] = rows
         self.seen[state["places"]] = True

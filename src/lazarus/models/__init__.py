@@ -28,7 +28,8 @@ formats.py     folders that hold a model in a form that is not read
 faults.py      the faults of the libraries below, put as what to do about them
 settings.py    the settings in which two configurations differ
 outside.py     what two checkpoints hold besides what is compared
-embedders.py   the modules of a sentence-transformers model after its transformer
+embedders.py   the modules of a sentence-transformers model after its transformer, and whether they differ
+sentence.py    those modules, run
 sameness.py    what two models have in common in their weights, and why a fine-tune may change nothing
 anatomy.py     where a transformers model keeps its blocks, and how long its context is
 """
@@ -48,6 +49,7 @@ from lazarus.models.paging import Footprint, estimate, fits_surely, load_paged
 from lazarus.models.reference import ModelReference, Source, parse_model
 from lazarus.models.room import free_bytes, give_back
 from lazarus.models.sameness import shared_blocks, weights_identical, why_the_same
+from lazarus.models.sentence import Embedder, NotReadError, read_embedder
 from lazarus.models.settings import settings_that_differ
 from lazarus.models.tokenizer import find_tokenizer, load_tokenizer
 
@@ -57,11 +59,13 @@ __all__ = [
     "ChatTemplate",
     "Compared",
     "Effective",
+    "Embedder",
     "Equality",
     "Footprint",
     "LoadOptions",
     "LoadedModel",
     "ModelReference",
+    "NotReadError",
     "Pager",
     "Parts",
     "Source",
@@ -81,6 +85,7 @@ __all__ = [
     "load_pair",
     "load_tokenizer",
     "parse_model",
+    "read_embedder",
     "render_chats",
     "same_bits",
     "same_design",

@@ -38,8 +38,10 @@ class _Module:
         return len(read_headers([self.weights])) if self.weights.endswith(".safetensors") else 1
 
 
-def embedder_parts(base: Source | None, finetuned: Source | None) -> list[Part]:
+def embedder_parts(base: Source | None, finetuned: Source | None, *, embeds: bool = False) -> list[Part]:
     """Return the modules of two sentence-transformers models that come after their transformers.
+
+    With `embeds` the modules are compared by what they make, and only files of settings are left.
 
     Raises:
         ModelError: a `modules.json`, or the configuration of a module, is no JSON.
@@ -48,6 +50,8 @@ def embedder_parts(base: Source | None, finetuned: Source | None) -> list[Part]:
     ours, theirs = (_modules(source) if source else {} for source in (base, finetuned))
     parts: list[Part] = []
     for path in dict.fromkeys([*ours, *theirs]):
+        if embeds and path not in _SETTINGS:
+            continue
         one, other = ours.get(path), theirs.get(path)
         differs = True if one is None or other is None else _differ(one, other)
         parts.append((_part(one, differs), _part(other, differs)))

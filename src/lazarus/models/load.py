@@ -58,6 +58,8 @@ class LoadedModel:
     """other sets of weights in its folder"""
     untaken: Mapping[str, Any] = field(default_factory=dict)
     """settings of its GGUF file that it runs without"""
+    missing: frozenset[str] = frozenset()
+    """its tensors that no file holds"""
 
     @property
     def run_dtype(self) -> str:
@@ -392,6 +394,7 @@ def finish(reference: ModelReference, weights: Weights, options: LoadOptions) ->
         codes=weights.opened.codes,
         pager=weights.pager,
         untaken=weights.opened.untaken,
+        missing=frozenset(weights.report["missing_keys"]),
         unread=(*weights.opened.contents.unread, *adapted.unread),
         notes=tuple(notes),
     )

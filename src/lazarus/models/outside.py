@@ -62,9 +62,9 @@ class Compared:
 
 
 def find_outside(
-    base: LoadedModel, finetuned: LoadedModel, compared: tuple[Compared, Compared]
+    base: LoadedModel, finetuned: LoadedModel, compared: tuple[Compared, Compared], *, embeds: bool = False
 ) -> tuple[list[NotCompared], list[NotCompared]]:
-    """Return what each of two models holds besides what is compared.
+    """Return what each of two models holds besides what is compared; with `embeds`, embeddings are.
 
     Raises:
         WeightsError: a file is gone, or was cut short since the model was loaded.
@@ -83,7 +83,8 @@ def find_outside(
             n_tensors = sum(pair[side] is not None for pair in pairs)
             if n_tensors:
                 parts.append(NotCompared(what=_called(group, paths[0]), n_tensors=n_tensors, differs=differs))
-    beside = find_beside(*(Beside(m.source, m.model.config, m.unread, m.untaken) for m in (base, finetuned)))
+    files = (Beside(m.source, m.model.config, m.unread, m.untaken) for m in (base, finetuned))
+    beside = find_beside(*files, embeds=embeds)
     return [*sides[0], *beside[0]], [*sides[1], *beside[1]]
 
 
@@ -98,16 +99,18 @@ class Beside:
     """settings of its file that are not in its configuration"""
 
 
-def find_beside(base: Beside, finetuned: Beside) -> tuple[list[NotCompared], list[NotCompared]]:
+def find_beside(
+    base: Beside, finetuned: Beside, *, embeds: bool = False
+) -> tuple[list[NotCompared], list[NotCompared]]:
     """Return what two checkpoints have beside their model's tensors.
 
-    That is: the modules of a sentence-transformers model, other weights in its folder, and settings in which
-    the configurations differ.
+    That is: the modules of a sentence-transformers model, unless with `embeds` what they make is compared;
+    other weights in its folder; and settings in which the configurations differ.
 
     Raises:
         ModelError: the settings or the weights of such a module cannot be read.
     """
-    parts = embedder_parts(base.source, finetuned.source)
+    parts = embedder_parts(base.source, finetuned.source, embeds=embeds)
     parts += _unread_parts(base.unread, finetuned.unread)
     parts += _untaken_parts(base.untaken, finetuned.untaken)
     for setting in settings_that_differ(base.config, finetuned.config):

@@ -217,6 +217,37 @@ METRICS: dict[str, Metric] = {
             schema="what numerical noise alone may move a margin by, in logits; null if not measured",
         ),
         Metric(
+            "mean_absolute_difference",
+            heading="Mean |difference|",
+            unit="that of the scores",
+            range="0 to ∞",
+            format=".4g",
+            formula="mean of |f − b| over labels, or over the numbers of an embedding",
+            source="of scores before any softmax or sigmoid",
+            schema="mean |f − b| over labels (or an embedding's numbers), tokens and prompts",
+        ),
+        Metric(
+            "agreement",
+            heading="Agreement",
+            unit="1",
+            range="0 to 1",
+            format=".2f",
+            formula="share of prompts, or of their tokens, whose largest score is the same label's",
+            source="its interval is that of a proportion (Wilson 1927)",
+        ),
+        Metric(
+            "rank_correlation",
+            heading="Rank correlation",
+            unit="1",
+            range="-1 to 1",
+            format=".4f",
+            formula="Spearman's ρ over prompts of a label's score, mean over labels; of embeddings, over pairs "
+            "of prompts, of their cosine",
+            source="Spearman 1904; of pairs, Kriegeskorte et al. 2008",
+            schema="Spearman's ρ over prompts of each label's score, mean over labels; of embeddings, of the "
+            "cosines of all pairs of prompts, or of a sample's",
+        ),
+        Metric(
             "static_share",
             heading="Static share",
             unit="1",

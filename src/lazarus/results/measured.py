@@ -60,9 +60,49 @@ class SiteRecord(Measures, frozen=True, kw_only=True):
     name: Literal["embedding", "final_norm"]
 
 
-class Output(Record, frozen=True, kw_only=True):
-    """The effect on the next-token distribution at the compared position: means over prompts."""
+class Scores(Record, frozen=True, kw_only=True):
+    """The change of what a classifier, a reward model or a sentence encoder gives of a prompt."""
 
+    labels: Annotated[
+        list[str], Meta(description="the labels that were compared, as base calls them; of embeddings none")
+    ]
+    relative_l2: Annotated[
+        float | None, Meta(description="√(Σ‖f − b‖² / Σ‖b‖²) over prompts of the scores, or embeddings")
+    ]
+    mean_absolute_difference: Annotated[float | None, METRICS["mean_absolute_difference"].meta]
+    mean_absolute_difference_interval: Annotated[
+        tuple[float, float] | None, Meta(description="95 % interval over prompts")
+    ]
+    agreement: Annotated[float | None, METRICS["agreement"].meta]
+    agreement_interval: Annotated[
+        tuple[float, float] | None,
+        Meta(description="95 % interval over prompts, as of a proportion (Wilson)"),
+    ]
+    divergence: Annotated[float | None, Meta(description="1 − cosine of the two embeddings, 0 to 2")]
+    divergence_interval: Annotated[tuple[float, float] | None, Meta(description="95 % interval over prompts")]
+    rank_correlation: Annotated[float | None, METRICS["rank_correlation"].meta]
+    rank_correlation_interval: Annotated[
+        tuple[float, float] | None, Meta(description="95 % interval over prompts")
+    ]
+    base: Annotated[
+        list[list[float | None]], Meta(description="base's score of each prompt and label; else none")
+    ]
+    finetuned: Annotated[
+        list[list[float | None]], Meta(description="the fine-tuned model's, under the same labels")
+    ]
+
+
+class Output(Record, frozen=True, kw_only=True):
+    """The effect on the output: means over prompts.
+
+    That is the next-token distribution at the compared position, or what `scores` are of.
+    """
+
+    kind: Annotated[
+        Literal["next_token", "scores", "token_scores", "embedding"],
+        Meta(description="of prompts: next tokens; scores; scores of their tokens; embeddings"),
+    ] = "next_token"
+    scores: Scores | None = None
     kl_base_finetuned: Annotated[float | None, METRICS["kl_base_finetuned"].meta]
     kl_finetuned_base: Annotated[float | None, Meta(description="KL(finetuned‖base), nats")]
     js: Annotated[float | None, METRICS["js"].meta]
@@ -72,7 +112,8 @@ class Output(Record, frozen=True, kw_only=True):
     ]
     logits_relative_l2: Annotated[float | None, Meta(description="‖f − b‖ / ‖b‖ of the logits")]
     noise_floor: Annotated[
-        float | None, Meta(description="what numerical noise alone may reach, in the logits' relative L2")
+        float | None,
+        Meta(description="what numerical noise alone may reach, in the relative L2 of logits or scores"),
     ]
 
 

@@ -77,7 +77,7 @@ def signed_intervals(values: Floats, seed: int) -> tuple[Floats, Floats] | None:
     limit = LONGEST_REACH * float(stdtrit(n_prompts - 1, 0.975))
     blocks: list[Floats] = []
     with np.errstate(divide="ignore", invalid="ignore"):
-        for counts in _resamples(n_prompts, np.random.default_rng(seed)):
+        for counts in resamples(n_prompts, np.random.default_rng(seed)):
             first, second = counts @ centred / n_prompts, counts @ centred**2 / n_prompts
             blocks.append(first / np.sqrt((second - first**2) / (n_prompts - 1)))
     # A resample of equal values has no error of its own: as far as the limit, on its side.
@@ -128,7 +128,7 @@ def _studentised(relative: Floats, lowest: Floats, random: np.random.Generator) 
     columns = np.concatenate([present, filled, filled**2], axis=1)
     blocks: list[Floats] = []
     with np.errstate(divide="ignore", invalid="ignore"):
-        for counts in _resamples(len(relative), random):
+        for counts in resamples(len(relative), random):
             n_drawn, first, second = np.split(counts @ columns, 3, axis=1)
             first, second = first / n_drawn, second / n_drawn
             variance = second - first**2
@@ -139,7 +139,7 @@ def _studentised(relative: Floats, lowest: Floats, random: np.random.Generator) 
     return np.concatenate(blocks)
 
 
-def _resamples(n_prompts: int, random: np.random.Generator) -> Iterator[Floats]:
+def resamples(n_prompts: int, random: np.random.Generator) -> Iterator[Floats]:
     """Yield how often each resample holds each prompt, [replicates, prompts], block by block."""
     block = max(1, BLOCK // n_prompts)
     for start in range(0, N_REPLICATES, block):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from lazarus.render.activation.scores import OUTPUTS, score_line
 from lazarus.render.activation.series import LayerSeries, measured
 from lazarus.render.activation.summary import BLOCKS_NAMED, verdict
 from lazarus.render.base.frame import Answer
 from lazarus.render.base.words import short
-from lazarus.results import ActivationDiffRecord, differing
+from lazarus.results import ActivationDiffRecord, Output, Scores, differing
 from lazarus.results import told as outside
 
 
@@ -91,6 +92,8 @@ def _which_block(record: ActivationDiffRecord) -> Answer:
 
 def _does_it_matter(record: ActivationDiffRecord) -> Answer:
     question, found = "Does it matter to the next token?", record.output
+    if found is not None and found.scores is not None:
+        return _to_scores(record, found, found.scores)
     if found is None or found.top1_agreement is None:
         return Answer(
             question, "Not measured", "There is no next-token head, or the run is with --align text."
@@ -104,6 +107,19 @@ def _does_it_matter(record: ActivationDiffRecord) -> Answer:
     is_changed = record.summary.verdict not in ("identical", "within_noise", "within_rounding")
     reason = f"First choices agree on every prompt; {divergence}."
     return Answer(question, "Hardly" if is_changed and found.js else "No", reason)
+
+
+def _to_scores(record: ActivationDiffRecord, output: Output, scores: Scores) -> Answer:
+    question = f"Does it matter to {OUTPUTS[output.kind]}?"
+    told = score_line(output, scores).partition(": ")[2]
+    reason = f"{told[0].upper()}{told[1:]}." if told else "See the notes."
+    if record.summary.verdict in ("identical", "within_noise", "within_rounding"):
+        return Answer(question, "No", reason)
+    if scores.agreement is not None and scores.agreement < 1:
+        return Answer(question, f"On {1 - scores.agreement:.0%}", reason)
+    if not scores.relative_l2:
+        return Answer(question, "No", "They are the same." if scores.relative_l2 == 0 else reason)
+    return Answer(question, f"By {short(scores.relative_l2)} of their size", reason)
 
 
 def _count(number: int, noun: str = "layer") -> str:

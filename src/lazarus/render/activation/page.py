@@ -10,6 +10,7 @@ from lazarus.render.activation.answers import answers, headline
 from lazarus.render.activation.attribution import attribution_table, bars
 from lazarus.render.activation.payload import MOST_CURVES, payload
 from lazarus.render.activation.sample import Sample, TokenSample, choose, choose_tokens, is_sampled
+from lazarus.render.activation.scores import OUTPUTS
 from lazarus.render.activation.series import LayerSeries, measured
 from lazarus.render.activation.summary import summary_lines
 from lazarus.render.base.escape import escaped
@@ -88,6 +89,7 @@ def _context(record: ActivationDiffRecord) -> dict[str, Any]:
         "groups": tables.groups(record),
         "contrasts": tables.contrasts(record),
         "output": tables.output(record),
+        "output_title": OUTPUTS[record.output.kind if record.output else "next_token"].capitalize(),
         "readout": tables.readout(record),
         "provenance": tables.provenance(record),
         "metrics": list(METRICS.values()),
@@ -120,7 +122,7 @@ def _absent(record: ActivationDiffRecord) -> list[str]:
         (record.attribution is not None, "who caused the change, in nats (--attribute blocks)"),
         (shown.tokens, "single tokens (--position all)"),
         (shown.groups, "groups of prompts (give the prompts a group)"),
-        (shown.output, "the next token (no next-token head, or --align text)"),
+        (shown.output, "the output (no head that can be run by itself, or --align text)"),
         (shown.readout, "the readout as tokens (--readout auto)"),
     )
     return [reason for is_there, reason in reasons if not is_there]

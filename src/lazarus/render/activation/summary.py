@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from lazarus.render.activation.attribution import attribution_lines
+from lazarus.render.activation.scores import OUTPUTS, score_line
 from lazarus.render.base.escape import PROMPT_CHARACTERS, escaped
 from lazarus.render.base.words import short
 from lazarus.results import ActivationDiffRecord, differing, told
@@ -72,14 +73,22 @@ def _largest(record: ActivationDiffRecord) -> str:
         *((f"layer {layer.layer}", layer.relative_l2, layer.noise_floor) for layer in record.layers),
         *((site.name.replace("_", " "), site.relative_l2, site.noise_floor) for site in record.sites),
     ]
-    if record.output is not None:
-        places.append(("the logits", record.output.logits_relative_l2, record.output.noise_floor))
+    output = record.output
+    if output is not None and output.scores is not None:
+        places.append((OUTPUTS[output.kind], output.scores.relative_l2, output.noise_floor))
+    elif output is not None:
+        places.append(("the logits", output.logits_relative_l2, output.noise_floor))
     measured = [(name, value, floor) for name, value, floor in places if value is not None and floor]
     above = [place for place in measured if place[1] > place[2]]
     if record.summary.verdict == "changed" and not above:
-        if record.output is not None and None in (
-            record.output.kl_base_finetuned,
-            record.output.kl_finetuned_base,
+        if (
+            output is not None
+            and output.scores is None
+            and None
+            in (
+                output.kl_base_finetuned,
+                output.kl_finetuned_base,
+            )
         ):
             return "one model can give next tokens that the other cannot; see the notes"
         return "the two have states that cannot be compared; see the notes"
@@ -149,6 +158,8 @@ def _did_it(record: ActivationDiffRecord) -> str:
 
 def _output(record: ActivationDiffRecord) -> list[str]:
     found = record.output
+    if found is not None and found.scores is not None:
+        return [score_line(found, found.scores)]
     if found is None or found.top1_agreement is None:
         return []
     return [

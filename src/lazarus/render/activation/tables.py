@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from lazarus.render.activation.scores import score_table
 from lazarus.render.base.cells import Cell, Heading, Row, Table, Value, base_and_finetuned, cell, run_tables
 from lazarus.render.base.escape import escaped
 from lazarus.results import (
@@ -106,9 +107,11 @@ def ranking(record: ActivationDiffRecord) -> Table | None:
 
 
 def output(record: ActivationDiffRecord) -> Table | None:
-    """Return what became of the next token."""
+    """Return what became of the next token, or of the scores."""
     if record.output is None:
         return None
+    if record.output.scores is not None:
+        return score_table(record.output, record.output.scores)
     return Table(
         caption="The next token, as a mean over prompts",
         headings=[Heading("Measure"), Heading("Value"), Heading("What it is")],
