@@ -61,7 +61,8 @@ MEANINGS = {
     "ActivationDiffRecord.sites": "what enters the first block, and what leaves the final norm",
     "ActivationDiffRecord.results": "one for each prompt and layer, prompt by prompt",
     "ActivationDiffRecord.summary": "the few numbers that a reader looks for first",
-    "ActivationDiffRecord.output": "the effect on the next token",
+    "ActivationDiffRecord.output": "the effect on the next token, or on scores or embeddings",
+    "Output.scores": "what became of scores or embeddings",
     "ActivationDiffRecord.attribution": "who caused the change of the output",
     "ActivationDiffRecord.readout": "one for each layer that was read out",
     "Attribution.target": "what the parts add up to",
@@ -171,6 +172,8 @@ _NO_NOISE = "the noise was not measured (`--no-noise-floor`), or the widths diff
 _NO_LOCAL = "without `--localize`"
 _NO_ATTRIBUTION = "without `--attribute`"
 _NOT_FINITE = "it is not finite: one model rules out a token that the other may give"
+_NO_NEXT_TOKEN = f"{_NOT_FINITE}; or `kind` is not `next_token`"
+_FEWER_THAN_5 = "there are fewer than 5 prompts"
 _NONE_GIVEN = "none was given"
 _NO_SPECTRUM = "without `--spectrum`, or where no matrix changed"
 _NO_LOGITS = "the logits are not finite there"
@@ -200,7 +203,21 @@ NULL_WHEN = {
     "finetuned_layer": "it is the same layer",
     "local_relative_l2": _NO_LOCAL,
     "local_cosine_similarity": _NO_LOCAL,
-    "ActivationDiffRecord.output": "no head was run: encoders, `--align text`, the few that a note names",
+    "ActivationDiffRecord.output": "no head was run: encoders without one, next tokens with `--align text`, "
+    "the few that a note names",
+    "Output.scores": "`kind` is `next_token`",
+    "Scores.relative_l2": "base's are all 0 and the fine-tuned model's are not",
+    "Scores.mean_absolute_difference": _NOT_FINITE,
+    "Scores.mean_absolute_difference_interval": _FEWER_THAN_5,
+    "Scores.agreement": "there is one label, or `kind` is `embedding`",
+    "Scores.agreement_interval": f"as `agreement`, or {_FEWER_THAN_5}",
+    "Scores.divergence": "`kind` is not `embedding`",
+    "Scores.divergence_interval": f"as `divergence`, or {_FEWER_THAN_5}",
+    "Scores.rank_correlation": "there are fewer than 3 prompts, all scores are one, or `kind` is "
+    "`token_scores`",
+    "Scores.rank_correlation_interval": f"it is 1, −1 or null, or {_FEWER_THAN_5}",
+    "Scores.base": "a number is not finite, or was not measured",
+    "Scores.finetuned": "a number is not finite, or was not measured",
     "ActivationDiffRecord.readout": "without `--readout`",
     "ActivationDiffRecord.groups": "no prompt has a group",
     "Parting.cause": "without the noise floor",
@@ -216,12 +233,12 @@ NULL_WHEN = {
     "Environment.matmul": "never, in a result of this version",
     "GroupContrast.p_value": "as `layer`, or a group has fewer than 2 measured prompts",
     "GroupContrast.layer": "both groups are within the noise at every layer",
-    "kl_base_finetuned": _NOT_FINITE,
-    "kl_finetuned_base": _NOT_FINITE,
-    "js": _NOT_FINITE,
-    "top1_agreement": _NOT_FINITE,
-    "base_rank_of_finetuned_top1": _NOT_FINITE,
-    "logits_relative_l2": _NOT_FINITE,
+    "kl_base_finetuned": _NO_NEXT_TOKEN,
+    "kl_finetuned_base": _NO_NEXT_TOKEN,
+    "js": _NO_NEXT_TOKEN,
+    "top1_agreement": _NO_NEXT_TOKEN,
+    "base_rank_of_finetuned_top1": _NO_NEXT_TOKEN,
+    "logits_relative_l2": _NO_NEXT_TOKEN,
     "revision": "it is not from the Hub",
     "stored_dtype": "no file says it",
     "ModelInfo.attention": "the model does not say",

@@ -15,12 +15,11 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
-    BertForSequenceClassification,
+    BertForQuestionAnswering,
     BertModel,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     LlamaConfig,
-    LlamaForSequenceClassification,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -59,15 +58,10 @@ def encoder_decoder() -> T5ForConditionalGeneration:
 MODELS: dict[str, tuple[Callable[[], PreTrainedModel], str, str]] = {
     "vision tower": (multimodal, "vision", "vision tower (model.vision_tower)"),
     "projector": (multimodal, "projector", "projector (model.multi_modal_projector)"),
-    "reward model": (
-        lambda: LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=1, pad_token_id=2)),
-        "score",
-        "score head (score)",
-    ),
-    "classifier": (
-        lambda: BertForSequenceClassification(BertConfig(**SIZES)),
-        "classifier",
-        "classification head (classifier)",
+    "answers in a text": (
+        lambda: BertForQuestionAnswering(BertConfig(**SIZES)),
+        "qa_outputs",
+        "classification head (qa_outputs)",
     ),
     "pooler": (lambda: BertModel(BertConfig(**SIZES)), "pooler", "pooler (pooler)"),
     "masked LM head": (lambda: BertForMaskedLM(BertConfig(**SIZES)), "transform", "LM head (cls)"),

@@ -191,10 +191,10 @@ class Accumulation:
     def _take_scores(self, pair: StatePair, scored: ScorePlan) -> None:
         assert isinstance(self.output, ScoreMeans)
         ours, theirs = scored.columns(pair.base, 0), scored.columns(pair.finetuned, 1)
-        not_finite = [~scores.isfinite().all(-1) for scores in (ours, theirs)]
         for each in self.repeats.spread(replace(pair, base=ours, finetuned=theirs)):
             self.output.compare(each.prompts, each.base, each.finetuned)
-        count_by_prompt(self.n_logits_not_finite, pair.prompts, not_finite)
+            not_finite = [~scores.isfinite().all(-1) for scores in (each.base, each.finetuned)]
+            count_by_prompt(self.n_logits_not_finite, each.prompts, not_finite)
 
     def _take_logits(self, pair: StatePair) -> None:
         if self.plan.scored is not None:

@@ -211,7 +211,7 @@ class Findings:
             nothing = dict.fromkeys(OUTPUT_METRICS)
             return Output(kind=self.scored.kind, scores=scores, **nothing, noise_floor=floor)
         found = {name: finite_or_none(mean_over_prompts(v)) for name, v in means.means().items()}
-        return Output(**found, noise_floor=floor)
+        return Output(kind="next_token", scores=None, **found, noise_floor=floor)
 
     def groups(self, attributed: Attributed | None = None) -> Groups | None:
         """The curve of each group of prompts, and how much more the first diverges than the others."""

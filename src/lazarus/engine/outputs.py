@@ -48,7 +48,7 @@ class Scored:
         if longest > limit:
             notes.add(
                 "embedded-whole",
-                f"prompts of up to {longest} tokens were embedded whole, which sentence-transformers cuts to {limit}",
+                f"prompts of up to {longest} tokens were embedded whole: sentence-transformers keeps {limit}",
             )
 
 

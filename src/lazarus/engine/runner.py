@@ -181,14 +181,21 @@ def joined(parts: Sequence[States]) -> States:
 def output_pairs(
     base: Runner, finetuned: Runner, ours: States, theirs: States, trial: int | None = None
 ) -> Iterator[StatePair]:
-    """Both models' scores, or else their logits at the rows that the heads read, a few rows at a time."""
-    if base.score_head is not None:
+    """Both models' scores where these are compared, and else their logits."""
+    if base.score_head is None:
+        yield from logit_pairs(base.head, finetuned.head, ours, theirs, trial)
+    else:
         yield StatePair("logits", ours.head_prompts, ours.head_rows, theirs.head_rows, trial=trial)
+
+
+def logit_pairs(
+    base: Head | None, finetuned: Head | None, ours: States, theirs: States, trial: int | None = None
+) -> Iterator[StatePair]:
+    """Both models' logits at the rows that the heads read, a few rows at a time, each over its own tokens."""
+    if base is None or finetuned is None:
         return
-    if base.head is None or finetuned.head is None:
-        return
-    n_rows = max(1, MOST_LOGITS // base.head.n_tokens)
+    n_rows = max(1, MOST_LOGITS // base.n_tokens)
     for start in range(0, len(ours.head_rows), n_rows):
         part = slice(start, start + n_rows)
-        b, f = base.head.logits(ours.head_rows[part]), finetuned.head.logits(theirs.head_rows[part])
+        b, f = base.logits(ours.head_rows[part]), finetuned.logits(theirs.head_rows[part])
         yield StatePair("logits", ours.head_prompts[part], b, f, trial=trial)

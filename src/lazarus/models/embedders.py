@@ -96,7 +96,7 @@ def _json(source: Source, path: str) -> Any:
 
 def _differ(one: _Module, other: _Module) -> bool | None:
     """Return whether two modules compute something else; None where pickled weights are not the same file."""
-    if _active(one.settings) != _active(other.settings):
+    if one.what != other.what or _active(one.settings) != _active(other.settings):
         return True
     if one.weights is None or other.weights is None:
         return one.weights != other.weights

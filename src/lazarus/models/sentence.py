@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -137,11 +138,14 @@ def _dense(folder: Source, dtype: torch.dtype, device: torch.device) -> Step:
     activation = getattr(nn, kind.rpartition(".")[2], None)
     if names != {_SENTENCE} or not kind.startswith("torch.nn.modules.") or activation is None:
         raise NotReadError(f"{folder.subfolder} is a dense layer of another kind ({kind})")
-    linear = nn.Linear(settings["in_features"], settings["out_features"], settings.get("bias", True))
     try:
-        linear.load_state_dict({k.removeprefix("linear."): t for k, t in load_file(weights).items()})
+        # Empty, because filling it would draw random numbers that are the caller's.
+        with torch.device("meta"):
+            linear = nn.Linear(settings["in_features"], settings["out_features"], settings.get("bias", True))
+        stored = {key.removeprefix("linear."): tensor for key, tensor in load_file(weights).items()}
+        linear.load_state_dict(stored, assign=True)
         layers = nn.Sequential(linear, activation()).to(device, dtype).requires_grad_(requires_grad=False)
-    except (RuntimeError, TypeError) as error:
+    except (KeyError, RuntimeError, TypeError, SafetensorError) as error:
         raise NotReadError(f"the weights or the activation of {folder.subfolder} do not fit") from error
     return layers.eval()
 

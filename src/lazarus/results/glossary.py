@@ -241,8 +241,8 @@ METRICS: dict[str, Metric] = {
             unit="1",
             range="-1 to 1",
             format=".4f",
-            formula="Spearman's ρ over prompts of a label's score, mean over labels; of embeddings, over pairs "
-            "of prompts, of their cosine",
+            formula="Spearman's ρ over prompts of a label's score, mean over labels; of embeddings, over "
+            "pairs of prompts, of cosines",
             source="Spearman 1904; of pairs, Kriegeskorte et al. 2008",
             schema="Spearman's ρ over prompts of each label's score, mean over labels; of embeddings, of the "
             "cosines of all pairs of prompts, or of a sample's",
