@@ -83,7 +83,9 @@ class ActivationDiffCallback(TrainerCallback):  # type: ignore[misc]  # transfor
                 option="work_dir",
             )
         self.trainer, self.every, self.base = trainer, every, base
-        self.prompts = make_prompts(prompts, no_split=chosen.no_split)
+        self.prompts = make_prompts(
+            prompts, no_split=chosen.no_split, responses=chosen.position == "response"
+        )
         self.options = options
         own = getattr(trainer, "processing_class", None)
         self.tokenizer = find_tokenizer(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lazarus.errors import PairError, PromptDataError
 from lazarus.messages import option
-from lazarus.models import ChatTemplate, LoadedModel, load_tokenizer, render_chats
+from lazarus.models import ChatTemplate, LoadedModel, load_tokenizer, render_chats, render_responses
 from lazarus.notes import Notes
 from lazarus.options import Options
 from lazarus.prompts import Prompt
+from lazarus.responses import Responses, mark_responses
 from lazarus.tokens import TokenizedPrompt, TokenOptions, listed, tokenize_pair
 
 Models = tuple[LoadedModel, LoadedModel]
@@ -77,6 +78,7 @@ def read_prompts(models: Models, asked: Asked, options: Options, notes: Notes) -
         PairError: neither model brings a tokenizer, or the two give different ids.
         ChatTemplateError: there is no such template, or it fails on a prompt.
         PromptDataError: a prompt is empty, too long, or has ids that a model has no embedding for.
+        PositionError: responses are compared, and that of a prompt is not found in what the models read.
     """
     prompts, given = asked.prompts, asked.tokenizer
     tokenizers = (given, given) if given is not None else _tokenizers(models, options, notes)
@@ -85,12 +87,14 @@ def read_prompts(models: Models, asked: Asked, options: Options, notes: Notes) -
     owner = models[side].name if given is None else "the given tokenizer"
     has_template = options.chat_template != "none"
     chat_template = ChatTemplate(tokenizers[side], owner, asked.template) if has_template else None
-    rendered = _rendered(prompts, chat_template, notes)
+    written = _write(prompts, chat_template, notes, responses=options.position == "response")
     _note_other_template(tokenizers, options, notes)
     align: Literal["ids", "text"] = "text" if options.align == "text" else "ids"
     contexts = (models[0].anatomy.context, models[1].anatomy.context)
     token_options = TokenOptions(contexts, options.truncate, align)
-    base, finetuned = tokenize_pair(prompts, tokenizers, token_options, notes, rendered)
+    base, finetuned = tokenize_pair(written.prompts, tokenizers, token_options, notes, written.rendered)
+    if written.responses is not None:  # one reading for both: `align` is `ids`
+        base = finetuned = mark_responses(base, written.responses, tokenizers[0])
     for model, tokenized in zip(models, (base, finetuned), strict=True):
         _check_vocabulary(model, tokenized)
     return Reading(prompts, base, finetuned, tokenizers, align)
@@ -111,25 +115,62 @@ def _tokenizers(models: Models, options: Options, notes: Notes) -> tuple[Any, An
     return finetuned if base is None else base, base if finetuned is None else finetuned
 
 
-def _rendered(prompts: Sequence[Prompt], template: ChatTemplate | None, notes: Notes) -> list[str] | None:
-    """Return what a chat template makes of the prompts, None without one; what is left out is noted."""
+@dataclass(frozen=True)
+class _Written:
+    """The prompts as texts for the tokenizers: their own or what a chat template made of them."""
+
+    prompts: Sequence[Prompt]
+    rendered: list[str] | None = None
+    responses: Responses | None = None
+
+
+def _write(
+    prompts: Sequence[Prompt], template: ChatTemplate | None, notes: Notes, *, responses: bool
+) -> _Written:
+    """Return the prompts as texts, with their responses if they are asked for; what is left out is noted."""
+    if not responses:
+        prompts = _without_responses(prompts, notes)
     if template is None:
-        without = [index for index, prompt in enumerate(prompts) if prompt.for_template]
-        if without:
-            names = ", ".join(sorted({f"`{name}`" for prompt in prompts for name in prompt.for_template}))
-            which = f"prompts {listed(without)} ({len(without)} of {len(prompts)})"
-            notes.add(
-                "chat-template",
-                f"without {option('chat_template')} the rows' {names} are left out: {which}",
-                prompts=without,
-            )
-        return None
-    rendered, remarks = render_chats(prompts, template)
+        _note_left_out(prompts, notes)
+        if not responses:
+            return _Written(prompts)
+        texts = [f"{prompt.text}{prompt.response}" for prompt in prompts]
+        spans = [[(len(p.text), len(text))] for p, text in zip(prompts, texts, strict=True)]
+        whole = [replace(prompt, text=text) for prompt, text in zip(prompts, texts, strict=True)]
+        return _Written(whole, None, Responses(texts, spans, special=True))
+    if responses:
+        rendered, found, remarks = render_responses(prompts, template)
+    else:
+        rendered, remarks = render_chats(prompts, template)
     for remark, indices in remarks.items():
         if indices:
             told = f"{remark}: prompts {listed(indices)} ({len(indices)} of {len(prompts)})"
             notes.add("chat-template", told, prompts=indices)
-    return rendered
+    return _Written(prompts, rendered, Responses(rendered, found, special=False) if responses else None)
+
+
+def _without_responses(prompts: Sequence[Prompt], notes: Notes) -> Sequence[Prompt]:
+    """Return the prompts alone; that they have responses is noted."""
+    having = [index for index, prompt in enumerate(prompts) if prompt.response is not None]
+    if not having:
+        return prompts
+    which = f"prompts {listed(having)} ({len(having)} of {len(prompts)})"
+    told = f"responses are left out, which only {option('position', 'response')} reads: {which}"
+    notes.add("prompt-rows", told, prompts=having)
+    return [replace(prompt, response=None) for prompt in prompts]
+
+
+def _note_left_out(prompts: Sequence[Prompt], notes: Notes) -> None:
+    """Note what the rows have for a chat template, where there is none."""
+    without = [index for index, prompt in enumerate(prompts) if prompt.for_template]
+    if without:
+        names = ", ".join(sorted({f"`{name}`" for prompt in prompts for name in prompt.for_template}))
+        which = f"prompts {listed(without)} ({len(without)} of {len(prompts)})"
+        notes.add(
+            "chat-template",
+            f"without {option('chat_template')} the rows' {names} are left out: {which}",
+            prompts=without,
+        )
 
 
 def _note_other_template(tokenizers: tuple[Any, Any], options: Options, notes: Notes) -> None:

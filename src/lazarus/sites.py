@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,8 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lazarus.facts import Site
+from lazarus.tokens import TokenizedPrompt
 
-Position = Literal["auto", "last", "mean", "all"] | int
+Position = Literal["auto", "last", "mean", "all", "response"] | int
 """the tokens of a prompt that are compared"""
 
 
@@ -38,8 +40,16 @@ class StatePair:
         return cls(site, owners, torch.as_tensor(base), torch.as_tensor(finetuned), trial=trial)
 
 
+def tokens_of(prompt: TokenizedPrompt, position: Position, n_before: int = 0) -> Sequence[int]:
+    """Return which tokens of a prompt are compared; its ids are those after the first `n_before` tokens."""
+    if position == "response":
+        return [token for span in prompt.response for token in span]
+    return compared_tokens(position, n_before + len(prompt.ids))
+
+
 def compared_tokens(position: Position, length: int) -> range:
-    """Return the indices that are compared in a prompt of this many tokens."""
+    """Return the indices that are compared in a prompt of this many tokens, whatever the tokens are."""
+    assert position != "response"
     if isinstance(position, int):
         index = position % length
         return range(index, index + 1)

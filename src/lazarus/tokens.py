@@ -33,11 +33,13 @@ class TokenOptions:
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """A prompt's ids, and the text that a chat template made of it."""
+    """A prompt's ids, and the text that they are of where that is not the prompt's own."""
 
     index: int
     ids: Sequence[int]
     rendered: str | None = None
+    response: tuple[range, ...] = ()
+    """which tokens `position` response compares, in order: those of each response, and the one before it"""
 
 
 def tokenize_pair(
@@ -183,18 +185,26 @@ def _encode(
     """The ids of each text, cut to `most`; in portions, since a tokenizer keeps what one call needed."""
     indices = range(len(texts)) if indices is None else indices
     for start in range(0, len(indices), PORTION):
-        # A tokenizer.json may carry a fixed padding or truncation: both are said here, always.
         portion = indices[start : start + PORTION]
-        with _Reading(portion[0], portion[-1]), _cut_at_the_end(tokenizer):
-            encoded = tokenizer(
-                texts.some(portion),
-                add_special_tokens=texts.special,
-                padding=False,
-                truncation=most is not None,
-                max_length=most,
-            )
-        # 4 bytes a token: a list of Python integers takes several times that.
-        yield from (array("i", ids) for ids in encoded["input_ids"])
+        with TokenizerFaults(portion[0], portion[-1]):
+            yield from encode(tokenizer, texts.some(portion), special=texts.special, most=most)
+
+
+def encode(
+    tokenizer: Any, texts: Sequence[str], *, special: bool, most: int | None = None
+) -> list[array[int]]:
+    """Return the ids of each text, with special tokens around it where that is asked for, cut to `most`."""
+    with _cut_at_the_end(tokenizer):
+        encoded = tokenizer(
+            list(texts),
+            add_special_tokens=special,
+            # A tokenizer.json may carry a fixed padding or truncation: both are said here, always.
+            padding=False,
+            truncation=most is not None,
+            max_length=most,
+        )
+    # 4 bytes a token: a list of Python integers takes several times that.
+    return [array("i", ids) for ids in encoded["input_ids"]]
 
 
 @contextmanager
@@ -209,7 +219,7 @@ def _cut_at_the_end(tokenizer: Any) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Reading:
+class TokenizerFaults:
     """A tokenizer reads the prompts from `first` to `last`."""
 
     first: int

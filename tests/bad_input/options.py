@@ -200,7 +200,7 @@ KINDS = (
     ),
     BadInput(
         "tokens of prompts compared at one",
-        "`--token-prompts 0` without `--position all`",
+        "`--token-prompts 0` without `--position all` or `response`",
         typed("--token-prompts", "0"),
         ("--token-prompts 0", "--position is auto", "Use --position all"),
         exit_code=2,

@@ -49,6 +49,17 @@ def _tokenizing(folder: Path) -> list[str]:
     return compare("--chat-template", "base", p="@prompts.jsonl")
 
 
+def _rewritten(folder: Path) -> list[str]:
+    (folder / "chat.jinja").write_text("{{ messages | length }}{{ messages[-1].content }}", encoding="utf-8")
+    _jsonl('{"prompt": "Hello", "response": "Hi"}')(folder)
+    return compare("--chat-template", "chat.jinja", "--position", "response", p="@prompts.jsonl")
+
+
+def _cut_off(folder: Path) -> list[str]:
+    _jsonl(json.dumps({"prompt": "Hello" + " AI" * 80, "response": " Hi"}))(folder)
+    return compare("--truncate", "--position", "response", p="@prompts.jsonl")
+
+
 READING = (
     BadInput("no prompt", "`-p ''`", typed(p=""), ("No prompt: -p ''", "@prompts.txt"), exit_code=2),
     BadInput(
@@ -391,6 +402,24 @@ FITTING = (
         "`--position 40` with a prompt that is shorter",
         typed("--position", "40", p="Hello"),
         ("Prompt 0", "tokens", "position 40", "Choose another --position"),
+    ),
+    BadInput(
+        "prompt without a response",
+        "`--position response` with a prompt alone",
+        typed("--position", "response", p="Hello"),
+        ("Prompt 0 ('Hello')", "no response", "--position response", "`prompt` and `response`"),
+    ),
+    BadInput(
+        "template that hides a response",
+        "`--position response`, and a template that writes an earlier turn otherwise",
+        _rewritten,
+        ("Prompt 0 ('Hello')", "message 1", "cannot be seen", "--chat-template FILE", "--position all"),
+    ),
+    BadInput(
+        "response cut off",
+        "`--position response --truncate`, and the prompt alone fills the context",
+        _cut_off,
+        ("Prompt 0", "none of the 64 tokens", "cut off", "another --position"),
     ),
     BadInput(
         "prompt too long",

@@ -22,7 +22,7 @@ from lazarus.messages import option
 from lazarus.metrics import FEWEST_FOR_CKA
 from lazarus.models import LoadedModel
 from lazarus.notes import Notes
-from lazarus.options import Options, parse_position, parse_token_prompts
+from lazarus.options import EACH_TOKEN, Options, parse_position, parse_token_prompts
 from lazarus.prompts import Prompt, PromptList
 from lazarus.reading import Asked, Reading, read_prompts
 from lazarus.results import PromptRecord, Settings
@@ -198,7 +198,7 @@ def _is_dequantised(model: LoadedModel) -> bool:
     return model.stored_dtype not in _PLAIN_GGUF
 
 
-def _position(options: Options, pair: ModelPair) -> Literal["last", "mean", "all"] | int:
+def _position(options: Options, pair: ModelPair) -> Literal["last", "mean", "all", "response"] | int:
     position = parse_position(options.position)
     if position == "auto":
         return "last" if pair.base_conventions.causal else "mean"
@@ -206,9 +206,9 @@ def _position(options: Options, pair: ModelPair) -> Literal["last", "mean", "all
 
 
 def _token_prompts(options: Options, position: Position, pair: ModelPair) -> Literal["auto"] | list[int]:
-    """The prompts of which every token is kept, where every token is compared."""
+    """The prompts of which every token is kept, where each of several tokens is compared."""
     found = parse_token_prompts(options.token_prompts)
-    return [] if position != "all" or found == "none" or not pair.same_width else found
+    return [] if position not in EACH_TOKEN or found == "none" or not pair.same_width else found
 
 
 def _prompts(reading: Reading) -> list[PromptRecord]:
@@ -259,5 +259,5 @@ def _settings(given: Given, pair: ModelPair, run: RunPlan) -> Settings:
         seed=options.seed,
         trust_remote_code=options.trust_remote_code,
         work_dir=options.work_dir,
-        token_prompts=options.token_prompts if run.position == "all" else None,
+        token_prompts=options.token_prompts if run.position in EACH_TOKEN else None,
     )

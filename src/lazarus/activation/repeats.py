@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -20,7 +21,7 @@ MOST_ROWS = 2048
 
 @dataclass(frozen=True)
 class Repeats:
-    """Prompts with the ids of an earlier one, for both models: they do not run, and count the same."""
+    """Prompts that say the same as an earlier one to both models: they do not run, and count the same."""
 
     distinct: Sequence[int]
     others: Mapping[int, Sequence[int]]
@@ -33,14 +34,14 @@ class Repeats:
 
     @classmethod
     def among(cls, base: Sequence[TokenizedPrompt], finetuned: Sequence[TokenizedPrompt]) -> Repeats:
-        """Compare the ids of the prompts, as each model reads them."""
-        first: dict[tuple[bytes, ...], int] = {}
+        """Compare the prompts' ids, as each model reads them, and which of these are of responses."""
+        first: dict[Any, int] = {}
         others: dict[int, list[int]] = {}
         for index, (ours, theirs) in enumerate(zip(base, finetuned, strict=True)):
             # One reading for both models is looked up once.
             readings = (ours,) if ours is theirs else (ours, theirs)
             # As bytes: a tuple of Python integers takes several times their memory.
-            same = first.setdefault(tuple(array("q", p.ids).tobytes() for p in readings), index)
+            same = first.setdefault(tuple((array("q", p.ids).tobytes(), p.response) for p in readings), index)
             if same != index:
                 others.setdefault(same, []).append(index)
         return cls(list(first.values()), others)

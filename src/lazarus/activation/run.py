@@ -26,13 +26,13 @@ from lazarus.messages import option
 from lazarus.models import find_tokenizer
 from lazarus.notes import Notes
 from lazarus.options import OptionArguments, Options, check_token_prompts, read_template
-from lazarus.prompts import Prompt, PromptList, check_chats, make_prompts
+from lazarus.prompts import Prompt, PromptList, check_chats, check_responses, make_prompts
 from lazarus.provenance import environment
 from lazarus.ranks import Rank, find_rank
 from lazarus.reading import Reading
 from lazarus.result_classes import ActivationDiff
 from lazarus.shards import WorkFolder, fingerprint
-from lazarus.sites import Position, StatePair, compared_tokens
+from lazarus.sites import Position, StatePair, tokens_of
 from lazarus.tokens import token_text
 
 Prompts = str | Path | Mapping[str, Any] | Prompt | Iterable[str | Mapping[str, Any] | Prompt] | PromptList
@@ -61,7 +61,8 @@ def activation_diff(
         base: a Hub id, a folder, a `.gguf` file, MODEL+ADAPTER, or a transformers model in memory.
         finetuned: the same; an adapter alone runs on top of `base`.
         prompts: texts, or mappings with the fields of a `.jsonl` row (`prompt`, `text` or `messages`,
-            and `group`). One string is read as the command line's `-p`, a `Path` as a file of prompts.
+            `response`, and `group`). One string is read as the command line's `-p`, a `Path` as a file of
+            prompts.
         tokenizer: the tokenizer of models in memory, or a folder or Hub id that holds it; it stands in for
             both models' own.
         observer: is told how far the run has come.
@@ -146,9 +147,10 @@ def _given(
 ) -> Given:
     """Check what the caller has given, before anything is loaded."""
     chosen = Options.make(**options)
-    found = make_prompts(prompts, no_split=chosen.no_split)
+    found = make_prompts(prompts, no_split=chosen.no_split, responses=chosen.position == "response")
     template = read_template(chosen)
     check_chats(found.prompts, chosen.chat_template)
+    check_responses(found.prompts, chosen.position)
     check_token_prompts(chosen.token_prompts, len(found.prompts))
     folder = _open_folder(chosen, rank)
     device = pick_device(chosen.device, rank)
@@ -249,9 +251,9 @@ class _TokenReader:
 
     def compared(self, prompt: int) -> tuple[list[int], list[str]]:
         """Return the indices of the compared tokens in a prompt, and the text of each."""
-        ids = self.reading.base[prompt].ids
-        positions = list(compared_tokens(self.position, len(ids)))
-        return positions, [self.token(ids[i], 0) for i in positions]
+        read = self.reading.base[prompt]
+        positions = list(tokens_of(read, self.position))
+        return positions, [self.token(read.ids[i], 0) for i in positions]
 
     def token(self, token_id: int, side: int) -> str:
         """Return the text of a token of base (0) or of the fine-tuned model (1)."""

@@ -42,15 +42,17 @@ def activation_diff(
     """
     with reported(debug):
         from lazarus.options import check_token_prompts
-        from lazarus.prompts import check_chats, parse_prompts
+        from lazarus.prompts import check_chats, check_responses, parse_prompts
 
         # Made to be checked, before torch is imported.
         Options(**options)
         output = (output or []) if leads() else []
         files = [value[1:] for value in prompts if value[:1] == "@" and value[:2] != "@@"]
         check_outputs(output, "activation-diff", [*files, options["chat_template"], base, finetuned])
-        found = parse_prompts(prompts, no_split=options["no_split"])
+        responses = options["position"] == "response"
+        found = parse_prompts(prompts, no_split=options["no_split"], responses=responses)
         check_chats(found.prompts, options["chat_template"])
+        check_responses(found.prompts, options["position"])
         check_token_prompts(options["token_prompts"], len(found.prompts))
         observer = _observer(quiet, debug, saves=bool(output))
         _compare(base, finetuned, found, output, observer, **options)

@@ -14,7 +14,7 @@ from lazarus.errors import PositionError, UnsupportedModelError
 from lazarus.messages import option
 from lazarus.metrics import to_float64
 from lazarus.notes import Notes
-from lazarus.sites import Position, compared_tokens
+from lazarus.sites import Position, tokens_of
 
 
 def check_positions(position: Position, lengths: Sequence[int], notes: Notes) -> None:
@@ -54,7 +54,7 @@ class RowPicker:
     prompts: Int[Tensor, " out"]
     average: bool
     n_tokens: int
-    in_prefix: range = range(0)
+    in_prefix: Sequence[int] = ()
     n_own: tuple[int, ...] = ()
     """how many tokens of the batch itself are compared, of each prompt"""
 
@@ -62,19 +62,19 @@ class RowPicker:
     def of(cls, batch: TokenBatch, position: Position) -> RowPicker:
         """The picker of this batch's compared rows."""
         n_prefix = len(batch.prefix)
-        whole = [compared_tokens(position, n_prefix + length) for length in batch.lengths]
-        spans = [range(max(0, span.start - n_prefix), max(0, span.stop - n_prefix)) for span in whole]
+        whole = [tokens_of(prompt, position, n_prefix) for prompt in batch.members]
+        own = [[token - n_prefix for token in tokens if token >= n_prefix] for tokens in whole]
         # One prompt speaks for all: their compared tokens differ only after the prefix.
-        in_prefix = range(min(whole[0].start, n_prefix), min(whole[0].stop, n_prefix))
-        sizes = torch.tensor([len(span) for span in spans])
-        rows = torch.repeat_interleave(torch.arange(len(spans)), sizes)
+        in_prefix = [token for token in whole[0] if token < n_prefix]
+        sizes = torch.tensor([len(each) for each in own])
+        rows = torch.repeat_interleave(torch.arange(len(own)), sizes)
         # The dtype is for an empty list, as of a token in the prefix: an index cannot be of floats.
-        tokens = torch.tensor([token for span in spans for token in span], dtype=torch.long)
+        tokens = torch.tensor([token for each in own for token in each], dtype=torch.long)
         average = position == "mean"
         owners = torch.tensor(batch.prompts)
         # A row of the prefix counts for every prompt, so it comes once for each.
         prompts = owners if average else owners.repeat_interleave(sizes + len(in_prefix))
-        n_own = tuple(len(span) for span in spans)
+        n_own = tuple(map(len, own))
         return cls(rows, tokens, prompts, average, batch.padded_length, in_prefix, n_own)
 
     def of_prefix(self, n_tokens: int) -> RowPicker:

@@ -62,10 +62,12 @@ def share_prefix(pair: ModelPair, prompts: Sequence[TokenizedPrompt], plan: Pref
     """
     position = plan.position
     n_tokens = common_prefix(prompts, -position if isinstance(position, int) and position < 0 else 1)
+    if position == "response":  # the compared tokens of a prefix are those of every prompt
+        n_tokens = min([n_tokens, *(prompt.response[0].start for prompt in prompts)])
     if n_tokens < FEWEST_TOKENS:
         return 0
     # Prompts of the same ids run once in any case: they save nothing.
-    distinct = list({tuple(prompt.ids): prompt for prompt in prompts}.values())
+    distinct = list({(tuple(prompt.ids), prompt.response): prompt for prompt in prompts}.values())
     checked = _pick_checked(distinct)
     if not _pays(distinct, checked, n_tokens):
         return 0

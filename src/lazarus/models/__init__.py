@@ -19,6 +19,7 @@ design.py      whether two models differ in their weights alone
 equality.py    whether two tensors, modules or other values are the same: yes, no, or not known
 tokenizer.py   the tokenizer that belongs to it, or another by its name
 chats.py       what its chat template makes of a chat
+turns.py       where the responses are in that
 adapters.py    PEFT adapters, and two module trees over one storage
 adapter_files.py  what the folder of an adapter holds: its tensors by PEFT's names, and what else
 fitting.py     where an adapter's tensors belong on a model of another class
@@ -52,6 +53,7 @@ from lazarus.models.sameness import shared_blocks, weights_identical, why_the_sa
 from lazarus.models.sentence import Embedder, NotReadError, read_embedder
 from lazarus.models.settings import settings_that_differ
 from lazarus.models.tokenizer import find_tokenizer, load_tokenizer
+from lazarus.models.turns import Span, render_responses
 
 __all__ = [
     "Anatomy",
@@ -69,6 +71,7 @@ __all__ = [
     "Pager",
     "Parts",
     "Source",
+    "Span",
     "dissect",
     "effective_tensors",
     "estimate",
@@ -87,6 +90,7 @@ __all__ = [
     "parse_model",
     "read_embedder",
     "render_chats",
+    "render_responses",
     "same_bits",
     "same_design",
     "settings_that_differ",

@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 
 from lazarus.errors import ChatTemplateError
 from lazarus.messages import option
-from lazarus.prompts import Prompt, texts_of
+from lazarus.prompts import ASSISTANT, Prompt, texts_of
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -76,21 +76,53 @@ def render_chats(prompts: Sequence[Prompt], template: ChatTemplate) -> tuple[lis
     Raises:
         ChatTemplateError: the template fails, writes nothing, or prints what it was to read.
     """
-    texts: list[str] = []
-    remarks: dict[str, list[int]] = defaultdict(list)
-    for index, prompt in enumerate(prompts):
-        place = f"Prompt {index} ({prompt.text[:40]!r})"
-        template_text = template.for_chat(prompt.for_template)
-        chat = _Chat(place, template.tokenizer, template_text, prompt.for_template)
-        messages, text, found = _write(chat, prompt.messages or ({"role": "user", "content": prompt.text},))
-        for remark in dict.fromkeys([*found, *_unused(chat, messages, text)]):
-            remarks[remark].append(index)
-        texts.append(text)
-    return texts, dict(remarks)
+    written = list(write_chats(prompts, template))
+    return [each.text for each in written], by_remark([each.remarks for each in written])
 
 
 @dataclass(frozen=True)
-class _Chat:
+class Written:
+    """A prompt as a chat template has written it: the messages as they were given to it, and the text."""
+
+    chat: Chat
+    messages: Messages
+    text: str
+    remarks: Sequence[str]
+
+
+def write_chats(prompts: Sequence[Prompt], template: ChatTemplate) -> Iterator[Written]:
+    """Yield each prompt, and the response after it if it has one of its own, as `render_chats` writes it.
+
+    Raises:
+        ChatTemplateError: as `render_chats`.
+    """
+    for index, prompt in enumerate(prompts):
+        place = f"Prompt {index} ({prompt.text[:40]!r})"
+        template_text = template.for_chat(prompt.for_template)
+        chat = Chat(place, template.tokenizer, template_text, prompt.for_template)
+        turns = prompt.messages or ({"role": "user", "content": prompt.text},)
+        messages, text, found = _write(chat, [*turns, *_response(prompt)])
+        yield Written(chat, messages, text, list(dict.fromkeys([*found, *_unused(chat, messages, text)])))
+
+
+def by_remark(remarks: Sequence[Sequence[str]]) -> dict[str, list[int]]:
+    """Return the prompts that each remark is about, from the remarks on each prompt."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for index, own in enumerate(remarks):
+        for remark in own:
+            found[remark].append(index)
+    return dict(found)
+
+
+def _response(prompt: Prompt) -> Messages:
+    """Return the turns that a response of its own is."""
+    if isinstance(prompt.response, str):
+        return ({"role": ASSISTANT, "content": prompt.response},)
+    return prompt.response or ()
+
+
+@dataclass(frozen=True)
+class Chat:
     """Template and variables that make the text of a prompt."""
 
     place: str
@@ -98,8 +130,12 @@ class _Chat:
     template: str
     for_template: Mapping[str, Any]
 
-    def text(self, messages: Messages, for_template: Mapping[str, Any] | None = None) -> str:
-        """Return what the template makes of these messages.
+    def text(
+        self, messages: Messages, for_template: Mapping[str, Any] | None = None, *, begins: bool | None = None
+    ) -> str:
+        """Return what the template makes of these messages, and of the beginning of an assistant's turn.
+
+        That is there if `begins`; by default where the last turn is not the assistant's.
 
         Raises:
             ChatTemplateError: it fails, or the row sets what is not the template's to set.
@@ -112,12 +148,14 @@ class _Chat:
                 f"{self.place}: `chat_template_kwargs` sets `{min(taken)}`, which is no variable of a chat "
                 "template. Leave it out."
             )
+        if begins is None:
+            begins = messages[-1]["role"] != ASSISTANT
         with _Rendering(self.place):
             text: str = self.tokenizer.apply_chat_template(
                 list(messages),
                 chat_template=self.template,
                 tokenize=False,
-                add_generation_prompt=messages[-1]["role"] != "assistant",
+                add_generation_prompt=begins,
                 **given,
             )
         return text
@@ -165,7 +203,7 @@ def _is_in_jinja(trace: TracebackType | None) -> bool:
     return False
 
 
-def _write(chat: _Chat, messages: Messages) -> tuple[Messages, str, list[str]]:
+def _write(chat: Chat, messages: Messages) -> tuple[Messages, str, list[str]]:
     """Return the messages in the first form that the template writes whole, their text, and remarks on both.
 
     Where it writes none of them whole, that is the first one that it takes at all.
@@ -300,7 +338,7 @@ def _are_quoted(form: Messages, text: str) -> bool:
     return any(spelling in text for each in quoted for spelling in (json.dumps(each), _as_json(each)))
 
 
-def _misread(chat: _Chat, form: Messages, text: str) -> str | None:
+def _misread(chat: Chat, form: Messages, text: str) -> str | None:
     """Return what the template does to content instead of writing it, and what to do about it."""
     if not text:
         return "makes an empty text of it. Mend it."
@@ -322,7 +360,7 @@ def _misread(chat: _Chat, form: Messages, text: str) -> str | None:
     return None
 
 
-def _unwritten(chat: _Chat, messages: Messages, text: str) -> Iterator[str]:
+def _unwritten(chat: Chat, messages: Messages, text: str) -> Iterator[str]:
     """Yield whose content the template leaves out: with another text there, it writes the same."""
     for index, message in enumerate(messages):
         texts = [each for each in texts_of(message) if each.strip()]
@@ -336,7 +374,7 @@ def _unwritten(chat: _Chat, messages: Messages, text: str) -> Iterator[str]:
             yield f"the chat template leaves out the content of a {message['role']!r} message"
 
 
-def _unused(chat: _Chat, messages: Messages, text: str) -> Iterator[str]:
+def _unused(chat: Chat, messages: Messages, text: str) -> Iterator[str]:
     """Yield what the template leaves out beside content: without it, it writes the same."""
     for name in ("tools", "documents"):
         others = {key: value for key, value in chat.for_template.items() if key != name}

@@ -19,6 +19,7 @@ from lazarus.options.checks import DTYPES, EXPECTATIONS
 from lazarus.options.lens import CompareArguments, CompareOptions, parse_track
 from lazarus.options.option import check
 from lazarus.options.values import (
+    EACH_TOKEN,
     NAMED_POSITIONS,
     check_token_prompts,
     parse_position,
@@ -31,6 +32,7 @@ from lazarus.options.weights import WeightArguments, WeightOptions
 __all__ = [
     "ALIGNMENTS",
     "DTYPES",
+    "EACH_TOKEN",
     "EXPECTATIONS",
     "MEMORY_MODES",
     "NAMED_POSITIONS",

@@ -22,7 +22,7 @@ from lazarus.options.common import (
     check_expectation,
 )
 from lazarus.options.option import COMPARE, READ, RUN, Checked, Option
-from lazarus.options.values import NAMED_POSITIONS, parse_readout, parse_token_prompts
+from lazarus.options.values import EACH_TOKEN, NAMED_POSITIONS, parse_readout, parse_token_prompts
 
 MEMORY_MODES = ("auto", "resident", "stream")
 ALIGNMENTS = ("ids", "text")
@@ -36,8 +36,8 @@ def _check_position(name: str, position: str | int) -> None:
         int(position)
     except (ValueError, TypeError) as error:
         raise UsageError(
-            f"{option(name, position)}: not a position. Write auto, last, mean, all, or a token's index "
-            "such as 0 or -2.",
+            f"{option(name, position)}: not a position. Write auto, last, mean, all, response, or a token's "
+            "index such as 0 or -2.",
             option=name,
         ) from error
 
@@ -54,9 +54,10 @@ Position = Annotated[
     str | int,
     Option(
         "Which tokens are compared: the last one; the mean of the hidden states; every token, averaged "
-        "within a prompt; or index N. auto is last for a causal model, mean for an encoder.",
+        "within a prompt; every token of the response, and the one before it; or index N. auto is last for a "
+        "causal model, mean for an encoder.",
         COMPARE,
-        "auto|last|mean|all|N",
+        "auto|last|mean|all|response|N",
         check=_check_position,
     ),
 ]
@@ -98,8 +99,8 @@ Readout = Annotated[
 TokenPrompts = Annotated[
     str,
     Option(
-        "With --position all, the prompts (counted from 0) of which every token is kept; auto is the most "
-        "divergent ones.",
+        "With --position all or response, the prompts (counted from 0) of which every token is kept; auto is "
+        "the most divergent ones.",
         COMPARE,
         "auto|none|N,M,...",
         check=_check_token_prompts,
@@ -205,10 +206,10 @@ class Options(Checked):
                 f"{option('no_noise_floor', True)} leaves the noise unmeasured. Leave one of the two out.",
                 option="no_noise_floor",
             )
-        if not isinstance(parse_token_prompts(self.token_prompts), str) and self.position != "all":
+        if not isinstance(parse_token_prompts(self.token_prompts), str) and self.position not in EACH_TOKEN:
             raise UsageError(
                 f"{option('token_prompts', self.token_prompts)} keeps every token of these prompts, and "
-                f"{option('position')} is {self.position}. Use {option('position', 'all')}.",
+                f"{option('position')} is {self.position}. Use {option('position', 'all')} or response.",
                 option="token_prompts",
             )
 

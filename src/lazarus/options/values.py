@@ -7,17 +7,19 @@ from typing import Literal
 from lazarus.errors import UsageError
 from lazarus.messages import option
 
-NAMED_POSITIONS = ("auto", "last", "mean", "all")
+NAMED_POSITIONS = ("auto", "last", "mean", "all", "response")
+EACH_TOKEN = ("all", "response")
+"""positions at which several tokens of a prompt are compared, each by itself"""
 
 
-def parse_position(position: str | int) -> Literal["auto", "last", "mean", "all"] | int:
-    """`auto`, `last`, `mean`, `all`, or an index (negative from the end), already checked.
+def parse_position(position: str | int) -> Literal["auto", "last", "mean", "all", "response"] | int:
+    """`auto`, `last`, `mean`, `all`, `response`, or an index (negative from the end), already checked.
 
     >>> parse_position("-2")
     -2
     """
     match position:
-        case "auto" | "last" | "mean" | "all":
+        case "auto" | "last" | "mean" | "all" | "response":
             return position
         case _:
             return int(position)

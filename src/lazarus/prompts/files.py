@@ -37,8 +37,10 @@ _NO_PROMPTS = (
 """kinds of files whose lines are no prompts: what they are, what to do, and their suffixes"""
 
 
-def read_file(name: str, notes: Notes) -> list[Prompt]:
+def read_file(name: str, notes: Notes, *, responses: bool = False) -> list[Prompt]:
     """Return the prompts of a file, of which the suffix tells the kind; `-` is standard input.
+
+    With `responses` those of the rows are read too.
 
     Raises:
         PromptsError: it cannot be read, is of a kind that holds no prompts, or has a row without one.
@@ -62,7 +64,8 @@ def read_file(name: str, notes: Notes) -> list[Prompt]:
         return _lines(_read(name), name, notes)
     remarks = Counter[str]()
     # Parquet has one schema for all rows: a key that one message has is null in all that lack it.
-    prompts = [from_row(row, place, remarks, fills=suffix == ".parquet") for place, row in rows]
+    fills = suffix == ".parquet"
+    prompts = [from_row(row, place, remarks, fills=fills, responses=responses) for place, row in rows]
     note_counted(remarks, name, notes)
     if not prompts:
         notes.add("prompt-file", f"{name} holds no prompt")

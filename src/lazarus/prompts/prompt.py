@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lazarus.errors import PromptsError
+from lazarus.errors import PositionError, PromptsError
 from lazarus.messages import option
 from lazarus.notes import Notes
 
+ASSISTANT = "assistant"
+"""the role whose turns are responses"""
 EXAMPLE = "Give one, as in -p 'Hello' or -p @prompts.txt."
 
 
@@ -23,6 +25,15 @@ class Prompt:
     """each message whole, as the chat template is given it"""
     for_template: Mapping[str, Any] = field(default_factory=dict)
     """what the chat template is given beside the messages: `tools`, `documents`, variables of its own"""
+    response: str | tuple[Mapping[str, Any], ...] | None = None
+    """what is said to it, as a text or as messages: read after the prompt with `position` response"""
+
+    @property
+    def has_response(self) -> bool:
+        """Return whether there is a response, of its own or as an assistant's turn of the chat."""
+        own = (self.response,) if isinstance(self.response, str) else self.response
+        turns = self.messages if own is None else own
+        return any(isinstance(turn, str) or turn["role"] == ASSISTANT for turn in turns or ())
 
 
 @dataclass
@@ -40,7 +51,7 @@ def check_prompts(prompts: Sequence[Prompt]) -> None:
     for index, prompt in enumerate(prompts):
         if not prompt.text.strip():
             raise PromptsError(f"Prompt {index} is empty. Give it a text, or leave it out.")
-        for text in _texts([prompt.text, prompt.messages, prompt.for_template]):
+        for text in _texts([prompt.text, prompt.messages, prompt.for_template, prompt.response]):
             check_unicode(text, f"Prompt {index}")
 
 
@@ -56,6 +67,24 @@ def check_chats(prompts: Sequence[Prompt], chat_template: str) -> None:
                 f"Prompt {index} is a chat (`messages`), which needs a template to become text. Give "
                 f"{option('chat_template')}: one of the models' own, or a file.",
                 option="chat_template",
+            )
+
+
+def check_responses(prompts: Sequence[Prompt], position: str | int) -> None:
+    """Refuse a prompt without a response where responses are compared.
+
+    Raises:
+        PositionError: `position` is `response`, and a prompt has none; it names the first one.
+    """
+    if position != "response":
+        return
+    for index, prompt in enumerate(prompts):
+        if not prompt.has_response:
+            raise PositionError(
+                f"Prompt {index} ({prompt.text[:40]!r}) has no response, and {option('position', position)} "
+                "compares nothing else. Give a row with `prompt` and `response`, or a chat in which the "
+                "assistant has a turn.",
+                option="position",
             )
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lazarus.errors import PromptsError
+from lazarus.messages import option
 from lazarus.notes import Notes
 from lazarus.prompts.chats import as_json, last_text, read_messages
 from lazarus.prompts.prompt import Prompt, check_unicode
 
 FIELDS = ("prompt", "text", "messages")
+RESPONSES = ("response", "completion")
+"""fields of what is said to the prompt; the second is what TRL's datasets call it"""
 HOW_TO_FIX = "Give each row a field `prompt`, `text` or `messages`."
 
 _FOR_THE_TEMPLATE = {
@@ -29,11 +32,13 @@ _NOT_READ = (
 """fields that would change what a model reads: they belong into the messages, or are not text"""
 
 
-def from_row(row: Any, place: str, remarks: Counter[str], *, fills: bool = False) -> Prompt:
+def from_row(
+    row: Any, place: str, remarks: Counter[str], *, fills: bool = False, responses: bool = False
+) -> Prompt:
     """Return the first of `prompt`, `text` and `messages` that a row has, whole; a text is its own row.
 
     `remarks` counts the rows of which a reader must know something; `fills` says that the row may have null
-    where others have a key and it has none.
+    where others have a key and it has none, and `responses` that its response is read too.
 
     Raises:
         PromptsError: there is none, or it cannot be given to a model as it is; it names `place`.
@@ -42,29 +47,53 @@ def from_row(row: Any, place: str, remarks: Counter[str], *, fills: bool = False
         return Prompt(read_text(row, "prompt", place))
     if not isinstance(row, Mapping):
         raise PromptsError(f"{place}: this is a {type(row).__name__}, not an object. {HOW_TO_FIX}")
-    there = [name for name in FIELDS if row.get(name) is not None]
-    # An empty cell of a CSV row is a field that is not there, as long as there is another.
-    there = [name for name in there if not (isinstance(row[name], str) and row[name] == "")] or there
-    if not there:
+    name = _first(row, FIELDS, remarks)
+    if name is None:
         raise PromptsError(f"{place}: no prompt; its fields are {sorted(map(str, row))}. {HOW_TO_FIX}")
-    if len(there) > 1:
-        names = " and ".join(f"`{name}`" for name in there)
-        remarks[f"rows that have {names}, of which `{there[0]}` was read"] += 1
-    for name in _NOT_READ:
-        if row.get(name) is not None and (not hasattr(row[name], "__len__") or len(row[name])):
-            remarks[f"rows that have `{name}`, which is not read"] += 1
+    _remark_on_others(row, remarks, responses)
     group = row.get("group")
     group = None if group in (None, "") else str(group)
-    name, for_template, messages = there[0], _for_template(row, place), None
-    if name == "messages" or _has_items(row[name], Mapping):  # in TRL's datasets `prompt` may be a chat
-        messages = read_messages(_from_cell(row[name], name, place), f"{place}: `{name}`")
-    if fills and _holds_null([messages or (), for_template]):
+    for_template = _for_template(row, place)
+    text, messages = _read(row, name, place)
+    answer = _first(row, RESPONSES, remarks) if responses else None
+    response, turns = _read(row, answer, place) if answer else (None, None)
+    if turns is not None and messages is None:  # of a chat, a text is the user's turn
+        messages = ({"role": "user", "content": text},)
+    if fills and _holds_null([messages or (), turns or (), for_template]):
         remarks["rows with null within a message or a tool, which is what Parquet has for an absent key"] += 1
-        messages, for_template = _without_nulls(messages), _without_nulls(for_template)
-    elif _holds_null(messages or ()):
+        messages, turns, for_template = map(_without_nulls, (messages, turns, for_template))
+    elif _holds_null([messages or (), turns or ()]):
         remarks["rows with null within a message, such as in a tool call, which the template is given"] += 1
-    text = read_text(row[name], name, place) if messages is None else last_text(messages)
-    return Prompt(text, group, messages, for_template)
+    return Prompt(text, group, messages, for_template, turns or response)
+
+
+def _first(row: Mapping[str, Any], names: Sequence[str], remarks: Counter[str]) -> str | None:
+    """Return the first of these fields that a row has; it is remarked where there are others."""
+    there = [name for name in names if row.get(name) is not None]
+    # An empty cell of a CSV row is a field that is not there, as long as there is another.
+    there = [name for name in there if not (isinstance(row[name], str) and row[name] == "")] or there
+    if len(there) > 1:
+        listed = " and ".join(f"`{name}`" for name in there)
+        remarks[f"rows that have {listed}, of which `{there[0]}` was read"] += 1
+    return there[0] if there else None
+
+
+def _remark_on_others(row: Mapping[str, Any], remarks: Counter[str], responses: bool) -> None:
+    """Count the row where it has fields that are not read and that a reader may take for read."""
+    why = dict.fromkeys(_NOT_READ, "which is not read")
+    if not responses:
+        why |= dict.fromkeys(RESPONSES, f"which only {option('position', 'response')} reads")
+    for name, told in why.items():
+        if row.get(name) is not None and (not hasattr(row[name], "__len__") or len(row[name])):
+            remarks[f"rows that have `{name}`, {told}"] += 1
+
+
+def _read(row: Mapping[str, Any], name: str, place: str) -> tuple[str, tuple[Mapping[str, Any], ...] | None]:
+    """Return the text of a field, and the messages of one that is a chat."""
+    if name != "messages" and not _has_items(row[name], Mapping):  # in TRL's datasets `prompt` may be a chat
+        return read_text(row[name], name, place), None
+    messages = read_messages(_from_cell(row[name], name, place), f"{place}: `{name}`")
+    return last_text(messages), messages
 
 
 def note_counted(remarks: Counter[str], source: str, notes: Notes) -> None:

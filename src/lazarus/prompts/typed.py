@@ -20,8 +20,10 @@ from lazarus.prompts.rows import from_row, note_counted, read_text
 Item = str | Mapping[str, Any] | Prompt
 
 
-def parse_prompts(values: Sequence[str], *, no_split: bool = False) -> PromptList:
+def parse_prompts(values: Sequence[str], *, no_split: bool = False, responses: bool = False) -> PromptList:
     """Read every `-p` value: comma-separated prompts, `@FILE`, `@-`, or `@@…` for a literal @.
+
+    With `responses` the response of a row is read after its prompt.
 
     Raises:
         PromptsError: nothing there, an unreadable file, or a row without its field; it names the
@@ -32,7 +34,7 @@ def parse_prompts(values: Sequence[str], *, no_split: bool = False) -> PromptLis
         raise PromptsError("-p @- is given twice, and standard input can be read once. Give it once.")
     for value in values:
         if value.startswith("@") and not value.startswith("@@"):
-            found.prompts += read_file(value[1:], found.notes)
+            found.prompts += read_file(value[1:], found.notes, responses=responses)
         elif no_split:
             found.prompts.append(Prompt(value.removeprefix("@") if value[:2] == "@@" else value))
         else:
@@ -45,12 +47,12 @@ def parse_prompts(values: Sequence[str], *, no_split: bool = False) -> PromptLis
 
 
 def make_prompts(
-    given: str | Path | Item | Iterable[Item] | PromptList, *, no_split: bool = False
+    given: str | Path | Item | Iterable[Item] | PromptList, *, no_split: bool = False, responses: bool = False
 ) -> PromptList:
     """Return the prompts of a library call: texts, or mappings with the fields of a `.jsonl` row.
 
     A plain string is read as the command line reads it, and a `Path` is a file of prompts. In a list, each
-    text is one prompt, whole.
+    text is one prompt, whole. With `responses` the response of a row is read after its prompt.
 
     Raises:
         PromptsError: there is no prompt, or one is neither a text nor such a mapping.
@@ -58,9 +60,9 @@ def make_prompts(
     if isinstance(given, PromptList):
         return given
     if isinstance(given, str):
-        return parse_prompts([given], no_split=no_split)
+        return parse_prompts([given], no_split=no_split, responses=responses)
     if isinstance(given, Path):
-        return parse_prompts([f"@{given}"])
+        return parse_prompts([f"@{given}"], responses=responses)
     if isinstance(given, Mapping | Prompt):
         given = [given]
     # A pandas table iterates over the names of its columns: each would be a prompt.
@@ -70,22 +72,29 @@ def make_prompts(
             "pandas DataFrame, its to_dict('records')."
         )
     remarks = Counter[str]()
-    prompts = [_from_item(item, f"prompt {index}", remarks) for index, item in enumerate(given)]
+    prompts = [
+        _from_item(item, f"prompt {index}", remarks, responses=responses) for index, item in enumerate(given)
+    ]
     check_prompts(prompts)
     found = PromptList(prompts)
     note_counted(remarks, "prompts", found.notes)
     return found
 
 
-def _from_item(item: Item, place: str, remarks: Counter[str]) -> Prompt:
+def _from_item(item: Item, place: str, remarks: Counter[str], *, responses: bool) -> Prompt:
     """Return one prompt of a list; the same is refused of a `Prompt` as of a row."""
     if isinstance(item, str):
         return Prompt(item)
     if not isinstance(item, Prompt):
-        return from_row(item, place, remarks)
+        return from_row(item, place, remarks, responses=responses)
     messages = None if item.messages is None else read_messages(item.messages, f"{place}: `messages`")
     for_template = as_json(item.for_template, f"{place}: `for_template`")
-    return Prompt(read_text(item.text, "text", place), item.group, messages, for_template)
+    response = item.response
+    if isinstance(response, str):
+        read_text(response, "response", place)
+    elif response is not None:
+        response = read_messages(response, f"{place}: `response`")
+    return Prompt(read_text(item.text, "text", place), item.group, messages, for_template, response)
 
 
 def _from_list(value: str, notes: Notes) -> list[Prompt]:

@@ -233,7 +233,7 @@ class Parting(Record, frozen=True, kw_only=True):
 
 
 class TokenTrace(Record, frozen=True, kw_only=True):
-    """Every compared token of one prompt, with `position` all."""
+    """Every compared token of one prompt, with `position` all or response."""
 
     prompt_index: int
     positions: Annotated[list[int], Meta(description="of each token in the prompt, from 0")]

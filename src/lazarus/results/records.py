@@ -95,7 +95,7 @@ class Environment(Record, frozen=True, kw_only=True):
 
 
 class PromptRecord(Record, frozen=True, kw_only=True):
-    """One prompt. `text` is what the user gave; `rendered` is what a chat template made of it."""
+    """One prompt. `text` is what the user gave; `rendered` is what the models read of it."""
 
     index: int
     text: str

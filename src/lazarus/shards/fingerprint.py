@@ -106,5 +106,6 @@ def _hash_of_weights(model: LoadedModel) -> str:
 def _hash_of_ids(prompts: Sequence[TokenizedPrompt]) -> str:
     found = hashlib.sha256()
     for prompt in prompts:
-        found.update(array("q", [len(prompt.ids), *prompt.ids]).tobytes())
+        edges = [edge for tokens in prompt.response for edge in (tokens.start, tokens.stop)]
+        found.update(array("q", [len(prompt.ids), *prompt.ids, len(edges), *edges]).tobytes())
     return found.hexdigest()[:_DIGITS]

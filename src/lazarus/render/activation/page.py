@@ -120,7 +120,7 @@ def _absent(record: ActivationDiffRecord) -> list[str]:
         (measured([layer.noise_floor for layer in record.layers]), "the noise floor"),
         (shown.local, "each block's own change (--localize)"),
         (record.attribution is not None, "who caused the change, in nats (--attribute blocks)"),
-        (shown.tokens, "single tokens (--position all)"),
+        (shown.tokens, "single tokens (--position all or response)"),
         (shown.groups, "groups of prompts (give the prompts a group)"),
         (shown.output, "the output (no head that can be run by itself, or --align text)"),
         (shown.readout, "the readout as tokens (--readout auto)"),

@@ -234,5 +234,6 @@ def _what_was_compared(record: ActivationDiffRecord) -> str:
         "last": "the last token of each prompt",
         "mean": "the mean over each prompt's tokens",
         "all": "every token, averaged within each prompt",
+        "response": "every token of the response and the one before it, averaged within each prompt",
     }.get(settings.position, f"token {settings.position} of each prompt")
     return f"Compared: {tokens}, in {settings.dtype} on {settings.device}"
