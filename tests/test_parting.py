@@ -46,18 +46,33 @@ def test_first_choices_part_where_greedy_decoding_does(models: Any) -> None:
     expected = [parted_at(*each) for each in answers]
     assert len({n for n in expected if n is not None}) > 3
     # Base's own answer is read by both.
-    texts = [spelled(ids + ours) for ids, (ours, _) in zip(PROMPTS, answers, strict=True)]
-    every = ",".join(map(str, range(len(texts))))
+    rows = [
+        {"prompt": f"{spelled(ids)} ", "response": spelled(ours)}
+        for ids, (ours, _) in zip(PROMPTS, answers, strict=True)
+    ]
+    every = ",".join(map(str, range(len(rows))))
     diff = lazarus.activation_diff(
-        models[0], models[1], texts, tokenizer=word_tokenizer(), position="all", token_prompts=every
+        models[0], models[1], rows, tokenizer=word_tokenizer(), position="response", token_prompts=every
     )
     assert diff.record.tokens is not None
     for trace, ids, n in zip(diff.record.tokens, PROMPTS, expected, strict=True):
-        # The first new token is chosen after the prompt's last one; after the last new one nothing is known.
-        start = trace.positions.index(len(ids) - 1)
-        assert trace.agrees is not None
-        after = trace.agrees[start : start + N_NEW]
-        assert (after.index(False) if False in after else None) == n
+        assert trace.positions == list(range(len(ids) - 1, len(ids) + N_NEW))
+        # New token n is chosen after the one before it; what follows the last one is not known.
+        last = len(ids) + N_NEW - 1
+        found = trace.parting.position if trace.parting and trace.parting.position < last else None
+        assert found == (None if n is None else len(ids) - 1 + n)
+
+
+def test_compare_looks_for_the_parting_in_the_response(models: Any) -> None:
+    ids = next(ids for ids in PROMPTS if parted_at(*(generated(model, ids) for model in models)))
+    ours, theirs = (generated(model, ids) for model in models)
+    n = parted_at(ours, theirs)
+    assert n is not None
+    row = {"prompt": f"{spelled(ids)} ", "response": spelled(ours)}
+    found = compare(models[0], models[1], row, tokenizer=word_tokenizer(), at="parting").record
+    assert found.position == len(ids) - 1 + n
+    ends = [model.layers[-1].top[0].token_id for model in (found.model1, found.model2)]
+    assert ends == [ours[n], theirs[n]]
 
 
 def test_compare_reads_the_first_place_where_first_choices_part(models: Any) -> None:

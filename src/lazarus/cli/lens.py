@@ -43,7 +43,7 @@ def compare(
         files = [value[1:] for value in prompt if value[:1] == "@" and value[:2] != "@@"]
         output = (output or []) if leads() else []
         check_outputs(output, "compare", [*files, options["chat_template"], model1, model2])
-        found = parse_prompts(prompt, no_split=True)
+        found = parse_prompts(prompt, no_split=True, responses=options["at"] == "parting")
         check_chats(found.prompts, options["chat_template"])
         with heavy_imports():
             show = shows_progress(quiet, debug)

@@ -17,7 +17,7 @@ from lazarus.messages import option
 from lazarus.models import LoadedModel
 from lazarus.notes import Notes
 from lazarus.reading import Reading
-from lazarus.sites import compared_tokens
+from lazarus.sites import tokens_of
 from lazarus.tokens import token_text
 
 
@@ -29,7 +29,8 @@ def cut_at_parting(
 ) -> Reading:
     """Return the reading with its prompt cut after the first token after which first choices differ.
 
-    Where they differ nowhere it stays whole, with a note. Position 0 is left out, as everywhere.
+    Where the prompt has a response, only tokens of the response count, and the one before it. Where choices
+    differ nowhere the prompt stays whole, with a note. Position 0 of a text is left out, as everywhere.
 
     Raises:
         UsageError: the two models read the prompt as other ids.
@@ -48,7 +49,7 @@ def cut_at_parting(
         [None if i is None else token_text(tokenizer, i) for i in _first_choices(model, known, ours.ids)]
         for model, known, tokenizer in zip(models, conventions, reading.tokenizers, strict=True)
     )
-    places = compared_tokens("all", len(ours.ids))
+    places = tokens_of(ours, "response" if ours.response else "all")
     parted = next((i for i in places if None not in (one[i], other[i]) and one[i] != other[i]), None)
     if parted is None:
         notes.add(

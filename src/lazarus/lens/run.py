@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Protocol, Unpack, runtime_checkable
 
 from lazarus.blame import MemoryFaults
@@ -16,8 +17,8 @@ from lazarus.lens.vocabulary import Vocabulary
 from lazarus.loading import Model, Role, less_memory, load_models, pick_device
 from lazarus.models import LoadedModel, find_tokenizer, same_design
 from lazarus.notes import Notes
-from lazarus.options import CompareArguments, CompareOptions, read_template
-from lazarus.prompts import Prompt, PromptList, check_chats, make_prompts
+from lazarus.options import CompareArguments, CompareOptions, Options, read_template
+from lazarus.prompts import ASSISTANT, Prompt, PromptList, check_chats, make_prompts
 from lazarus.ranks import Rank
 from lazarus.reading import Asked, Reading, read_prompts
 from lazarus.result_classes import Comparison
@@ -80,7 +81,8 @@ def compare(
         DeviceError: memory ran out, or the device lacks an operator.
     """
     chosen = CompareOptions.make(**options)
-    found, of_pair = _one_prompt(prompt, chosen), chosen.of_pair()
+    found = _one_prompt(prompt, chosen)
+    of_pair = _of_pair(chosen, found.prompts[0])
     template = read_template(of_pair)
     watcher = observer or _Silence()
     device = pick_device(chosen.device, Rank())
@@ -122,13 +124,26 @@ def _one_prompt(prompt: str | Mapping[str, Any] | Prompt | PromptList, options: 
     """
     if not isinstance(prompt, str | Mapping | Prompt | PromptList):
         raise PromptsError(f"{prompt!r:.40} is no prompt: give a text, or a mapping as in a .jsonl row.")
-    found = prompt if isinstance(prompt, PromptList) else make_prompts([prompt])
+    at_parting = options.at == "parting"
+    found = prompt if isinstance(prompt, PromptList) else make_prompts([prompt], responses=at_parting)
     if len(found.prompts) != 1:
         raise PromptsError(
             f"-p: {len(found.prompts)} prompts are given, and compare takes one. Give one -p, or a file with "
             "one prompt in it."
         )
     check_chats(found.prompts, options.chat_template)
+    return found
+
+
+def _of_pair(options: CompareOptions, prompt: Prompt) -> Options:
+    """Return the options by which the models are loaded and the prompt is read.
+
+    Where the two part is looked for in the response, if there is one.
+    """
+    found = options.of_pair()
+    turns = [message.get("role") for message in prompt.messages or ()]
+    if options.at == "parting" and (prompt.response is not None or ASSISTANT in turns):
+        return replace(found, position="response", align="ids")
     return found
 
 
