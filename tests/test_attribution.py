@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Sequence
 from itertools import combinations
 from math import comb
@@ -445,7 +446,7 @@ def test_it_is_shown_saved_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [bar.get_height() for bar in bars] == [group.nats for group in found.groups]
 
 
-def test_single_tensors_are_drawn_as_a_map() -> None:
+def test_single_tensors_are_drawn_as_a_map(tmp_path: Path) -> None:
     base = tiny_llama()
     diff = lazarus.activation_diff(
         base,
@@ -460,6 +461,33 @@ def test_single_tensors_are_drawn_as_a_map() -> None:
     inside = [group for group in diff.record.attribution.groups if group.layer is not None]
     drawn: Any = image.get_array()
     assert drawn.filled(0.0).sum() == pytest.approx(sum(group.nats for group in inside))
+    diff.save(tmp_path / "result.html")
+    page = (tmp_path / "result.html").read_text(encoding="utf-8")
+    squares = re.findall(
+        r'<rect class="frame( minus)?" x="([\d.]+)" y="(\d+)" [^>]*fill-opacity="([\d.]+)">'
+        r"<title>layer (\d+), (\w+): (\S+) nats</title>",
+        page.partition('<svg class="bars tensor-map"')[2].partition("</svg>")[0],
+    )
+    most = max(abs(group.nats) for group in inside)
+    names = list(dict.fromkeys(group.component for group in inside))
+    expected = {
+        (group.layer, group.component): (group.nats < 0, 18 * names.index(group.component), group.nats)
+        for group in inside
+    }
+    assert len(squares) == len(expected) == len(inside)
+    for minus, x, y, strength, layer, component, told in squares:
+        is_negative, row, nats = expected[int(layer), component]
+        assert (bool(minus), int(y), told) == (is_negative, row, f"{nats:.6f}")
+        assert float(x) == 160 + 24 * int(layer)
+        assert float(strength) == pytest.approx(abs(nats) / most, abs=6e-4)
+
+
+def test_an_attribution_to_blocks_has_no_map_of_tensors(tmp_path: Path) -> None:
+    diff = lazarus.activation_diff(
+        tiny_llama(), perturbed(tiny_llama(), 0.05), PROMPTS, tokenizer=tiny_tokenizer(), attribute="blocks"
+    )
+    diff.save(tmp_path / "result.html")
+    assert 'tensor-map"' not in (tmp_path / "result.html").read_text(encoding="utf-8")
 
 
 def test_a_result_without_one_says_how_to_get_it() -> None:

@@ -9,6 +9,7 @@ payload.py   the numbers that the page's scripts draw
 sample.py    which prompts, texts and tokens the page has room for
 answers.py   what a reader must know in ten seconds
 tables.py    the tables that need no script
+attribution.py  who caused the change: a line, bars, a table (tensor_map.py: components by layers)
 figure.py    the curve for a paper (curve.py draws it)
 notebook.py  how a result shows itself in a notebook
 """

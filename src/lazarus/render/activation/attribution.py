@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from lazarus.render.activation.tensor_map import TensorMap
 from lazarus.render.base.cells import Heading, Row, Table, cell
 from lazarus.render.base.escape import escaped
 from lazarus.results import METRICS, ActivationDiffRecord, AttributedGroup, Attribution
@@ -110,10 +109,11 @@ def bars(record: ActivationDiffRecord) -> list[Bar]:
 
 def draw_attribution(found: Attribution, axes: Axes) -> None:
     """Draw a bar for each group, in the order of the model; of single tensors a map, components by layers."""
-    if any(group.component is not None and group.layer is not None for group in found.groups):
-        _draw_map(found, axes)
-    else:
+    tensors = TensorMap.of(found)
+    if tensors is None:
         _draw_bars(found, axes)
+    else:
+        _draw_map(tensors, axes)
 
 
 def _draw_bars(found: Attribution, axes: Axes) -> None:
@@ -127,20 +127,12 @@ def _draw_bars(found: Attribution, axes: Axes) -> None:
     axes.set_xlabel(f"Block, and what is outside the blocks; sum {_nats(found.sum)}, KL {_nats(found.kl)}")
 
 
-def _draw_map(found: Attribution, axes: Axes) -> None:
+def _draw_map(tensors: TensorMap, axes: Axes) -> None:
     import matplotlib
 
-    inside = [group for group in found.groups if group.layer is not None]
-    components = list(dict.fromkeys(str(group.component) for group in inside))
-    n_layers = 1 + max(group.layer or 0 for group in inside)
-    values = np.full((len(components), n_layers), np.nan)
-    for group in inside:
-        values[components.index(str(group.component)), group.layer or 0] = group.nats
-    most = float(np.nanmax(np.abs(values))) or 1.0
+    components, values, most = tensors.components, tensors.values, tensors.most
     colours = matplotlib.colormaps["PuOr_r"].with_extremes(bad="#C0C0C0")
-    image = axes.imshow(
-        np.ma.masked_invalid(values), aspect="auto", cmap=colours, vmin=-most, vmax=most, interpolation="none"
-    )
+    image = axes.imshow(values, aspect="auto", cmap=colours, vmin=-most, vmax=most, interpolation="none")
     axes.set_yticks(range(len(components)), components, fontsize="small", parse_math=False)
     axes.set_xlabel("Layer")
     axes.figure.colorbar(image, ax=axes, label="Part of the KL (nats)")

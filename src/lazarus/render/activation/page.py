@@ -13,6 +13,7 @@ from lazarus.render.activation.sample import Sample, TokenSample, choose, choose
 from lazarus.render.activation.scores import OUTPUTS
 from lazarus.render.activation.series import LayerSeries, measured
 from lazarus.render.activation.summary import summary_lines
+from lazarus.render.activation.tensor_map import TensorMap
 from lazarus.render.base.escape import escaped
 from lazarus.render.base.frame import Kit, unsaid, write_page
 from lazarus.results import METRICS, ActivationDiffRecord
@@ -86,6 +87,7 @@ def _context(record: ActivationDiffRecord) -> dict[str, Any]:
         "ranking": tables.ranking(record),
         "attribution": attribution_table(record),
         "bars": bars(record),
+        "tensor_map": TensorMap.of(record.attribution),
         "groups": tables.groups(record),
         "contrasts": tables.contrasts(record),
         "output": tables.output(record),
