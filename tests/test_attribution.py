@@ -22,6 +22,7 @@ import lazarus
 from architectures import CAUSAL, REFUSED, UNBUILDABLE, build, swept
 from factories import perturbed, save_model, tiny_llama, tiny_tokenizer, word_tokenizer
 from layouts import save_adapter
+from lazarus.activation.attribution import points_beside_base
 from lazarus.batches import TokenBatch
 from lazarus.engine import Path as WeightPath
 from lazarus.engine import PathRunner, learn
@@ -145,6 +146,33 @@ def test_four_points_are_enough_for_a_smooth_path() -> None:
     assert found.completeness_error < 1e-4
 
 
+@pytest.mark.parametrize("n_points", [4, 8, 16])
+def test_the_quadrature_is_exact_for_polynomials_that_are_0_at_base(n_points: int) -> None:
+    points = points_beside_base(n_points)
+    assert len(points) == n_points - 1
+    assert all(0 < at < 1 for at, _ in points)
+    for degree in range(1, 2 * n_points - 1):
+        found = sum(weight * at**degree for at, weight in points)
+        assert found == pytest.approx(1 / (degree + 1), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("limit", "value"),
+    [("lazarus.engine.path.MOST_ELEMENTS", 100), ("lazarus.activation.attribution.MOST_LOGITS", 1)],
+)
+def test_what_is_done_in_pieces_for_want_of_memory_gives_the_same_parts(
+    limit: str, value: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_llama()
+    other = perturbed(base, 0.05)
+    whole = attributed(base, other, "tensors", batch_tokens=16)
+    monkeypatch.setattr(limit, value)
+    in_pieces = attributed(base, other, "tensors", batch_tokens=16)
+    assert in_pieces.restored == whole.restored
+    for ours, theirs in zip(in_pieces.groups, whole.groups, strict=True):
+        assert ours.nats == pytest.approx(theirs.nats, rel=1e-4, abs=1e-7)
+
+
 def test_tensors_add_up_to_their_blocks() -> None:
     base = tiny_llama()
     other = perturbed(base, 0.05)
@@ -251,7 +279,7 @@ def test_an_observer_is_told_of_its_passes() -> None:
     attributed(base, perturbed(base, 0.02), observer=Watcher())
     [(compared, done), (passed, all_of_it)] = told
     assert compared == done
-    assert passed == all_of_it == 4 * compared
+    assert passed == all_of_it == 3 * compared  # of four points one is base, which runs no more
 
 
 def test_a_tied_table_is_one_group() -> None:

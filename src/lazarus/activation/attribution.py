@@ -8,7 +8,7 @@ Shapley 1974, Values of Non-Atomic Games; integrated gradients, Sundararajan et 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol, runtime_checkable
 
@@ -24,7 +24,7 @@ from lazarus.names.components import Namer, Place
 from lazarus.options import Options
 
 POINTS = (4, 8, 16)
-"""the numbers of points of the quadrature that are tried, until the error is small enough"""
+"""The numbers of points of the quadrature that are tried, until the error is small enough. One is base."""
 MOST_LOGITS = 2**25
 """The logits of base that are held at once, beyond those of one batch."""
 N_RESTORED = (1, 3)
@@ -96,6 +96,8 @@ class _Job:
     plan: RunPlan
     runner: PathRunner
     watcher: Observer
+    all_asked: list[Asked] = field(default_factory=list)
+    """every batch with base's logits, where there was room for all at once"""
 
     @property
     def n_prompts(self) -> int:
@@ -122,7 +124,8 @@ class _Job:
         plan = self.plan
         distinct = [plan.base_prompts[i] for i in plan.repeats.distinct]
         padding = "one_by_one" if self.contributions.one_by_one else self.pair.padding(plan.longest)
-        return make_batches(distinct, plan.batch_tokens, padding, plan.pad_ids[0])
+        # Half as many tokens as in the run: a backward pass needs the states of all blocks at once.
+        return make_batches(distinct, max(1, plan.batch_tokens // 2), padding, plan.pad_ids[0])
 
     def measure_kl(self) -> Floats:
         """Return KL(base‖fine-tuned) of each prompt."""
@@ -136,31 +139,34 @@ class _Job:
     def integrate(self, n_points: int) -> Floats:
         """Return every parameter's part in each prompt's KL: [changes, prompts]."""
         parts = np.zeros((len(self.runner.path.changes), self.n_prompts))
-        nodes, weights = np.polynomial.legendre.leggauss(n_points)
-        self.watcher.running(n_points * sum(batch.n_tokens for batch in self.batches))
+        points = points_beside_base(n_points)
+        self.watcher.running(len(points) * sum(batch.n_tokens for batch in self.batches))
         for asked in self._asked():
-            for node, weight in zip(nodes.tolist(), weights.tolist(), strict=True):
-                # From [−1, 1] to [0, 1].
-                self.runner.path.move((node + 1) / 2)
+            for alpha, weight in points:
+                self.runner.path.move(alpha)
                 for each in asked:
                     self.runner.add_up(each, self.contributions)
-                    parts[:, each.batch.prompts] += weight / 2 * self.contributions.found.numpy()
+                    parts[:, each.batch.prompts] += weight * self.contributions.found.numpy()
                     self.watcher.advanced(each.batch.n_tokens)
         return self._spread(parts)
 
     def _asked(self) -> Iterator[list[Asked]]:
-        """Run base on the batches, so many at a time that there is room for its logits."""
+        """Run base on the batches, so many at a time that there is room for its logits; all are kept."""
+        if self.all_asked:
+            yield self.all_asked
+            return
         asked: list[Asked] = []
         batches = self.batches  # learning how to make them moves the path
         self.runner.path.move(0.0)
-        for batch in batches:
+        for n_done, batch in enumerate(batches, start=1):
             asked.append(self.runner.ask(batch))
-            if sum(each.logits.numel() for each in asked) > MOST_LOGITS:
+            if n_done < len(batches) and sum(each.logits.numel() for each in asked) > MOST_LOGITS:
                 yield asked
                 asked = []
                 self.runner.path.move(0.0)
-        if asked:
-            yield asked
+        if len(asked) == len(batches):
+            self.all_asked = asked
+        yield asked
 
     def restore(self, found: Attributed) -> list[tuple[tuple[str, ...], float]]:
         """Set the groups with the largest parts back to base, and return the KL that is left."""
@@ -180,6 +186,20 @@ class _Job:
         for prompt, others in self.plan.repeats.others.items():
             values[..., list(others)] = values[..., [prompt]]
         return values
+
+
+def points_beside_base(n_points: int) -> list[tuple[float, float]]:
+    """Return where the integrand is found, in (0, 1), and the weights, of a Gauss–Radau quadrature.
+
+    One of the points is base, where KL(base‖here) is least and the integrand f is 0, so it need not run. With
+    f(t) = t h(t) the others are those of ∫₀¹ t h(t) dt, a Gauss–Jacobi quadrature: of n points in all it is
+    exact for polynomials f up to degree 2n − 2.
+    """
+    from scipy.special import roots_jacobi
+
+    nodes, weights = roots_jacobi(n_points - 1, 0, 1)
+    at = (nodes + 1) / 2  # from [−1, 1] to [0, 1]
+    return list(zip(at.tolist(), (weights / (4 * at)).tolist(), strict=True))
 
 
 def _blocks(path: Path) -> Iterator[Group]:

@@ -116,8 +116,9 @@ class Contributions:
 
     def _on_gradient(self, index: int, parameter: Tensor) -> None:
         assert parameter.grad is not None
-        self.found[index] += (parameter.grad * self.changes[index].delta()).sum(dtype=torch.float64).cpu()
-        parameter.grad = None
+        gradient, parameter.grad = parameter.grad, None
+        for rows, delta in self.changes[index].pieces():
+            self.found[index] += gradient[rows].mul_(delta).sum(dtype=torch.float64).cpu()
 
     def _on_output(
         self, held: Mapping[str, int], module: nn.Module, args: Any, kwargs: Any, output: Any
@@ -181,16 +182,23 @@ class _Call:
         if type(self.module) is nn.Linear and inputs is not None:
             if attribute == "bias":
                 return gradient * change.delta()
-            # On the side with fewer features.
-            if self.module.in_features < self.module.out_features:
-                return (gradient @ change.delta()) * inputs
-            return (inputs @ change.delta().T) * gradient
+            return self._linear(change, inputs, gradient)
         if type(self.module) is nn.Embedding and inputs is not None:
             return gradient * change.delta(inputs)
         if attribute not in self._tangents:
             self._tangents[attribute] = self._forward(attribute, change)
         tangent = self._tangents[attribute][place]
         return None if tangent is None else gradient * tangent
+
+    def _linear(self, change: Change, inputs: Tensor, gradient: Tensor) -> Tensor:
+        found = gradient.new_zeros(*gradient.shape[:-1], 1)
+        is_narrow = inputs.shape[-1] < gradient.shape[-1]
+        for rows, delta in change.pieces():
+            part = gradient[..., rows]
+            # On the side with fewer features.
+            product = (part @ delta) * inputs if is_narrow else (inputs @ delta.T) * part
+            found += product.sum(-1, keepdim=True)
+        return found
 
     def _forward(self, attribute: str, change: Change) -> list[Tensor | None]:
         found: list[Tensor | None] = []

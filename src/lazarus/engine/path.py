@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from lazarus.errors import UnsupportedModelError
 from lazarus.messages import option
 from lazarus.models import Effective, LoadedModel, dissect, effective_tensors, settings_that_differ, unwrapped
 
+MOST_ELEMENTS = 2**22
+"""The elements of a change that are held at once, where it can be taken in pieces."""
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -27,10 +30,20 @@ class Change:
     base: Tensor
     finetuned: Tensor
 
-    def delta(self, rows: Tensor | None = None) -> Tensor:
-        """Return the fine-tuned parameter less base's in float32, or the rows of these indices."""
+    def delta(self, rows: Tensor | slice | None = None) -> Tensor:
+        """Return the fine-tuned parameter less base's in float32, or some of its rows."""
         base, finetuned = (t if rows is None else t[rows] for t in (self.base, self.finetuned))
         return finetuned.to(torch.float32) - base.to(torch.float32)
+
+    def pieces(self) -> Iterator[tuple[slice | EllipsisType, Tensor]]:
+        """Yield rows of the parameter and the delta there, a few at a time so that it takes little memory."""
+        if self.base.ndim == 0:
+            yield ..., self.delta()
+            return
+        n_rows = max(1, MOST_ELEMENTS * len(self.base) // max(1, self.base.numel()))
+        for start in range(0, len(self.base), n_rows):
+            rows = slice(start, start + n_rows)
+            yield rows, self.delta(rows)
 
     def move(self, alpha: float) -> None:
         """Set it to base + alpha (fine-tuned − base)."""

@@ -148,7 +148,9 @@ class Attribution(Record, frozen=True, kw_only=True):
     completeness_error: Annotated[
         float, Meta(ge=0, description="|sum − kl| / kl: what the quadrature misses")
     ]
-    n_points: Annotated[int, Meta(ge=1, description="points of the Gauss–Legendre quadrature")]
+    n_points: Annotated[
+        int, Meta(ge=1, description="points of the Gauss–Radau quadrature, of which one is base")
+    ]
     groups: Annotated[
         list[AttributedGroup], Meta(description="blocks in order, and then what is outside them")
     ]
