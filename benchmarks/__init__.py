@@ -23,6 +23,13 @@ pairs.py         models that differ from the base in a known place
 trust_results.py what was measured, as records
 trust_report.py  docs/trust.md and its figure
 
+attribution.py          the command: attribution against experiments, and what it costs
+attribution_pairs.py    roundings, fine-tunes and hybrids of SmolLM2
+attribution_oracles.py  all hybrids, one block alone, an adapter
+attribution_subjects.py two blocks that are trained on two subjects
+attribution_cost.py     seconds in passes of base, and memory
+attribution_results.py  what was measured, as records, and its part of docs/attribution.md
+
 And whether the tests would notice a fault:
 
 mutants.py         the command: small faults in the code, and the tests that find them
