@@ -48,7 +48,7 @@ from transformers import (
 from factories import notes_of, save_model, word_tokenizer
 from layouts import edit_json, edit_weights
 from lazarus import ActivationDiff, activation_diff, load_result
-from lazarus.errors import GateNotMetError
+from lazarus.errors import GateNotMetError, UsageError
 from lazarus.results import Output, Scores
 from lazarus.statistics import rank_correlation, share_interval, similarity_correlation, size_interval
 
@@ -639,6 +639,15 @@ def test_streamed_and_in_shards_the_numbers_are_the_same(kind: str, tmp_path: Pa
         assert found.kind == expected.kind
         assert found.noise_floor == pytest.approx(expected.noise_floor)
         assert_same(found.scores, expected.scores)
+
+
+def test_a_folder_of_work_is_refused_when_a_module_has_changed(tmp_path: Path) -> None:
+    model, work = ENCODERS["bert"]().eval(), str(tmp_path / "work")
+    folders = [save_encoder(tmp_path / name, model, ["mean_tokens"]) for name in ("base", "twin")]
+    compare(folders[0], folders[1], work_dir=work)
+    edit_json(folders[1] / "1_Pooling" / "config.json", pooling_mode_cls_token=True)
+    with pytest.raises(UsageError, match=r"1_Pooling/config\.json"):
+        compare(folders[0], folders[1], work_dir=work)
 
 
 def assert_same(one: Scores | None, other: Scores | None) -> None:

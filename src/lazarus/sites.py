@@ -21,7 +21,8 @@ Position = Literal["auto", "last", "mean", "all", "response"] | int
 class StatePair:
     """The states of two models at one site: row i of both is the same token of prompt `prompts[i]`.
 
-    All rows of a prompt come in one pair, but for those of the site `logits`, which may come in parts.
+    All rows of a prompt come in one pair, but for those of the site `logits`, which may come in parts. Where
+    scores or embeddings are compared, they stand in place of the logits.
     """
 
     site: Site

@@ -73,8 +73,10 @@ def find_scored(
     if found[0] is None or found[1] is None:
         whys = [check.why_not for check in checks if check.why_not]
         having = [name for name, each, e in zip(names, found, embedders, strict=True) if each or e]
-        alone = f"only {having[0]} gives scores or embeddings" if having else None
-        return next(iter(whys), alone)
+        if whys or not having:
+            return next(iter(whys), None)
+        is_alone = len(having) == 1
+        return f"only {having[0]} gives scores or embeddings" if is_alone else "one scores, and one embeds"
     kind = found[0].kind
     if kind != found[1].kind:
         return f"{names[0]} and {names[1]} do not both score prompts, or both tokens"

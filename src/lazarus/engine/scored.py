@@ -23,7 +23,7 @@ from lazarus.batches import Padding, TokenBatch
 from lazarus.engine.head import alike, returning
 from lazarus.engine.positions import RowPicker
 from lazarus.engine.recorder import Recorder, RowSelection, accepted, calling
-from lazarus.errors import UnsupportedModelError
+from lazarus.errors import DeviceError, UnsupportedModelError
 from lazarus.metrics import ScoreKind, to_float64
 from lazarus.models import Embedder, LoadedModel
 from lazarus.sites import Position
@@ -153,8 +153,8 @@ def check_labels(
     try:
         with torch.no_grad(), modules_run(model) as ran:
             alone = [_logits(model, ids) for ids in rows.values()]
-    except (UnsupportedModelError, _NoLabelsError):
-        return NO_LABELS
+    except (DeviceError, UnsupportedModelError, _NoLabelsError):
+        return NO_LABELS  # its states can be compared all the same
     kind = _kind(alone[0], len(first), model)
     if kind is None:
         return NO_LABELS

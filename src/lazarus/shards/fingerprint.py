@@ -34,6 +34,8 @@ _WITHOUT_EFFECT = {
 }
 """Options that change no hidden state, or only through ids, device and dtype, which are compared."""
 _PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json", "*.py")
+_OF_EMBEDDERS = ("modules.json", "*/config.json", "*/*.safetensors")
+"""files of the modules of a sentence-transformers model, from its root"""
 _DIGITS = 16
 
 
@@ -83,9 +85,12 @@ def _files_of(source: Source) -> dict[str, Any]:
     if source.gguf_file:
         paths = [Path(path) for path in read_files(source).paths]
     else:
-        folder = Path(source.path, source.subfolder)
+        root, folder = Path(source.path), Path(source.path, source.subfolder)
         paths = sorted(path for pattern in _PATTERNS for path in folder.glob(pattern))
-    stats = {path.name: path.stat() for path in paths}
+        if (root / "modules.json").exists():
+            paths += sorted(path for pattern in _OF_EMBEDDERS for path in root.glob(pattern))
+    # A module has a name like the model's, in a folder of its own.
+    stats = {path.relative_to(source.path).as_posix(): path.stat() for path in paths}
     return {
         f"{name} of {source.name}": f"{found.st_size} bytes, changed at {found.st_mtime_ns} ns"
         for name, found in stats.items()
