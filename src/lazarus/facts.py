@@ -9,8 +9,25 @@ from typing import Literal
 
 from lazarus.results import ModelInfo
 
-Site = int | Literal["embedding", "final_norm", "logits"]
-"""a layer by its number; what enters the first block; what leaves the final norm; the logits"""
+ComponentName = Literal["attn_out", "mlp_out", "router", "experts"]
+"""what attention, or whatever mixes tokens in its place, adds to the residual stream; what the MLP adds; the
+router's logits; the experts that are picked"""
+
+
+@dataclass(frozen=True)
+class ComponentSite:
+    """A component of a block."""
+
+    layer: int
+    name: ComponentName
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.name}"
+
+
+Site = int | ComponentSite | Literal["embedding", "final_norm", "logits"]
+"""a layer by its number; a component of one; what enters the first block; what leaves the final norm; the
+logits"""
 
 
 class PairShape(ABC):

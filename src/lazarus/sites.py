@@ -22,7 +22,8 @@ class StatePair:
     """The states of two models at one site: row i of both is the same token of prompt `prompts[i]`.
 
     All rows of a prompt come in one pair, but for those of the site `logits`, which may come in parts. Where
-    scores or embeddings are compared, they stand in place of the logits.
+    scores or embeddings are compared, they stand in place of the logits. The experts that are
+    picked are rows of 0 and 1, one column an expert, of every compared token: never a mean.
     """
 
     site: Site
@@ -33,6 +34,8 @@ class StatePair:
     """what the fine-tuned model's block makes of base's states, where that was asked for"""
     trial: int | None = None
     """the number of a trial of the noise, in which `finetuned` is base once more; None otherwise"""
+    change: Float[Tensor, " rows"] | None = None
+    """at the experts that are picked: ‖f − b‖² of the block's output at each token; None with a mean"""
 
     @classmethod
     def of(cls, site: Site, prompts: Any, base: Any, finetuned: Any, trial: int | None = None) -> StatePair:

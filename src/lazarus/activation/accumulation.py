@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lazarus.activation.components import ComponentMeans
 from lazarus.activation.repeats import Repeats
-from lazarus.facts import PairFacts, Site
+from lazarus.facts import ComponentSite, PairFacts, Site
 from lazarus.metrics import (
     MOST_KEPT,
     OUTPUT_METRICS,
@@ -102,6 +103,8 @@ class Accumulation:
     plan: Plan
     sites: dict[Site, SiteMeasures] = field(init=False)
     """the accumulators of each site of the residual stream"""
+    components: ComponentMeans = field(init=False)
+    """those inside the blocks, where they are compared"""
     output: PromptMeans = field(init=False)
     """those of the next-token distributions, or of the scores"""
     token_outputs: TokenOutputs = field(init=False)
@@ -120,6 +123,7 @@ class Accumulation:
         kept = _kept(self.n_prompts, self.plan.settings.seed)
         site_plan = SitePlan(self.n_prompts, centered, kept, self.plan.traced)
         self.sites = {site: SiteMeasures(site_plan) for site in self.facts.sites}
+        self.components = ComponentMeans(self.n_prompts)
         self.output = self._means_of_output(kept)
         self.token_outputs = TokenOutputs(self.plan.traced)
         self.margin_noise = float("nan")
@@ -129,8 +133,11 @@ class Accumulation:
     def take(self, pairs: Iterable[StatePair]) -> Accumulation:
         """Take in every pair, for each of the prompts that it stands for; returns itself."""
         for pair in pairs:
-            # First, because trials have logits as well, and of these only the relative L2 is used.
-            if pair.trial is not None:
+            if isinstance(pair.site, ComponentSite):
+                for each in [pair] if pair.trial is not None else self.repeats.spread(pair):
+                    self.components.take(each)
+            # Before the logits: trials have logits as well, and of these only the relative L2 is used.
+            elif pair.trial is not None:
                 self._take_trial(pair, pair.trial)
             elif pair.site == "logits":
                 self._take_logits(pair)
@@ -146,6 +153,7 @@ class Accumulation:
         found |= within("margin", {"noise": np.asarray(self.margin_noise)})
         if self.n_logits_not_finite.any():
             found |= within("not_finite", {"logits": self.n_logits_not_finite})
+        found |= within("components", self.components.state())
         for site, measures in self.sites.items():
             found |= within(f"sites/{site}", measures.state())
         for trial, noise in enumerate(self.noise):
@@ -163,6 +171,7 @@ class Accumulation:
         self.token_outputs.add(parts["tokens"])
         self._move_margin(parts["margin"]["noise"].item())
         self.n_logits_not_finite += parts.get("not_finite", {}).get("logits", 0)
+        self.components.add(parts.get("components", {}))
         for site, measures in parts_of(parts["sites"]).items():
             self.sites[named[site]].add(measures)
         for trial, noise in parts_of(parts.get("noise", {})).items():

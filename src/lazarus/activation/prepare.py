@@ -15,12 +15,22 @@ from lazarus.activation.readout import readable_layers
 from lazarus.activation.runplan import RunPlan
 from lazarus.activation.scope import find_scope
 from lazarus.blame import MemoryFaults
-from lazarus.engine import ModelPair, PrefixPlan, check_positions, check_shapes, learn_pair, share_prefix
+from lazarus.engine import (
+    ModelPair,
+    PrefixPlan,
+    check_positions,
+    check_shapes,
+    learn_pair,
+    note_components,
+    share_prefix,
+    with_components,
+)
 from lazarus.facts import PairFacts
 from lazarus.loading import Model, Role, less_memory, load_models
 from lazarus.messages import option
 from lazarus.metrics import FEWEST_FOR_CKA
 from lazarus.models import LoadedModel
+from lazarus.names.sublayers import sublayers
 from lazarus.notes import Notes
 from lazarus.options import EACH_TOKEN, Options, parse_position, parse_token_prompts
 from lazarus.prompts import Prompt, PromptList
@@ -125,16 +135,16 @@ def _learn(
     check_shapes(pair, len(prompts), FEWEST_FOR_CKA, localize=options.localize)
     if options.attribute is not None:
         check_attribution(pair)
+    if options.sites == "all":
+        finders = sublayers(models[0].model, models[0].anatomy), sublayers(models[1].model, models[1].anatomy)
+        pair = with_components(pair, reading.samples, finders)
+        note_components(pair, notes)
     layers = readable_layers(options, pair, reading)
     run = _run_plan(given, pair, reading)
     lengths = [len(prompt.ids) for prompt in reading.base]
     pair.note_run(max(lengths), notes)
     check_positions(run.position, lengths, notes)
-    twice = f"{option('localize')} runs blocks twice, and a cache takes a token in once"
-    whole = None if pair.scored is None else "scores and embeddings are made of whole prompts"
-    prefix_plan = PrefixPlan(
-        run.position, run.batch_tokens, reading.pad_ids[0], twice if run.localize else whole
-    )
+    prefix_plan = PrefixPlan(run.position, run.batch_tokens, reading.pad_ids[0], _whole_prompts(run, pair))
     # It runs prompts, so it comes after the checks that refuse them.
     run = replace(run, n_prefix=share_prefix(pair, reading.base, prefix_plan, notes))
     scope = find_scope(pair, reading, notes)
@@ -145,6 +155,15 @@ def _learn(
     scored = None if pair.scored is None else pair.scored.plan
     plan = Plan(_prompts(reading), settings, run.traced, scope.outcomes, run.repeats, scored)
     return Prepared(given, pair, reading, run, pair_facts(pair, scope), plan, notes, layers)
+
+
+def _whole_prompts(run: RunPlan, pair: ModelPair) -> str | None:
+    """Return why a prefix that prompts have in common runs with each of them; None where it need not."""
+    if run.localize:
+        return f"{option('localize')} runs blocks twice, and a cache takes a token in once"
+    if pair.base_conventions.components is not None:
+        return f"{option('sites', 'all')} looks into blocks at every token of a prompt"
+    return None if pair.scored is None else "scores and embeddings are made of whole prompts"
 
 
 def _note_precision(model: LoadedModel, notes: Notes) -> None:
@@ -247,6 +266,7 @@ def _settings(given: Given, pair: ModelPair, run: RunPlan) -> Settings:
         dequantize=options.dequantize,
         align=pair.align,
         localize=run.localize,
+        sites="all" if options.sites == "all" else "blocks",
         attribute=_attribute(options),
         readout=options.readout,
         noise_floor=run.noise_floor,

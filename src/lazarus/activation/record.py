@@ -21,6 +21,7 @@ from lazarus.result_classes import ActivationDiff
 from lazarus.results import (
     SCHEMA_VERSION,
     ActivationDiffRecord,
+    ComponentRecord,
     Environment,
     LayerRecord,
     Readout,
@@ -84,6 +85,7 @@ def conclude(
                 for site in ("embedding", "final_norm")
                 if site in pair.sites
             ],
+            components=_components(seen),
             results=found.rows(about.attributed),
             summary=found.summary(),
             output=found.output,
@@ -95,6 +97,12 @@ def conclude(
             note_codes=notes.codes,
         )
     )
+
+
+def _components(seen: Accumulation) -> list[ComponentRecord] | None:
+    if seen.plan.settings.sites != "all":
+        return None
+    return seen.components.records(seen.facts.base.info.run_dtype)
 
 
 def _layer(found: Findings, layer: int) -> LayerRecord:

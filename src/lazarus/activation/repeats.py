@@ -58,13 +58,13 @@ class Repeats:
         """Yield the pair, and its rows again for the prompts that repeat its own, a portion at a time."""
         yield found
         for rows, prompts in self.copies(found.prompts):
-            base, finetuned, local = (
+            base, finetuned, local, change = (
                 None if states is None else states[rows.to(states.device)]
-                for states in (found.base, found.finetuned, found.local)
+                for states in (found.base, found.finetuned, found.local, found.change)
             )
             assert base is not None
             assert finetuned is not None
-            yield replace(found, prompts=prompts, base=base, finetuned=finetuned, local=local)
+            yield replace(found, prompts=prompts, base=base, finetuned=finetuned, local=local, change=change)
 
     def copies(
         self, prompts: Int[Tensor, " rows"]

@@ -26,6 +26,7 @@ attribution.py the integrand of an attribution, at one point of a path
 """
 
 from lazarus.engine.attribution import Asked, PathRunner
+from lazarus.engine.components import learn_components, note_components, with_components
 from lazarus.engine.contributions import Contributions
 from lazarus.engine.coverage import Coverage, find_coverage
 from lazarus.engine.finite import Break, broken_weights, find_break, note_of_weights
@@ -63,11 +64,14 @@ __all__ = [
     "find_coverage",
     "head_reads_blocks",
     "learn",
+    "learn_components",
     "learn_pair",
+    "note_components",
     "note_of_weights",
     "one_ulp_away",
     "pick_sample",
     "run",
     "run_pairs",
     "share_prefix",
+    "with_components",
 ]

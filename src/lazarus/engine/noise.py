@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lazarus.batches import Padding, TokenBatch
 from lazarus.engine.pair import ModelPair
 from lazarus.engine.runner import Runner, States, joined, output_pairs
-from lazarus.facts import Site
+from lazarus.engine.taps import BlockRows, ComponentRows, component_pairs
+from lazarus.facts import ComponentSite, Site
 from lazarus.sites import Position, StatePair
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -101,6 +102,15 @@ class Sample:
             own = torch.nonzero(prompts == prompt).flatten()
             self._rows[site, prompt] = rows[own.to(rows.device)]
 
+    def take_block(self, sites: Sequence[ComponentSite], rows: BlockRows) -> None:
+        """Keep these prompts' rows of the components of a block."""
+        for site in sites:
+            self.take(site, rows.prompts_of(site.name), rows.components[site.name])
+
+    def give_block(self, sites: Sequence[ComponentSite], batch: TokenBatch) -> ComponentRows:
+        """Return the rows of the components of a block; they are kept no longer."""
+        return {site.name: self.give(site, batch) for site in sites}
+
     def holds(self, site: Site, batch: TokenBatch) -> bool:
         """Return whether the rows of all prompts of a batch are there."""
         return all((site, prompt) in self._rows for prompt in batch.prompts)
@@ -132,6 +142,8 @@ class Noise:
         # zip stops at the last site of the pair: a final norm that base alone has is none.
         for site, rows in zip(self.pair.sites, states.sites, strict=False):
             self.sample.take(site, states.prompts, rows)
+        for layer in range(len(states.components)):
+            self.sample.take_block(self.pair.component_sites(layer), states.block(layer))
         self.sample.take("logits", states.head_prompts, states.head_rows)
 
     def run(self, advanced: Callable[[int], None]) -> Iterator[StatePair]:
@@ -147,6 +159,8 @@ class Noise:
     def _run(self, batch: TokenBatch) -> Iterator[StatePair]:
         sites = self.pair.sites
         plain, read = [self.sample.give(site, batch) for site in sites], self.sample.give("logits", batch)
+        layers = [self.pair.component_sites(layer) for layer in range(self.pair.n_layers[0])]
+        inside = [self.sample.give_block(each, batch) for each in layers]
         trials = count()
         for parts in self.plan.recomposed(batch, self.pair.base.anatomy.context):
             moved = self._moved(batch, parts)
@@ -154,6 +168,10 @@ class Noise:
                 trial = next(trials)
                 for site, b, f in zip(sites, plain, other.sites, strict=False):
                     yield StatePair(site, other.prompts, b, f, trial=trial)
+                for layer, each in enumerate(layers):
+                    moved_block = other.block(layer)
+                    own = replace(moved_block, states=plain[1 + layer], components=inside[layer])
+                    yield from component_pairs(each, own, moved_block, trial=trial)
                 ours = States(other.prompts, plain, other.head_prompts, read)
                 yield from output_pairs(self._outputs, self._outputs, ours, other, trial)
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import takewhile
 from typing import Literal
 
 from lazarus.batches import Padding
+from lazarus.engine.forms import Form
 from lazarus.engine.outputs import Scored, find_scored
 from lazarus.engine.probe import Conventions, learn, passes_go_on
 from lazarus.engine.scored import ScoreHead
 from lazarus.errors import ShapeMismatchError
-from lazarus.facts import PairShape
+from lazarus.facts import ComponentName, ComponentSite, PairShape
 from lazarus.messages import option
 from lazarus.models import LoadedModel, shared_blocks
 from lazarus.models import same_design as have_same_design
@@ -70,6 +72,26 @@ class ModelPair(PairShape):
     def score_head(self, side: int) -> ScoreHead | None:
         """Return what makes the scores of base, 0, or of the fine-tuned model, 1, where they are compared."""
         return None if self.scored is None else self.scored.heads[side]
+
+    @cached_property
+    def forms(self) -> tuple[list[Form], list[Form]]:
+        """What is inside each block of base, and inside its counterpart; empty where that is not compared."""
+        ours, theirs = self.base_conventions.components, self.finetuned_conventions.components
+        if ours is None or theirs is None:
+            return [], []
+        return list(map(ours.at, range(self.n_layers[0]))), list(map(theirs.at, self.matched))
+
+    def component_sites(self, layer: int) -> list[ComponentSite]:
+        """Return the components of a block that both models have, as wide in one as in the other."""
+        if not self.forms[0]:
+            return []
+        ours, theirs = self.forms[0][layer], self.forms[1][layer]
+        names = list[ComponentName](ours.terms if self.same_width else [])
+        # Of two readings of a text the last tokens are compared, which need not be the same token.
+        if self.align == "ids" and ours.router and theirs.router:
+            same_experts = ours.router.n_experts == theirs.router.n_experts
+            names += [name for name in ("router", "experts") if same_experts and name in ours.names]
+        return [ComponentSite(layer, name) for name in names if name in theirs.names]
 
     def padding(self, longest: int) -> Padding:
         """The batching that is right for both models and prompts of up to `longest` tokens."""

@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput
 
 from lazarus.batches import Padding
 from lazarus.engine.finite import find_break
+from lazarus.engine.forms import Components
 from lazarus.engine.head import (
     NO_HEAD,
     HeadCheck,
@@ -64,6 +65,12 @@ class Conventions:
     padding_is_known: bool = True
     """False where too few states were finite to see what padding does"""
     notes: tuple[Note, ...] = ()
+    components: Components | None = None
+    """the sublayers of each block, where they are compared (`learn_components`)"""
+
+    def by_token(self, tensor: Tensor, n_tokens: int) -> Float[Tensor, "batch time width"]:
+        """A tensor inside a block with batch and time in front; there the rows of all may be in one axis."""
+        return tensor.view(-1, n_tokens, tensor.shape[1]) if tensor.dim() == 2 else self.rows(tensor)
 
     def rows(self, states: Tensor) -> Float[Tensor, "batch time hidden"]:
         """A block's states with batch and time in front and all features in one axis."""

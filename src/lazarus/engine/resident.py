@@ -8,11 +8,12 @@ from contextlib import nullcontext
 from torch import Tensor
 
 from lazarus.batches import BatchPair
-from lazarus.engine.local import beside
+from lazarus.engine.local import beside, components_beside
 from lazarus.engine.pair import ModelPair
 from lazarus.engine.positions import RowPicker
 from lazarus.engine.replay import Passed, recording
 from lazarus.engine.runner import Begun, Runner, States, output_pairs
+from lazarus.engine.taps import ComponentRows, component_pairs
 from lazarus.sites import Position, StatePair
 
 
@@ -58,8 +59,11 @@ class Resident:
             DeviceError: the batch does not fit the device's memory.
         """
         pair, position = self.pair, self.position
-        local: list[Tensor] = []
-        picking = self.base.picking(RowPicker.of(batch.base, position))
+        local, inside = list[Tensor](), list[ComponentRows | None]()
+        picking, picker = (
+            self.base.picking(RowPicker.of(batch.base, position)),
+            self.base.inside(batch.base, position),
+        )
         # With a tokenizer each the ids may differ, and then no block of base's stands for the other's.
         passed, n_common = Passed(), pair.n_common if batch.base is batch.finetuned else 0
         # Before the hooks: the prefix is a pass of its own, and neither recorded nor run beside.
@@ -67,19 +71,32 @@ class Resident:
         with (
             recording(pair.base.anatomy.blocks[:n_common], passed.add),
             beside(pair, picking, local) if self.localize else nullcontext(),
+            components_beside(pair, picker, inside) if self.localize and picker else nullcontext(),
         ):
             ours = self.base.run(batch.base, position)
         prefix = self.base.prefix_of(batch.base, position)
         begun = Begun(n_common, passed, ours, prefix) if n_common else None
         theirs = self.finetuned.run(batch.finetuned, position, begun)
-        return ours, self._pairs(ours, theirs, local)
+        return ours, self._pairs(ours, theirs, local, inside)
 
-    def _pairs(self, ours: States, theirs: States, local: Sequence[Tensor]) -> Iterator[StatePair]:
+    def _pairs(
+        self,
+        ours: States,
+        theirs: States,
+        local: Sequence[Tensor],
+        inside: Sequence[ComponentRows | None],
+    ) -> Iterator[StatePair]:
         pair = self.pair
         matched = [theirs.sites[0], *(theirs.sites[1 + i] for i in pair.matched), theirs.sites[-1]]
         own: Sequence[Tensor | None] = local or [None] * len(pair.matched)
         # zip stops at the last common site: a final norm that only one of them has is no site.
         for site, b, f, changed in zip(pair.sites, ours.sites, matched, [None, *own, None], strict=False):
             yield StatePair(site, ours.prompts, b, f, changed)
+        for layer, counterpart in enumerate(pair.matched):
+            block = ours.block(layer)
+            # Where a block is the same in both, F(b) is B(b).
+            beside_it = None if not inside else block.components if inside[layer] is None else inside[layer]
+            sites = pair.component_sites(layer)
+            yield from component_pairs(sites, block, theirs.block(counterpart), beside_it)
         if pair.compares_outputs:
             yield from output_pairs(self.base, self.finetuned, ours, theirs)

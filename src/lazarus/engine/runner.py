@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from lazarus.engine.probe import Conventions
 from lazarus.engine.recorder import Recorder, RowSelection
 from lazarus.engine.replay import Passed, UnlikeError, replaying
 from lazarus.engine.scored import BatchScores, ScoreHead
+from lazarus.engine.taps import BlockRows, ComponentPicker, ComponentRows, joined_rows, split_rows
 from lazarus.errors import UnsupportedModelError
 from lazarus.models import LoadedModel, same_bits
 from lazarus.sites import Position, StatePair
@@ -33,12 +35,26 @@ class States:
     sites: list[Tensor]
     head_prompts: Tensor
     head_rows: Tensor
+    components: Sequence[ComponentRows] = ()
+    """the rows inside each block, in order, where they are compared"""
+    token_prompts: Tensor | None = None
+    """of each compared token, its prompt: of the experts that are picked there is no mean"""
+
+    def block(self, layer: int) -> BlockRows:
+        """Return the rows of one block."""
+        inside = self.components[layer] if self.components else {}
+        return BlockRows(self.sites[1 + layer], inside, self.prompts, self.token_prompts)
 
     def split(self, n_parts: int) -> list[States]:
         """Return as many equal parts, in order."""
         sites = zip(*(rows.chunk(n_parts) for rows in self.sites), strict=True)
         others = (t.chunk(n_parts) for t in (self.prompts, self.head_prompts, self.head_rows))
-        return [States(p, list(rows), h, r) for rows, p, h, r in zip(sites, *others, strict=True)]
+        inside = [split_rows(each, n_parts) for each in self.components]
+        tokens = [None] * n_parts if self.token_prompts is None else self.token_prompts.chunk(n_parts)
+        return [
+            States(p, list(rows), h, r, [parts[i] for parts in inside], tokens[i])
+            for i, (rows, p, h, r) in enumerate(zip(sites, *others, strict=True))
+        ]
 
 
 @dataclass(frozen=True)
@@ -111,10 +127,10 @@ class Runner:
         if begun is not None and self._has_rows_of(begun, self.prefix_of(batch, position)):
             try:
                 with replaying(self.model.anatomy.blocks[: begun.n_blocks], begun.passed, verify=True):
-                    return self._run(batch, position, begun.sites)
+                    return self._run(batch, position, begun)
             except UnlikeError:
                 pass
-        return self._run(batch, position, [])
+        return self._run(batch, position)
 
     def prefix_of(self, batch: TokenBatch, position: Position) -> Prefix | None:
         """Return what this model made of the prefix before a batch; None where none ran by itself."""
@@ -132,8 +148,9 @@ class Runner:
         pairs = zip(prefix.sites[:n_sites], begun.prefix.sites[:n_sites], strict=True)
         return all(same_bits(ours, theirs) is True for ours, theirs in pairs)
 
-    def _run(self, batch: TokenBatch, position: Position, known: Sequence[Tensor]) -> States:
-        """A pass; `known` are the rows of the first sites, where they are known already."""
+    def _run(self, batch: TokenBatch, position: Position, begun: Begun | None = None) -> States:
+        """A pass, after the first blocks of `begun`."""
+        known: Sequence[Tensor] = begun.sites if begun else []
         picker = RowPicker.of(batch, position)
         # A mean of states is no token's state: the head reads the last token's instead.
         head_picker = RowPicker.of(batch, "last") if picker.average else picker
@@ -149,7 +166,12 @@ class Runner:
         prefix_cache = prefix.prefix_cache if prefix else None
         scores = BatchScores(self.score_head, batch, position) if self.score_head else None
         take = RowSelection(self.picking(picker), final, scores.take if scores else None)
-        seen = self.recorder.run(*batch.padded(), take, first, prefix_cache)
+        inside, blocks = self.inside(batch, position), self.model.anatomy.blocks
+        attached: AbstractContextManager[list[ComponentRows]] = (
+            inside.attached(blocks, range(first, len(blocks))) if inside else nullcontext([])
+        )
+        with attached as components:
+            seen = self.recorder.run(*batch.padded(), take, first, prefix_cache)
         embedding = [] if known else [seen.embedding]
         taken = [rows for rows in (*embedding, *seen.blocks, seen.final) if rows is not None]
         if prefix:
@@ -158,10 +180,17 @@ class Runner:
         sites = [*known, *taken]
         # Beside the blocks there are the embedding and the end.
         assert len(sites) == self.conventions.n_layers + 2, (len(sites), self.conventions.n_layers)
+        read = head_picker.prompts, sites[-1] if head_picker is picker else head_rows[0]
         if scores is not None:
-            return States(picker.prompts, sites, scores.prompts, scores.rows)
-        head = sites[-1] if head_picker is picker else head_rows[0]
-        return States(picker.prompts, sites, head_picker.prompts, head)
+            read = scores.prompts, scores.rows
+        replayed = begun.states.components[: begun.n_blocks] if begun else ()
+        tokens = inside.tokens.prompts if inside else None
+        return States(picker.prompts, sites, *read, [*replayed, *components], tokens)
+
+    def inside(self, batch: TokenBatch, position: Position) -> ComponentPicker | None:
+        """Return what takes the compared rows inside the blocks, where these are compared."""
+        components = self.conventions.components
+        return None if components is None else ComponentPicker.of(self.conventions, batch, position)
 
     def picking(self, picker: RowPicker) -> Callable[[Tensor], Tensor]:
         """Return what takes the compared rows out of a block's states."""
@@ -175,7 +204,9 @@ def joined(parts: Sequence[States]) -> States:
         torch.cat([getattr(part, name) for part in parts])
         for name in ("prompts", "head_prompts", "head_rows")
     ]
-    return States(others[0], sites, others[1], others[2])
+    components = [joined_rows(layer) for layer in zip(*(part.components for part in parts), strict=True)]
+    tokens = [part.token_prompts for part in parts if part.token_prompts is not None]
+    return States(others[0], sites, others[1], others[2], components, torch.cat(tokens) if tokens else None)
 
 
 def output_pairs(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lazarus.batches import TokenBatch
 from lazarus.engine.arguments import Arguments
-from lazarus.engine.local import beside
+from lazarus.engine.local import beside, components_beside
 from lazarus.engine.noise import NoisePlan, Sample, n_copies, nudged
 from lazarus.engine.pair import ModelPair
 from lazarus.engine.positions import RowPicker
@@ -30,7 +30,9 @@ from lazarus.engine.replay import (
 from lazarus.engine.runner import Runner, States, joined, output_pairs
 from lazarus.engine.scored import BatchScores
 from lazarus.engine.spill import SpillBuffer, check_room
+from lazarus.engine.taps import BlockRows, ComponentRows, component_pairs, split_blocks
 from lazarus.engine.work import Work
+from lazarus.facts import ComponentSite
 from lazarus.models import Equality, LoadedModel, free_bytes, give_back
 from lazarus.sites import Position, StatePair
 
@@ -42,11 +44,11 @@ KEPT_SHARE = 16
 
 @dataclass(frozen=True)
 class _Step:
-    """One block on one batch: its call, and the compared rows after it; before it for the first."""
+    """One block on one batch: its call, and the compared rows of it; those before it for the first."""
 
     call: Call
     embedding: Tensor | None
-    rows: Tensor
+    block: BlockRows
 
 
 class _Pass:
@@ -58,6 +60,9 @@ class _Pass:
         self.buffer = buffer
         self.blocks = runner.model.anatomy.blocks
         self.picker = RowPicker.of(batch, position)
+        self.inside = runner.inside(batch, position)
+        self.components: ComponentRows = {}
+        """the rows inside the last block that ran, where they are compared"""
         self.head_picker = RowPicker.of(batch, "last") if self.picker.average else self.picker
         self.scores = BatchScores(runner.score_head, batch, position) if runner.score_head else None
         self.is_alike = True
@@ -76,26 +81,34 @@ class _Pass:
         self.is_alike = False
         passed, calls = self._passed(), list[Call]()
         # The hook of `around` stands first: it moves the first block's input before that is recorded.
-        with around, recording([self.blocks[index]], calls.append):
+        tapped = self.inside.attached(self.blocks, range(index, index + 1)) if self.inside else _NOTHING
+        with around, tapped as components, recording([self.blocks[index]], calls.append):
             self._run(index, passed)
+        self.components = components[0] if components else {}
         return self._taken(calls[0], passed)
 
-    def step_as(self, index: int, twin: Call) -> _Step:
+    def step_as(self, index: int, twin: _Step) -> _Step:
         """Run a block that base has as well, or take base's call of it where all has been the same so far."""
         # The last block runs in any case: its pass goes on to the final norm.
         if self.is_alike and not self._ends_with(index):
             passed, received = self._passed(), list[Arguments]()
             with stopping_before(self.blocks[index], received):
                 self._run(index, passed)
-            if received[0].same_as(twin.received, Equality()):
-                return self._taken(twin, passed)
+            if received[0].same_as(twin.call.received, Equality()):
+                self.components = twin.block.components
+                return self._taken(twin.call, passed)
         return self.step(index)
 
-    def rows(self) -> Tensor:
-        """The compared rows after the last block that ran."""
+    def block(self) -> BlockRows:
+        """The compared rows after the last block that ran, and inside it."""
         states = self._passed().states
         assert states is not None
-        return self.runner.picking(self.picker)(states)
+        return self._block(states)
+
+    def _block(self, states: Tensor) -> BlockRows:
+        tokens = None if self.inside is None else self.inside.tokens.prompts
+        rows = self.runner.picking(self.picker)(states)
+        return BlockRows(rows, self.components, self.picker.prompts, tokens)
 
     def end(self) -> States:
         """The compared rows after the final norm, and those that the head reads, or the scores."""
@@ -133,7 +146,7 @@ class _Pass:
         passed.add(call)
         self.buffer.put(self, passed.parts())
         assert passed.states is not None
-        return _Step(call, pick(call.args[0]) if first else None, pick(passed.states))
+        return _Step(call, pick(call.args[0]) if first else None, self._block(passed.states))
 
 
 class _NoisePass:
@@ -153,24 +166,29 @@ class _NoisePass:
         """Return every pass of every trial."""
         return [part for parts in self.moved for part in parts]
 
-    def step(self, index: int, generator: torch.Generator, sample: Sample) -> Iterator[StatePair]:
-        """Run block `index` in every trial."""
+    def step(
+        self, index: int, sites: Sequence[ComponentSite], generator: torch.Generator, sample: Sample
+    ) -> Iterator[StatePair]:
+        """Run block `index` in every trial; `sites` are those inside it."""
         block, trials = self.runner.model.anatomy.blocks[0], count()
         entered, plain = (
             None if index else sample.give("embedding", self.batch),
             sample.give(index, self.batch),
         )
+        inside = sample.give_block(sites, self.batch)
         for parts in self.moved:
             steps = [p.step(index, _NOTHING if index else nudged(block, generator)) for p in parts]
             n = self._n_copies(parts)
-            rows = torch.cat([step.rows for step in steps]).chunk(n)
+            blocks = split_blocks([step.block for step in steps], n)
             before = [step.embedding for step in steps if step.embedding is not None]
             embeddings = torch.cat(before).chunk(n) if before else [None] * n
-            for other, embedding in zip(rows, embeddings, strict=True):
+            for other, embedding in zip(blocks, embeddings, strict=True):
                 trial = next(trials)
                 if embedding is not None and entered is not None:
                     yield StatePair("embedding", self.prompts, entered, embedding, trial=trial)
-                yield StatePair(index, self.prompts, plain, other, trial=trial)
+                yield StatePair(index, self.prompts, plain, other.states, trial=trial)
+                own = replace(other, states=plain, components=inside)
+                yield from component_pairs(sites, own, other, trial=trial)
 
     def ends(self, has_final_norm: bool, sample: Sample) -> Iterator[StatePair]:
         """The pairs after the final norm and at the logits."""
@@ -256,7 +274,7 @@ class _Stream:
             for again in self.again:
                 self._keep(layer, again, again.step(layer))
             for noise in self.noise:
-                yield from noise.step(layer, self.generator, self.sample)
+                yield from noise.step(layer, self.pair.component_sites(layer), self.generator, self.sample)
                 advanced(_share(noise.batch.n_tokens, layer, len(self.pair.matched)))
         self.n_done = counterpart + 1
 
@@ -277,27 +295,34 @@ class _Stream:
                 yield from noise.ends("final_norm" in self.pair.sites, self.sample)
 
     def _pair(self, layer: int, ours: _Pass, theirs: _Pass, is_new: bool) -> Iterator[StatePair]:
-        local: list[Tensor] = []
+        local, inside = list[Tensor](), list[ComponentRows | None]()
         same, prompts, pick = self._is_same(layer), ours.picker.prompts, ours.runner.picking(ours.picker)
-        runs_beside = self.work.localize and not same
-        b = ours.step(layer, beside(self.pair, pick, local, layer) if runs_beside else _NOTHING)
+        with ExitStack() as around:
+            if self.work.localize and not same:
+                around.enter_context(beside(self.pair, pick, local, layer))
+                if ours.inside is not None:
+                    around.enter_context(components_beside(self.pair, ours.inside, inside, layer))
+            b = ours.step(layer)
         if self.work.localize and same:
-            local = [b.rows]  # F(b) is B(b)
+            local, inside = [b.block.states], [b.block.components]  # F(b) is B(b)
         self._keep(layer, ours, b)
         if not is_new:  # base is the deeper one: the same block again
-            rows = theirs.rows()
+            block = theirs.block()
         else:
             counterpart = self.pair.matched[layer]
-            f = theirs.step_as(counterpart, b.call) if same else theirs.step(counterpart)
-            rows = f.rows
+            f = theirs.step_as(counterpart, b) if same else theirs.step(counterpart)
+            block = f.block
             entered = f.embedding if theirs.embedding is None else theirs.embedding
             if b.embedding is not None and entered is not None:
                 yield StatePair("embedding", prompts, b.embedding, entered)
-        yield StatePair(layer, prompts, b.rows, rows, local[0] if local else None)
+        yield StatePair(layer, prompts, b.block.states, block.states, local[0] if local else None)
+        sites = self.pair.component_sites(layer)
+        yield from component_pairs(sites, b.block, block, inside[0] if inside else None)
 
     def _keep(self, layer: int, ours: _Pass, step: _Step) -> None:
         """Keep what the noise needs of a block of base."""
-        self.sample.take(layer, ours.picker.prompts, step.rows)
+        self.sample.take(layer, ours.picker.prompts, step.block.states)
+        self.sample.take_block(self.pair.component_sites(layer), step.block)
         if step.embedding is not None:
             self.sample.take("embedding", ours.picker.prompts, step.embedding)
 

@@ -4,6 +4,7 @@ states.py      a pair of rows → its metrics; each prompt's means over its rows
 directions.py  what all prompts have in common: the unrelated-prompt baseline, the one static shift
 cka.py         similarity of two models of any widths, on one row a prompt
 outcomes.py    the next tokens that two models both have, and those that one alone has
+experts.py     the experts that two routers pick: how far they agree
 output.py      a pair of next-token distributions → how far apart they are
 scores.py      a pair of scores or embeddings → how far apart they are; which labels are the same
 rounding.py    a stored tensor held against base + update, rounded to its dtype
@@ -15,6 +16,7 @@ Everything here is float64: on the few rows that are compared, never on whole ac
 
 from lazarus.metrics.cka import FEWEST_FOR_CKA, MOST_KEPT, CkaRows, debiased_cka
 from lazarus.metrics.directions import Directions, normalized_divergence
+from lazarus.metrics.experts import EXPERT_METRICS, compare_experts
 from lazarus.metrics.outcomes import Outcomes, match_outcomes
 from lazarus.metrics.output import OUTPUT_METRICS, compare_logits, has_distribution
 from lazarus.metrics.scores import (
@@ -49,6 +51,7 @@ from lazarus.metrics.states import (
 from lazarus.metrics.traces import NextTokens, TokenOutputs, TokenTraces, margin_motion
 
 __all__ = [
+    "EXPERT_METRICS",
     "FEWEST_FOR_CKA",
     "LOCAL_METRICS",
     "MOST_KEPT",
@@ -71,6 +74,7 @@ __all__ = [
     "TokenOutputs",
     "TokenTraces",
     "centered_divergence",
+    "compare_experts",
     "compare_local",
     "compare_logits",
     "compare_rows",

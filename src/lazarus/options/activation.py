@@ -26,6 +26,7 @@ from lazarus.options.values import EACH_TOKEN, NAMED_POSITIONS, parse_readout, p
 
 MEMORY_MODES = ("auto", "resident", "stream")
 ALIGNMENTS = ("ids", "text")
+SITES = ("blocks", "all")
 ATTRIBUTED = ("blocks", "tensors")
 
 
@@ -74,6 +75,16 @@ Align = Annotated[
 ]
 Localize = Annotated[
     bool, Option("Also measure what each block itself adds, apart from what it inherits.", COMPARE)
+]
+Sites = Annotated[
+    str,
+    Option(
+        "all also compares what is inside each block: the outputs of attention and MLP, and in a mixture of "
+        "experts the router's logits and the experts that it picks.",
+        COMPARE,
+        "blocks|all",
+        check=partial(check_choice, choices=SITES),
+    ),
 ]
 Attribute = Annotated[
     str | None,
@@ -172,6 +183,7 @@ class Options(Checked):
     threshold: Threshold = 0.1
     align: Align = "ids"
     localize: Localize = False
+    sites: Sites = "blocks"
     attribute: Attribute = None
     readout: Readout = None
     token_prompts: TokenPrompts = "auto"
@@ -225,6 +237,7 @@ class OptionArguments(TypedDict, total=False):
     threshold: Threshold
     align: Align
     localize: Localize
+    sites: Sites
     attribute: Attribute
     readout: Readout
     token_prompts: TokenPrompts

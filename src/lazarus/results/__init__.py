@@ -30,6 +30,7 @@ from lazarus.results.lens_glossary import LENS_METRICS
 from lazarus.results.measured import (
     AttributedGroup,
     Attribution,
+    ComponentRecord,
     GroupContrast,
     GroupCurve,
     Groups,
@@ -86,6 +87,7 @@ __all__ = [
     "Attribution",
     "CheckpointInfo",
     "CompareRecord",
+    "ComponentRecord",
     "CopiedLayers",
     "Environment",
     "GroupContrast",

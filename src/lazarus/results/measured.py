@@ -60,6 +60,43 @@ class SiteRecord(Measures, frozen=True, kw_only=True):
     name: Literal["embedding", "final_norm"]
 
 
+class ComponentRecord(Record, frozen=True, kw_only=True):
+    """What is inside a block: what a sublayer adds to the residual stream, or what its router says."""
+
+    layer: Layer
+    name: Literal["attn_out", "mlp_out", "router"]
+    divergence: Divergence | None
+    relative_l2: Annotated[float | None, METRICS["relative_l2"].meta]
+    norm_ratio: Annotated[float | None, METRICS["norm_ratio"].meta]
+    n_prompts: Annotated[int, Meta(ge=0, description="prompts with at least one finite pair")]
+    noise_floor: Annotated[float | None, METRICS["noise_floor"].meta]
+    noise_floor_divergence: Annotated[
+        float | None, Meta(description="what numerical noise alone may reach, in divergence")
+    ]
+    local: LocalChange | None
+    expert_agreement: Annotated[
+        float | None,
+        Meta(
+            description="experts that both pick, as a share of those that one picks: 0 to 1, mean over tokens"
+        ),
+    ] = None
+    expert_agreement_noise: Annotated[
+        float | None, Meta(description="the agreement down to which noise alone may bring it")
+    ] = None
+    flipped_share: Annotated[
+        float | None, Meta(description="share of the tokens of which a picked expert differs")
+    ] = None
+    flipped_share_noise: Annotated[
+        float | None, Meta(description="what noise alone may reach, in the share of flipped tokens")
+    ] = None
+    flipped_change_share: Annotated[
+        float | None, Meta(description="share of Σ‖f − b‖² of the block's output that is at flipped tokens")
+    ] = None
+    flipped_change_share_noise: Annotated[
+        float | None, Meta(description="the largest such share in a trial of the noise")
+    ] = None
+
+
 class Scores(Record, frozen=True, kw_only=True):
     """The change of what a classifier, a reward model or a sentence encoder gives of a prompt."""
 

@@ -8,6 +8,7 @@ from msgspec import Meta, field
 
 from lazarus.results.measured import (
     Attribution,
+    ComponentRecord,
     Groups,
     LayerRecord,
     Output,
@@ -61,6 +62,7 @@ class Settings(Record, frozen=True, kw_only=True):
     dequantize: str = "auto"
     align: Literal["ids", "text"]
     localize: bool
+    sites: Literal["blocks", "all"] = "blocks"
     attribute: Literal["blocks", "tensors"] | None = None
     readout: str | None = None
     noise_floor: bool
@@ -159,6 +161,7 @@ class ActivationDiffRecord(Record, frozen=True, kw_only=True):
     prompts: list[PromptRecord]
     layers: list[LayerRecord]
     sites: list[SiteRecord]
+    components: list[ComponentRecord] | None = None
     results: ResultRows
     summary: Summary
     output: Output | None = None

@@ -15,7 +15,7 @@ from lazarus.statistics.correlation import (
 )
 from lazarus.statistics.groups import Contrast, GroupCurve, contrasts, group_curves
 from lazarus.statistics.intervals import MIN_PROMPTS, Intervals, intervals, onset, signed_intervals
-from lazarus.statistics.verdict import FACTOR, Floor, find_verdict, noise_floor
+from lazarus.statistics.verdict import FACTOR, Floor, find_verdict, noise_floor, share_floor
 
 __all__ = [
     "FACTOR",
@@ -31,6 +31,7 @@ __all__ = [
     "noise_floor",
     "onset",
     "rank_correlation",
+    "share_floor",
     "share_interval",
     "signed_intervals",
     "similarity_correlation",

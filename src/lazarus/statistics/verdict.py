@@ -14,6 +14,9 @@ S = TypeVar("S")
 FACTOR = 1.75
 """The floor is so many times the largest noise seen. Calibrated: docs/how-to-read-it.md, "Noise floor"."""
 
+_NORMAL_975 = 1.959964
+"""the quantile of the standard normal distribution above which 2.5 % lie"""
+
 EPSILONS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 
 
@@ -35,6 +38,19 @@ def noise_floor(trials: Sequence[tuple[float, float]], dtype: str) -> Floor:
     largest_l2 = max((l2 for l2, _ in trials), default=0.0)
     largest_divergence = max((divergence for _, divergence in trials), default=0.0)
     return Floor(max(FACTOR * largest_l2, rounding), max(FACTOR**2 * largest_divergence, rounding**2 / 2))
+
+
+def share_floor(largest: float, n_tokens: int) -> float:
+    """Return what noise may reach in a share of tokens, 0 to 1, from the largest share of any trial.
+
+    `FACTOR` times that share, and never below the upper end of its 95 % score interval (Wilson 1927): that
+    none of a few tokens has flipped does not tell that none of many will.
+    """
+    z2 = _NORMAL_975**2
+    center = (largest + z2 / (2 * n_tokens)) / (1 + z2 / n_tokens)
+    spread = math.sqrt(largest * (1 - largest) / n_tokens + z2 / (4 * n_tokens**2))
+    upper = center + _NORMAL_975 * spread / (1 + z2 / n_tokens)
+    return min(1.0, max(FACTOR * largest, upper))
 
 
 def find_verdict(seen: Mapping[S, float], floors: Mapping[S, Floor]) -> Verdict | None:
