@@ -78,8 +78,8 @@ WITHOUT_READOUT: dict[str, str] = {
 WITHOUT_COMPONENTS = frozenset({
     "bart", "beam", "bert", "bert-generation", "big_bird", "blenderbot-small", "camembert", "data2vec-text",
     "deepseek_v4", "dory", "electra", "ernie", "gemma3n_text", "git", "gpt_neox_japanese", "hy_v4",
-    "inkling2_loop_text", "inkling2_text", "longcat_flash", "marian", "minimax", "mvp", "openai-gpt", "plbart",
-    "qwen4_exp", "qwen4_exp_text", "rembert", "roberta", "roc_bert", "roformer", "rwkv", "trocr",
+    "inkling2_loop_text", "inkling2_text", "longcat_flash", "marian", "minimax", "mvp", "openai-gpt",
+    "plbart", "qwen4_exp", "qwen4_exp_text", "rembert", "roberta", "roc_bert", "roformer", "rwkv", "trocr",
     "xlm-roberta", "xlnet", "xmod", "zaya",
 })  # fmt: skip
 """Causal language models whose blocks are not their input plus what sublayers give (`--sites all`)."""

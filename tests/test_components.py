@@ -16,8 +16,8 @@ from transformers import GraniteConfig, GraniteForCausalLM, MixtralConfig, Mixtr
 import lazarus
 from architectures import CAUSAL, REFUSED, UNBUILDABLE, WITHOUT_COMPONENTS, build, swept
 from factories import notes_of, perturbed, save_model, tiny_llama, tiny_tokenizer, word_tokenizer
-from lazarus.activation import Accumulation, StatePair, conclude, iter_state_pairs
-from lazarus.engine import learn, learn_components
+from lazarus.activation import iter_state_pairs
+from lazarus.engine import learn, learn_components, one_ulp_away
 from lazarus.errors import ShapeMismatchError, UnsupportedModelError
 from lazarus.facts import ComponentSite
 from lazarus.models import dissect, wrap_model
@@ -82,6 +82,16 @@ def first(output: Any) -> Tensor:
     return found
 
 
+def precise(name: str) -> tuple[PreTrainedModel, float]:
+    """Return a model in float64, where it runs in that, and how close to the oracle it must come.
+
+    Experts do not; Mamba keeps its residual stream in float32, and Gemma 2 gives NaN where tokens are padded.
+    """
+    model = build(name)
+    runs = name not in ("mamba", "gemma2") and "router" not in TERMS[name]
+    return (model.double(), 1e-9) if runs else (model, 1e-5)
+
+
 def states_of(model: PreTrainedModel, terms: Mapping[str, str], ids: Sequence[int]) -> Rows:
     """The oracle: one prompt alone, by a plain hook on each named module that a block has."""
     seen: Rows = {}
@@ -115,9 +125,7 @@ def compared(states: np.ndarray, position: str) -> np.ndarray:
     [*((name, "all") for name in TERMS), ("llama", "last"), ("mixtral", "mean"), ("gemma2", "last")],
 )
 def test_every_component_is_that_of_a_plain_hook(name: str, position: str) -> None:
-    base = build(name)
-    # Mamba keeps its residual stream in float32 whatever its weights are in.
-    base, tolerance = (base, 1e-5) if name == "mamba" else (base.double(), 1e-9)
+    base, tolerance = precise(name)
     finetuned = perturbed(base, 0.05)
     found = components(compare(base, finetuned, position=position, batch_tokens=16))
     sides = [[states_of(model, TERMS[name], ids) for ids in PROMPTS] for model in (base, finetuned)]
@@ -152,7 +160,7 @@ def calls_of(model: PreTrainedModel, ids: Sequence[int]) -> list[tuple[Any, Any]
 
 @pytest.mark.parametrize("name", MLP_OF)
 def test_the_local_change_is_that_of_the_sublayers_called_by_hand(name: str) -> None:
-    base = build(name).double()
+    base, tolerance = precise(name)
     finetuned = perturbed(base, 0.05)
     found = components(compare(base, finetuned, position="all", localize=True))
     others = dissect(finetuned).blocks
@@ -160,7 +168,7 @@ def test_the_local_change_is_that_of_the_sublayers_called_by_hand(name: str) -> 
     for ids in PROMPTS:
         ours = states_of(base, TERMS[name], ids)
         for layer, (other, (args, kwargs)) in enumerate(zip(others, calls_of(base, ids), strict=True)):
-            a = torch.tensor(ours[layer, "attn_out"])[None]
+            a = torch.tensor(ours[layer, "attn_out"], dtype=base.dtype)[None]
             attention: list[Tensor] = []
             hook = other.get_submodule(TERMS[name]["attn_out"]).register_forward_hook(
                 lambda _, __, output, attention=attention: attention.append(first(output).clone())
@@ -179,7 +187,7 @@ def test_the_local_change_is_that_of_the_sublayers_called_by_hand(name: str) -> 
     for key, values in changes.items():
         local = found[key].local
         assert local is not None
-        assert local.relative_l2 == pytest.approx(np.mean(values), rel=1e-9)
+        assert local.relative_l2 == pytest.approx(np.mean(values), rel=tolerance)
 
 
 @pytest.mark.parametrize("part", ["self_attn", "mlp", "post_attention_layernorm"])
@@ -299,7 +307,7 @@ def tiny_mixtral(seed: int = 0, n_experts: int = 8, **changes: Any) -> MixtralFo
     ],
 )
 def test_the_experts_that_flip_are_those_of_a_plain_hook(name: str, position: str) -> None:
-    base = build(name).double()
+    base = build(name)
     finetuned = perturbed(base, 0.2)
     found = components(compare(base, finetuned, position=position))
     tokens = "last" if position == "last" else "all"  # there is no mean of experts
@@ -326,7 +334,7 @@ def test_the_experts_that_flip_are_those_of_a_plain_hook(name: str, position: st
         record = found[layer, "router"]
         assert record.expert_agreement == pytest.approx(agrees)
         assert record.flipped_share == pytest.approx(share)
-        expected_share = None if position == "mean" else pytest.approx(of_flipped / of_all)
+        expected_share = None if position == "mean" else pytest.approx(of_flipped / of_all, rel=1e-5)
         assert record.flipped_change_share == expected_share
         assert record.flipped_share_noise is None
 
@@ -360,35 +368,21 @@ def test_the_order_in_which_experts_are_picked_is_no_difference() -> None:
 
 @pytest.mark.parametrize("position", ["last", "all"])
 def test_flips_of_two_clean_runs_in_bfloat16_are_within_their_floor(position: str) -> None:
-    """The same model in other batches: where two experts are nearly as good, rounding decides."""
+    """The same model in other batches, and its embedding one rounding away: it decides between near ties."""
     model = tiny_mixtral(n_experts=16).bfloat16()
-    generator = torch.Generator().manual_seed(5)
-    rows = torch.randint(0, 99, (60, 12), generator=generator).tolist()
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        weight = moved.model.embed_tokens.weight
+        weight.copy_(one_ulp_away(weight, torch.Generator().manual_seed(7)))
+    rows = torch.randint(0, 99, (60, 12), generator=torch.Generator().manual_seed(5)).tolist()
     texts = [" ".join(f"t{i}" for i in row[: 4 + index % 9]) for index, row in enumerate(rows)]
-    options: Any = {"sites": "all", "position": position, "tokenizer": word_tokenizer()}
-    one = iter_state_pairs(model, model, texts, batch_tokens=512, with_noise=True, **options)
-    seen = Accumulation(one.facts, one.plan)
-    ours = list(one)
-    other = {
-        (pair.site, prompt): pair.base[pair.prompts == prompt]
-        for pair in iter_state_pairs(model, model, texts, batch_tokens=12, **options)
-        for prompt in set(pair.prompts.tolist())
-    }
-
-    def moved(pair: StatePair) -> StatePair:
-        if pair.trial is not None or pair.site == "logits":
-            return pair
-        theirs = torch.cat([other[pair.site, prompt] for prompt in dict.fromkeys(pair.prompts.tolist())])
-        return StatePair(pair.site, pair.prompts, pair.base, theirs, trial=None)
-
-    found = components(conclude(seen.take(moved(pair) for pair in ours)))
+    found = components(compare(model, moved, prompts=texts, position=position, no_noise_floor=False))
     routers = [found[layer, "router"] for layer in range(4)]
-    assert any((router.relative_l2 or 0) > 0 for router in routers)  # the two runs do differ
-    assert any((router.flipped_share or 0) > 0 for router in routers) or position == "last"
+    assert position == "last" or all((router.flipped_share or 0) > 0 for router in routers)
     for router in routers:
         assert router.flipped_share is not None
         assert router.flipped_share_noise is not None
-        assert router.flipped_share <= router.flipped_share_noise
+        assert router.flipped_share <= router.flipped_share_noise < 1
         assert (router.expert_agreement or 0) >= (router.expert_agreement_noise or 1)
 
 
@@ -453,7 +447,8 @@ def test_common_blocks_and_repeated_prompts_count_as_if_they_had_run() -> None:
     for one, other in zip(whole, twice, strict=True):
         assert other.n_prompts == 2 * one.n_prompts
         assert other.divergence == pytest.approx(one.divergence, rel=1e-12)
-        assert other.flipped_change_share == pytest.approx(one.flipped_change_share, rel=1e-12)
+        if one.flipped_change_share is not None:
+            assert other.flipped_change_share == pytest.approx(one.flipped_change_share, rel=1e-12)
 
 
 def test_a_run_in_shards_gives_the_same(tmp_path: Path) -> None:
@@ -474,7 +469,7 @@ def test_a_run_in_shards_gives_the_same(tmp_path: Path) -> None:
 def test_a_prefix_runs_with_every_prompt_and_a_note_says_why() -> None:
     base = tiny_llama(max_position_embeddings=128)
     prefix = " ".join(f"t{i}" for i in range(40))
-    prompts = [f"{prefix} {text}" for text in TEXTS]
+    prompts = [f"{prefix} {text}" for text in (*TEXTS, *(f"t{i} t3" for i in range(60)))]
     diff = compare(base, perturbed(base), prompts=prompts)
     [note] = notes_of(diff, "shared-prefix")
     assert "--sites all" in note
@@ -499,7 +494,7 @@ def test_models_of_other_classes_are_compared_where_both_have_a_component() -> N
 def test_models_without_a_common_component_are_refused() -> None:
     base, finetuned = tiny_llama(vocab_size=100), tiny_llama(vocab_size=100, hidden_size=64)
     with pytest.raises(ShapeMismatchError, match="nothing inside their blocks"):
-        compare(base, finetuned, prompts=TEXTS * 3)
+        compare(base, finetuned, prompts=TEXTS * 15)
 
 
 def test_a_model_that_is_not_finite_is_compared_as_far_as_it_goes() -> None:

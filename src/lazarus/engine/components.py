@@ -63,8 +63,8 @@ def with_components(
     if not any(found.component_sites(layer) for layer in range(found.n_layers[0])):
         raise ShapeMismatchError(
             f"{option('sites', 'all')}: {pair.base.name} and {pair.finetuned.name} have residual streams of "
-            f"{pair.widths[0]} and {pair.widths[1]} features, so nothing inside their blocks can be compared. "
-            f"Leave {option('sites')} out.",
+            f"{pair.widths[0]} and {pair.widths[1]} features, so nothing inside their blocks can be "
+            f"compared. Leave {option('sites')} out.",
             option="sites",
         )
     return found
@@ -216,7 +216,7 @@ class _Watch:
         return self.conventions.axes == (0, 1) and states.dim() == 3
 
     def _is_state(self, tensor: Tensor, states: Tensor) -> bool:
-        """Return whether a tensor has a place for each element of the states; its tokens may be in one axis."""
+        """Return whether a tensor is of the states' shape, or has all tokens in one axis."""
         flat = self._is_batch_first(states) and tensor.shape == states.flatten(0, 1).shape
         return tensor.is_floating_point() and (tensor.shape == states.shape or flat)
 
