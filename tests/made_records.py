@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -14,6 +14,7 @@ from lazarus.results import (
     ActivationDiffRecord,
     AttributedGroup,
     Attribution,
+    ComponentRecord,
     Environment,
     GroupContrast,
     GroupCurve,
@@ -165,7 +166,8 @@ def whole_record(n_prompts: int = 12, n_layers: int = 6) -> ActivationDiffRecord
         record,
         prompts=prompts,
         layers=local,
-        settings=settings(localize=True, attribute="blocks", readout="auto", position="all"),
+        settings=settings(localize=True, sites="all", attribute="blocks", readout="auto", position="all"),
+        components=_components(n_layers),
         attribution=_attribution(n_layers),
         results=ResultRows(texts, {**record.results.columns, "nats": values / 10 - 0.01}),
         groups=_groups(values, names),
@@ -175,6 +177,33 @@ def whole_record(n_prompts: int = 12, n_layers: int = 6) -> ActivationDiffRecord
         summary=msgspec.structs.replace(record.summary, most_changed_block=3),
         notes=["12 prompts: intervals of so few are rough", "layer 2: prompt 1 <b>left out</b>: not finite"],
     )
+
+
+def _components(n_layers: int) -> list[ComponentRecord]:
+    """What is inside each block: one that was not measured, and routers in every other block."""
+    names: tuple[Literal["attn_out", "mlp_out", "router"], ...] = ("attn_out", "mlp_out", "router")
+    return [
+        ComponentRecord(
+            layer=layer,
+            name=name,
+            divergence=None if (layer, name) == (2, "mlp_out") else 0.01 * (layer + 1) / (place + 1),
+            relative_l2=0.1,
+            norm_ratio=1.01,
+            n_prompts=12,
+            noise_floor=1e-6,
+            noise_floor_divergence=1e-4,
+            local=LocalChange(relative_l2=0.02, cosine_similarity=0.99),
+            expert_agreement=0.97 if name == "router" else None,
+            expert_agreement_noise=0.99 if name == "router" else None,
+            flipped_share=0.05 if name == "router" else None,
+            flipped_share_noise=0.02 if name == "router" else None,
+            flipped_change_share=0.4 if name == "router" else None,
+            flipped_change_share_noise=0.1 if name == "router" else None,
+        )
+        for layer in range(n_layers)
+        for place, name in enumerate(names)
+        if name != "router" or layer % 2
+    ]
 
 
 def _attribution(n_layers: int) -> Attribution:

@@ -59,6 +59,9 @@ MEANINGS = {
     "ActivationDiffRecord.prompts": "in the order in which they were given",
     "ActivationDiffRecord.layers": "one for each block, in order",
     "ActivationDiffRecord.sites": "what enters the first block, and what leaves the final norm",
+    "ActivationDiffRecord.components": "what is inside each block, in order; of experts with their router",
+    "ComponentRecord.name": "what it is: what attention adds, what the MLP adds, or the router's logits",
+    "ComponentRecord.local": "what the component's own weights change, the norms around it included",
     "ActivationDiffRecord.results": "one for each prompt and layer, prompt by prompt",
     "ActivationDiffRecord.summary": "the few numbers that a reader looks for first",
     "ActivationDiffRecord.output": "the effect on the next token, or on scores or embeddings",
@@ -103,6 +106,7 @@ MEANINGS = {
     "Settings.memory": "both models in memory, or a block of each at a time",
     "Settings.align": "the same token ids for both, or each one's own reading of the text",
     "Settings.localize": "whether local change was measured",
+    "Settings.sites": "whether blocks alone were compared, or what is inside them too",
     "Settings.attribute": "whether the change was attributed, to blocks or to single tensors",
     "Settings.readout": "which layers were asked for",
     "Settings.noise_floor": "whether the noise was measured",
@@ -170,6 +174,7 @@ MEANINGS = {
 _NO_PAIR = "no pair of states there is finite and not zero, or the widths differ"
 _NO_NOISE = "the noise was not measured (`--no-noise-floor`), or the widths differ"
 _NO_LOCAL = "without `--localize`"
+_NO_EXPERTS = "it is no router, or the experts that it picks cannot be seen"
 _NO_ATTRIBUTION = "without `--attribute`"
 _NOT_FINITE = "it is not finite: one model rules out a token that the other may give"
 _NO_NEXT_TOKEN = f"{_NOT_FINITE}; or `kind` is not `next_token`"
@@ -248,6 +253,14 @@ NULL_WHEN = {
     "PromptRecord.rendered": "`text` was run as it is",
     "PromptRecord.finetuned_n_tokens": "without `--align text`",
     "Readout.static_share": "there is one prompt, or no change",
+    "ActivationDiffRecord.components": "without `--sites all`",
+    "ComponentRecord.local": "without `--localize`, or where the two blocks add their terms elsewhere",
+    "expert_agreement": _NO_EXPERTS,
+    "flipped_share": _NO_EXPERTS,
+    "expert_agreement_noise": "as `expert_agreement`, or the noise was not measured",
+    "flipped_share_noise": "as `expert_agreement`, or the noise was not measured",
+    "flipped_change_share": "as `expert_agreement`, `position` is `mean`, or nothing changed",
+    "flipped_change_share_noise": "as `expert_agreement_noise`, `position` is `mean`, or nothing changed",
     "ActivationDiffRecord.attribution": _NO_ATTRIBUTION,
     "Settings.attribute": _NO_ATTRIBUTION,
     "AttributedGroup.layer": "outside the blocks",

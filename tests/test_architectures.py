@@ -23,6 +23,7 @@ from architectures import (
     MULTIMODAL,
     REFUSED,
     UNBUILDABLE,
+    WITHOUT_COMPONENTS,
     WITHOUT_HEAD,
     WITHOUT_READOUT,
     build,
@@ -149,6 +150,8 @@ def page() -> str:
     n_right = sum(name not in REFUSED for name in BUILT)
     refused = [f"| `{name}` | {examine(name).refusal} |" for name in BUILT if name in REFUSED]
     unbuilt = [f"| `{name}` | {reason} |" for name, reason in sorted(UNBUILDABLE.items())]
+    compared = [name for name in CAUSAL if name not in UNBUILDABLE and name not in REFUSED]
+    n_inside = len(compared) - len(WITHOUT_COMPONENTS)
     return "\n".join(
         [
             "# Architectures",
@@ -184,6 +187,13 @@ def page() -> str:
                 f"| `{name}` | {'no' if name in WITHOUT_HEAD else 'yes'} | no | {reason} |"
                 for name, reason in sorted(WITHOUT_READOUT.items())
             ],
+            "",
+            "## Inside the blocks",
+            "",
+            "`--sites all` finds the attention and MLP outputs of a block by the sum that they must give with",
+            f"what enters it: in {n_inside} of {len(compared)} causal ones.",
+            "In the others a norm stands after the sum, or the residual stream is mixed otherwise:",
+            f"{', '.join(f'`{name}`' for name in sorted(WITHOUT_COMPONENTS))}.",
             "",
             "## Refused",
             "",

@@ -6,6 +6,7 @@ runplan.py       what is run: prompts, batches, repeats (repeats.py)
 scope.py         what of two models is compared, and what is left out
 measure.py       run all batches, in one process or shared by many
 accumulation.py  pairs of states go in, sums stay
+components.py    the same of what is inside blocks, with their records
 findings.py      from sums to numbers: means, references beside them, verdict, summary
 traces.py        every token of a few prompts
 limits.py        what a reader must know of the numbers
@@ -15,8 +16,8 @@ breaks.py        which model gives states that are not finite, and why
 readout.py       the mean difference, read as tokens
 attribution.py   who caused the change of the output; attributed.py tells of it
 
-accumulation.py, attributed.py, repeats.py, findings.py, traces.py, limits.py and record.py need no model:
-whoever has pairs of states from another runtime gives them `PairFacts` and a `Plan`.
+accumulation.py, attributed.py, components.py, repeats.py, findings.py, traces.py, limits.py and record.py
+need no model: whoever has pairs of states from another runtime gives them `PairFacts` and a `Plan`.
 """
 
 from lazarus.activation.accumulation import Accumulation, Plan

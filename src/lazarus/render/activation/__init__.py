@@ -10,6 +10,7 @@ sample.py    which prompts, texts and tokens the page has room for
 answers.py   what a reader must know in ten seconds
 tables.py    the tables that need no script
 attribution.py  who caused the change: a line, bars, a table (tensor_map.py: components by layers)
+components.py   what is inside the blocks: a line, curves and tables
 figure.py    the curve for a paper (curve.py draws it)
 notebook.py  how a result shows itself in a notebook
 """

@@ -8,6 +8,7 @@ from typing import IO, Any
 from lazarus.render.activation import tables
 from lazarus.render.activation.answers import answers, headline
 from lazarus.render.activation.attribution import attribution_table, bars
+from lazarus.render.activation.components import component_curves, components_table, experts_table
 from lazarus.render.activation.payload import MOST_CURVES, payload
 from lazarus.render.activation.sample import Sample, TokenSample, choose, choose_tokens, is_sampled
 from lazarus.render.activation.scores import OUTPUTS
@@ -85,6 +86,9 @@ def _context(record: ActivationDiffRecord) -> dict[str, Any]:
         "absent": _absent(record),
         "layers": tables.layers(record),
         "ranking": tables.ranking(record),
+        "components": components_table(record),
+        "experts": experts_table(record),
+        "curves": component_curves(record),
         "attribution": attribution_table(record),
         "bars": bars(record),
         "tensor_map": TensorMap.of(record.attribution),
@@ -121,6 +125,7 @@ def _absent(record: ActivationDiffRecord) -> list[str]:
         (shown.divergence, "the divergence (the two models have states of different width)"),
         (measured([layer.noise_floor for layer in record.layers]), "the noise floor"),
         (shown.local, "each block's own change (--localize)"),
+        (record.components is not None, "what is inside the blocks (--sites all)"),
         (record.attribution is not None, "who caused the change, in nats (--attribute blocks)"),
         (shown.tokens, "single tokens (--position all or response)"),
         (shown.groups, "groups of prompts (give the prompts a group)"),

@@ -8,8 +8,9 @@ import numpy as np
 
 from lazarus.render.activation.attribution import attribution_lines
 from lazarus.render.activation.scores import OUTPUTS, score_line
+from lazarus.render.activation.components import component_lines
 from lazarus.render.base.escape import PROMPT_CHARACTERS, escaped
-from lazarus.render.base.words import short
+from lazarus.render.base.words import short, times
 from lazarus.results import ActivationDiffRecord, differing, told
 
 MOST_LINES = 9
@@ -21,8 +22,8 @@ def summary_lines(record: ActivationDiffRecord) -> list[str]:
     """At most nine lines, and one for each option that measures more; the JSON has all of it."""
     found = record.summary
     lines = [] if found.verdict is None else [f"Verdict: {verdict(record)}"]
-    lines += [*_most_divergent(record), _where(record), *_blocks(record), *attribution_lines(record)]
-    lines += [*_output(record), *_partings(record), *_groups(record), *_readout(record)]
+    lines += [*_most_divergent(record), _where(record), *_blocks(record), *component_lines(record)]
+    lines += [*attribution_lines(record), *_output(record), *_partings(record), *_groups(record), *_readout(record)]
     spare = MOST_LINES - len(lines) - 1
     lines += _spread(record)[: max(0, spare)]
     return [*lines, _what_was_compared(record)]
@@ -94,13 +95,7 @@ def _largest(record: ActivationDiffRecord) -> str:
         return "the two have states that cannot be compared; see the notes"
     # Of sites above their floors the largest change counts; where none is, the one that comes nearest.
     name, value, floor = max(above or measured, key=lambda place: place[1] if above else place[1] / place[2])
-    return f"relative L2 {short(value)} at {name}, {_times(value / floor)} the noise floor"
-
-
-def _times(ratio: float) -> str:
-    """Return a ratio with no more digits than the noise has, which is another one on another machine."""
-    most = next((limit for limit in (1000, 100, 10) if ratio > limit), None)
-    return f"{ratio:.1f} times" if most is None else f"over {most:,} times"
+    return f"relative L2 {short(value)} at {name}, {times(value / floor)} the noise floor"
 
 
 def _most_divergent(record: ActivationDiffRecord) -> list[str]:

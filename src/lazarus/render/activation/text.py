@@ -41,7 +41,7 @@ def table(record: ActivationDiffRecord) -> str:
 
 
 def summary(record: ActivationDiffRecord) -> str:
-    """Return what a reader needs besides the table, in at most nine lines, and then the notes."""
+    """Return what a reader needs besides the table, in at most ten lines, and then the notes."""
     lines = [*summary_lines(record), *(f"Note: {escaped(note)}" for note in record.notes)]
     return "\n".join(lines)
 

@@ -15,6 +15,12 @@ def saved(path: str) -> str:
     return f"Results saved to: {path}"
 
 
+def times(ratio: float) -> str:
+    """Return a ratio with no more digits than the noise has, which is another one on another machine."""
+    most = next((limit for limit in (1000, 100, 10) if ratio > limit), None)
+    return f"{ratio:.1f} times" if most is None else f"over {most:,} times"
+
+
 def short(value: float | None) -> str:
     """Four decimals, or as many digits as a small number needs to be told from zero."""
     value = float("nan") if value is None else value
