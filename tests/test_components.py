@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -22,8 +23,11 @@ from lazarus.errors import ShapeMismatchError, UnsupportedModelError
 from lazarus.facts import ComponentSite
 from lazarus.models import dissect, wrap_model
 from lazarus.names.sublayers import sublayers
+from lazarus.render.activation.components import component_lines
+from lazarus.render.activation.summary import summary_lines
 from lazarus.results import ComponentRecord
 from lazarus.statistics import FACTOR, share_floor
+from made_records import whole_record
 from reference import cosine, run_whole
 
 PROMPTS = (
@@ -522,3 +526,92 @@ def test_pairs_of_components_come_by_their_site() -> None:
         assert str(pair.site) == "1.experts"
         assert pair.base.sum(-1).tolist() == [2.0] * len(pair.base)
         assert pair.change is not None
+
+
+def test_blocks_that_share_a_sublayer_are_told_apart() -> None:
+    base = tiny_llama(vocab_size=100).double()
+    base.model.layers[3].mlp = base.model.layers[1].mlp
+    finetuned = perturbed(base, 0.05)
+    found = components(compare(base, finetuned, position="all", localize=True))
+    sides = [[states_of_shared(model, ids) for ids in PROMPTS] for model in (base, finetuned)]
+    for layer in (1, 3):
+        pairs = [(compared(b[layer], "all"), compared(f[layer], "all")) for b, f in zip(*sides, strict=True)]
+        expected = np.mean([1 - cosine(b, f).mean() for b, f in pairs])
+        assert found[layer, "mlp_out"].divergence == pytest.approx(expected, abs=1e-9)
+
+
+def states_of_shared(model: Any, ids: Sequence[int]) -> list[np.ndarray]:
+    """What each call of an MLP returns, in the order of the blocks."""
+    seen: list[np.ndarray] = []
+    modules = dict.fromkeys(block.mlp for block in model.model.layers)
+    handles = [
+        m.register_forward_hook(lambda _, __, out: seen.append(out[0].numpy().copy())) for m in modules
+    ]
+    run_whole(model, ids)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+# What a reader sees
+
+
+def test_the_summary_and_the_page_tell_of_components(tmp_path: Path) -> None:
+    base = tiny_mixtral()
+    diff = compare(base, perturbed(base, 0.2), localize=True, position="all", no_noise_floor=False)
+    [line] = [line for line in summary_lines(diff.record) if line.startswith("Inside the blocks")]
+    found = told(diff)
+    largest = max(found, key=lambda record: record.divergence or 0)
+    own = max(found, key=lambda record: (record.local and record.local.relative_l2) or 0)
+    assert f"of block {largest.layer} diverges most" in line
+    assert f"of block {own.layer} changes most" in line
+    assert "experts flip at" in line
+    diff.save(tmp_path / "diff.html")
+    diff.save(tmp_path / "diff.json")
+    page = (tmp_path / "diff.html").read_text()
+    assert "Inside the blocks" in page
+    assert page.count("<polyline") == 4  # two sublayers, and their floors
+    assert told(lazarus.ActivationDiff.load(tmp_path / "diff.json")) == found
+
+
+MOST = "Inside the blocks: the router of block 1 diverges most (0.0200)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"divergence": None}, "Inside the blocks: nothing could be compared"),
+        ({"divergence": 0.0}, "Inside the blocks: no component changes"),
+        ({"divergence": 0.02}, MOST),
+        (
+            {"divergence": 0.02, "flipped_share": 0.0, "flipped_share_noise": 0.1},
+            f"{MOST}; no token is sent to another expert",
+        ),
+        (
+            {
+                "divergence": 0.02,
+                "flipped_share": 0.04,
+                "flipped_share_noise": 0.1,
+                "flipped_change_share": 0.5,
+            },
+            f"{MOST}; experts flip at 4.0% of the tokens in block 1 (noise: up to 10.0%), where 50% of that "
+            "block's change is",
+        ),
+    ],
+)
+def test_the_line_says_no_more_than_was_measured(changes: dict[str, Any], expected: str) -> None:
+    record = ComponentRecord(
+        **{
+            "layer": 1,
+            "name": "router",
+            "relative_l2": None,
+            "norm_ratio": None,
+            "n_prompts": 1,
+            "noise_floor": None,
+            "noise_floor_divergence": None,
+            "local": None,
+            **changes,
+        }
+    )
+    whole = msgspec.structs.replace(whole_record(), components=[record])
+    assert component_lines(whole) == [expected]

@@ -9,7 +9,7 @@ norm's output; where a module adds the residual itself (Bloom) it is what the mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -36,6 +36,11 @@ ROWS, LENGTH = 2, 7
 KEPT_TOKENS = 4
 """So many tokens of each state are held against the sum."""
 MOST_TERMS = 3
+SMALLEST_FACTOR = 0.01
+
+NO_SUM = (
+    "a block's output is not its input plus what its sublayers give, as where a norm stands after that sum"
+)
 
 _NAMES: dict[str | None, ComponentName] = {"attn": "attn_out", "mlp": "mlp_out"}
 
@@ -81,20 +86,15 @@ def note_components(pair: ModelPair, notes: Notes) -> None:
             notes.add("components-left-out", told, model=model.name)
         unseen = [layer for layer, form in enumerate(forms) if form.router and not form.router.picks]
         if unseen:
-            told = (
-                f"{model.name}: the experts that are picked cannot be seen, so the routers alone are compared"
-            )
+            told = f"{model.name}: which experts are picked cannot be seen, so the routers alone are compared"
             notes.add("components-left-out", told, model=model.name, layers=unseen)
         for layer, form in enumerate(forms):
-            for name in {*form.terms, *(("router",) if form.router else ())} - compared[layer]:
+            for name in set(form.names) - {"experts"} - compared[layer]:
                 left_out.setdefault(name, set()).add(layer)
-    for name, layers in left_out.items():
-        apart = pair.align == "text" and name == "router"
-        why = (
-            f"with {option('align', 'text')}"
-            if apart
-            else "where one model alone has it, or of another width"
-        )
+    for name, layers in sorted(left_out.items()):
+        why = "where one model alone has it, or of another width"
+        if pair.align == "text" and name == "router":
+            why = f"with {option('align', 'text')}"
         notes.add("components-left-out", f"{name} is not compared {why}", layers=sorted(layers))
 
 
@@ -123,9 +123,11 @@ def learn_components(
         if not seen and known is not None:
             forms |= {call.block: known.of_blocks[call.block] for call in alike}
             continue
+        if not seen:
+            raise _refusal(model, "the states of a block are not finite")
         places = _terms(seen)
         if places is None:
-            raise _refusal(model, _why(seen))
+            raise _refusal(model, NO_SUM)
         for call in alike:
             forms[call.block] = _form(model, call, places, sublayer_of)
     return Components(tuple(forms[i] for i in range(len(forms))), tuple(call.block for call in calls))
@@ -181,6 +183,7 @@ class _Watch:
             # A module without weights, such as a dropout, belongs to no sublayer.
             if path and next(module.parameters(), None) is not None
         ]
+        handles.append(self.block.register_forward_pre_hook(self._begin))
         handles.append(self.block.register_forward_hook(self._end))
         try:
             yield
@@ -199,10 +202,13 @@ class _Watch:
 
         return hook
 
+    def _begin(self, *_: Any) -> None:
+        # Blocks may share modules, and then another block's calls of them are seen as well.
+        self._seen, self._again = {}, set()
+
     def _end(self, _module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         x, y = args[0], first_tensor(output)
         seen = {place: tensor for place, tensor in self._seen.items() if place.path not in self._again}
-        self._seen, self._again = {}, set()
         terms = {p: t for p, t in seen.items() if not p.received and self._is_state(t, x)}
         entered, left = self._few(x), self._few(y)
         finite = (entered + left).isfinite().all(-1)
@@ -226,8 +232,6 @@ class _Watch:
 
 def _terms(calls: Sequence[_Call]) -> tuple[Place, ...] | None:
     """Return the fewest outputs that add up in every call of blocks of one kind; None where none do."""
-    if not calls:
-        return None
     common = [place for place in calls[0].outputs if all(place in call.outputs for call in calls)]
     # Of modules with one output (a dropout returns what it got) the outermost is taken.
     common.sort(key=lambda place: place.path.count("."))
@@ -245,7 +249,9 @@ def _adds_up(call: _Call, places: Sequence[Place]) -> bool:
     if bool(((y - whole).abs() <= limit * size).all()):
         return True
     c = float((step * total).sum() / total.square().sum())
-    if bool(((step - c * total).abs() <= limit * (x.abs() + abs(c) * size)).all()):
+    # A block that adds next to nothing is no multiple of whatever its modules return.
+    is_step = (step - c * total).abs() <= limit * (x.abs() + abs(c) * size)
+    if abs(c) > SMALLEST_FACTOR and bool(is_step.all()):
         return True
     c = float((y * whole).sum() / whole.square().sum())
     return bool(((y - c * whole).abs() <= limit * abs(c) * size).all())
@@ -265,65 +271,53 @@ def _form(model: LoadedModel, call: _Call, places: Sequence[Place], sublayer_of:
 
 
 def _routers(seen: Mapping[Place, Tensor], block: nn.Module, sublayer_of: SublayerOf) -> list[Router]:
-    """Return the routers of a block: the modules that return logits and the experts that they pick first."""
+    """Return the routers of a block: modules that return scores, and the numbers of experts that they pick.
+
+    Where there are none, the one that a name tells; then the MLP may hand the numbers to its experts.
+    """
     by_module: dict[str, list[tuple[Place, Tensor]]] = {}
     for place, tensor in seen.items():
         if tensor.shape[:1] == (ROWS * LENGTH,) or tensor.shape[:2] == (ROWS, LENGTH):
             by_module.setdefault(place.path, []).append((place, tensor))
-    whole, by_name, received = list[Router](), list[Router](), list[tuple[Place, Tensor]]()
+    whole, by_name, handed = list[Router](), list[Router](), list[tuple[Place, Tensor]]()
     for path, tensors in by_module.items():
         kind = sublayer_of(block.get_submodule(path))
         if kind == "attn":
             continue  # an attention may pick keys
-        logits = _logits([pair for pair in tensors if not pair[0].received])
-        picks = [pair for pair in tensors if _are_numbers(pair[1])]
-        if logits is not None:
-            own = _picks([pair for pair in tensors if not pair[0].received], logits[1].shape[-1])
-            router = Router(logits[0], logits[1].shape[-1], own)
-            whole += [router] if own else []
-            by_name += [router] if kind == "router" else []
-        if kind == "mlp":
-            received += [pair for pair in picks if pair[0].received]
+        scores = [(p, t) for p, t in tensors if not p.received and t.is_floating_point()]
+        numbers = [(p, t) for p, t in tensors if _are_numbers(t)]
+        returned = next(((p, int(t.max())) for p, t in numbers if not p.received), None)
+        if returned is not None:
+            picks, highest = returned
+            whole += [Router(p, t.shape[-1], picks) for p, t in scores if t.shape[-1] > highest][:1]
+        elif kind == "router":
+            # Weights are 0 for experts that are not picked, and scores are there for all.
+            full = [(p, t.shape[-1]) for p, t in scores if bool(t.all())][:1]
+            by_name += [Router(place, n_experts, _weights(scores, n_experts)) for place, n_experts in full]
+        elif kind == "mlp":
+            handed += numbers
     if whole or not by_name:
         return whole
-    first = by_name[0]
-    handed = [place for place, tensor in received if int(tensor.max()) < first.n_experts]
-    return [Router(first.logits, first.n_experts, handed[0] if handed else None)]
+    router = by_name[0]
+    places = [place for place, tensor in handed if int(tensor.max()) < router.n_experts]
+    return [replace(router, picks=router.picks or next(iter(places), None))]
 
 
-def _logits(returned: Sequence[tuple[Place, Tensor]]) -> tuple[Place, Tensor] | None:
-    """Return the first scores that are there for every expert: weights of the others are 0."""
-    scores = [pair for pair in returned if pair[1].is_floating_point() and pair[1].dim() in (2, 3)]
-    return next((pair for pair in scores if bool((pair[1] != 0).all())), None)
-
-
-def _picks(returned: Sequence[tuple[Place, Tensor]], n_experts: int) -> Place | None:
-    """Return where a router gives the numbers of experts, or as many weights, 0 for those not picked."""
-    for place, tensor in returned:
-        if _are_numbers(tensor) and tensor.shape[-1] <= n_experts and int(tensor.max()) < n_experts:
+def _weights(scores: Sequence[tuple[Place, Tensor]], n_experts: int) -> Place | None:
+    """Return where a router gives as many weights that are not 0 for every token, and 0 for other experts."""
+    for place, tensor in scores:
+        n_picked = (tensor != 0).sum(-1)
+        few = 0 < int(n_picked.min()) == int(n_picked.max()) < n_experts
+        if few and tensor.shape[-1] == n_experts:
             return place
-    for place, tensor in returned:
-        if tensor.is_floating_point() and tensor.dim() in (2, 3) and tensor.shape[-1] == n_experts:
-            counts = (tensor != 0).sum(-1)
-            if bool((counts == counts.flatten()[0]).all()) and 0 < int(counts.flatten()[0]) < n_experts:
-                return place
     return None
 
 
 def _are_numbers(tensor: Tensor) -> bool:
+    """Return whether a tensor may be the numbers of experts: several integers a token, and no token ids."""
+    n_axes = 2 if tensor.shape[0] == ROWS * LENGTH else 3
     is_integer = tensor.dtype in (torch.int32, torch.int64)
-    # Token ids and positions are [batch, time]: a pick has an axis more than its tokens.
-    rows = 1 if tensor.shape[:1] == (ROWS * LENGTH,) else 2
-    return is_integer and tensor.dim() == rows + 1 and bool((tensor >= 0).all())
-
-
-def _why(calls: Iterable[_Call]) -> str:
-    if not list(calls):
-        return "the states of a block are not finite"
-    return (
-        "a block's output is not its input plus what its sublayers give, as where a norm stands after that "
-        "sum"
-    )
+    return is_integer and tensor.dim() == n_axes and bool((tensor >= 0).all())
 
 
 def _refusal(model: LoadedModel, why: str) -> UnsupportedModelError:

@@ -88,8 +88,20 @@ def at_places(
 ) -> Iterator[None]:
     """While the block runs, hand the tensor at each place to `take`; what that returns stands in for it."""
 
+    running = False
+
+    def begin(*_: Any) -> None:
+        nonlocal running
+        running = True
+
+    def end(*_: Any) -> None:
+        nonlocal running
+        running = False
+
     def hook_for(name: ComponentName, place: Place) -> Callable[..., Any]:
         def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            if not running:  # a module that blocks share, in another block
+                return None
             tensor = tensors_in((args, kwargs) if place.received else output)[place.index]
             other = take(name, place, tensor)
             return None if other is None else _with(output, tensor, other)
@@ -100,6 +112,7 @@ def at_places(
         block.get_submodule(place.path).register_forward_hook(hook_for(name, place), with_kwargs=True)
         for name, place in form.places
     ]
+    handles += [block.register_forward_pre_hook(begin), block.register_forward_hook(end)]
     try:
         yield
     finally:
