@@ -7,8 +7,8 @@ import math
 import numpy as np
 
 from lazarus.render.activation.attribution import attribution_lines
-from lazarus.render.activation.scores import OUTPUTS, score_line
 from lazarus.render.activation.components import component_lines
+from lazarus.render.activation.scores import OUTPUTS, score_line
 from lazarus.render.base.escape import PROMPT_CHARACTERS, escaped
 from lazarus.render.base.words import short, times
 from lazarus.results import ActivationDiffRecord, differing, told
@@ -23,7 +23,13 @@ def summary_lines(record: ActivationDiffRecord) -> list[str]:
     found = record.summary
     lines = [] if found.verdict is None else [f"Verdict: {verdict(record)}"]
     lines += [*_most_divergent(record), _where(record), *_blocks(record), *component_lines(record)]
-    lines += [*attribution_lines(record), *_output(record), *_partings(record), *_groups(record), *_readout(record)]
+    lines += [
+        *attribution_lines(record),
+        *_output(record),
+        *_partings(record),
+        *_groups(record),
+        *_readout(record),
+    ]
     spare = MOST_LINES - len(lines) - 1
     lines += _spread(record)[: max(0, spare)]
     return [*lines, _what_was_compared(record)]
