@@ -21,6 +21,8 @@ from lazarus.results import (
     Groups,
     LayerRecord,
     LocalChange,
+    Mined,
+    MinedToken,
     ModelInfo,
     Output,
     Parting,
@@ -172,6 +174,7 @@ def whole_record(n_prompts: int = 12, n_layers: int = 6) -> ActivationDiffRecord
         results=ResultRows(texts, {**record.results.columns, "nats": values / 10 - 0.01}),
         groups=_groups(values, names),
         output=_output(),
+        mined=_mined(),
         readout=[_readout(n_layers // 2), _readout(n_layers - 1)],
         tokens=[token_trace(i, text, n_layers) for i, text in enumerate(texts[:4])],
         summary=msgspec.structs.replace(record.summary, most_changed_block=3),
@@ -357,6 +360,14 @@ def _output() -> Output:
         logits_relative_l2=0.4,
         noise_floor=5e-7,
     )
+
+
+def _mined() -> Mined:
+    tokens = [
+        MinedToken(token=t, token_id=i, frequency=0.75 - i / 10)
+        for i, t in enumerate([" a", "<i>", "\n", "\u202eb"])
+    ]
+    return Mined(k=100, n_tokens=5000, n_positions=1234, promoted=tokens, suppressed=tokens[:1])
 
 
 def _readout(layer: int) -> Readout:

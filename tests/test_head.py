@@ -255,7 +255,7 @@ def test_a_planted_token_is_read_first(token: int) -> None:
         assert [t.score for t in promoted] == sorted((t.score for t in promoted), reverse=True)
     assert token not in [t.token_id for t in readout.finetuned_suppressed]
     assert readout.static_share == pytest.approx(1.0, abs=1e-4)
-    assert f"Readout: the mean difference at layer 3 promotes 't{token}'" in str(diff)
+    assert f"the mean difference at layer 3 promotes 't{token}'" in str(diff)
     assert diff.record.readout[0].finetuned_promoted == []  # nothing differs before the last block
 
 

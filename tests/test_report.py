@@ -361,6 +361,24 @@ def test_tokens_that_are_blank_or_would_break_the_line_can_be_seen() -> None:
     assert [token for token, _ in shown] == ["␣␣"]
 
 
+def test_mined_tokens_stand_in_the_page_with_their_frequencies() -> None:
+    markup = page_of(whole_record())
+    assert "among the 100 whose logits rise" in markup.text
+    assert "1,234 compared positions" in markup.text
+    assert "it would be 2.0%" in markup.text
+    promoted, suppressed = tables.mined(whole_record())
+    assert [(token, cell.shown) for token, cell in promoted] == [
+        (" a", "75%"),
+        ("<i>", "65%"),
+        ("\\n", "55%"),
+        ("\\u202eb", "45%"),
+    ]
+    assert [cell.value for _, cell in suppressed] == ["0.75"]
+    without = msgspec.structs.replace(whole_record(), mined=None)
+    assert tables.mined(without) == []
+    assert "compared positions" not in page_of(without).text
+
+
 def test_two_equal_models_have_nowhere_and_nothing() -> None:
     record = record_of(np.zeros((3, 4)))
     assert [answer.answer for answer in answers(record)][1] == "Nowhere"

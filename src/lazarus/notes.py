@@ -114,6 +114,8 @@ CODES = {
     "told: labels that one model alone has were not compared.",
     "embedded-whole": "Prompts are longer than sentence-transformers would read: their embeddings are of all "
     "tokens.",
+    "nothing-mined": "No tokens were mined from the logits, and why: the readout is of the mean difference "
+    "alone.",
     "infinite-kl": "A KL divergence is infinite, and null in JSON: one model gives the probability 0 to what "
     "the other can give.",
     "undefined-change": "The relative change of some tensors is undefined: they have none, and gates on it "

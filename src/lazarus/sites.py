@@ -21,9 +21,9 @@ Position = Literal["auto", "last", "mean", "all", "response"] | int
 class StatePair:
     """The states of two models at one site: row i of both is the same token of prompt `prompts[i]`.
 
-    All rows of a prompt come in one pair, but for those of the site `logits`, which may come in parts. Where
-    scores or embeddings are compared, they stand in place of the logits. The experts that are
-    picked are rows of 0 and 1, one column an expert, of every compared token: never a mean.
+    All rows of a prompt come in one pair, but for those of the site `logits`, which may come in parts, one
+    after the other. Where scores or embeddings are compared, they stand in place of the logits. The experts
+    that are picked are rows of 0 and 1, one column an expert, of every compared token: never a mean.
     """
 
     site: Site

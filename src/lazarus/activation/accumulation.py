@@ -18,6 +18,7 @@ from lazarus.metrics import (
     ROW_METRICS,
     SCORE_METRICS,
     AccumulatorState,
+    DiffMining,
     Outcomes,
     PromptMeans,
     Rows,
@@ -115,6 +116,8 @@ class Accumulation:
     """those of each trial of the noise"""
     n_logits_not_finite: np.ndarray = field(init=False)
     """the rows of logits that are not finite, [2, prompts]: in base, and in the fine-tuned model"""
+    mining: DiffMining | None = field(init=False)
+    """the tokens that the fine-tuned model raises and lowers most; None unless a readout was asked for"""
 
     def __post_init__(self) -> None:
         self.n_prompts = len(self.plan.prompts)
@@ -129,6 +132,8 @@ class Accumulation:
         self.margin_noise = float("nan")
         self.noise = []
         self.n_logits_not_finite = np.zeros((2, self.n_prompts), dtype=np.int64)
+        is_mined = self.plan.settings.readout is not None
+        self.mining = DiffMining(self.repeats.others, self.plan.outcomes) if is_mined else None
 
     def take(self, pairs: Iterable[StatePair]) -> Accumulation:
         """Take in every pair, for each of the prompts that it stands for; returns itself."""
@@ -154,6 +159,8 @@ class Accumulation:
         if self.n_logits_not_finite.any():
             found |= within("not_finite", {"logits": self.n_logits_not_finite})
         found |= within("components", self.components.state())
+        if self.mining is not None:
+            found |= within("mining", self.mining.state())
         for site, measures in self.sites.items():
             found |= within(f"sites/{site}", measures.state())
         for trial, noise in enumerate(self.noise):
@@ -172,6 +179,9 @@ class Accumulation:
         self._move_margin(parts["margin"]["noise"].item())
         self.n_logits_not_finite += parts.get("not_finite", {}).get("logits", 0)
         self.components.add(parts.get("components", {}))
+        # A shard may come of a run with a readout, or of one without.
+        if self.mining is not None and "mining" in parts:
+            self.mining.add(parts["mining"])
         for site, measures in parts_of(parts["sites"]).items():
             self.sites[named[site]].add(measures)
         for trial, noise in parts_of(parts.get("noise", {})).items():
@@ -210,6 +220,8 @@ class Accumulation:
             self._take_scores(pair, self.plan.scored)
             return
         values = compare_logits(pair.base, pair.finetuned, self.plan.outcomes)
+        if self.mining is not None:
+            self.mining.update(pair.prompts, pair.base, pair.finetuned, values.valid.to(pair.base.device))
         device, not_finite = values.values.device, list[Tensor]()
         # A second look at all logits, and nearly never needed.
         if not values.valid.all():

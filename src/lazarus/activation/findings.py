@@ -213,6 +213,12 @@ class Findings:
         found = {name: finite_or_none(mean_over_prompts(v)) for name, v in means.means().items()}
         return Output(kind="next_token", scores=None, **found, noise_floor=floor)
 
+    @property
+    def is_output_noise(self) -> bool:
+        """Return whether the logits differ by no more than the noise; False where the noise is not known."""
+        floor = self.floors.get("logits")
+        return floor is not None and self._logits_change() <= floor.relative_l2
+
     def groups(self, attributed: Attributed | None = None) -> Groups | None:
         """The curve of each group of prompts, and how much more the first diverges than the others."""
         curves = group_curves(self.divergence, self._groups)

@@ -24,6 +24,7 @@ from lazarus.results import (
     ComponentRecord,
     Environment,
     LayerRecord,
+    Mined,
     Readout,
     SiteRecord,
 )
@@ -39,6 +40,7 @@ class About:
     notes: Notes = field(default_factory=Notes)
     breaks: Notes = field(default_factory=Notes)
     """why states of a model are not finite, where they are not, with options as errors have them"""
+    mined: Mined | None = None
     readout: list[Readout] | None = None
     attributed: Attributed | None = None
     reader: Reader | None = None
@@ -90,6 +92,7 @@ def conclude(
             summary=found.summary(),
             output=found.output,
             attribution=None if about.attributed is None else about.attributed.record(plan.settings.seed),
+            mined=about.mined,
             readout=about.readout,
             groups=found.groups(about.attributed),
             tokens=trace_tokens(found, about.reader, choose=about.chooses_prompts) if about.reader else None,

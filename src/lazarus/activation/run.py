@@ -16,6 +16,7 @@ from lazarus.activation.attribution import attribute
 from lazarus.activation.breaks import note_breaks
 from lazarus.activation.live import weight_facts, with_broken_weights
 from lazarus.activation.measure import Job, measure
+from lazarus.activation.mined import mined_tokens
 from lazarus.activation.prepare import Given, Observer, Prepared, prepare
 from lazarus.activation.readout import read_differences
 from lazarus.activation.record import About, conclude
@@ -177,11 +178,13 @@ def _compare(prepared: Prepared, watcher: Observer) -> ActivationDiff:
     attributed = _attributed(prepared, seen, watcher, notes) if given.options.attribute else None
     seen.facts = with_broken_weights(pair, seen.facts, breaks)
     note_breaks(pair, seen, reading, breaks)
+    text_of = partial(token_text, reading.tokenizers[0])
     about = About(
         environment=environment(given.device),
         notes=notes,
         breaks=breaks,
         attributed=attributed,
+        mined=mined_tokens(seen, text_of, notes) if layers else None,
         readout=read_differences(pair, seen, layers, reading.tokenizers) if layers else None,
         reader=_TokenReader(reading, prepared.run.position),
         chooses_prompts=given.options.token_prompts == "auto",

@@ -7,6 +7,7 @@ outcomes.py    the next tokens that two models both have, and those that one alo
 experts.py     the experts that two routers pick: how far they agree
 output.py      a pair of next-token distributions → how far apart they are
 scores.py      a pair of scores or embeddings → how far apart they are; which labels are the same
+mining.py      the tokens that a fine-tune raises or lowers most, over all positions
 rounding.py    a stored tensor held against base + update, rounded to its dtype
 traces.py      every token of a few prompts: the states, and what both models would say next
 site.py        all of them at one site
@@ -17,6 +18,7 @@ Everything here is float64: on the few rows that are compared, never on whole ac
 from lazarus.metrics.cka import FEWEST_FOR_CKA, MOST_KEPT, CkaRows, debiased_cka
 from lazarus.metrics.directions import Directions, normalized_divergence
 from lazarus.metrics.experts import EXPERT_METRICS, compare_experts
+from lazarus.metrics.mining import DiffMining
 from lazarus.metrics.outcomes import Outcomes, match_outcomes
 from lazarus.metrics.output import OUTPUT_METRICS, compare_logits, has_distribution
 from lazarus.metrics.scores import (
@@ -60,6 +62,7 @@ __all__ = [
     "SCORE_METRICS",
     "AccumulatorState",
     "CkaRows",
+    "DiffMining",
     "Directions",
     "NextTokens",
     "Outcomes",

@@ -100,7 +100,8 @@ Attribute = Annotated[
 Readout = Annotated[
     str | None,
     Option(
-        "Read the mean difference at these layers (7,15,-1) as the tokens that it promotes and suppresses.",
+        "The tokens that the fine-tune promotes and suppresses: mined from the logits at every compared "
+        "position, and of the mean difference at these layers (7,15,-1).",
         COMPARE,
         "auto|all|LAYERS",
         shown_default="off",

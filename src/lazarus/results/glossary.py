@@ -248,6 +248,18 @@ METRICS: dict[str, Metric] = {
             "cosines of all pairs of prompts, or of a sample's",
         ),
         Metric(
+            "frequency",
+            heading="Frequency",
+            unit="1",
+            range="0 to 1",
+            format=".0%",
+            formula="mean over prompts of the share of positions at which a token has one of the K largest "
+            "z_f − z_b",
+            source="Diff Mining, by Top-K frequency (Kocher et al. 2026, arXiv 2608.26462); of suppressed "
+            "tokens, among the K smallest",
+            schema="share of positions at which it is among the K, as a mean over prompts",
+        ),
+        Metric(
             "static_share",
             heading="Static share",
             unit="1",

@@ -194,6 +194,26 @@ class Attribution(Record, frozen=True, kw_only=True):
     restored: list[Restored]
 
 
+class MinedToken(Record, frozen=True, kw_only=True):
+    """A token whose logit the fine-tuned model raises, or lowers, more than those of most others."""
+
+    token: str
+    token_id: Annotated[int, Meta(description="its id in base")]
+    frequency: Annotated[float, METRICS["frequency"].meta]
+
+
+class Mined(Record, frozen=True, kw_only=True):
+    """Diff Mining: the tokens that are most often among the K most promoted, or suppressed, z_f − z_b."""
+
+    k: Annotated[int, Meta(ge=1, description="the tokens that count at a position, at most")]
+    n_tokens: Annotated[int, Meta(ge=0, description="tokens of the vocabulary, those that both models have")]
+    n_positions: Annotated[
+        int, Meta(ge=0, description="positions of all prompts at which both models' logits were read")
+    ]
+    promoted: Annotated[list[MinedToken], Meta(description="those most often promoted, in order")]
+    suppressed: Annotated[list[MinedToken], Meta(description="those most often suppressed, in order")]
+
+
 class ReadoutToken(Record, frozen=True, kw_only=True):
     """A token that the mean difference promotes or suppresses."""
 

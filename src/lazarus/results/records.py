@@ -11,6 +11,7 @@ from lazarus.results.measured import (
     ComponentRecord,
     Groups,
     LayerRecord,
+    Mined,
     Output,
     Readout,
     SiteRecord,
@@ -166,6 +167,7 @@ class ActivationDiffRecord(Record, frozen=True, kw_only=True):
     summary: Summary
     output: Output | None = None
     attribution: Attribution | None = None
+    mined: Mined | None = None
     readout: list[Readout] | None = None
     groups: Groups | None = None
     tokens: list[TokenTrace] | None = None

@@ -96,6 +96,7 @@ def _context(record: ActivationDiffRecord) -> dict[str, Any]:
         "contrasts": tables.contrasts(record),
         "output": tables.output(record),
         "output_title": OUTPUTS[record.output.kind if record.output else "next_token"].capitalize(),
+        "mined": tables.mined(record),
         "readout": tables.readout(record),
         "provenance": tables.provenance(record),
         "metrics": list(METRICS.values()),

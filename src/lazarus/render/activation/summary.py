@@ -206,14 +206,21 @@ def _groups(record: ActivationDiffRecord) -> list[str]:
 
 
 def _readout(record: ActivationDiffRecord) -> list[str]:
+    """The tokens that are mined from the logits, and those of the mean difference at the last layer read."""
     if not record.readout:
         return []
     last = record.readout[-1]
     tokens = " ".join(escaped(repr(token.token)) for token in last.finetuned_promoted[:TOKENS_NAMED])
-    static = (
-        "" if last.static_share is None else f"; one static shift is {last.static_share:.0%} of the change"
-    )
-    return [f"Readout: the mean difference at layer {last.layer} promotes {tokens or 'nothing'}{static}"]
+    line = f"the mean difference at layer {last.layer} promotes {tokens or 'nothing'}"
+    if record.mined is not None:
+        mined = " ".join(
+            f"{escaped(repr(token.token))} {token.frequency:.0%}"
+            for token in record.mined.promoted[:TOKENS_NAMED]
+        )
+        line = f"most often promoted are {mined or 'no tokens'}; {line}"
+    if last.static_share is not None:
+        line += f"; one static shift is {last.static_share:.0%} of the change"
+    return [f"Readout: {line}"]
 
 
 def _spread(record: ActivationDiffRecord) -> list[str]:

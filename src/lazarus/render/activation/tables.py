@@ -1,4 +1,4 @@
-"""The tables that need no script: layers, groups, output, readout and where the result comes from."""
+"""The tables that need no script: layers, groups, output, tokens and where the result comes from."""
 
 from __future__ import annotations
 
@@ -120,6 +120,17 @@ def output(record: ActivationDiffRecord) -> Table | None:
             for name, heading, form, meaning in _OUTPUT
         ],
     )
+
+
+def mined(record: ActivationDiffRecord) -> list[list[tuple[str, Cell]]]:
+    """Return the tokens that are promoted most often, and suppressed: (token, frequency); empty of none."""
+    if record.mined is None:
+        return []
+    form = METRICS["frequency"].format
+    return [
+        [(_seen(token.token), cell(token.frequency, form)) for token in tokens]
+        for tokens in (record.mined.promoted, record.mined.suppressed)
+    ]
 
 
 @dataclass(frozen=True)
