@@ -232,7 +232,7 @@ def test_only_a_part_of_a_model_is_kept_from_being_overwritten(tmp_path: Path) -
     for folder in (model, adapter):
         for name in ("config.json", "README.md", "model.safetensors", "LICENSE"):
             with pytest.raises(OutputError, match="is read by this run"):
-                check_outputs([str(folder / name)], "weight-diff", pair)
+                check_outputs([str(folder / name)], "activation-diff", pair)
     ours = ("diff.json", "diff", "results.txt", "page.html", "new.json", "new")
     check_outputs([str(model / name) for name in ours], "weight-diff", pair)
 

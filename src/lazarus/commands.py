@@ -25,7 +25,8 @@ class Command:
     """the result class, which holds the record"""
     view: str
     """the package of its renderers: `table` (columns, KINDS, write_markdown), `page` (write_html), `figure`
-    (write_figure), each a module or an attribute of the package; a format that has none is not written"""
+    (write_figure), `recipe` (write_recipe), `vectors` (write_vectors), each a module or an attribute of the
+    package; a format that has none is not written"""
     metrics: str
     """its glossary, a mapping of names to `Metric`"""
     cli: str

@@ -26,7 +26,7 @@ SUBJECTS: dict[str, tuple[BadInput, ...]] = {
     "Options": options.KINDS,
     "Prompts": prompts.READING,
     "Prompts and the models": prompts.FITTING,
-    "Outputs": outputs.KINDS,
+    "Outputs": (*outputs.KINDS, *outputs.VECTORS),
     "Saved results": saved.KINDS,
     "Naming a model": models.NAMES,
     "A model's configuration": models.CONFIGURATIONS,

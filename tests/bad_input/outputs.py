@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 from bad_input.kind import BadInput, compare, holding, typed
+from factories import save_model, tiny_llama, tiny_tokenizer
 
 A_FILE_AT_MOST = 512
 """bytes: less than any result, and far less than a disk that is full leaves behind"""
@@ -47,6 +48,12 @@ def _into_a_folder(folder: Path) -> list[str]:
 def _a_gguf_as_output(folder: Path) -> list[str]:
     (folder / "model.gguf").write_bytes(b"GGUF")
     return compare(f="model.gguf", o="model.gguf")
+
+
+def _two_widths(folder: Path) -> list[str]:
+    save_model(folder / "wider", tiny_llama(hidden_size=48), tiny_tokenizer())
+    (folder / "fifty.txt").write_text("".join(f"Number {i}\n" for i in range(50)), encoding="utf-8")
+    return compare(f="wider", p="@fifty.txt", o="shift.safetensors")
 
 
 KINDS = (
@@ -182,3 +189,21 @@ KINDS = (
         saves=("diff.json",),
     ),
 )
+
+VECTORS = (
+    BadInput(
+        "vectors in the folder of a model",
+        "`-o base/shift.safetensors`, in the folder of the base model",
+        typed(o="base/shift.safetensors"),
+        ("-o base/shift.safetensors", "folder of a model", "taken for its weights", "another folder"),
+        exit_code=2,
+    ),
+    BadInput(
+        "vectors of two widths",
+        "`-o shift.safetensors` for models of different width",
+        _two_widths,
+        ("-o shift.safetensors", "32 and 48 features", "no difference", "Leave this output out"),
+        exit_code=2,
+    ),
+)
+"""Of activation-diff alone: its siblings write no such format."""

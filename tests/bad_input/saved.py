@@ -54,6 +54,13 @@ KINDS = (
         exit_code=2,
     ),
     BadInput(
+        "vectors of a saved result",
+        "`lazarus show saved.json -o shift.safetensors`",
+        _show("-o", "shift.safetensors"),
+        ("-o shift.safetensors", "not kept in a saved result", "Run the comparison again"),
+        exit_code=2,
+    ),
+    BadInput(
         "result cut short",
         "a saved result of which the end is missing",
         _show(damage=lambda text: text[: len(text) // 2]),

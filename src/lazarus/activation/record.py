@@ -7,6 +7,7 @@ from itertools import groupby
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from lazarus.activation.accumulation import Accumulation
 from lazarus.activation.attributed import Attributed
@@ -98,7 +99,8 @@ def conclude(
             tokens=trace_tokens(found, about.reader, choose=about.chooses_prompts) if about.reader else None,
             notes=notes.texts,
             note_codes=notes.codes,
-        )
+        ),
+        _vectors(seen) if pair.same_width else None,
     )
 
 
@@ -106,6 +108,16 @@ def _components(seen: Accumulation) -> list[ComponentRecord] | None:
     if seen.plan.settings.sites != "all":
         return None
     return seen.components.records(seen.facts.base.info.run_dtype)
+
+
+def _vectors(seen: Accumulation) -> dict[str, NDArray[np.float32]]:
+    """Return the mean difference of every layer that has one, by the name of its tensor."""
+    found = {site: measures.directions for site, measures in seen.sites.items() if isinstance(site, int)}
+    return {
+        f"resid_post.{layer}": directions.mean_difference().astype(np.float32)
+        for layer, directions in found.items()
+        if directions.n_prompts
+    }
 
 
 def _layer(found: Findings, layer: int) -> LayerRecord:

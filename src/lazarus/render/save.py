@@ -7,11 +7,13 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from numpy.typing import NDArray
 
 from lazarus.commands import commands
 from lazarus.errors import MissingPackageError, OutputError, SaveError
@@ -24,6 +26,7 @@ LEAST_FREE_BYTES = 1 << 20
 TEMPORARY = ".lazarus-"
 RECIPE = "recipe.json"
 """the end of a name that asks for the list of modules by their cost"""
+VECTORS = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ FORMATS: dict[str, Format] = {
     ".svg": Format("figure", "matplotlib", "plot"),
     ".pdf": Format("figure", "matplotlib", "plot"),
     RECIPE: Format("recipe"),
+    VECTORS: Format("vectors"),
 }
 """The formats of results."""
 
@@ -91,6 +95,8 @@ def writer_of(command: str, suffix: str) -> Writer:
             write: Writer = renderer.write_markdown
         case "recipe.json":
             write = renderer.write_recipe
+        case ".safetensors":
+            write = renderer.write_vectors
         case ".html":
             write = renderer.write_html
         case _:
@@ -112,9 +118,15 @@ def check_outputs(paths: Sequence[str], command: str, inputs: Sequence[str] = ()
     for path in paths:
         check_output(path, command)
         real = os.path.realpath(path)
+        is_in_model = os.path.dirname(real) in read
         # A file of a model need not be named to be read: its whole folder is an input.
-        overwrites = real in read or (os.path.dirname(real) in read and not _is_ours(real))
+        overwrites = real in read or (is_in_model and not _is_ours(real))
         overwrites = overwrites and os.path.isfile(real)
+        if is_in_model and not overwrites and path.endswith(VECTORS):
+            raise OutputError(
+                f"-o {path}: in the folder of a model, where this file would be taken for its weights. "
+                "Choose another folder."
+            )
         if overwrites or (real in seen and not _is_special(path)):
             fault = "is read by this run" if overwrites else "is given twice"
             raise OutputError(f"-o {path}: this file {fault}. Give each output a path of its own.")
@@ -127,7 +139,7 @@ def _is_ours(path: str) -> bool:
     What has no suffix of another format is JSON.
     """
     file, suffix = Path(path), Path(path).suffix.lower()
-    if suffix in FORMATS.keys() - {".json"} or not file.is_file():
+    if suffix in FORMATS.keys() - {".json", VECTORS} or not file.is_file():
         return file.name != "README.md"
     with file.open("rb") as stream:
         return b'"schema_version"' in stream.read(200)
@@ -173,16 +185,20 @@ def _check_place(path: str) -> None:
         raise OutputError(f"-o {path}: {free} bytes are free on that disk. Make room first.")
 
 
-def save(record: Any, path: str) -> list[str]:
+def save(record: Any, path: str, vectors: Mapping[str, NDArray[Any]] | None = None) -> list[str]:
     """Write a record, and return the files that it is in.
 
     A page that cannot hold all rows has them in a file of its own, written first: `NAME.rows.parquet`, or
-    `NAME.rows.csv` without pyarrow.
+    `NAME.rows.csv` without pyarrow. `vectors` are arrays that stand in no record: `.safetensors` holds them.
 
     Raises:
+        OutputError: the record lacks what this format holds.
         SaveError: the disk gave out; whatever was there before is as it was.
     """
-    write = writer_of(record.command, format_of(path, record.command))
+    suffix = format_of(path, record.command)
+    write = writer_of(record.command, suffix)
+    if suffix == VECTORS:
+        write = partial(write, vectors=vectors)
     rows = _rows_beside(record, path)
     if rows is None:
         _save_one(record, path, write)
@@ -212,6 +228,8 @@ def _save_one(record: Any, path: str, write: Writer) -> None:
                 write(record, stream)
         else:
             _write_and_rename(record, Path(path), write)
+    except OutputError as error:
+        raise OutputError(f"-o {path}: {error.marked}", option=error.option) from error
     except OSError as error:
         older = "" if _is_special(path) else "An older file there is as it was. "
         raise SaveError(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lazarus.errors import GateNotMetError
 from lazarus.messages import option
@@ -36,6 +40,16 @@ class ActivationDiff(Result[ActivationDiffRecord]):
 
     kind = ActivationDiffRecord
     has_gates = True
+
+    def __init__(
+        self, record: ActivationDiffRecord, vectors: Mapping[str, NDArray[np.float32]] | None = None
+    ) -> None:
+        """Take the record and, of a run, the mean difference δ̄ of each layer as `resid_post.N`, [hidden].
+
+        A result that was read back has no vectors, and neither have models of two widths.
+        """
+        super().__init__(record)
+        self.vectors = vectors
 
     @property
     def layers(self) -> list[LayerRecord]:
@@ -115,7 +129,7 @@ class ActivationDiff(Result[ActivationDiffRecord]):
             UsageError: it is no divergence.
         """
         check(Options, threshold=threshold)
-        return ActivationDiff(flag_above(self.record, threshold))
+        return ActivationDiff(flag_above(self.record, threshold), self.vectors)
 
     @staticmethod
     def check_options(fail_above: float | None, expect: str | None) -> None:

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lazarus.errors import MissingPackageError, ResultFileError
 from lazarus.render import save
 from lazarus.results import read_json
@@ -41,6 +44,9 @@ class Result(Generic[R]):
     has_gates: ClassVar[bool] = False
     """whether it has a threshold, and gates that `show` holds it against"""
 
+    vectors: Mapping[str, NDArray[np.float32]] | None = None
+    """arrays by the names of their tensors, which stand in no record; None where there are none"""
+
     def __init__(self, record: R) -> None:
         self.record = record
 
@@ -62,11 +68,11 @@ class Result(Generic[R]):
         prompts leaves out.
 
         Raises:
-            OutputError: the format or the place cannot be written.
+            OutputError: the format or the place cannot be written, or the result has nothing to write in it.
             SaveError: the disk gave out on the way; an older file is left as it was.
         """
         save.check_output(str(path), self.record.command)
-        return save.save(self.record, str(path))
+        return save.save(self.record, str(path), self.vectors)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

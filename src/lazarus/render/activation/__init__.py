@@ -12,5 +12,6 @@ tables.py    the tables that need no script
 attribution.py  who caused the change: a line, bars, a table (tensor_map.py: components by layers)
 components.py   what is inside the blocks: a line, curves and tables
 figure.py    the curve for a paper (curve.py draws it)
+vectors.py   the mean difference of every layer as tensors
 notebook.py  how a result shows itself in a notebook
 """
