@@ -205,6 +205,14 @@ def test_rows_that_are_not_valid_are_left_out() -> None:
     np.testing.assert_array_equal(found.frequencies(), without.frequencies())
 
 
+def test_vocabularies_without_a_common_token_have_nothing_to_mine() -> None:
+    base, finetuned = logits(5)
+    outcomes = match_outcomes({f"a{i}": i for i in range(50)}, {f"b{i}": i for i in range(50)}, (50, 50))
+    found = counted(base, finetuned, outcomes=outcomes)
+    assert (found.n_tokens, found.n_positions) == (0, 6)
+    assert found.frequencies().shape == (2, 0)
+
+
 @pytest.mark.parametrize("n_tokens", [1, 2, 9])
 def test_tiny_vocabularies(n_tokens: int) -> None:
     base, finetuned = logits(3, n_tokens=n_tokens)

@@ -54,6 +54,8 @@ def _why_not(seen: Accumulation) -> str | None:
         return (
             "shards in the folder were measured without a readout. Run again with another folder for the work"
         )
+    if not seen.mining.n_tokens:
+        return "the two vocabularies have no token in common"
     if Findings(seen).is_output_noise:
         return "the logits differ by no more than the noise, and the tokens would be the noise's"
     return None

@@ -71,7 +71,7 @@ class DiffMining:
             base, finetuned, prompts = base[valid], finetuned[valid], prompts[valid.to(prompts.device)]
         if not len(base):
             return
-        n_rows = max(1, LOGITS_AT_ONCE // self.n_tokens)
+        n_rows = max(1, LOGITS_AT_ONCE // max(1, self.n_tokens))
         parts = zip(torch.split(base, n_rows), torch.split(finetuned, n_rows), strict=True)
         ids = np.concatenate([leading(b, f, self.k) for b, f in parts], axis=1)
         owners = prompts.cpu().numpy()

@@ -206,9 +206,9 @@ class Mined(Record, frozen=True, kw_only=True):
     """Diff Mining: the tokens that are most often among the K most promoted, or suppressed, z_f − z_b."""
 
     k: Annotated[int, Meta(ge=1, description="the tokens that count at a position, at most")]
-    n_tokens: Annotated[int, Meta(ge=0, description="tokens of the vocabulary, those that both models have")]
+    n_tokens: Annotated[int, Meta(ge=1, description="tokens of the vocabulary, those that both models have")]
     n_positions: Annotated[
-        int, Meta(ge=0, description="positions of all prompts at which both models' logits were read")
+        int, Meta(ge=1, description="positions of all prompts at which both models' logits were read")
     ]
     promoted: Annotated[list[MinedToken], Meta(description="those most often promoted, in order")]
     suppressed: Annotated[list[MinedToken], Meta(description="those most often suppressed, in order")]
