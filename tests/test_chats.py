@@ -14,7 +14,8 @@ from factories import TEMPLATE, notes_on_models, perturbed, save_model, tiny_lla
 from lazarus import activation_diff, compare
 from lazarus.errors import ChatTemplateError, PromptsError
 from lazarus.models import ChatTemplate, render_chats
-from lazarus.models.chats import AS_EMPTY, AS_JSON, AS_OBJECTS, AS_PARTS, AS_PYTHON, AS_TEXT, QUOTED
+from lazarus.models.chat_forms import AS_EMPTY, AS_JSON, AS_OBJECTS, AS_PARTS, AS_TEXT
+from lazarus.models.chats import AS_PYTHON, QUOTED
 from lazarus.prompts import make_prompts
 
 CALLS = (
