@@ -93,8 +93,7 @@ CODES = {
     "model alone can give counts as one more outcome, or is not compared.",
     "rows-by-number": "Rows of a vocabulary's tensors were compared by their number and not by token: they "
     "may be of different tokens.",
-    "components-left-out": "Something inside the blocks was not compared with `--sites all`: the numbers "
-    "say nothing of it.",
+    "components-left-out": "Something inside the blocks was not compared: the numbers say nothing of it.",
     "depths-differ": "The models have different numbers of layers, and how these are matched is told.",
     "widths-differ": "The residual streams have different widths: there is no cosine, and CKA is given "
     "instead.",
