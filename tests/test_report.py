@@ -302,7 +302,13 @@ def test_what_was_not_measured_is_absent_and_named_once() -> None:
     sections = {attributes.get("id") for attributes in markup.attributes("section")}
     assert {"layers", "prompts", "provenance", "reading"} <= sections
     assert not sections & {"attribution", "tokens", "groups", "output", "readout"}
-    for option in ("--localize", "--attribute blocks", "--readout auto", "--position all"):
+    for option in (
+        "--localize",
+        "--attribute blocks",
+        "--readout auto",
+        "--position all or response",
+        "--sites all",
+    ):
         assert markup.text.count(f"({option})") == 1
     whole = page_of(whole_record())
     there = {a.get("id") for a in whole.attributes("section")}
