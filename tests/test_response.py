@@ -421,7 +421,9 @@ def test_prompts_that_were_made_with_responses_are_compared_without(pair: Any) -
     diff = compare(pair, prompts, position="last")
     assert diff.results == compare(pair, [prompt.text for prompt in prompts], position="last").results
     [note] = notes_of(diff, "prompt-rows")
-    assert note.startswith("responses are left out, which only --position response reads: prompts 0, 1, 2")
+    assert note.startswith(
+        "responses are left out, which --position response of activation-diff compares: prompts 0, 1, 2"
+    )
 
 
 @pytest.mark.parametrize(
@@ -471,9 +473,9 @@ def test_a_chat_without_a_turn_of_the_assistant_is_named() -> None:
 
 
 def test_a_response_of_messages_needs_a_template() -> None:
-    rows = [{"prompt": "Hi", "response": CHAT[2:3]}]
-    with pytest.raises(PromptsError, match="Prompt 0 is a chat"):
-        lazarus.activation_diff("not loaded", "not loaded", rows, position="response")
+    for row in ({"prompt": "Hi", "response": CHAT[2:3]}, Prompt("Hi", response=tuple(CHAT[2:3]))):
+        with pytest.raises(PromptsError, match="Prompt 0 is a chat"):
+            lazarus.activation_diff("not loaded", "not loaded", [row], position="response")
 
 
 # --- Ways through a run

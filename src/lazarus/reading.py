@@ -155,7 +155,9 @@ def _without_responses(prompts: Sequence[Prompt], notes: Notes) -> Sequence[Prom
     if not having:
         return prompts
     which = f"prompts {listed(having)} ({len(having)} of {len(prompts)})"
-    told = f"responses are left out, which only {option('position', 'response')} reads: {which}"
+    told = (
+        f"responses are left out, which {option('position', 'response')} of activation-diff compares: {which}"
+    )
     notes.add("prompt-rows", told, prompts=having)
     return [replace(prompt, response=None) for prompt in prompts]
 

@@ -62,7 +62,8 @@ def check_chats(prompts: Sequence[Prompt], chat_template: str) -> None:
         PromptsError: a prompt is a chat and `chat_template` is `none`.
     """
     for index, prompt in enumerate(prompts):
-        if prompt.messages and chat_template == "none":
+        is_chat = prompt.messages or isinstance(prompt.response, tuple)
+        if is_chat and chat_template == "none":
             raise PromptsError(
                 f"Prompt {index} is a chat (`messages`), which needs a template to become text. Give "
                 f"{option('chat_template')}: one of the models' own, or a file.",
