@@ -54,7 +54,9 @@ def reference() -> str:
         lines += ["", f"### Of {found.name}"] if number else []
         lines += ["", "| Name | Formula | Range | What it is |", "|---|---|---|---|"]
         metrics = found.load("metrics").values()
-        lines += [f"| `{m.name}` | {m.formula} | {m.range} | {m.source} |" for m in metrics]
+        cells = [[m.name, m.formula, m.range, m.source] for m in metrics]
+        cells = [[cell.replace("|", "\\|") for cell in row] for row in cells]
+        lines += [f"| `{name}` | {' | '.join(told)} |" for name, *told in cells]
     return "\n".join(lines) + "\n"
 
 

@@ -8,7 +8,9 @@ measure.py       run all batches, in one process or shared by many
 accumulation.py  pairs of states go in, sums stay
 components.py    the same of what is inside blocks, with their records
 findings.py      from sums to numbers: means, references beside them, verdict, summary
+scores.py        the change of scores and embeddings
 traces.py        every token of a few prompts
+mined.py         the tokens of Diff Mining, or why there are none
 limits.py        what a reader must know of the numbers
 record.py        the result
 live.py          what live models add to it: facts, and a look at their weights (rounding.py)
@@ -16,8 +18,9 @@ breaks.py        which model gives states that are not finite, and why
 readout.py       the mean difference, read as tokens
 attribution.py   who caused the change of the output; attributed.py tells of it
 
-accumulation.py, attributed.py, components.py, repeats.py, findings.py, traces.py, limits.py and record.py
-need no model: whoever has pairs of states from another runtime gives them `PairFacts` and a `Plan`.
+accumulation.py, attributed.py, components.py, repeats.py, findings.py, scores.py, traces.py, mined.py,
+limits.py and record.py need no model: whoever has pairs of states from another runtime gives them `PairFacts`
+and a `Plan`.
 """
 
 from lazarus.activation.accumulation import Accumulation, Plan

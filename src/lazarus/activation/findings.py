@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lazarus.activation.accumulation import Accumulation
 from lazarus.activation.attributed import Attributed
-from lazarus.activation.scored import find_scores
+from lazarus.activation.scores import find_scores
 from lazarus.facts import NOTHING_KNOWN, PairFacts, Rounded, Site, WeightFacts
 from lazarus.metrics import (
     OUTPUT_METRICS,

@@ -23,7 +23,7 @@ def pair_facts(pair: ModelPair, scope: Scope) -> PairFacts:
     """Return what is known of two live models, and of what is compared of them."""
     base = _facts(pair.base, pair.base_conventions, scope.outside[0])
     finetuned = _facts(pair.finetuned, pair.finetuned_conventions, scope.outside[1])
-    return PairFacts(base, finetuned, pair.align, pair.why_not_scored)
+    return PairFacts(base, finetuned, pair.align, pair.why_no_scores)
 
 
 def with_broken_weights(pair: ModelPair, facts: PairFacts, notes: Notes) -> PairFacts:

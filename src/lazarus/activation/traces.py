@@ -102,7 +102,7 @@ def _with_output(
 
 
 def _cause(margins: tuple[float, float], noise: float | None) -> Literal["noise", "change"] | None:
-    """Return `noise` where either model might as well have made the other's choice, by noise alone."""
+    """Return `noise` where noise alone may turn the first choice of each of the two models, else `change`."""
     if noise is None:
         return None
     return "noise" if max(margins) <= noise else "change"

@@ -5,10 +5,13 @@ recorder.py    the states at every site of one model's forward pass
 finite.py      where a model's states stop being finite, and why
 head.py        a model's own LM head on a few rows
 local.py       the fine-tuned model's blocks on base's states: what each block itself changes
-scored.py      scores of labels, and embeddings, of each prompt by itself
-outputs.py     which of them two models have in common
+score_heads.py  scores of labels, and embeddings, of each prompt by itself
+scored.py      which of them two models have in common
 probe.py       one short pass that learns how a model's blocks behave, and checks it
 coverage.py    the tensors that a comparison can see
+forms.py       where in a block its sublayers' terms and its router are
+components.py  how these are found, by the sum that they must give
+taps.py        the compared rows inside blocks, while a model runs
 pair.py        two models, what they have in common, and what cannot be asked of them
 prefix_cache.py  the KV cache of a prefix, from which a pass goes on
 runner.py      one of the two models, ready to run batches

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lazarus.engine.forms import Components, Form, Place, Router, tensors_in
+from lazarus.engine.forms import Components, Form, Router, Spot, tensors_in
 from lazarus.engine.pair import ModelPair
 from lazarus.engine.probe import Conventions
 from lazarus.engine.recorder import Recorder, RowSelection, first_tensor
@@ -142,7 +142,7 @@ class _Call:
     left: Float[Tensor, "tokens width"]
     unit: float
     """the distance from 1 to the next larger number, in the narrowest dtype on the way"""
-    outputs: dict[Place, Float[Tensor, "tokens width"]] = field(default_factory=dict)
+    outputs: dict[Spot, Float[Tensor, "tokens width"]] = field(default_factory=dict)
     routers: list[Router] = field(default_factory=list)
 
 
@@ -171,7 +171,7 @@ class _Watch:
     conventions: Conventions
     sublayer_of: SublayerOf
     calls: list[_Call]
-    _seen: dict[Place, Tensor] = field(default_factory=dict)
+    _seen: dict[Spot, Tensor] = field(default_factory=dict)
     _again: set[str] = field(default_factory=set)
     """modules that ran more than once: which of their outputs is a term cannot be told"""
 
@@ -198,7 +198,7 @@ class _Watch:
             for received, value in ((False, output), (True, (args, kwargs))):
                 for index, tensor in enumerate(tensors_in(value)):
                     # A copy, because the block may add to it in place (Falcon).
-                    self._seen[Place(path, index, received)] = tensor.clone()
+                    self._seen[Spot(path, index, received)] = tensor.clone()
 
         return hook
 
@@ -230,7 +230,7 @@ class _Watch:
         return to_float64(self.conventions.by_token(states, LENGTH)[0, -KEPT_TOKENS:])
 
 
-def _terms(calls: Sequence[_Call]) -> tuple[Place, ...] | None:
+def _terms(calls: Sequence[_Call]) -> tuple[Spot, ...] | None:
     """Return the fewest outputs that add up in every call of blocks of one kind; None where none do."""
     common = [place for place in calls[0].outputs if all(place in call.outputs for call in calls)]
     # Of modules with one output (a dropout returns what it got) the outermost is taken.
@@ -239,7 +239,7 @@ def _terms(calls: Sequence[_Call]) -> tuple[Place, ...] | None:
     return next((places for places in sets if all(_adds_up(call, places) for call in calls)), None)
 
 
-def _adds_up(call: _Call, places: Sequence[Place]) -> bool:
+def _adds_up(call: _Call, places: Sequence[Spot]) -> bool:
     terms = torch.stack([call.outputs[place] for place in places])
     x, y, total = call.entered, call.left, terms.sum(0)
     size = x.abs() + terms.abs().sum(0)
@@ -257,10 +257,10 @@ def _adds_up(call: _Call, places: Sequence[Place]) -> bool:
     return bool(((y - c * whole).abs() <= limit * abs(c) * size).all())
 
 
-def _form(model: LoadedModel, call: _Call, places: Sequence[Place], sublayer_of: SublayerOf) -> Form:
+def _form(model: LoadedModel, call: _Call, places: Sequence[Spot], sublayer_of: SublayerOf) -> Form:
     block = model.anatomy.blocks[call.block]
     sublayer = {place: sublayer_of(block.get_submodule(place.path)) for place in places}
-    found: dict[ComponentName, tuple[Place, ...]] = {}
+    found: dict[ComponentName, tuple[Spot, ...]] = {}
     for place, kind in sublayer.items():
         if kind in _NAMES:
             found[_NAMES[kind]] = (*found.get(_NAMES[kind], ()), place)
@@ -270,16 +270,16 @@ def _form(model: LoadedModel, call: _Call, places: Sequence[Place], sublayer_of:
     return Form(found, call.routers[0] if call.routers else None, others)
 
 
-def _routers(seen: Mapping[Place, Tensor], block: nn.Module, sublayer_of: SublayerOf) -> list[Router]:
+def _routers(seen: Mapping[Spot, Tensor], block: nn.Module, sublayer_of: SublayerOf) -> list[Router]:
     """Return the routers of a block: modules that return scores, and the numbers of experts that they pick.
 
     Where there are none, the one that a name tells; then the MLP may hand the numbers to its experts.
     """
-    by_module: dict[str, list[tuple[Place, Tensor]]] = {}
+    by_module: dict[str, list[tuple[Spot, Tensor]]] = {}
     for place, tensor in seen.items():
         if tensor.shape[:1] == (ROWS * LENGTH,) or tensor.shape[:2] == (ROWS, LENGTH):
             by_module.setdefault(place.path, []).append((place, tensor))
-    whole, by_name, handed = list[Router](), list[Router](), list[tuple[Place, Tensor]]()
+    whole, by_name, handed = list[Router](), list[Router](), list[tuple[Spot, Tensor]]()
     for path, tensors in by_module.items():
         kind = sublayer_of(block.get_submodule(path))
         if kind == "attn":
@@ -303,7 +303,7 @@ def _routers(seen: Mapping[Place, Tensor], block: nn.Module, sublayer_of: Sublay
     return [replace(router, picks=router.picks or next(iter(places), None))]
 
 
-def _weights(scores: Sequence[tuple[Place, Tensor]], n_experts: int) -> Place | None:
+def _weights(scores: Sequence[tuple[Spot, Tensor]], n_experts: int) -> Spot | None:
     """Return where a router gives as many weights that are not 0 for every token, and 0 for other experts."""
     for place, tensor in scores:
         n_picked = (tensor != 0).sum(-1)

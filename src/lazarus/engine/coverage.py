@@ -9,7 +9,7 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from lazarus.engine.head import Head
-from lazarus.engine.scored import LabelHead, ScoreHead, modules_run
+from lazarus.engine.score_heads import LabelHead, ScoreHead, modules_run
 from lazarus.models import Compared, LoadedModel
 
 

@@ -13,7 +13,7 @@ from lazarus.facts import ComponentName
 
 
 @dataclass(frozen=True)
-class Place:
+class Spot:
     """A tensor among those that a module of a block returns, or receives."""
 
     path: str
@@ -27,9 +27,9 @@ class Place:
 class Router:
     """The router of a block: its logits, and where the experts that it picks can be seen."""
 
-    logits: Place
+    logits: Spot
     n_experts: int
-    picks: Place | None
+    picks: Spot | None
     """their numbers, or weights that are 0 for all other experts; None where neither can be seen"""
 
 
@@ -37,7 +37,7 @@ class Router:
 class Form:
     """The components of a block: the terms of each that are added to the residual stream, and its router."""
 
-    terms: Mapping[ComponentName, tuple[Place, ...]]
+    terms: Mapping[ComponentName, tuple[Spot, ...]]
     """of `attn_out` and `mlp_out`, as far as the block has them"""
     router: Router | None = None
     others: tuple[str, ...] = ()
@@ -50,7 +50,7 @@ class Form:
         return (*self.terms, *routed, *(("experts",) if self.router and self.router.picks else ()))
 
     @property
-    def places(self) -> list[tuple[ComponentName, Place]]:
+    def places(self) -> list[tuple[ComponentName, Spot]]:
         """Every place, with the name of what is there."""
         found = [(name, place) for name, places in self.terms.items() for place in places]
         if self.router is not None:
@@ -84,7 +84,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 @contextmanager
 def at_places(
-    block: nn.Module, form: Form, take: Callable[[ComponentName, Place, Tensor], Tensor | None]
+    block: nn.Module, form: Form, take: Callable[[ComponentName, Spot, Tensor], Tensor | None]
 ) -> Iterator[None]:
     """While the block runs, hand the tensor at each place to `take`; what that returns stands in for it."""
 
@@ -98,7 +98,7 @@ def at_places(
         nonlocal running
         running = False
 
-    def hook_for(name: ComponentName, place: Place) -> Callable[..., Any]:
+    def hook_for(name: ComponentName, place: Spot) -> Callable[..., Any]:
         def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             if not running:  # a module that blocks share, in another block
                 return None

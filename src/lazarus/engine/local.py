@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lazarus.blame import Translated
-from lazarus.engine.forms import Place, at_places
+from lazarus.engine.forms import Spot, at_places
 from lazarus.engine.pair import ModelPair
 from lazarus.engine.recorder import first_tensor, one_line
 from lazarus.engine.taps import Collected, ComponentPicker, ComponentRows
@@ -81,9 +81,9 @@ class _ComponentsBeside:
         assert theirs is not None
         self.form, self._theirs = ours.of_blocks[index], theirs.of_blocks[index]
         self._pair, self._index, self._picker, self._taken = pair, index, picker, taken
-        self._held: dict[Place, Tensor] = {}
+        self._held: dict[Spot, Tensor] = {}
 
-    def hold(self, name: ComponentName, place: Place, tensor: Tensor) -> None:
+    def hold(self, name: ComponentName, place: Spot, tensor: Tensor) -> None:
         """Keep a term that base's block adds."""
         if name in self.form.terms:
             # A copy, because the block may add to it in place (Falcon).
@@ -97,7 +97,7 @@ class _ComponentsBeside:
             return
         collected = Collected(self._picker, self._theirs)
 
-        def stand_in(name: ComponentName, place: Place, tensor: Tensor) -> Tensor | None:
+        def stand_in(name: ComponentName, place: Spot, tensor: Tensor) -> Tensor | None:
             collected.take(name, place, tensor)
             return held.get(place)
 

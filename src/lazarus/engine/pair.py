@@ -10,9 +10,9 @@ from typing import Literal
 
 from lazarus.batches import Padding
 from lazarus.engine.forms import Form
-from lazarus.engine.outputs import Scored, find_scored
 from lazarus.engine.probe import Conventions, learn, passes_go_on
-from lazarus.engine.scored import ScoreHead
+from lazarus.engine.score_heads import ScoreHead
+from lazarus.engine.scored import Scored, find_scored
 from lazarus.errors import ShapeMismatchError
 from lazarus.facts import ComponentName, ComponentSite, PairShape
 from lazarus.messages import option
@@ -38,7 +38,7 @@ class ModelPair(PairShape):
     """whether both have one class and one configuration, so that the same weights compute the same"""
     scored: Scored | None = None
     """the outputs beside next tokens that are compared: then next tokens are not"""
-    why_not_scored: str | None = None
+    why_no_scores: str | None = None
     """why there are none, where one of the two has such outputs"""
     streams: bool = False
     """whether the blocks run one at a time over all batches, read from disk"""
@@ -191,7 +191,7 @@ def learn_pair(
         align,
         same_design=same_design,
         scored=scored if isinstance(scored, Scored) else None,
-        why_not_scored=scored if isinstance(scored, str) else None,
+        why_no_scores=scored if isinstance(scored, str) else None,
     )
     if base.pager is not None:  # which blocks are the same is seen when they are read
         unknown = (False,) * len(base.anatomy.blocks)

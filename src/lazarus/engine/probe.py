@@ -29,7 +29,7 @@ from lazarus.engine.head import (
 )
 from lazarus.engine.recorder import Recorder, Recording, RowSelection, first_tensor
 from lazarus.engine.replay import Call, can_replay, recording, stopping_after
-from lazarus.engine.scored import NO_LABELS, LabelCheck, check_labels
+from lazarus.engine.score_heads import NO_LABELS, LabelCheck, check_labels
 from lazarus.errors import BlocksNotFoundError, NoDataError
 from lazarus.messages import option
 from lazarus.metrics import to_float64

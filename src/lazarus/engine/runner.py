@@ -17,7 +17,7 @@ from lazarus.engine.prefix_cache import PrefixCache, holds_keys_and_values
 from lazarus.engine.probe import Conventions
 from lazarus.engine.recorder import Recorder, RowSelection
 from lazarus.engine.replay import Passed, UnlikeError, replaying
-from lazarus.engine.scored import BatchScores, ScoreHead
+from lazarus.engine.score_heads import BatchScores, ScoreHead
 from lazarus.engine.taps import BlockRows, ComponentPicker, ComponentRows, joined_rows, split_rows
 from lazarus.errors import UnsupportedModelError
 from lazarus.models import LoadedModel, same_bits

@@ -1,273 +1,126 @@
-"""The outputs of a model beside next tokens: scores of labels, of a prompt or of its tokens; an embedding.
-
-A head of labels is run by the model's own code, on one prompt at a time: the stack is made to return what it
-has made of that prompt, without padding. Some heads find the end of a prompt by the id of the padding token,
-some by the mask, and some refuse several prompts: of one prompt without padding all give what they give when
-it runs alone. A short pass checks that.
-"""
+"""The outputs beside next tokens that two models have in common, and which of their labels are the same."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
-from lazarus.batches import Padding, TokenBatch
-from lazarus.engine.head import alike, returning
-from lazarus.engine.positions import RowPicker
-from lazarus.engine.recorder import Recorder, RowSelection, accepted, calling
-from lazarus.errors import DeviceError, UnsupportedModelError
-from lazarus.metrics import ScoreKind, to_float64
-from lazarus.models import Embedder, LoadedModel
-from lazarus.sites import Position
+from lazarus.engine.recorder import one_line
+from lazarus.engine.score_heads import EmbeddingHead, LabelCheck, LabelHead, ScoreHead
+from lazarus.metrics import ScorePlan, match_labels
+from lazarus.models import Embedder, LoadedModel, NotReadError, read_embedder
+from lazarus.notes import Notes
 
-_STATES = "last_hidden_state"
-
-
-class ScoreHead(ABC):
-    """What makes scores, or an embedding, of what a stack returns of one prompt."""
-
-    kind: ScoreKind
-    fields: tuple[str, ...]
-    """what it reads of the stack's output"""
-
-    @abstractmethod
-    def scores(self, ids: Sequence[int], given: Mapping[str, Tensor]) -> Float[Tensor, "rows width"]:
-        """Return the scores of a prompt: one row, or one a token.
-
-        `given` is what the stack has made of that prompt alone, with a batch of one in front.
-        """
+MOST_NAMED = 6
+"""The labels that a note names."""
 
 
 @dataclass(frozen=True)
-class LabelConventions:
-    """How the scores of a model's labels are made."""
+class Scored:
+    """The outputs of two models that are compared beside next tokens."""
 
-    kind: ScoreKind
-    output_class: type[ModelOutput]
-    """what the stack hands to the head"""
-    sample_ids: Sequence[int]
-    sample: Mapping[str, Tensor]
-    """what the head reads of that, for a short prompt"""
+    heads: tuple[ScoreHead, ScoreHead]
+    plan: ScorePlan
+    names: tuple[Sequence[str], Sequence[str]] = ((), ())
+    """what each model calls its labels"""
 
+    def own(self, side: int) -> list[str]:
+        """The labels that one of the two alone has."""
+        compared = (self.plan.base, self.plan.finetuned)[side]
+        return [name for i, name in enumerate(self.names[side]) if i not in compared]
 
-class LabelHead(ScoreHead):
-    """A model's own head of labels, run by the model's own code."""
-
-    def __init__(self, model: LoadedModel, conventions: LabelConventions) -> None:
-        self.model = model
-        self.kind = conventions.kind
-        self.fields = tuple(conventions.sample)
-        self._conventions = conventions
-
-    def scores(self, ids: Sequence[int], given: Mapping[str, Tensor]) -> Float[Tensor, "rows width"]:
-        """Return the scores of a prompt: one row, or one a token.
-
-        Raises:
-            UnsupportedModelError: the head wants more than that.
-        """
-        with returning(self.model.anatomy.stack, self._conventions.output_class(**given)):
-            logits = _logits(self.model, ids)
-        return logits.reshape(-1, logits.shape[-1])
-
-    def run_sample(self) -> None:
-        """Run on a short prompt, for whoever looks at which modules run."""
-        self.scores(self._conventions.sample_ids, self._conventions.sample)
+    def note(self, longest: int, notes: Notes) -> None:
+        """Note how labels were matched, and what sentence-transformers would have done besides."""
+        told = None
+        if self.own(0) or self.own(1):
+            told = f"of the labels only {_listed(self.plan.labels)} were compared, which both have"
+        elif self.plan.base != self.plan.finetuned:
+            told = "labels were matched by their names"
+        elif self.names[0] != self.names[1]:
+            told = "labels were matched by their numbers"
+        if told is not None:
+            notes.add("labels-matched", f"{told}: {_both(*self.names)}")
+        limits = [h.embedder.most_tokens for h in self.heads if isinstance(h, EmbeddingHead)]
+        limit = min((each for each in limits if each), default=longest)
+        if longest > limit:
+            notes.add(
+                "embedded-whole",
+                f"prompts of up to {longest} tokens were embedded whole: sentence-transformers keeps {limit}",
+            )
 
 
-class EmbeddingHead(ScoreHead):
-    """The modules of a sentence-transformers model after its transformer."""
+def find_scored(
+    models: tuple[LoadedModel, LoadedModel],
+    checks: tuple[LabelCheck, LabelCheck],
+    align: Literal["ids", "text"],
+) -> Scored | str | None:
+    """Find out which outputs beside next tokens two models have in common; text says why there are none.
 
-    kind: ScoreKind = "embedding"
-    fields = (_STATES,)
-
-    def __init__(self, embedder: Embedder) -> None:
-        self.embedder = embedder
-
-    def scores(self, ids: Sequence[int], given: Mapping[str, Tensor]) -> Float[Tensor, "rows width"]:
-        """Return the embedding of a prompt as one row."""
-        return self.embedder.embed(given[_STATES][0])[None]
-
-
-class BatchScores:
-    """The scores of one batch, made as soon as the stack has returned."""
-
-    def __init__(self, head: ScoreHead, batch: TokenBatch, position: Position) -> None:
-        # A mean of tokens' scores is no token's score: of a mean of states every token is compared.
-        self._picker = RowPicker.of(batch, "all" if position == "mean" else position)
-        self._head = head
-        self._batch = batch
-        self.rows = torch.empty(0)
-        self.prompts = self._picker.prompts if head.kind == "token_scores" else torch.tensor(batch.prompts)
-        """whose each row is"""
-
-    def take(self, output: Any) -> None:
-        """Make the scores of what the stack returned of the batch."""
-        head, found = self._head, list[Tensor]()
-        for row, prompt in enumerate(self._batch.members):
-            scores = head.scores(prompt.ids, _row(output, head.fields, row, len(prompt.ids)))
-            if head.kind == "token_scores":
-                scores = scores[self._picker.tokens[self._picker.rows == row].to(scores.device)]
-            found.append(scores)
-        self.rows = torch.cat(found)
-
-
-@dataclass(frozen=True)
-class LabelCheck:
-    """The check of a head of labels: how it is run, or why it is not; neither where there is none."""
-
-    conventions: LabelConventions | None = None
-    why_not: str | None = None
-
-
-NO_LABELS = LabelCheck()
-
-
-def check_labels(
-    recorder: Recorder,
-    batch: tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]],
-    padding: Padding,
-    output: Any,
-) -> LabelCheck:
-    """Check that a head of labels gives the whole model's scores of each prompt alone.
-
-    It is run on what the stack returns of a batch such as the run has; `output` is that of the whole batch. A
-    model has such a head if it gives as many logits, of a prompt or of each token, as its configuration names
-    labels.
+    Two sentence-transformers models are compared by their embeddings, and else two heads of labels by theirs.
+    None where neither model has any.
     """
-    model = recorder.model
-    if recorder.stack is model.model or model.model.get_output_embeddings() is not None:
-        return NO_LABELS
-    # Its labels may be the decoder's, which wants tokens of its own.
-    if model.model.config.is_encoder_decoder:
-        return NO_LABELS
-    rows = _unpadded(batch, padding)
-    first = rows[min(rows)]
     try:
-        with torch.no_grad(), modules_run(model) as ran:
-            alone = [_logits(model, ids) for ids in rows.values()]
-    except (DeviceError, UnsupportedModelError, _NoLabelsError):
-        return NO_LABELS  # its states can be compared all the same
-    kind = _kind(alone[0], len(first), model)
-    if kind is None:
-        return NO_LABELS
-    if random := missing_in(model, ran):
-        return LabelCheck(why_not=f"{model.name} lacks {random[0]}, so its head holds random numbers")
-    if not any(bool(each.isfinite().any()) for each in alone):
-        return LabelCheck(
-            why_not=f"the scores of {model.name} are not finite, so its head could not be checked"
-        )
-    expected = torch.cat([each.reshape(-1, each.shape[-1]) for each in alone])
-    if padding != "right":
-        output = _stack_output(recorder, *(each[: len(rows)] for each in batch))
-    with torch.no_grad():
-        for fields in _tried(output):
-            sample = _row(output, fields, min(rows), len(first))
-            conventions = LabelConventions(kind, type(output), first, sample)
-            if _gives(LabelHead(model, conventions), rows, output, expected):
-                return LabelCheck(conventions)
-    return LabelCheck(why_not=f"the head of {model.name} does not give its scores of the states alone")
+        embedders = [_embedder(model) for model in models]
+    except NotReadError as error:
+        return str(error)
+    if None not in embedders:
+        return _of_embedders(models, [each for each in embedders if each is not None])
+    names = [model.name for model in models]
+    found = [check.conventions for check in checks]
+    if found[0] is None or found[1] is None:
+        whys = [check.why_not for check in checks if check.why_not]
+        having = [name for name, each, e in zip(names, found, embedders, strict=True) if each or e]
+        if whys or not having:
+            return next(iter(whys), None)
+        is_alone = len(having) == 1
+        return f"only {having[0]} gives scores or embeddings" if is_alone else "one scores, and one embeds"
+    kind = found[0].kind
+    if kind != found[1].kind:
+        return f"{names[0]} and {names[1]} do not both score prompts, or both tokens"
+    if kind == "token_scores" and align == "text":
+        return "scores of tokens were not compared, because each model has tokens of its own"
+    labels = (_labels(models[0]), _labels(models[1]))
+    plan = match_labels(*labels, kind)
+    if plan is None:
+        return f"it is not known which labels are the same: {_both(*labels)}"
+    return Scored((LabelHead(models[0], found[0]), LabelHead(models[1], found[1])), plan, labels)
 
 
-class _NoLabelsError(Exception):
-    """What a whole model returns has no logits."""
+def _of_embedders(models: Sequence[LoadedModel], embedders: Sequence[Embedder]) -> Scored | str:
+    widths = list[int]()
+    for model, embedder in zip(models, embedders, strict=True):
+        states = torch.zeros(1, model.anatomy.hidden_size, dtype=model.model.dtype, device=model.device)
+        try:
+            widths.append(len(embedder.embed(states)))
+        except RuntimeError as error:
+            return f"{model.name}: its modules do not fit each other: {one_line(error)}"
+    if widths[0] != widths[1]:
+        return f"embeddings of {widths[0]} and {widths[1]} numbers were not compared"
+    return Scored((EmbeddingHead(embedders[0]), EmbeddingHead(embedders[1])), ScorePlan("embedding"))
 
 
-def _logits(model: LoadedModel, ids: Sequence[int]) -> Tensor:
-    """The logits of the whole model for one prompt by itself."""
-    row = torch.tensor([list(ids)], device=model.device)
-    arguments = accepted(model.model, attention_mask=torch.ones_like(row))
-    with calling(model, row.shape):
-        output = model.model(input_ids=row, **arguments)
-    logits = getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise _NoLabelsError
-    return logits
-
-
-def _kind(logits: Tensor, length: int, model: LoadedModel) -> ScoreKind | None:
-    n_labels = getattr(model.model.config, "num_labels", None)
-    if logits.shape == (1, n_labels):
-        return "scores"
-    return "token_scores" if logits.shape == (1, length, n_labels) else None
-
-
-def _unpadded(batch: tuple[Tensor, Tensor], padding: Padding) -> dict[int, list[int]]:
-    """Rows of the probe's batch that the run may have together, by their numbers, without their padding."""
-    # The last row is padded, and the two before it are of one length.
-    chosen = {"right": (0, -1), "equal_lengths": (0, 1), "one_by_one": (0,)}[padding]
-    rows = [i % len(batch[0]) for i in chosen]
-    return {i: batch[0][i][batch[1][i].bool()].tolist() for i in rows}
-
-
-def _stack_output(recorder: Recorder, input_ids: Tensor, mask: Tensor) -> Any:
-    found: list[Any] = []
-    nothing = RowSelection(lambda states: states.new_empty(0), torch.Tensor.detach, found.append)
-    recorder.run(input_ids, mask, nothing)
-    return found[0]
-
-
-def _tried(output: Any) -> Iterator[Sequence[str]]:
-    """What the head may read: the states alone, or also what else the stack makes of each prompt."""
-    if not isinstance(output, ModelOutput) or _STATES not in output:
-        return
-    yield (_STATES,)
-    n_prompts = len(output[_STATES])
-    everything = [n for n, each in output.items() if isinstance(each, Tensor) and len(each) == n_prompts]
-    if len(everything) > 1:
-        yield everything
-
-
-def _gives(head: LabelHead, rows: Mapping[int, Sequence[int]], output: Any, expected: Tensor) -> bool:
+def _embedder(model: LoadedModel) -> Embedder | None:
     try:
-        found = torch.cat(
-            [head.scores(ids, _row(output, head.fields, i, len(ids))) for i, ids in rows.items()]
-        )
-    except (UnsupportedModelError, _NoLabelsError):
-        return False
-    # Against a wide copy: the limit is relative to the largest score.
-    limit = torch.finfo(expected.dtype).eps
-    return found.shape == expected.shape and alike(to_float64(found), to_float64(expected), limit) is True
+        return read_embedder(model.source, model.model.dtype, model.device)
+    except NotReadError as error:
+        raise NotReadError(
+            f"the modules of {model.name} after its transformer were not run: {error}"
+        ) from None
 
 
-def _row(output: Any, fields: Sequence[str], row: int, length: int) -> dict[str, Tensor]:
-    """What a stack has returned of one row, without padding."""
-    given = {name: output[name][row : row + 1] for name in fields}
-    return given | {_STATES: given[_STATES][:, :length]}
+def _labels(model: LoadedModel) -> tuple[str, ...]:
+    config = model.model.config
+    return tuple(str(config.id2label.get(i, f"LABEL_{i}")) for i in range(config.num_labels))
 
 
-def missing_in(model: LoadedModel, modules: set[nn.Module]) -> list[str]:
-    """Return the tensors of some modules that no file has filled: they hold random numbers."""
-    if not model.missing:
-        return []
-    inside = {name for name, module in model.model.named_modules() if module in modules}
-    # Under these two names PEFT keeps what is the model's own.
-    plain = {
-        name: name.replace(".original_module.", ".").replace(".base_layer.", ".")
-        for name in model.model.state_dict()
-        if name.rpartition(".")[0] in inside
-    }
-    return [name for name, own in plain.items() if own in model.missing]
+def _both(ours: Sequence[str], theirs: Sequence[str]) -> str:
+    return f"{_listed(ours)} in base, {_listed(theirs)} in fine-tuned"
 
 
-@contextmanager
-def modules_run(model: LoadedModel) -> Iterator[set[nn.Module]]:
-    """Collect the modules of a model that run while the context lasts."""
-    ran = set[nn.Module]()
-
-    def note(module: nn.Module, _args: Any) -> None:
-        ran.add(module)
-
-    handles = [m.register_forward_pre_hook(note) for m in model.model.modules()]
-    try:
-        yield ran
-    finally:
-        for handle in handles:
-            handle.remove()
+def _listed(names: Sequence[str]) -> str:
+    shown = [repr(name) for name in names[:MOST_NAMED]]
+    left = len(names) - len(shown)
+    return ", ".join([*shown, f"{left} more"] if left else shown)

@@ -28,7 +28,7 @@ from lazarus.engine.replay import (
     stopping_before,
 )
 from lazarus.engine.runner import Runner, States, joined, output_pairs
-from lazarus.engine.scored import BatchScores
+from lazarus.engine.score_heads import BatchScores
 from lazarus.engine.spill import SpillBuffer, check_room
 from lazarus.engine.taps import BlockRows, ComponentRows, component_pairs, split_blocks
 from lazarus.engine.work import Work

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lazarus.batches import TokenBatch
-from lazarus.engine.forms import Form, Place, at_places
+from lazarus.engine.forms import Form, Spot, at_places
 from lazarus.engine.positions import RowPicker
 from lazarus.engine.probe import Conventions
 from lazarus.facts import ComponentName, ComponentSite
@@ -132,7 +132,7 @@ class Collected:
         self.rows: dict[ComponentName, Tensor] = {}
         self._picker, self._form = picker, form
 
-    def take(self, name: ComponentName, _place: Place, tensor: Tensor) -> None:
+    def take(self, name: ComponentName, _place: Spot, tensor: Tensor) -> None:
         """Take the rows of a tensor of a component."""
         rows = self._picker.rows(self._form, name, tensor)
         # Several sublayers of one kind, as attention beside a state space, count as one: their sum is added.

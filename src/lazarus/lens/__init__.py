@@ -4,6 +4,7 @@ run.py         the order of a run
 reading.py     what each block's output would give as logits, by the model's own norm and LM head
 lens.py        what one model's lens shows: first choices, probabilities, ranks
 vocabulary.py  a model's tokens as texts, and a text's first token
+parting.py     where the two models' first choices first differ
 tracking.py    which tokens are followed through the layers, and where they emerge
 distance.py    how far apart two layers' distributions are, over one vocabulary or two
 record.py      from these to the record

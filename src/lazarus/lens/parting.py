@@ -14,6 +14,7 @@ from lazarus.engine.recorder import Recorder, RowSelection
 from lazarus.errors import UsageError
 from lazarus.lens.reading import check_head
 from lazarus.messages import option
+from lazarus.metrics import has_distribution
 from lazarus.models import LoadedModel
 from lazarus.notes import Notes
 from lazarus.reading import Reading
@@ -30,7 +31,8 @@ def cut_at_parting(
     """Return the reading with its prompt cut after the first token after which first choices differ.
 
     Where the prompt has a response, only tokens of the response count, and the one before it. Where choices
-    differ nowhere the prompt stays whole, with a note. Position 0 of a text is left out, as everywhere.
+    differ nowhere the prompt stays whole, with a note. Position 0 is left out, but where a response begins
+    right after it.
 
     Raises:
         UsageError: the two models read the prompt as other ids.
@@ -72,8 +74,8 @@ def _first_choices(model: LoadedModel, conventions: Conventions, ids: Sequence[i
     found: list[int | None] = []
     for rows in torch.split(states, max(1, MOST_LOGITS // head.n_tokens)):
         logits = head.logits(rows)
-        known = ~(logits.isnan().any(-1) | logits.isposinf().any(-1))
-        found += [i if k else None for i, k in zip(logits.argmax(-1).tolist(), known.tolist(), strict=True)]
+        known, chosen = has_distribution(logits).tolist(), logits.argmax(-1).tolist()
+        found += [i if is_known else None for i, is_known in zip(chosen, known, strict=True)]
     return found
 
 

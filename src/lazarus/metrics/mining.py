@@ -143,8 +143,8 @@ def leading(
     for scores in (difference, -difference):
         best = scores.masked_fill(impossible, -torch.inf).topk(k + 1)
         least = scores.masked_fill(impossible, torch.inf).amin(-1, keepdim=True)
-        # Only what is above the next one stands out: that leaves ties at the last place out. Of k tokens or
-        # fewer that can come there is no next one, and the least takes its place.
+        # Only what is above the (k+1)th counts: that leaves out ties at the last place. Where at most k
+        # tokens can come, the (k+1)th is −∞, and the smallest difference stands in for it.
         counted = best.values[:, :k] > torch.maximum(best.values[:, k:], least)
         found.append(best.indices[:, :k].masked_fill(~counted, -1))
     ids: NDArray[np.int64] = torch.stack(found).cpu().numpy()

@@ -19,6 +19,7 @@ design.py      whether two models differ in their weights alone
 equality.py    whether two tensors, modules or other values are the same: yes, no, or not known
 tokenizer.py   the tokenizer that belongs to it, or another by its name
 chats.py       what its chat template makes of a chat
+chat_forms.py  the other forms in which templates take a chat
 turns.py       where the responses are in that
 adapters.py    PEFT adapters, and two module trees over one storage
 adapter_files.py  what the folder of an adapter holds: its tensors by PEFT's names, and what else

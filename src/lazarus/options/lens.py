@@ -16,7 +16,7 @@ from lazarus.options.checks import check_choice, check_count
 from lazarus.options.common import Dequantize, Device, Dtype, LayersPath, Seed, TrustRemoteCode
 from lazarus.options.option import COMPARE, READ, Checked, Option
 
-PLACES = ("last", "parting")
+READ_AT = ("last", "parting")
 _ROLES = {"model1": "base", "model2": "finetuned"}
 
 
@@ -42,7 +42,7 @@ At = Annotated[
         "Read the prompt's last token, or the first one after which the two models' first choices differ.",
         COMPARE,
         "last|parting",
-        check=partial(check_choice, choices=PLACES),
+        check=partial(check_choice, choices=READ_AT),
     ),
 ]
 ChatTemplate = Annotated[

@@ -191,11 +191,11 @@ METRICS: dict[str, Metric] = {
             unit="1",
             range="0 to 1",
             format=".2f",
-            formula="share of prompts with the same first choice",
+            formula="share of prompts, or of their compared tokens, with the same first choice",
             source="base_rank_of_finetuned_top1: the rank in base of the fine-tuned model's first choice",
         ),
         Metric(
-            "margin",
+            "margin_base",
             heading="Margin",
             unit="logits",
             range="0 to ∞",

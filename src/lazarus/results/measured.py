@@ -76,15 +76,14 @@ class ComponentRecord(Record, frozen=True, kw_only=True):
     local: LocalChange | None
     expert_agreement: Annotated[
         float | None,
-        Meta(
-            description="experts that both pick, as a share of those that one picks: 0 to 1, mean over tokens"
-        ),
+        Meta(description="|A ∩ B| / max(|A|, |B|) of the picked experts, 0 to 1; mean over prompts"),
     ] = None
     expert_agreement_noise: Annotated[
         float | None, Meta(description="the agreement down to which noise alone may bring it")
     ] = None
     flipped_share: Annotated[
-        float | None, Meta(description="share of the tokens of which a picked expert differs")
+        float | None,
+        Meta(description="share of the tokens of which a picked expert differs, mean over prompts"),
     ] = None
     flipped_share_noise: Annotated[
         float | None, Meta(description="what noise alone may reach, in the share of flipped tokens")
@@ -122,7 +121,8 @@ class Scores(Record, frozen=True, kw_only=True):
         tuple[float, float] | None, Meta(description="95 % interval over prompts")
     ]
     base: Annotated[
-        list[list[float | None]], Meta(description="base's score of each prompt and label; else none")
+        list[list[float | None]],
+        Meta(description="of each prompt, base's score of each label; empty unless `kind` is `scores`"),
     ]
     finetuned: Annotated[
         list[list[float | None]], Meta(description="the fine-tuned model's, under the same labels")
@@ -137,7 +137,7 @@ class Output(Record, frozen=True, kw_only=True):
 
     kind: Annotated[
         Literal["next_token", "scores", "token_scores", "embedding"],
-        Meta(description="of prompts: next tokens; scores; scores of their tokens; embeddings"),
+        Meta(description="what was compared: next tokens, scores of prompts or of tokens, or embeddings"),
     ] = "next_token"
     scores: Scores | None = None
     kl_base_finetuned: Annotated[float | None, METRICS["kl_base_finetuned"].meta]
@@ -279,7 +279,7 @@ class Parting(Record, frozen=True, kw_only=True):
     position: Annotated[int, Meta(ge=0, description="of that token in the prompt, from 0")]
     token_base: Annotated[str, Meta(description="base's first choice of the next token")]
     token_finetuned: Annotated[str, Meta(description="the fine-tuned model's")]
-    margin_base: Annotated[float | None, METRICS["margin"].meta]
+    margin_base: Annotated[float | None, METRICS["margin_base"].meta]
     margin_finetuned: Annotated[
         float | None,
         Meta(description="the same in the fine-tuned model: its first choice's logit less base's"),

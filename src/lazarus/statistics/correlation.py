@@ -8,12 +8,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lazarus.statistics.columns import BLOCK, Floats
-from lazarus.statistics.intervals import MIN_PROMPTS, N_REPLICATES, intervals, resamples
+from lazarus.statistics.intervals import (
+    MIN_PROMPTS,
+    N_REPLICATES,
+    NORMAL_975,
+    intervals,
+    resamples,
+    score_interval,
+)
 
 FEWEST_FOR_RANKS = 3
 """Two prompts have one order or the other: a correlation of ±1 that says nothing."""
-_Z = 1.959963984540054
-"""the 97.5 % quantile of the normal distribution"""
 _Interval = tuple[float, float]
 
 
@@ -72,10 +77,7 @@ def share_interval(values: Floats) -> _Interval | None:
     n_prompts = len(present)
     if n_prompts < MIN_PROMPTS:
         return None
-    share, squared = float(present.mean()), _Z**2 / n_prompts
-    middle = (share + squared / 2) / (1 + squared)
-    reach = _Z / (1 + squared) * (share * (1 - share) / n_prompts + squared / (4 * n_prompts)) ** 0.5
-    return max(0.0, middle - reach), min(1.0, middle + reach)
+    return score_interval(float(present.mean()), n_prompts)
 
 
 def size_interval(values: Floats, seed: int) -> _Interval | None:
@@ -110,7 +112,7 @@ def _interval(rho: float, blocks: Iterator[Floats], n_prompts: int) -> _Interval
     # Resamples have ties, which pull ρ down; half of those that are equal count as below. Not all may be.
     below = ((present < rho).mean() + (present <= rho).mean()) / 2
     shift = 2 * ndtri(below.clip(1 / N_REPLICATES, 1 - 1 / N_REPLICATES))
-    low, high = np.quantile(present, ndtr(shift + np.array([-_Z, _Z])))
+    low, high = np.quantile(present, ndtr(shift + np.array([-NORMAL_975, NORMAL_975])))
     return float(low), float(high)
 
 

@@ -12,6 +12,8 @@ import numpy as np
 
 from lazarus.statistics.columns import BLOCK, Floats, column_means, in_canonical_order
 
+NORMAL_975 = 1.959963984540054
+"""The quantile of the standard normal distribution above which 2.5 % lie."""
 MIN_PROMPTS = 5
 N_REPLICATES = 2000
 # The upper end reaches at most so many times as far, in standard errors, as Student's t does. Of five
@@ -149,3 +151,11 @@ def resamples(n_prompts: int, random: np.random.Generator) -> Iterator[Floats]:
         drawn += np.arange(size)[:, None] * n_prompts
         counts = np.bincount(drawn.ravel(), minlength=size * n_prompts)
         yield counts.reshape(size, n_prompts).astype(np.float64)
+
+
+def score_interval(share: float, n: int) -> tuple[float, float]:
+    """Return the 95 % score interval of a share of n, 0 to 1 (Wilson 1927)."""
+    squared = NORMAL_975**2 / n
+    middle = (share + squared / 2) / (1 + squared)
+    reach = NORMAL_975 / (1 + squared) * (share * (1 - share) / n + squared / (4 * n)) ** 0.5
+    return max(0.0, middle - reach), min(1.0, middle + reach)

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from lazarus.results import Verdict
+from lazarus.statistics.intervals import score_interval
 
 S = TypeVar("S")
 
 FACTOR = 1.75
 """The floor is so many times the largest noise seen. Calibrated: docs/how-to-read-it.md, "Noise floor"."""
-
-_NORMAL_975 = 1.959964
-"""the quantile of the standard normal distribution above which 2.5 % lie"""
 
 EPSILONS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 
@@ -46,11 +44,7 @@ def share_floor(largest: float, n_tokens: int) -> float:
     `FACTOR` times that share, and never below the upper end of its 95 % score interval (Wilson 1927): that
     none of a few tokens has flipped does not tell that none of many will.
     """
-    z2 = _NORMAL_975**2
-    center = (largest + z2 / (2 * n_tokens)) / (1 + z2 / n_tokens)
-    spread = math.sqrt(largest * (1 - largest) / n_tokens + z2 / (4 * n_tokens**2))
-    upper = center + _NORMAL_975 * spread / (1 + z2 / n_tokens)
-    return min(1.0, max(FACTOR * largest, upper))
+    return min(1.0, max(FACTOR * largest, score_interval(largest, n_tokens)[1]))
 
 
 def find_verdict(seen: Mapping[S, float], floors: Mapping[S, Floor]) -> Verdict | None:

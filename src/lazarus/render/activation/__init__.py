@@ -11,7 +11,9 @@ answers.py   what a reader must know in ten seconds
 tables.py    the tables that need no script
 attribution.py  who caused the change: a line, bars, a table (tensor_map.py: components by layers)
 components.py   what is inside the blocks: a line, curves and tables
+scores.py    scores and embeddings: a line and a table
 figure.py    the curve for a paper (curve.py draws it)
 vectors.py   the mean difference of every layer as tensors
+recipe.py    modules by what they cost, as another tool's ignore list
 notebook.py  how a result shows itself in a notebook
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lazarus.render.activation.scores import OUTPUTS, score_line
 from lazarus.render.activation.series import LayerSeries, measured
-from lazarus.render.activation.summary import BLOCKS_NAMED, verdict
+from lazarus.render.activation.summary import BLOCKS_NAMED, units, verdict
 from lazarus.render.base.frame import Answer
 from lazarus.render.base.words import short
 from lazarus.results import ActivationDiffRecord, Output, Scores, differing
@@ -102,10 +102,10 @@ def _does_it_matter(record: ActivationDiffRecord) -> Answer:
     divergence = f"KL(base‖fine-tuned) {short(found.kl_base_finetuned)} nats"
     if differ:
         return Answer(
-            question, f"On {differ:.0%} of prompts", f"There the first choice differs. {divergence}."
+            question, f"On {differ:.0%} of {units(record)}", f"There the first choice differs. {divergence}."
         )
     is_changed = record.summary.verdict not in ("identical", "within_noise", "within_rounding")
-    reason = f"First choices agree on every prompt; {divergence}."
+    reason = f"First choices agree on all {units(record)}; {divergence}."
     return Answer(question, "Hardly" if is_changed and found.js else "No", reason)
 
 

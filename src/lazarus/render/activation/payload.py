@@ -16,7 +16,7 @@ from lazarus.results import METRICS, ActivationDiffRecord, GroupCurve, TokenTrac
 
 MOST_CURVES = 8
 """Groups that are drawn: more lines cannot be told from one another."""
-PLACES = 4
+DECIMALS = 4
 """of the probability of a likely token, which the page shows as a percentage"""
 
 
@@ -96,7 +96,7 @@ def _output(trace: TokenTrace) -> dict[str, Any]:
     return {
         "kl": list(trace.kl or []),
         "choices": [
-            [[[c.token, round(c.probability, PLACES)] for c in token] for token in side] for side in sides
+            [[[c.token, round(c.probability, DECIMALS)] for c in token] for token in side] for side in sides
         ],
         "parting": None if parting is None else msgspec.structs.asdict(parting),
     }

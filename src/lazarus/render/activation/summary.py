@@ -164,9 +164,15 @@ def _output(record: ActivationDiffRecord) -> list[str]:
     if found is None or found.top1_agreement is None:
         return []
     return [
-        f"Next token: first choices agree on {found.top1_agreement:.0%} of prompts; KL(base‖fine-tuned) "
-        f"{_nats(found.kl_base_finetuned)} nats, KL(fine-tuned‖base) {_nats(found.kl_finetuned_base)}"
+        f"Next token: first choices agree on {found.top1_agreement:.0%} of {units(record)}; "
+        f"KL(base‖fine-tuned) {_nats(found.kl_base_finetuned)} nats, "
+        f"KL(fine-tuned‖base) {_nats(found.kl_finetuned_base)}"
     ]
+
+
+def units(record: ActivationDiffRecord) -> str:
+    """Return what a share of next tokens is of: prompts, or their tokens where several are compared."""
+    return "tokens" if record.settings.position in ("all", "response") else "prompts"
 
 
 def _partings(record: ActivationDiffRecord) -> list[str]:
@@ -175,13 +181,15 @@ def _partings(record: ActivationDiffRecord) -> list[str]:
     partings = [(trace.prompt_index, trace.parting) for trace in traces if trace.parting is not None]
     if not traces:
         return []
-    line = f"Token by token: first choices part in {len(partings)} of {len(traces)} prompts kept"
+    line = (
+        f"Token by token: first choices differ in {len(partings)} of the {len(traces)} prompts that are kept"
+    )
     near = sum(parting.cause == "noise" for _, parting in partings)
     line += f", {near} of them by a near-tie within the noise" if near else ""
     if partings:
         prompt, first = next((each for each in partings if each[1].cause != "noise"), partings[0])
-        texts = (escaped(repr(token)) for token in (first.token_base, first.token_finetuned))
-        line += f"; in prompt {prompt} after token {first.position}: {' against '.join(texts)}"
+        base, finetuned = (escaped(repr(token)) for token in (first.token_base, first.token_finetuned))
+        line += f"; in prompt {prompt} after token {first.position} base says {base}, fine-tuned {finetuned}"
     return [line]
 
 

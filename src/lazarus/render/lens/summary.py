@@ -28,7 +28,8 @@ def place_read(record: CompareRecord) -> str:
     if record.settings.at != "parting" or record.position is None:
         return ""
     before = "".join(record.model1.prompt_tokens)[-CONTEXT:]
-    return f"Read at the parting: after token {record.position}, {quoted_token(before)}"
+    where = f"Read where first choices first differ: after token {record.position}"
+    return f"{where}, where the text ends in {quoted_token(before)}"
 
 
 def last_choice(model: LensModel) -> LensToken | None:
