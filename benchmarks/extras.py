@@ -1,8 +1,8 @@
 """The cost of options that measure more: `python -m benchmarks.extras [--prompts N] [--rounds N]`.
 
 Each option's run and the same run without it take turns in one process, on SmolLM2 and its fine-tune, both
-in memory. A figure is the median of the rounds' ratios. What `--attribute` adds is set against one forward
-pass of base over the same batches.
+in memory. A figure is the median of the rounds' ratios. What `--attribute` costs is measured by
+`benchmarks.attribution`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from benchmarks import places
-from benchmarks.in_process import Pair, run_bare
+from benchmarks.in_process import Pair
 from benchmarks.naive import load_model
 from benchmarks.trust_report import fill_in, table
 from lazarus import activation_diff
@@ -43,7 +43,6 @@ OPTIONS: dict[str, tuple[Mapping[str, Any], Mapping[str, Any], float | None]] = 
     ),
 }
 """name → the options of the run without it and of the run with it, and what was asked for"""
-ATTRIBUTE_TARGET = 15.0
 console = Console(stderr=True)
 
 
@@ -59,7 +58,6 @@ class Cost(Struct, frozen=True):
     """The ratios of one option, a round each, and the seconds behind the medians."""
 
     option: str
-    against: str
     ratios: list[float]
     without: float
     with_it: float
@@ -79,7 +77,7 @@ def main() -> None:
         AutoTokenizer.from_pretrained(places.BASE),
         places.PROMPTS.read_text(encoding="utf-8").splitlines()[: given.prompts],
     )
-    wanted = [name for name in (*OPTIONS, "--attribute blocks") if not given.only or name in given.only]
+    wanted = [name for name in OPTIONS if not given.only or name in given.only]
     found = [measure(pair, name, given.rounds) for name in wanted]
     results = Results(len(pair.texts), torch.get_num_threads(), found)
     RESULTS.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1) + b"\n")
@@ -94,23 +92,13 @@ def write_docs(page: Path) -> None:
 
 def measure(pair: Pair, name: str, n_rounds: int) -> Cost:
     """Take both runs in turn; the first round warms up and is thrown away."""
-    if name in OPTIONS:
-        without, with_it, asked = OPTIONS[name]
-        runs = [_run(pair, without), _run(pair, with_it)]
-        against = "the run without it"
-    else:
-        batches, stack = pair.batches(512), pair.stacks[0]
-        with_head = _run(pair, {"no_noise_floor": True})
-        attributed = _run(pair, {"no_noise_floor": True, "attribute": "blocks"})
-        runs = [lambda: run_bare([stack], batches), attributed, with_head]
-        against, asked = "a forward pass of base", ATTRIBUTE_TARGET
+    without, with_it, asked = OPTIONS[name]
+    runs = [_run(pair, without), _run(pair, with_it)]
     rounds = [[_seconds(run) for run in runs] for _ in range(n_rounds + 1)][1:]
-    # What `--attribute` adds, and no more, is set against the forward pass.
-    costs = [(r[0], r[1] - (r[2] if len(r) > 2 else 0.0)) for r in rounds]
-    ratios = [with_it / without for without, with_it in costs]
+    ratios = [second / first for first, second in rounds]
     console.print(f"{name}: {', '.join(f'{r:.2f}' for r in ratios)}", highlight=False)
-    medians = [statistics.median(column) for column in zip(*costs, strict=True)]
-    return Cost(name, against, ratios, medians[0], medians[1], asked)
+    medians = [statistics.median(column) for column in zip(*rounds, strict=True)]
+    return Cost(name, ratios, medians[0], medians[1], asked)
 
 
 def _run(pair: Pair, options: Mapping[str, Any]) -> Callable[[], object]:
@@ -130,14 +118,13 @@ def report(results: Results) -> str:
     rows = [
         (
             f"`{cost.option}`" if cost.option.startswith("--") else cost.option,
-            cost.against,
             f"{statistics.median(cost.ratios):.2f} × ({min(cost.ratios):.2f}–{max(cost.ratios):.2f})",
             "" if cost.asked is None else f"{cost.asked:g} ×",
             f"{cost.with_it:.1f} s / {cost.without:.1f} s",
         )
         for cost in results.costs
     ]
-    head = ("option", "against", "median (min–max)", "asked", "medians behind it")
+    head = ("option", "with it / without", "asked", "medians behind it")
     told = (
         f"SmolLM2-135M and its fine-tune, float32, {results.n_prompts} prompts, {results.n_threads} threads, "
         f"{len(results.costs[0].ratios)} rounds."

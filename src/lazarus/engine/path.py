@@ -51,8 +51,8 @@ class Change:
             self.parameter.data.copy_(self.finetuned)
         else:
             self.parameter.data.copy_(self.base)
-            if alpha:
-                self.parameter.data.add_(self.delta(), alpha=alpha)
+            for rows, delta in self.pieces() if alpha else ():
+                self.parameter.data[rows].add_(delta, alpha=alpha)
 
 
 class Path:
