@@ -615,3 +615,16 @@ def test_the_line_says_no_more_than_was_measured(changes: dict[str, Any], expect
     )
     whole = msgspec.structs.replace(whole_record(), components=[record])
     assert component_lines(whole) == [expected]
+
+
+def test_a_sublayer_that_gives_zero_in_one_model_is_named() -> None:
+    base = tiny_llama()
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        tuned.model.layers[2].mlp.down_proj.weight.zero_()
+    diff = lazarus.activation_diff(base, tuned, TEXTS, tokenizer=word_tokenizer(), sites="all")
+    assert diff.record.summary.verdict == "changed"
+    (note,) = notes_of(diff, "states-left-out")
+    assert note.startswith(
+        "mlp_out of block 2: zero or not finite, and left out of the means, in 4 of 4 prompts"
+    )

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 import lazarus
 from factories import notes_of, perturbed, tiny_llama, tiny_tokenizer, word_tokenizer
-from lazarus.errors import UsageError
+from lazarus.errors import NoDataError, UsageError
 from lazarus.lens import compare
+from lazarus.render.activation.summary import summary_lines
 
 PROMPTS = [[5 + i, 17 + 2 * i % 50, 80 - i] for i in range(40)]
 N_NEW = 12
@@ -114,3 +115,18 @@ def test_prompts_of_other_ids_have_no_common_place(tmp_path: Any) -> None:
 def test_a_place_that_is_none_is_refused(models: Any) -> None:
     with pytest.raises(UsageError, match="parting"):
         compare(models[0], models[1], "t5", tokenizer=word_tokenizer(), at="first")
+
+
+def test_logits_that_are_not_finite_are_not_taken_for_agreement(models: Any) -> None:
+    broken = perturbed(models[0])
+    with torch.no_grad():
+        broken.lm_head.weight[7] = float("nan")
+    texts = ["t5 t6 t7", "t9 t3 t1 t2"]
+    diff = lazarus.activation_diff(
+        models[0], broken, texts, tokenizer=word_tokenizer(), position="all", attribute="blocks"
+    )
+    assert diff.record.attribution is None
+    assert len(notes_of(diff, "no-attribution")) == 1
+    assert not [line for line in summary_lines(diff.record) if line.startswith("Token by token")]
+    with pytest.raises(NoDataError, match="finite at no layer"):
+        compare(models[0], broken, texts[0], tokenizer=word_tokenizer(), at="parting")

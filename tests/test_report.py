@@ -353,7 +353,7 @@ def test_the_answers_are_the_numbers_of_the_result() -> None:
     assert found["Where?"].answer == "Layer 5"
     assert found["Which block did it?"].answer == "Block 3"
     assert "2 of 6 blocks changed" in found["Which block did it?"].reason
-    assert found["Does it matter to the next token?"].answer == "On 25% of prompts"
+    assert found["Does it matter to the next token?"].answer == "On 25% of tokens"
 
 
 def test_tokens_that_are_blank_or_would_break_the_line_can_be_seen() -> None:

@@ -409,7 +409,7 @@ def test_other_positions_leave_responses_out_and_say_so(pair: Any, position: str
     rows = [
         {**row, "response": row.get("response", 42)} for row in ROWS
     ]  # of what is not read, nothing is asked
-    told = "prompts: rows that have `{}`, which only --position response reads: {}"
+    told = "prompts: rows that have `{}`, which --position response of activation-diff reads: {}"
     plain = compare(pair, [row["prompt"] + " t3" for row in rows], position=position)
     diff = compare(pair, [{**row, "prompt": row["prompt"] + " t3"} for row in rows], position=position)
     assert diff.results == plain.results

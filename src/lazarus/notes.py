@@ -63,6 +63,7 @@ CODES = {
     "the model ran on them: what its format does to activations was not applied.",
     "quantised-pair": "One of the two is quantised, so what each block costs was measured though it was not "
     "asked for: the run takes longer.",
+    "no-attribution": "KL(base‖fine-tuned) is not finite on every prompt, so nothing was attributed.",
     "rough-attribution": "The parts of the attribution miss the KL divergence by more than 1 %: their shares "
     "are rough. The path between the weights has jumps, as where experts flip.",
     "streamed": "Both models do not fit into memory and were read from disk a block at a time: the numbers "

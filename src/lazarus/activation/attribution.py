@@ -44,10 +44,11 @@ class Observer(Protocol):
 
 def attribute(
     pair: ModelPair, plan: RunPlan, options: Options, watcher: Observer, kl: Floats | None = None
-) -> Attributed:
+) -> Attributed | None:
     """Attribute the change of the output to the parameters that changed.
 
-    `kl` is KL(base‖fine-tuned) of each prompt in float32, where it is known.
+    `kl` is KL(base‖fine-tuned) of each prompt in float32, where it is known. None where that is infinite or
+    not a number for a prompt: there is nothing finite to add up to.
 
     Raises:
         AdapterError: it is not known what an adapter adds to a weight.
@@ -62,6 +63,8 @@ def attribute(
         n_prompts = len(plan.base_prompts)
         return Attributed(np.zeros((0, n_prompts)), np.zeros(n_prompts), POINTS[0], [])
     kl = job.measure_kl() if kl is None else kl
+    if not np.isfinite(kl).all():
+        return None
     for n_points in POINTS:
         found = Attributed(job.integrate(n_points), kl, n_points, groups)
         if not found.is_rough:

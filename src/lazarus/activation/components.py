@@ -63,6 +63,15 @@ class ComponentMeans:
             for site, means in parts_of(sites).items():
                 self._at(kind, _site(site)).add(means)
 
+    def left_out(self) -> dict[tuple[int, ...], list[ComponentSite]]:
+        """Return the components of which rows were left out, zero or not finite, by the rows' prompts."""
+        found: dict[tuple[int, ...], list[ComponentSite]] = {}
+        for site, means in self.means.get(_RUN, {}).items():
+            prompts = tuple(np.flatnonzero(means.n_excluded).tolist())
+            if prompts:
+                found.setdefault(prompts, []).append(site)
+        return found
+
     def records(self, dtype: str) -> list[ComponentRecord]:
         """Return a record for each component, layer by layer; `dtype` is the one in which base ran."""
         order = get_args(ComponentName)

@@ -31,6 +31,9 @@ from lazarus.results import (
 )
 from lazarus.tokens import listed
 
+MOST_NAMED = 6
+"""Components that a note names."""
+
 
 @dataclass(frozen=True)
 class About:
@@ -68,6 +71,7 @@ def conclude(
     layers = [_layer(found, layer) for layer in found.layers]
     notes = Notes(about.notes)
     _note_exclusions(seen, notes)
+    _note_components(seen, notes)
     notes.extend(about.breaks)
     note_limits(found, layers, notes)
     return ActivationDiff(
@@ -144,6 +148,20 @@ def _note_exclusions(seen: Accumulation, notes: Notes) -> None:
                 layers=[site for site in sites if isinstance(site, int)],
                 prompts=prompts,
             )
+
+
+def _note_components(seen: Accumulation, notes: Notes) -> None:
+    """Note which components were left out because they are zero or not finite in one of the models."""
+    for prompts, sites in seen.components.left_out().items():
+        names = ", ".join(f"{site.name} of block {site.layer}" for site in sites[:MOST_NAMED])
+        more = f" and {len(sites) - MOST_NAMED} more" if len(sites) > MOST_NAMED else ""
+        notes.add(
+            "states-left-out",
+            f"{names}{more}: zero or not finite, and left out of the means, in {len(prompts)} of "
+            f"{seen.n_prompts} prompts: {listed(prompts)}",
+            layers=sorted({site.layer for site in sites}),
+            prompts=prompts,
+        )
 
 
 def _why_no_data(broken: list[str]) -> str:

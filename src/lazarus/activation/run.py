@@ -193,14 +193,19 @@ def _compare(prepared: Prepared, watcher: Observer) -> ActivationDiff:
     return conclude(seen, weight_facts(pair, seen), about)
 
 
-def _attributed(prepared: Prepared, seen: Accumulation, watcher: Observer, notes: Notes) -> Attributed:
+def _attributed(prepared: Prepared, seen: Accumulation, watcher: Observer, notes: Notes) -> Attributed | None:
     """Attribute the change of the output; what the run has measured in float32 is not measured again."""
     known = None
     if prepared.pair.base.run_dtype == prepared.pair.finetuned.run_dtype == "float32":
         kl = seen.output.means()["kl_base_finetuned"]
         known = kl if np.isfinite(kl).all() else None
     found = attribute(prepared.pair, prepared.run, prepared.given.options, watcher, known)
-    if found.is_rough:
+    if found is None:
+        notes.add(
+            "no-attribution",
+            "the change of the output was not attributed: KL(base‖fine-tuned) is not finite on every prompt",
+        )
+    elif found.is_rough:
         notes.add(
             "rough-attribution",
             f"with {found.n_points} points the parts add up to {found.total:.4g} nats of "

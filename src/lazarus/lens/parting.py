@@ -52,13 +52,16 @@ def cut_at_parting(
         for model, known, tokenizer in zip(models, conventions, reading.tokenizers, strict=True)
     )
     places = tokens_of(ours, "response" if ours.response else "all")
-    parted = next((i for i in places if None not in (one[i], other[i]) and one[i] != other[i]), None)
+    known = [i for i in places if None not in (one[i], other[i])]
+    parted = next((i for i in known if one[i] != other[i]), None)
     if parted is None:
-        notes.add(
-            "no-parting",
-            f"{option('at', 'parting')}: the first choices of both are the same after every token: the "
-            "last one is read",
+        why = (
+            "the first choices of both are the same after every token"
+            if len(known) == len(places)
+            else f"logits are not finite after {len(places) - len(known)} of {len(places)} tokens, and first "
+            "choices are the same after the others"
         )
+        notes.add("no-parting", f"no parting was found, so the last token is read: {why}")
         return reading
     ours, theirs = (replace(prompt, ids=prompt.ids[: parted + 1]) for prompt in (ours, theirs))
     return replace(reading, base=[ours], finetuned=[theirs])

@@ -82,7 +82,7 @@ def _remark_on_others(row: Mapping[str, Any], remarks: Counter[str], responses: 
     """Count the row where it has fields that are not read and that a reader may take for read."""
     why = dict.fromkeys(_NOT_READ, "which is not read")
     if not responses:
-        why |= dict.fromkeys(RESPONSES, f"which only {option('position', 'response')} reads")
+        why |= dict.fromkeys(RESPONSES, f"which {option('position', 'response')} of activation-diff reads")
     for name, told in why.items():
         if row.get(name) is not None and (not hasattr(row[name], "__len__") or len(row[name])):
             remarks[f"rows that have `{name}`, {told}"] += 1

@@ -35,10 +35,13 @@ def attribution_lines(record: ActivationDiffRecord) -> list[str]:
         return []
     if not found.groups:
         return ["Who caused it: no weight changed"]
+    if record.summary.verdict == "within_noise":
+        return ["Who caused it: not told, because the change is within the noise"]
     ranked = _ranked(found.groups)
     named = ", ".join(f"{escaped(group.name)} {_nats(group.nats)}" for group in ranked[:NAMED])
     others = sum(group.nats for group in ranked[NAMED:])
-    rest = f", {len(ranked) - NAMED} others {_nats(others)}" if len(ranked) > NAMED else ""
+    n_others = len(ranked) - NAMED
+    rest = f", {n_others} other{'s' if n_others > 1 else ''} {_nats(others)}" if n_others > 0 else ""
     line = (
         f"Who caused it: {named}{rest}: together {_nats(found.sum)} of KL {_nats(found.kl)} nats "
         f"(error {found.completeness_error:.2%}, {found.n_points} points)"

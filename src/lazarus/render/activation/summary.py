@@ -177,7 +177,8 @@ def units(record: ActivationDiffRecord) -> str:
 
 def _partings(record: ActivationDiffRecord) -> list[str]:
     """Return in how many of the traced prompts first choices part, and the first place where they do."""
-    traces = [trace for trace in record.tokens or [] if trace.agrees is not None]
+    # Of a prompt of which no logits are finite it is not known.
+    traces = [trace for trace in record.tokens or [] if any(each is not None for each in trace.agrees or [])]
     partings = [(trace.prompt_index, trace.parting) for trace in traces if trace.parting is not None]
     if not traces:
         return []

@@ -25,7 +25,7 @@ def summary_lines(record: CompareRecord) -> list[str]:
 
 def place_read(record: CompareRecord) -> str:
     """Return the token at which the two part, with what stands before it; empty for the last of a prompt."""
-    if record.settings.at != "parting" or record.position is None:
+    if record.settings.at != "parting" or record.position is None or "no-parting" in record.note_codes:
         return ""
     before = "".join(record.model1.prompt_tokens)[-CONTEXT:]
     where = f"Read where first choices first differ: after token {record.position}"
