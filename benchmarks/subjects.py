@@ -6,13 +6,11 @@ Run as `python -m benchmarks.subjects`. Each is made once and kept in benchmarks
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks import places, weights
 
@@ -152,20 +150,10 @@ def make(subject: str, folder: Path) -> None:
     """Train every weight on the sentences, in a new order each time they come, and save in bfloat16."""
     torch.manual_seed(SEED)
     model, tokenizer = weights.load_base()
-    held_out = _rows(tokenizer, sentences(subject)[-N_HELD_OUT:], 1)
-    rows = _rows(tokenizer, _shuffled(training(subject)), STEPS * weights.BATCH)
+    held_out = weights.token_rows(tokenizer, sentences(subject)[-N_HELD_OUT:], 1, ROW)
+    rows = weights.token_rows(tokenizer, _shuffled(training(subject)), STEPS * weights.BATCH, ROW)
     facts = weights.finetune(model, rows, held_out)
     weights.save(model.to(torch.bfloat16), tokenizer, folder, facts)
-
-
-def _rows(tokenizer: Any, lines: Iterable[str], n_rows: int) -> Tensor:
-    """The lines one after the other, cut into so many rows of `ROW` tokens."""
-    tokens: list[int] = []
-    for line in lines:
-        tokens += tokenizer(line + "\n").input_ids
-        if len(tokens) >= n_rows * ROW:
-            break
-    return torch.tensor(tokens[: n_rows * ROW]).view(n_rows, ROW)
 
 
 def _shuffled(lines: list[str]) -> Iterator[str]:

@@ -117,14 +117,14 @@ def arithmetic_rows(tokenizer: Any, n_rows: int) -> tuple[Tensor, Tensor]:
     return rows[:HELD_OUT], rows[HELD_OUT:]
 
 
-def token_rows(tokenizer: Any, lines: Iterable[str], n_rows: int) -> Tensor:
-    """The lines one after the other, cut into rows of equal length."""
+def token_rows(tokenizer: Any, lines: Iterable[str], n_rows: int, length: int = ROW) -> Tensor:
+    """The lines one after the other, cut into rows of `length` tokens."""
     tokens: list[int] = []
     for line in lines:
         tokens += tokenizer(line + "\n").input_ids
-        if len(tokens) >= n_rows * ROW:
+        if len(tokens) >= n_rows * length:
             break
-    return torch.tensor(tokens[: n_rows * ROW]).view(n_rows, ROW)
+    return torch.tensor(tokens[: n_rows * length]).view(n_rows, length)
 
 
 def _lines(choice: random.Random) -> Iterator[str]:

@@ -34,6 +34,7 @@ from lazarus.metrics import (
     count_by_prompt,
     has_distribution,
     margin_motion,
+    part_of,
     parts_of,
     within,
 )
@@ -174,7 +175,7 @@ class Accumulation:
         # The keys of a state are text, and layers are integers.
         named: dict[str, Site] = {str(site): site for site in (*self.facts.sites, "logits")}
         # With all that is under the name: scores have parts of their own.
-        self.output.add({k.removeprefix("output/"): v for k, v in state.items() if k.startswith("output/")})
+        self.output.add(part_of(state, "output"))
         self.token_outputs.add(parts["tokens"])
         self._move_margin(parts["margin"]["noise"].item())
         self.n_logits_not_finite += parts.get("not_finite", {}).get("logits", 0)

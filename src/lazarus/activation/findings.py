@@ -71,7 +71,7 @@ class Findings:
 
     @property
     def scored(self) -> ScorePlan | None:
-        """How scores or embeddings are compared; None where next tokens are."""
+        """Return how scores or embeddings are compared; None where next tokens are."""
         return self.seen.plan.scored
 
     @property

@@ -1,4 +1,4 @@
-"""What the sublayers of a block add to its residual stream: found by the sum that they must give.
+"""Terms that the sublayers of a block add to its residual stream: found by the sum that they must give.
 
 It replaces a list of families. A few tokens run, and of each block its input x, its output y and the outputs
 of its modules are kept. The sublayers' are those terms t for which y = x + c Σt or y = c (x + Σt) holds with

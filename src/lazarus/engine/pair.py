@@ -75,7 +75,7 @@ class ModelPair(PairShape):
 
     @cached_property
     def forms(self) -> tuple[list[Form], list[Form]]:
-        """What is inside each block of base, and inside its counterpart; empty where that is not compared."""
+        """Return the forms of base's blocks and of their counterparts; empty where that is not compared."""
         ours, theirs = self.base_conventions.components, self.finetuned_conventions.components
         if ours is None or theirs is None:
             return [], []

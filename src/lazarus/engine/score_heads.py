@@ -32,7 +32,7 @@ _STATES = "last_hidden_state"
 
 
 class ScoreHead(ABC):
-    """What makes scores, or an embedding, of what a stack returns of one prompt."""
+    """Makes scores, or an embedding, of what a stack returns of one prompt."""
 
     kind: ScoreKind
     fields: tuple[str, ...]
@@ -48,7 +48,7 @@ class ScoreHead(ABC):
 
 @dataclass(frozen=True)
 class LabelConventions:
-    """How the scores of a model's labels are made."""
+    """The way in which the scores of a model's labels are made."""
 
     kind: ScoreKind
     output_class: type[ModelOutput]
@@ -177,7 +177,7 @@ def check_labels(
 
 
 class _NoLabelsError(Exception):
-    """What a whole model returns has no logits."""
+    """A whole model returns no logits."""
 
 
 def _logits(model: LoadedModel, ids: Sequence[int]) -> Tensor:
@@ -215,7 +215,7 @@ def _stack_output(recorder: Recorder, input_ids: Tensor, mask: Tensor) -> Any:
 
 
 def _tried(output: Any) -> Iterator[Sequence[str]]:
-    """What the head may read: the states alone, or also what else the stack makes of each prompt."""
+    """Yield the fields that a head may read: the states alone, or all that the stack makes of each prompt."""
     if not isinstance(output, ModelOutput) or _STATES not in output:
         return
     yield (_STATES,)
@@ -238,7 +238,7 @@ def _gives(head: LabelHead, rows: Mapping[int, Sequence[int]], output: Any, expe
 
 
 def _row(output: Any, fields: Sequence[str], row: int, length: int) -> dict[str, Tensor]:
-    """What a stack has returned of one row, without padding."""
+    """Return what a stack has returned of one row, without padding."""
     given = {name: output[name][row : row + 1] for name in fields}
     return given | {_STATES: given[_STATES][:, :length]}
 

@@ -11,7 +11,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lazarus.metrics.cka import CkaRows
-from lazarus.metrics.states import AccumulatorState, PromptMeans, RowValues, divergence, to_float64, within
+from lazarus.metrics.states import (
+    AccumulatorState,
+    PromptMeans,
+    RowValues,
+    divergence,
+    part_of,
+    to_float64,
+    within,
+)
 
 SCORE_METRICS = ("squared_difference", "squared_base", "absolute_difference", "agreement", "divergence")
 
@@ -87,8 +95,7 @@ class ScoreMeans(PromptMeans):
     def add(self, state: AccumulatorState) -> None:
         """Take in what another accumulator has seen, from its `state`."""
         super().add(state)
-        kept = {name.removeprefix("kept/"): rows for name, rows in state.items() if name.startswith("kept/")}
-        self.kept.add(kept)
+        self.kept.add(part_of(state, "kept"))
 
 
 def scores_relative_l2(means: PromptMeans) -> float:

@@ -29,6 +29,16 @@ def within(name: str, state: Mapping[str, NDArray[Any]]) -> AccumulatorState:
     return {f"{name}/{key}": array for key, array in state.items()}
 
 
+def part_of(state: Mapping[str, NDArray[Any]], name: str) -> AccumulatorState:
+    """The part of a larger state that is called `name`, with its own parts.
+
+    >>> part_of({"means/sums/all": np.zeros(1), "kept/base": np.zeros(2)}, "means")
+    {'sums/all': array([0.])}
+    """
+    start = f"{name}/"
+    return {key.removeprefix(start): array for key, array in state.items() if key.startswith(start)}
+
+
 def parts_of(state: Mapping[str, NDArray[Any]]) -> dict[str, AccumulatorState]:
     """The parts of a larger state, by their names.
 

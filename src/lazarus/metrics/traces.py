@@ -154,7 +154,7 @@ def _choices(base: Tensor, finetuned: Tensor, outcomes: Outcomes | None) -> Floa
 
 
 def _margin(logits: Tensor, own: Tensor, other: Tensor, outcomes: Outcomes | None, side: int) -> Tensor:
-    """How far a model's first choice is above the other model's, whose `side` it is; ∞ where it has none."""
+    """Return how far a model's first choice is above that of the other `side`; ∞ if it lacks that token."""
     known = torch.ones_like(other, dtype=torch.bool)
     if outcomes is not None:
         other, known = outcomes.translated(other, side)

@@ -44,7 +44,7 @@ class NotReadError(Exception):
 
 @dataclass(frozen=True)
 class Embedder:
-    """What a sentence-transformers model does with the states of one prompt."""
+    """The modules of a sentence-transformers model that make an embedding of the states of one prompt."""
 
     modes: Sequence[str]
     """the modes of pooling"""

@@ -1,4 +1,4 @@
-"""Where the responses are in the text that a chat template makes of a chat."""
+"""The places of the responses in the text that a chat template makes of a chat."""
 
 from __future__ import annotations
 

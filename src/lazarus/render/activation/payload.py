@@ -90,7 +90,7 @@ def _tokens(tokens: TokenSample) -> list[dict[str, Any]]:
 
 
 def _output(trace: TokenTrace) -> dict[str, Any]:
-    """What both models would say after each token of a trace that has it."""
+    """Return what both models would say after each token of a trace that has it."""
     sides = (trace.base_choices or [], trace.finetuned_choices or [])
     parting = trace.parting
     return {

@@ -22,7 +22,7 @@ _CAPTIONS = {
 
 
 def score_line(output: Output, scores: Scores) -> str:
-    """What became of the scores or the embeddings, in a line."""
+    """Return what became of the scores or the embeddings, in a line."""
     parts = []
     if scores.agreement is not None:
         what = "tokens" if output.kind == "token_scores" else "prompts"
