@@ -30,17 +30,20 @@ if TYPE_CHECKING:
     )
     from lazarus.errors import LazarusError
     from lazarus.lens import compare
+    from lazarus.recordings import BFloat16Bits, Recording
     from lazarus.result_classes import ActivationDiff, Comparison, WeightDiff, load_result
     from lazarus.weights import weight_diff
 
 __all__ = [
     "Accumulation",
     "ActivationDiff",
+    "BFloat16Bits",
     "Comparison",
     "LazarusError",
     "ModelFacts",
     "PairFacts",
     "Plan",
+    "Recording",
     "StatePair",
     "WeightDiff",
     "WeightFacts",
@@ -65,6 +68,8 @@ _HOMES = {
     "iter_state_pairs": "lazarus.activation",
     "compare": "lazarus.lens",
     "weight_diff": "lazarus.weights",
+    "BFloat16Bits": "lazarus.recordings",
+    "Recording": "lazarus.recordings",
     "ActivationDiff": "lazarus.result_classes",
     "Comparison": "lazarus.result_classes",
     "WeightDiff": "lazarus.result_classes",

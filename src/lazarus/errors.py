@@ -11,6 +11,7 @@
     │   ├── WeightsError             missing, truncated, pickled or unreadable weights
     │   ├── AdapterError             an adapter that does not fit its model
     │   ├── BlocksNotFoundError      the blocks cannot be found without `layers_path`
+    │   ├── RecordingError           a recording that is damaged, cut short, or of a later version
     │   └── UnsupportedModelError    an architecture, quantisation or custom code that is refused
     ├── PairError                    the two models cannot be compared with each other
     │   ├── TokenizerMismatchError   different token ids for the same prompt
@@ -86,6 +87,10 @@ class AdapterError(ModelError):
 
 class BlocksNotFoundError(ModelError):
     """The model's blocks cannot be found, or do not run as blocks."""
+
+
+class RecordingError(ModelError):
+    """A recording is damaged, cut short, of a later version of the format, or lacks what is asked of it."""
 
 
 class UnsupportedModelError(ModelError):

@@ -1,0 +1,352 @@
+"""`Recording`: hidden states of one model on some prompts, on disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+from numpy.typing import NDArray
+
+from lazarus.errors import RecordingError, SaveError, UsageError
+from lazarus.recordings.format import (
+    MANIFEST,
+    Contents,
+    RecordedModel,
+    RecordedPrompt,
+    RecordedTokenizer,
+    Runtime,
+    Shard,
+    decode,
+    write,
+)
+from lazarus.recordings.sites import KNOWN_SITE
+from lazarus.recordings.tensors import PART, Array, Spec, TensorReader, TensorWriter
+
+SHARD_BYTES = 2**28
+"""From so many bytes on, prompts that are added go into another file."""
+
+
+def is_recording(path: str | Path) -> bool:
+    """Return whether a path is a folder with a recording.json."""
+    return Path(path).expanduser().joinpath(MANIFEST).is_file()
+
+
+class Recording:
+    """A recording that is there: its prompts, its sites, and the states of each."""
+
+    def __init__(self, path: Path, contents: Contents) -> None:
+        """Take a folder and what its recording.json says; see `open` and `create`."""
+        self.path = path
+        self.contents = contents
+        self._shard_of = {index: shard for shard in contents.shards for index in shard.prompts}
+        self._readers: dict[str, TensorReader] = {}
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Recording:
+        """Open a recording, and check that all of it is there.
+
+        Args:
+            folder: one that holds `recording.json`.
+
+        Raises:
+            RecordingError: it is no recording, of a later version of the format, damaged, or cut short.
+        """
+        path = Path(folder).expanduser()
+        found = cls(path, decode(path / MANIFEST))
+        for shard in found.contents.shards:
+            found._check(shard)
+        return found
+
+    @staticmethod
+    def create(
+        folder: str | Path,
+        *,
+        model: str,
+        n_layers: int,
+        hidden_size: int,
+        run_dtype: str = "float32",
+        runtime: str = "unknown",
+        **known: Any,
+    ) -> RecordingWriter:
+        """Begin a recording; prompts are added one by one, and it is there when it is closed.
+
+        Args:
+            folder: is made; it must be empty.
+            model: what the model is called.
+            n_layers: how many blocks it has.
+            hidden_size: the width of its residual stream.
+            run_dtype: the type in which states were computed: float32, bfloat16, float16.
+            runtime: the software that runs it.
+            known: what else is known: `revision`, `architecture`, `stored_dtype`, `attention`, `adapter`,
+                `causal`, `layer_norm` of the model; `runtime_version`, `device` and `details` (a mapping of
+                texts) of the runtime; `tokenizer_sha256`; `notes`.
+
+        Raises:
+            UsageError: the folder holds something, or cannot be written; or something is known that has no
+                place in a recording.
+        """
+        names = {field for field in RecordedModel.__struct_fields__ if field in known}
+        of_model = {name: known.pop(name) for name in names}
+        of_runtime = {"version": known.pop("runtime_version", None), "device": known.pop("device", None)}
+        details, notes = known.pop("details", {}), known.pop("notes", [])
+        sha256 = known.pop("tokenizer_sha256", None)
+        if known:
+            raise UsageError(f"Recording.create: {', '.join(known)} has no place in a recording.")
+        about = Contents(
+            model=RecordedModel(
+                id=model, n_layers=n_layers, hidden_size=hidden_size, run_dtype=run_dtype, **of_model
+            ),
+            runtime=Runtime(name=runtime, **of_runtime, details=details),
+            tokenizer=RecordedTokenizer(sha256=sha256) if sha256 else None,
+            positions="all",
+            sites=[],
+            prompts=[RecordedPrompt(index=0, ids=[0])],  # those that are added take its place
+            shards=[],
+            notes=list(notes),
+        )
+        return RecordingWriter(folder, about)
+
+    @property
+    def name(self) -> str:
+        """Return what messages call it."""
+        return str(self.path)
+
+    @property
+    def prompts(self) -> Sequence[RecordedPrompt]:
+        """The prompts, in their order."""
+        return self.contents.prompts
+
+    @property
+    def sites(self) -> Sequence[str]:
+        """The names of its sites: `embedding`, `resid_post.N`, `final_norm`, ..."""
+        return self.contents.sites
+
+    def rows(self, prompt: int, site: str) -> NDArray[Any]:
+        """Return the states of one prompt at one site, [tokens kept, hidden].
+
+        They are in the type in which they were recorded; bfloat16 is widened to float32, which is exact.
+
+        Raises:
+            RecordingError: the file has changed since it was opened.
+            KeyError: there is no such prompt or site.
+        """
+        return self._reader(self._shard_of[prompt]).read(f"{prompt}/{site}")
+
+    def _reader(self, shard: Shard) -> TensorReader:
+        if shard.file not in self._readers:
+            self._readers[shard.file] = TensorReader(self.path / shard.file)
+        return self._readers[shard.file]
+
+    def _check(self, shard: Shard) -> None:
+        """Check that a file holds every site of its prompts, in the right shape, and nothing else."""
+        path, sites = self.path / shard.file, self.contents.sites
+        specs = self._reader(shard).specs
+        size = path.stat().st_size
+        if shard.n_bytes is not None and size != shard.n_bytes:
+            raise RecordingError(f"{path}: {size:,} bytes, and {MANIFEST} says {shard.n_bytes:,}. {_AGAIN}")
+        wanted = {f"{index}/{site}" for index in shard.prompts for site in sites}
+        if wanted != specs.keys():
+            odd = min(wanted ^ specs.keys())
+            which = "lacks" if odd in wanted else "has beside what recording.json lists"
+            raise RecordingError(f"{path}: it {which} the tensor {odd!r}. {_AGAIN}")
+        widths = {site: specs[f"{shard.prompts[0]}/{site}"].shape[-1:] for site in sites}
+        for index in shard.prompts:
+            n_kept = len(self.contents.prompts[index].kept)
+            for site in sites:
+                self._check_shape(path, f"{index}/{site}", specs, (n_kept, *widths[site]))
+
+    def _check_shape(
+        self, path: Path, name: str, specs: Mapping[str, Spec], expected: tuple[int, ...]
+    ) -> None:
+        spec, site = specs[name], name.partition("/")[2]
+        is_stream = site in ("embedding", "final_norm") or site.startswith("resid_post.")
+        width = self.contents.model.hidden_size if is_stream else expected[-1]
+        if spec.shape != (expected[0], width):
+            raise RecordingError(
+                f"{path}: {name} has the shape {list(spec.shape)}, and {[expected[0], width]} is expected: "
+                f"[tokens kept, {'hidden' if is_stream else 'width'}]. {_AGAIN}"
+            )
+        if (spec.dtype[0] == "I") != (site == "top_ids"):
+            raise RecordingError(f"{path}: {name} is of type {spec.dtype}. {_AGAIN}")
+
+
+_AGAIN = "Record again, or copy the file again."
+
+
+class RecordingWriter:
+    """A recording that is being written, one prompt at a time; `recording.json` comes last."""
+
+    def __init__(self, folder: str | Path, about: Contents) -> None:
+        self.path = make_folder(folder)
+        self._about = about
+        self._prompts: list[RecordedPrompt] = []
+        self._shards: list[Shard] = []
+        self._sites: list[str] = []
+        self._waiting: dict[str, Array] = {}
+        self._n_waiting = 0
+        """how many of the last prompts are in memory"""
+
+    def add(
+        self,
+        ids: Sequence[int],
+        states: Mapping[str, Array],
+        *,
+        text: str | None = None,
+        positions: Sequence[int] | None = None,
+        group: str | None = None,
+        rendered: str | None = None,
+    ) -> None:
+        """Add one prompt.
+
+        Args:
+            ids: its token ids, special tokens included.
+            states: for each site, [tokens, hidden], in float32, float16, float64 or bfloat16 (that of
+                `ml_dtypes`, or its bits as `BFloat16Bits`). Every prompt has the same sites.
+            text: the prompt, where that is known.
+            positions: the tokens of which there are states; None for all.
+            group: the group of prompts that it belongs to.
+            rendered: what a chat template made of it.
+
+        Raises:
+            UsageError: a site is not known, is missing, or has another shape or dtype than a recording has.
+            SaveError: the disk gave out.
+        """
+        index = len(self._prompts)
+        kept = None if positions is None or len(positions) == len(ids) else [int(p) for p in positions]
+        prompt = RecordedPrompt(
+            index=index,
+            text=text,
+            rendered=rendered,
+            group=group,
+            ids=[int(i) for i in ids],
+            positions=kept,
+        )
+        self._check_states(prompt, states)
+        self._prompts.append(prompt)
+        self._waiting |= {f"{index}/{site}": array for site, array in states.items()}
+        self._n_waiting += 1
+        if sum(Spec.of(array).n_bytes for array in self._waiting.values()) >= SHARD_BYTES:
+            self._flush()
+
+    def close(self) -> Recording:
+        """Write what is left, and recording.json.
+
+        Returns:
+            The recording, opened.
+
+        Raises:
+            UsageError: no prompt was added.
+            SaveError: the disk gave out.
+        """
+        if not self._prompts:
+            raise UsageError(f"{self.path}: a recording without a prompt. Add one before it is closed.")
+        self._flush()
+        found = msgspec.structs.replace(
+            self._about,
+            positions="compared" if any(prompt.positions for prompt in self._prompts) else "all",
+            sites=self._sites,
+            prompts=self._prompts,
+            shards=self._shards,
+        )
+        write_manifest(self.path, found)
+        return Recording.open(self.path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        file = f"{len(self._shards):05d}.safetensors"
+        specs = {name: Spec.of(array) for name, array in self._waiting.items()}
+        with TensorWriter(self.path / file, specs) as writer:
+            for name, array in self._waiting.items():
+                writer.put(name, array)
+        last = len(self._prompts)
+        prompts = list(range(last - self._n_waiting, last))
+        self._shards.append(Shard(file=file, prompts=prompts, n_bytes=writer.n_bytes))
+        self._waiting, self._n_waiting = {}, 0
+
+    def _check_states(self, prompt: RecordedPrompt, states: Mapping[str, Array]) -> None:
+        unknown = [site for site in states if not KNOWN_SITE.fullmatch(site)]
+        if unknown:
+            raise UsageError(
+                f"{unknown[0]!r} is no site. They are embedding, resid_post.N, final_norm, logits."
+            )
+        if not self._sites:
+            self._sites = list(states)
+        if set(self._sites) != set(states):
+            odd = min(set(self._sites) ^ set(states))
+            raise UsageError(
+                f"prompt {prompt.index}: every prompt has the same sites, and not all have {odd!r}."
+            )
+        model, n_kept = self._about.model, len(prompt.kept)
+        for site, array in states.items():
+            try:
+                shape = Spec.of(array).shape
+            except (TypeError, AttributeError) as error:
+                raise UsageError(f"prompt {prompt.index}, {site}: {error}.") from error
+            is_stream = site in ("embedding", "final_norm") or site.startswith("resid_post.")
+            width = model.hidden_size if is_stream else shape[-1]
+            if shape != (n_kept, width):
+                raise UsageError(
+                    f"prompt {prompt.index}, {site}: an array of shape {list(shape)}, and "
+                    f"[{n_kept}, {width}] is needed: a row a token."
+                )
+
+
+def make_folder(folder: str | Path) -> Path:
+    """Make the folder of a recording.
+
+    Raises:
+        UsageError: it holds something, or cannot be made.
+    """
+    path = Path(folder).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        held = sorted(entry.name for entry in path.iterdir())
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{path}: cannot be written: {reason}. Choose another folder.") from error
+    if held:
+        raise UsageError(
+            f"{path}: the folder of a recording is empty at first, and this one holds {held[0]!r}. Name "
+            "another one."
+        )
+    return path
+
+
+def write_manifest(path: Path, contents: Contents) -> None:
+    """Write recording.json, whole or not at all.
+
+    Raises:
+        SaveError: the disk gave out.
+    """
+
+    def save(part: Path) -> None:
+        with part.open("wb") as stream:
+            write(contents, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    _replace(path / MANIFEST, save)
+
+
+def _replace(path: Path, save: Callable[[Path], None]) -> None:
+    part = path.with_name(path.name + PART)
+    try:
+        save(part)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise SaveError(f"{path}: cannot be written: {error.strerror or error}. Make room there.") from error
