@@ -13,8 +13,8 @@ from torch import Tensor
 from lazarus.facts import Site
 from lazarus.tokens import TokenizedPrompt
 
-Position = Literal["auto", "last", "mean", "all", "response"] | int
-"""the tokens of a prompt that are compared"""
+Position = Literal["auto", "last", "mean", "all", "response", "every"] | int
+"""the tokens of a prompt that are compared; `every` is all of them, position 0 too, as in a recording"""
 
 
 @dataclass(frozen=True)
@@ -59,4 +59,6 @@ def compared_tokens(position: Position, length: int) -> range:
         return range(index, index + 1)
     if position == "last":
         return range(length - 1, length)
+    if position == "every":
+        return range(length)
     return range(min(1, length - 1), length)

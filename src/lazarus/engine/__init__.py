@@ -18,7 +18,8 @@ runner.py      one of the two models, ready to run batches
 replay.py      blocks that need not run: a pass goes on from what they returned before
 arguments.py   what a block was called with, and whether another call is the same
 resident.py    both models in memory, batch by batch
-streamed.py    a block of each model in memory at a time, over all batches
+streamed.py    a block of each model in memory at a time, over all batches; passes.py has one batch's
+forced.py      every block on the states of another run, so that nothing is inherited
 spill.py       hidden states between two blocks, in memory or in files
 run.py         either of the two, on a piece of work (work.py)
 prefix.py      whether a prefix that all prompts have in common runs once

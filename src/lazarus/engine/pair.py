@@ -44,6 +44,11 @@ class ModelPair(PairShape):
     """whether the blocks run one at a time over all batches, read from disk"""
 
     @property
+    def is_alone(self) -> bool:
+        """Return whether one model runs by itself: both states of a pair are its own."""
+        return self.finetuned is self.base
+
+    @property
     def widths(self) -> tuple[int, int]:
         """The width of each model's residual stream."""
         return self.base_conventions.width, self.finetuned_conventions.width
@@ -134,7 +139,7 @@ class ModelPair(PairShape):
 
     def note_common(self, notes: Notes) -> None:
         """Note what did not run a second time; of models that are streamed it is known after the run."""
-        n_common = self._n_streamed_alike() if self.streams else self.n_common
+        n_common = self._n_streamed_alike() if self.streams and not self.is_alone else self.n_common
         if not n_common:
             return
         which = "block 0 is" if n_common == 1 else f"blocks 0 to {n_common - 1} are"
@@ -193,6 +198,8 @@ def learn_pair(
         scored=scored if isinstance(scored, Scored) else None,
         why_no_scores=scored if isinstance(scored, str) else None,
     )
+    if pair.is_alone:
+        return replace(pair, streams=base.pager is not None and _streams(pair, ids, pad_ids))
     if base.pager is not None:  # which blocks are the same is seen when they are read
         unknown = (False,) * len(base.anatomy.blocks)
         return replace(pair, streams=_streams(pair, ids, pad_ids), same_blocks=unknown)

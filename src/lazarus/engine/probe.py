@@ -72,6 +72,10 @@ class Conventions:
         """A tensor inside a block with batch and time in front; there the rows of all may be in one axis."""
         return tensor.view(-1, n_tokens, tensor.shape[1]) if tensor.dim() == 2 else self.rows(tensor)
 
+    def rows_view(self, states: Tensor) -> Float[Tensor, "batch time *features"]:
+        """A block's states with batch and time in front: the same memory, so that it can be written to."""
+        return states.movedim(self.axes, (0, 1))
+
     def rows(self, states: Tensor) -> Float[Tensor, "batch time hidden"]:
         """A block's states with batch and time in front and all features in one axis."""
         return _arranged(states, self.axes)

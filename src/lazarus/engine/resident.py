@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 
+import torch
 from torch import Tensor
 
-from lazarus.batches import BatchPair
+from lazarus.batches import BatchPair, TokenBatch
+from lazarus.engine.forced import GivenStates, forced
 from lazarus.engine.local import beside, components_beside
+from lazarus.engine.noise import nudged
 from lazarus.engine.pair import ModelPair
 from lazarus.engine.positions import RowPicker
 from lazarus.engine.replay import Passed, recording
@@ -45,10 +48,19 @@ class Resident:
     run once. `localize` also runs each block of the fine-tuned model on what base's block receives.
     """
 
-    def __init__(self, pair: ModelPair, position: Position, *, localize: bool) -> None:
+    def __init__(
+        self,
+        pair: ModelPair,
+        position: Position,
+        *,
+        localize: bool,
+        given: GivenStates | None = None,
+        nudge: torch.Generator | None = None,
+    ) -> None:
         self.pair = pair
         self.position = position
         self.localize = localize
+        self.given, self.nudge = given, nudge
         self.base = Runner(pair.base, pair.base_conventions, pair.score_head(0))
         self.finetuned = Runner(pair.finetuned, pair.finetuned_conventions, pair.score_head(1))
 
@@ -59,6 +71,8 @@ class Resident:
             DeviceError: the batch does not fit the device's memory.
         """
         pair, position = self.pair, self.position
+        if pair.is_alone:
+            return self._run_alone(batch.base)
         local, inside = list[Tensor](), list[ComponentRows | None]()
         picking, picker = (
             self.base.picking(RowPicker.of(batch.base, position)),
@@ -78,6 +92,16 @@ class Resident:
         begun = Begun(n_common, passed, ours, prefix) if n_common else None
         theirs = self.finetuned.run(batch.finetuned, position, begun)
         return ours, self._pairs(ours, theirs, local, inside)
+
+    def _run_alone(self, batch: TokenBatch) -> tuple[States, Iterator[StatePair]]:
+        """Run a batch through one model; where states of another run are given, its blocks on these too."""
+        model, position, local = self.pair.base, self.position, list[Tensor]()
+        with nudged(model.anatomy.blocks[0], self.nudge) if self.nudge else nullcontext():
+            ours = self.base.run(batch, position)
+        if self.given is not None:
+            with forced(model, self.pair.base_conventions, batch, self.given):
+                local = self.base.run(batch, position).sites[1:-1]
+        return ours, self._pairs(ours, ours, local, [])
 
     def _pairs(
         self,

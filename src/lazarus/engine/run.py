@@ -25,7 +25,7 @@ def run(pair: ModelPair, work: Work, advanced: Callable[[int], None]) -> Iterato
         yield from run_streamed(pair, work, advanced)
         return
     noise = Noise(pair, work.sample, work.noise)
-    resident = Resident(pair, work.position, localize=work.localize)
+    resident = Resident(pair, work.position, localize=work.localize, given=work.given, nudge=work.nudge)
     for batch in work.batches:
         ours, pairs = resident.run(batch)
         yield from pairs

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from lazarus.batches import BatchPair, TokenBatch
+from lazarus.engine.forced import GivenStates
 from lazarus.engine.noise import NoisePlan
 from lazarus.sites import Position
 
@@ -21,3 +24,7 @@ class Work:
     localize: bool
     again: Sequence[TokenBatch] = ()
     """batches with prompts of the sample, here for base alone: both models run them elsewhere"""
+    given: GivenStates | None = None
+    """of a model that runs alone: the states of another run, on which its blocks run too, each by itself"""
+    nudge: torch.Generator | None = None
+    """of a model that runs alone: what enters its first block is moved by one unit in the last place"""
