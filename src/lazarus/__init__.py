@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         activation_diff,
         conclude,
         iter_state_pairs,
+        record,
     )
     from lazarus.errors import LazarusError
     from lazarus.lens import compare
@@ -53,6 +54,7 @@ __all__ = [
     "conclude",
     "iter_state_pairs",
     "load_result",
+    "record",
     "weight_diff",
 ]
 
@@ -66,6 +68,7 @@ _HOMES = {
     "activation_diff": "lazarus.activation",
     "conclude": "lazarus.activation",
     "iter_state_pairs": "lazarus.activation",
+    "record": "lazarus.activation",
     "compare": "lazarus.lens",
     "weight_diff": "lazarus.weights",
     "BFloat16Bits": "lazarus.recordings",

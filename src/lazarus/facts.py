@@ -129,6 +129,9 @@ class PairFacts(PairShape):
     """whether both read the same token ids, or each its own of the same text"""
     why_no_scores: str | None = None
     """why scores or embeddings are not compared, where one of the two gives any"""
+    replays: bool = False
+    """whether `local` is what base's block makes of the fine-tuned model's states, held against what these
+    are after it; else what the fine-tuned model's block makes of base's"""
 
     @property
     def n_layers(self) -> tuple[int, int]:

@@ -58,11 +58,7 @@ def load_models(
             load = load_paged if streams else load_pair
             loaded = load(first, second, options, announce)
         case _ if chosen.memory == "stream":
-            raise UsageError(
-                f"{option('memory', 'stream')} reads models from disk, block by block, and one of these is "
-                f"in memory already. Name both by their folders, or use {option('memory', 'resident')}.",
-                option="memory",
-            )
+            raise _in_memory_already()
         case _:
             roles: tuple[Role, Role] = ("base", "finetuned")
             one, other = (
@@ -72,6 +68,46 @@ def load_models(
     for model in loaded:
         notes.extend(model.notes)
     return loaded
+
+
+def load_alone(
+    model: Model, role: Role, chosen: Options, device: torch.device, announce: Announce, notes: Notes
+) -> LoadedModel:
+    """Load one model by itself; what a reader must know of it is noted.
+
+    Raises:
+        UsageError: a model in memory is to be read from disk.
+        ModelError: it cannot be loaded; the subclass and the message say why.
+    """
+
+    def once(which: Role, name: str) -> None:
+        if which == "base":  # the pair below is of this model twice
+            announce(role, name)
+
+    named = parse_model(str(model)) if isinstance(model, str | Path) else model
+    options = _load_options(chosen, device)
+    streams = chosen.memory == "stream"
+    if isinstance(named, ModelReference):
+        if chosen.memory == "auto":
+            streams = _must_stream((named, named), options, notes)
+        if streams:
+            loaded = load_paged(named, named, options, once)[0]
+        else:
+            loaded = _load_or_wrap(named, role, options, announce)
+    else:
+        if streams:
+            raise _in_memory_already()
+        loaded = _load_or_wrap(named, role, options, announce)
+    notes.extend(loaded.notes)
+    return loaded
+
+
+def _in_memory_already() -> UsageError:
+    return UsageError(
+        f"{option('memory', 'stream')} reads models from disk, block by block, and one of these is "
+        f"in memory already. Name both by their folders, or use {option('memory', 'resident')}.",
+        option="memory",
+    )
 
 
 def pick_device(name: str, rank: Rank) -> torch.device:

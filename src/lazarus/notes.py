@@ -27,6 +27,10 @@ CODES = {
     "as plain text.",
     "own-tokenizers": "Each model read the texts with its own tokenizer, and how many prompts have other ids "
     "is told: a part of the divergence may be that of the tokens.",
+    "recorded": "One of the two is a recording: what ran it, and in which type, is told. What needs its "
+    "weights is null.",
+    "recorded-ids": "Whether the ids of a recording are those that the model's tokenizer gives is not known: "
+    "they were taken at their word.",
     "cut-prompts": "Prompts were cut to what fits the models: their numbers are of their beginning.",
     "repeated-prompts": "Some prompts are repeats of others and ran once: they count as often as they were "
     "given, and tell nothing new.",

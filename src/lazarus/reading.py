@@ -96,13 +96,16 @@ def read_prompts(models: Models, asked: Asked, options: Options, notes: Notes) -
     if written.responses is not None:  # one reading for both: `align` is `ids`
         base = finetuned = mark_responses(base, written.responses, tokenizers[0])
     for model, tokenized in zip(models, (base, finetuned), strict=True):
-        _check_vocabulary(model, tokenized)
+        check_vocabulary(model, tokenized)
     return Reading(prompts, base, finetuned, tokenizers, align)
 
 
 def _tokenizers(models: Models, options: Options, notes: Notes) -> tuple[Any, Any]:
     """Return each model's tokenizer; one that brings none is read with the other's."""
-    base, finetuned = (load_tokenizer(model, trust_remote_code=options.trust_remote_code) for model in models)
+    base = load_tokenizer(models[0], trust_remote_code=options.trust_remote_code)
+    finetuned = base
+    if models[1] is not models[0]:
+        finetuned = load_tokenizer(models[1], trust_remote_code=options.trust_remote_code)
     if base is None and finetuned is None:
         raise PairError(
             f"neither {models[0].name} nor {models[1].name} brings a tokenizer. Put the tokenizer's "
@@ -187,7 +190,12 @@ def _note_other_template(tokenizers: tuple[Any, Any], options: Options, notes: N
     )
 
 
-def _check_vocabulary(model: LoadedModel, tokenized: Sequence[TokenizedPrompt]) -> None:
+def check_vocabulary(model: LoadedModel, tokenized: Sequence[TokenizedPrompt]) -> None:
+    """Refuse prompts with ids that a model has no embedding for.
+
+    Raises:
+        PromptDataError: it names the first one.
+    """
     table = model.model.get_input_embeddings()
     size = getattr(table, "num_embeddings", None)
     for prompt in tokenized:

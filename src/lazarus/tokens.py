@@ -311,6 +311,17 @@ def _named(index: int, prompt: Prompt) -> str:
     return f"Prompt {index} ({prompt.text[:40]!r})"
 
 
+class OnlyIds:
+    """Stands in for a tokenizer where only token ids are known: a token's text is its id."""
+
+    pad_token_id = 0
+    eos_token_id: int | None = None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the ids as text."""
+        return "".join(f"<{i}>" for i in ids)
+
+
 def token_text(tokenizer: Any, token_id: int) -> str:
     """A token as text; the bytes of one that is only a part of a character are named, as in `<0xC3>`.
 

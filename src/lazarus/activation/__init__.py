@@ -16,6 +16,10 @@ record.py        the result
 live.py          what live models add to it: facts, and a look at their weights (rounding.py)
 breaks.py        which model gives states that are not finite, and why
 readout.py       the mean difference, read as tokens
+capture.py       one model, its states written down: record
+recorded.py      a recording in place of a model, or of both; its prompts (recorded_prompts.py), its rows
+                 (recorded_rows.py), and the noise of a block by itself (local_noise.py)
+readers.py       tokens as text
 attribution.py   who caused the change of the output; attributed.py tells of it
 
 accumulation.py, attributed.py, components.py, repeats.py, findings.py, scores.py, traces.py, mined.py,
@@ -24,6 +28,7 @@ and a `Plan`.
 """
 
 from lazarus.activation.accumulation import Accumulation, Plan
+from lazarus.activation.capture import record
 from lazarus.activation.prepare import Observer
 from lazarus.activation.record import About, conclude
 from lazarus.activation.run import Prompts, StatePairs, activation_diff, iter_state_pairs
@@ -44,4 +49,5 @@ __all__ = [
     "activation_diff",
     "conclude",
     "iter_state_pairs",
+    "record",
 ]

@@ -13,6 +13,7 @@ from lazarus.activation.components import ComponentMeans
 from lazarus.activation.repeats import Repeats
 from lazarus.facts import ComponentSite, PairFacts, Site
 from lazarus.metrics import (
+    LOCAL_METRICS,
     MOST_KEPT,
     OUTPUT_METRICS,
     ROW_METRICS,
@@ -28,6 +29,7 @@ from lazarus.metrics import (
     SiteMeasures,
     SitePlan,
     TokenOutputs,
+    compare_local,
     compare_logits,
     compare_rows,
     compare_scores,
@@ -115,6 +117,8 @@ class Accumulation:
     """the most that noise has moved the margin between base's two likeliest tokens; NaN if not measured"""
     noise: list[dict[Site, PromptMeans]] = field(init=False)
     """those of each trial of the noise"""
+    local_noise: list[dict[Site, PromptMeans]] = field(init=False)
+    """of each trial, the local change of blocks that are the same, on another run of the same model"""
     n_logits_not_finite: np.ndarray = field(init=False)
     """the rows of logits that are not finite, [2, prompts]: in base, and in the fine-tuned model"""
     mining: DiffMining | None = field(init=False)
@@ -125,13 +129,13 @@ class Accumulation:
         self.repeats = self.plan.repeats or Repeats.none(self.n_prompts)
         centered = self.facts.base.uses_layer_norm and self.facts.finetuned.uses_layer_norm
         kept = _kept(self.n_prompts, self.plan.settings.seed)
-        site_plan = SitePlan(self.n_prompts, centered, kept, self.plan.traced)
+        site_plan = SitePlan(self.n_prompts, centered, kept, self.plan.traced, self.facts.replays)
         self.sites = {site: SiteMeasures(site_plan) for site in self.facts.sites}
         self.components = ComponentMeans(self.n_prompts)
         self.output = self._means_of_output(kept)
         self.token_outputs = TokenOutputs(self.plan.traced)
         self.margin_noise = float("nan")
-        self.noise = []
+        self.noise, self.local_noise = [], []
         self.n_logits_not_finite = np.zeros((2, self.n_prompts), dtype=np.int64)
         is_mined = self.plan.settings.readout is not None
         self.mining = DiffMining(self.repeats.others, self.plan.outcomes) if is_mined else None
@@ -164,9 +168,10 @@ class Accumulation:
             found |= within("mining", self.mining.state())
         for site, measures in self.sites.items():
             found |= within(f"sites/{site}", measures.state())
-        for trial, noise in enumerate(self.noise):
-            for site, means in noise.items():
-                found |= within(f"noise/{trial}/{site}", means.state())
+        for name, trials in (("noise", self.noise), ("local_noise", self.local_noise)):
+            for trial, noise in enumerate(trials):
+                for site, means in noise.items():
+                    found |= within(f"{name}/{trial}/{site}", means.state())
         return found
 
     def add(self, state: AccumulatorState) -> None:
@@ -185,9 +190,10 @@ class Accumulation:
             self.mining.add(parts["mining"])
         for site, measures in parts_of(parts["sites"]).items():
             self.sites[named[site]].add(measures)
-        for trial, noise in parts_of(parts.get("noise", {})).items():
-            for site, means in parts_of(noise).items():
-                self._trial(int(trial), named[site]).add(means)
+        for name, is_local in (("noise", False), ("local_noise", True)):
+            for trial, noise in parts_of(parts.get(name, {})).items():
+                for site, means in parts_of(noise).items():
+                    self._trial(int(trial), named[site], is_local=is_local).add(means)
 
     def _means_of_output(self, kept: dict[int, int]) -> PromptMeans:
         scored = self.plan.scored
@@ -198,6 +204,10 @@ class Accumulation:
         return ScoreMeans(self.n_prompts, scored.kind, slots[scored.kind])
 
     def _take_trial(self, pair: StatePair, trial: int) -> None:
+        if pair.local is not None:
+            means = self._trial(trial, pair.site, is_local=True)
+            means.update(pair.prompts, compare_local(Rows.of(pair.finetuned, pair.local)))
+            return
         scored, means = self.plan.scored, self._trial(trial, pair.site)
         if scored is not None and pair.site == "logits":
             # Both are base's.
@@ -243,12 +253,14 @@ class Accumulation:
         # `fmax` leaves NaN, which is what was not measured, behind.
         self.margin_noise = float(np.fmax(self.margin_noise, motion))
 
-    def _trial(self, trial: int, site: Site) -> PromptMeans:
+    def _trial(self, trial: int, site: Site, *, is_local: bool = False) -> PromptMeans:
+        trials = self.local_noise if is_local else self.noise
         # Trials come in any order.
-        while len(self.noise) <= trial:
-            self.noise.append({})
-        metrics = SCORE_METRICS if site == "logits" and self.plan.scored is not None else ROW_METRICS
-        return self.noise[trial].setdefault(site, PromptMeans(metrics, self.n_prompts))
+        while len(trials) <= trial:
+            trials.append({})
+        of_scores = site == "logits" and self.plan.scored is not None
+        metrics = LOCAL_METRICS if is_local else SCORE_METRICS if of_scores else ROW_METRICS
+        return trials[trial].setdefault(site, PromptMeans(metrics, self.n_prompts))
 
 
 def _kept(n_prompts: int, seed: int) -> dict[int, int]:

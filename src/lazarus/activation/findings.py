@@ -19,7 +19,6 @@ from lazarus.metrics import (
     PromptMeans,
     ScoreMeans,
     ScorePlan,
-    SiteMeasures,
     mean_over_prompts,
     normalized_divergence,
     scores_relative_l2,
@@ -135,7 +134,7 @@ class Findings:
             "top1_share": finite_or_none(directions.top_share(1)),
             "top3_share": finite_or_none(directions.top_share(3)),
             "cka": finite_or_none(accumulators.kept.cka()),
-            "local": _local(accumulators),
+            "local": self._local(site),
         }
 
     def rows(self, attributed: Attributed | None = None) -> ResultRows:
@@ -330,6 +329,24 @@ class Findings:
             return None
         return float(found.low[column]), float(found.high[column])
 
+    def _local(self, site: Site) -> LocalChange | None:
+        means = self.seen.sites[site].local
+        if not means.n_rows.any():
+            return None
+        found = {name: mean_over_prompts(values) for name, values in means.means().items()}
+        trials = [
+            float(mean_over_prompts(trial[site].means()["local_relative_l2"]))
+            for trial in self.seen.local_noise
+            if site in trial
+        ]
+        known = [(noise, 0.0) for noise in trials if np.isfinite(noise)]
+        floor = noise_floor(known, self.pair.base.info.run_dtype).relative_l2 if known else None
+        return LocalChange(
+            relative_l2=finite_or_none(found["local_relative_l2"]),
+            cosine_similarity=finite_or_none(1 - found["local_divergence"]),
+            noise_floor=floor,
+        )
+
     def _onset(self) -> int | None:
         # The onset speaks of every later layer too, so each must have a floor.
         if self.layer_intervals is None or not self.floors.keys() >= set(self.layers):
@@ -338,9 +355,13 @@ class Findings:
         return onset(self.layer_intervals.band_low, floor)
 
     def _most_changed_block(self) -> int | None:
-        local = {layer: _local(self.seen.sites[layer]) for layer in self.layers}
+        local = {layer: self._local(layer) for layer in self.layers}
         # 0 is a block that did not change, and None one that was not measured.
-        changed = {layer: size for layer, change in local.items() if change and (size := change.relative_l2)}
+        changed = {
+            layer: size
+            for layer, change in local.items()
+            if change and (size := change.relative_l2) and size > (change.noise_floor or 0)
+        }
         return max(changed, key=lambda layer: changed[layer], default=None)
 
 
@@ -353,17 +374,6 @@ def _l2_and_divergence(means: PromptMeans, *, of_scores: bool) -> tuple[float, f
     l2, divergence = (float(mean_over_prompts(found[name])) for name in ("relative_l2", "divergence"))
     # Both are NaN where no row could be compared, and nowhere else.
     return None if np.isnan(l2) else (l2, divergence)
-
-
-def _local(accumulators: SiteMeasures) -> LocalChange | None:
-    means = accumulators.local
-    if not means.n_rows.any():
-        return None
-    found = {name: mean_over_prompts(values) for name, values in means.means().items()}
-    return LocalChange(
-        relative_l2=finite_or_none(found["local_relative_l2"]),
-        cosine_similarity=finite_or_none(1 - found["local_divergence"]),
-    )
 
 
 def _listed(values: Floats) -> list[float | None]:

@@ -12,7 +12,7 @@ import numpy as np
 from lazarus.activation.accumulation import Accumulation
 from lazarus.activation.runplan import RunPlan
 from lazarus.batches import BatchPair, TokenBatch
-from lazarus.engine import ModelPair, NoisePlan, Work, run
+from lazarus.engine import GivenStates, ModelPair, NoisePlan, Work, run
 from lazarus.metrics import AccumulatorState
 from lazarus.notes import Note
 from lazarus.shards import Shard, WorkFolder, run_shards, states
@@ -39,7 +39,7 @@ def measure(
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """A part of the work: batches of the comparison, and of the noise."""
 
     batches: Sequence[BatchPair]
@@ -49,20 +49,22 @@ class _Part:
 
     @property
     def n_tokens(self) -> int:
+        """The tokens that run, those of the noise included."""
         return sum(b.base.n_tokens for b in self.batches) + sum(b.n_tokens for b in self.sample)
 
     @property
     def prompts(self) -> list[int]:
+        """The prompts that run, those of the noise once more."""
         return [i for b in (*(pair.base for pair in self.batches), *self.sample) for i in b.prompts]
 
-    def cut(self, most: int) -> list[_Part]:
+    def cut(self, most: int) -> list[Part]:
         """Cut the batches into at most so many runs, in order; the noise is one more piece of work."""
         edges = np.linspace(0, len(self.batches), min(len(self.batches), most) + 1).astype(int).tolist()
-        runs = [_Part(self.batches[start:end], []) for start, end in pairwise(edges)]
+        runs = [Part(self.batches[start:end], []) for start, end in pairwise(edges)]
         sampled = {prompt for batch in self.sample for prompt in batch.prompts}
         # The noise may run in another process than these batches, and needs what base makes of their prompts.
         again = [pair.base for pair in self.batches if not sampled.isdisjoint(pair.base.prompts)]
-        return [*runs, _Part([], self.sample, again)] if self.sample else runs
+        return [*runs, Part([], self.sample, again)] if self.sample else runs
 
 
 @dataclass(frozen=True)
@@ -72,17 +74,21 @@ class Job:
     pair: ModelPair
     plan: RunPlan
     advanced: Callable[[int], None]
+    given: GivenStates | None = None
+    """of a model that runs alone: the states of a recording, on which its blocks run too"""
+    paired: Callable[[Iterator[StatePair]], Iterator[StatePair]] = iter
+    """puts a recording's states into the pairs of a model that runs alone"""
 
     @cached_property
-    def whole(self) -> _Part:
+    def whole(self) -> Part:
         """Return the whole of it as one part."""
-        return _Part(self.plan.batches(self.pair), self.plan.noise_batches(self.pair))
+        return Part(self.plan.batches(self.pair), self.plan.noise_batches(self.pair))
 
     def run_all(self) -> Iterator[StatePair]:
         """Yield every pair of states; prompts of the same ids run once."""
         return self.run(self.whole)
 
-    def run(self, part: _Part) -> Iterator[StatePair]:
+    def run(self, part: Part) -> Iterator[StatePair]:
         """Yield every pair of states of a part."""
         plan = self.plan
         n_sampled = sum(len(batch.members) for batch in part.sample)
@@ -94,15 +100,20 @@ class Job:
             seed=plan.seed,
             among_others=n_sampled < len(plan.repeats.distinct),
         )
-        work = Work(part.batches, part.sample, noise, plan.position, plan.localize, part.again)
-        return run(self.pair, work, self.advanced)
+        work = Work(part.batches, part.sample, noise, plan.position, plan.localize, part.again, self.given)
+        return self.paired(run(self.pair, work, self.advanced))
+
+
+def shared_parts(job: Job, folder: WorkFolder) -> list[Part]:
+    """Return the parts of a run that is kept in a folder."""
+    # Each shard of a streamed run reads all weights again.
+    most = folder.most_shards // FEWER_IF_STREAMED if job.pair.streams else folder.most_shards
+    return job.whole.cut(most)
 
 
 def _measure_shared(job: Job, folder: WorkFolder, totals: Accumulation) -> list[Note]:
     """Run the work in parts, each kept in the folder, by however many processes."""
-    # Each shard of a streamed run reads all weights again.
-    most = folder.most_shards // FEWER_IF_STREAMED if job.pair.streams else folder.most_shards
-    parts = job.whole.cut(most)
+    parts = shared_parts(job, folder)
     shards = [Shard(i, part.prompts, part.n_tokens) for i, part in enumerate(parts)]
 
     def run_shard(shard: Shard) -> AccumulatorState:
@@ -112,5 +123,10 @@ def _measure_shared(job: Job, folder: WorkFolder, totals: Accumulation) -> list[
     n_before = run_shards(folder, shards, run_shard, job.advanced)
     for state in states(folder, shards):
         totals.add(state)
-    told = f"{n_before} of {len(shards)} shards were already in {folder.path}"
+    return note_reused(n_before, len(shards), folder)
+
+
+def note_reused(n_before: int, n_shards: int, folder: WorkFolder) -> list[Note]:
+    """Return a note that so many shards were done before, if any were."""
+    told = f"{n_before} of {n_shards} shards were already in {folder.path}"
     return [Note("shards-reused", told)] if n_before else []

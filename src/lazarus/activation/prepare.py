@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -26,7 +26,7 @@ from lazarus.engine import (
     with_components,
 )
 from lazarus.facts import PairFacts
-from lazarus.loading import Model, Role, less_memory, load_models
+from lazarus.loading import Model, Role, less_memory, load_alone, load_models
 from lazarus.messages import option
 from lazarus.metrics import FEWEST_FOR_CKA
 from lazarus.models import LoadedModel
@@ -36,7 +36,7 @@ from lazarus.options import EACH_TOKEN, Options, parse_position, parse_token_pro
 from lazarus.prompts import Prompt, PromptList
 from lazarus.reading import Asked, Reading, read_prompts
 from lazarus.results import PromptRecord, Settings
-from lazarus.shards import WorkFolder
+from lazarus.shards import WorkFolder, fingerprint
 from lazarus.sites import Position
 
 CPU_BATCH_TOKENS = 512
@@ -120,15 +120,65 @@ def prepare(given: Given, base: Model, finetuned: Model, watcher: Observer) -> P
     with given.memory_faults():
         models = load_models((base, finetuned), given.options, given.device, watcher.loading, notes)
     with given.running():
-        return _learn(given, models, watcher, notes)
+        watcher.testing(given.prompts.prompts)
+        return _learn(given, models, read_asked(given, models, notes), notes)
 
 
-def _learn(
-    given: Given, models: tuple[LoadedModel, LoadedModel], watcher: Observer, notes: Notes
+def prepare_alone(
+    given: Given, model: Model, role: Role, watcher: Observer, read: Callable[..., Reading]
 ) -> Prepared:
-    options, prompts = given.options, given.prompts.prompts
-    watcher.testing(prompts)
-    reading = read_prompts(models, Asked(prompts, given.tokenizer, given.template), options, notes)
+    """Load one model, and learn how it behaves: a pair of it with itself.
+
+    Args:
+        given: the arguments of the run.
+        model: the model.
+        role: which of the two it is.
+        watcher: is told how far the run has come.
+        read: gives its prompts as token ids.
+
+    Raises:
+        LazarusError: as `activation_diff`.
+    """
+    notes = Notes(given.prompts.notes)
+    with given.memory_faults():
+        loaded = load_alone(model, role, given.options, given.device, watcher.loading, notes)
+    with given.running():
+        reading = read(loaded, notes=notes)
+        return _learn(given, (loaded, loaded), reading, notes)
+
+
+def read_asked(given: Given, models: tuple[LoadedModel, LoadedModel], notes: Notes) -> Reading:
+    """Tokenise the prompts that were given, for both models.
+
+    Raises:
+        LazarusError: as `read_prompts`.
+    """
+    asked = Asked(given.prompts.prompts, given.tokenizer, given.template)
+    return read_prompts(models, asked, given.options, notes)
+
+
+def take_up(prepared: Prepared, run: RunPlan, others: Mapping[str, str] | None = None) -> None:
+    """Take up the run of the folder of `work_dir`, if there is one; `others` must be the same as well.
+
+    Raises:
+        UsageError: the folder belongs to another run.
+    """
+    given, reading, pair = prepared.given, prepared.reading, prepared.pair
+    if given.folder is None:
+        return
+    settings = {
+        "position": str(run.position),
+        "device": given.device.type,
+        "prefix": str(run.n_prefix),
+        "padding": pair.padding(run.longest),
+    }
+    settings |= others or {}
+    models, prompts = (pair.base, pair.finetuned), (reading.base, reading.finetuned)
+    given.folder.begin(fingerprint(models, prompts, given.options, settings))
+
+
+def _learn(given: Given, models: tuple[LoadedModel, LoadedModel], reading: Reading, notes: Notes) -> Prepared:
+    options, prompts = given.options, reading.prompts
     _note_precision(models[0], notes)
     reading.note_apart(notes)
     pair = learn_pair(*models, reading.samples, reading.pad_ids, reading.align)
@@ -147,18 +197,21 @@ def _learn(
     prefix_plan = PrefixPlan(run.position, run.batch_tokens, reading.pad_ids[0], _whole_prompts(run, pair))
     # It runs prompts, so it comes after the checks that refuse them.
     run = replace(run, n_prefix=share_prefix(pair, reading.base, prefix_plan, notes))
-    scope = find_scope(pair, reading, notes)
+    # Of a model alone nothing is compared, so nothing is told of what is not.
+    scope = find_scope(pair, reading, Notes() if pair.is_alone else notes)
     if run.localize and not options.localize:
         told = f"one of the two is quantised: what each block costs was measured too ({option('localize')})"
         notes.add("quantised-pair", told)
     settings = _settings(given, pair, run)
     scored = None if pair.scored is None else pair.scored.plan
-    plan = Plan(_prompts(reading), settings, run.traced, scope.outcomes, run.repeats, scored)
+    plan = Plan(prompt_records(reading), settings, run.traced, scope.outcomes, run.repeats, scored)
     return Prepared(given, pair, reading, run, pair_facts(pair, scope), plan, notes, layers)
 
 
 def _whole_prompts(run: RunPlan, pair: ModelPair) -> str | None:
     """Return why a prefix that prompts have in common runs with each of them; None where it need not."""
+    if pair.is_alone:
+        return "a recording has every token of a prompt"
     if run.localize:
         return f"{option('localize')} runs blocks twice, and a cache takes a token in once"
     if pair.base_conventions.components is not None:
@@ -199,7 +252,7 @@ def _run_plan(given: Given, pair: ModelPair, reading: Reading) -> RunPlan:
         # States of two widths have no distance that noise could be held against.
         noise_floor=not options.no_noise_floor and pair.same_width,
         seed=options.seed,
-        token_prompts=_token_prompts(options, position, pair),
+        token_prompts=token_prompts(options, position) if pair.same_width else [],
     )
 
 
@@ -224,13 +277,14 @@ def _position(options: Options, pair: ModelPair) -> Literal["last", "mean", "all
     return position
 
 
-def _token_prompts(options: Options, position: Position, pair: ModelPair) -> Literal["auto"] | list[int]:
-    """The prompts of which every token is kept, where each of several tokens is compared."""
+def token_prompts(options: Options, position: Position) -> Literal["auto"] | list[int]:
+    """Return the prompts of which every token is kept, where each of several tokens is compared."""
     found = parse_token_prompts(options.token_prompts)
-    return [] if position not in EACH_TOKEN or found == "none" or not pair.same_width else found
+    return [] if position not in EACH_TOKEN or found == "none" else found
 
 
-def _prompts(reading: Reading) -> list[PromptRecord]:
+def prompt_records(reading: Reading) -> list[PromptRecord]:
+    """Return the prompts as a result has them."""
     apart = reading.align == "text"
     return [
         PromptRecord(

@@ -18,39 +18,50 @@ from lazarus.activation.breaks import note_breaks
 from lazarus.activation.live import weight_facts, with_broken_weights
 from lazarus.activation.measure import Job, measure
 from lazarus.activation.mined import mined_tokens
-from lazarus.activation.prepare import Given, Observer, Prepared, prepare
+from lazarus.activation.prepare import Given, Observer, Prepared, prepare, take_up
+from lazarus.activation.readers import TokenReader
 from lazarus.activation.readout import read_differences
 from lazarus.activation.record import About, conclude
-from lazarus.errors import UsageError
+from lazarus.activation.recorded import compare_recorded, opened
+from lazarus.errors import PromptsError, UsageError
 from lazarus.facts import PairFacts
 from lazarus.loading import Model, Role, pick_device
 from lazarus.messages import option
 from lazarus.models import find_tokenizer
 from lazarus.notes import Notes
 from lazarus.options import OptionArguments, Options, check_token_prompts, read_template
-from lazarus.prompts import Prompt, PromptList, check_chats, check_responses, make_prompts
+from lazarus.prompts import EXAMPLE, Prompt, PromptList, check_chats, check_responses, make_prompts
 from lazarus.provenance import environment
 from lazarus.ranks import Rank, find_rank
-from lazarus.reading import Reading
+from lazarus.recordings import Recording
 from lazarus.result_classes import ActivationDiff
-from lazarus.shards import WorkFolder, fingerprint
-from lazarus.sites import Position, StatePair, tokens_of
+from lazarus.shards import WorkFolder
+from lazarus.sites import StatePair
 from lazarus.tokens import token_text
 
 Prompts = str | Path | Mapping[str, Any] | Prompt | Iterable[str | Mapping[str, Any] | Prompt] | PromptList
 
 
-class _Silence:
-    def loading(self, role: Role, name: str) -> None: ...
-    def testing(self, prompts: Sequence[Prompt]) -> None: ...
-    def running(self, n_tokens: int) -> None: ...
-    def advanced(self, n_tokens: int) -> None: ...
+class Silence:
+    """An observer that tells nobody."""
+
+    def loading(self, role: Role, name: str) -> None:
+        """Ignore it."""
+
+    def testing(self, prompts: Sequence[Prompt]) -> None:
+        """Ignore it."""
+
+    def running(self, n_tokens: int) -> None:
+        """Ignore it."""
+
+    def advanced(self, n_tokens: int) -> None:
+        """Ignore it."""
 
 
 def activation_diff(
     base: Model,
     finetuned: Model,
-    prompts: Prompts,
+    prompts: Prompts | None = None,
     *,
     tokenizer: Any | None = None,
     observer: Observer | None = None,
@@ -60,11 +71,12 @@ def activation_diff(
     """Run the same prompts through two models and compare their hidden states layer by layer.
 
     Args:
-        base: a Hub id, a folder, a `.gguf` file, MODEL+ADAPTER, or a transformers model in memory.
+        base: a Hub id, a folder, a `.gguf` file, MODEL+ADAPTER, a recording, or a transformers model in
+            memory.
         finetuned: the same; an adapter alone runs on top of `base`.
         prompts: texts, or mappings with the fields of a `.jsonl` row (`prompt`, `text` or `messages`,
             `response`, and `group`). One string is read as the command line's `-p`, a `Path` as a file of
-            prompts.
+            prompts. None for those of a recording.
         tokenizer: the tokenizer of models in memory, or a folder or Hub id that holds it; it stands in for
             both models' own.
         observer: is told how far the run has come.
@@ -83,8 +95,14 @@ def activation_diff(
         NoDataError: not one pair of states is finite.
         DeviceError: memory ran out, or the device lacks an operator.
     """
-    watcher = observer or _Silence()
-    given = _given((base, finetuned), prompts, tokenizer, rank or find_rank(), options)
+    watcher = observer or Silence()
+    sides = opened(base), opened(finetuned)
+    is_recorded = any(isinstance(side, Recording) for side in sides)
+    if prompts is None and not is_recorded:
+        raise PromptsError(f"No prompt: neither model is a recording, which would bring its own. {EXAMPLE}")
+    given = given_for((base, finetuned), prompts, tokenizer, rank or find_rank(), Options.make(**options))
+    if is_recorded:
+        return compare_recorded(given, *sides, watcher)
     prepared = prepare(given, base, finetuned, watcher)
     with given.running():
         return _compare(prepared, watcher)
@@ -114,8 +132,8 @@ def iter_state_pairs(
         LazarusError: as `activation_diff`; also while it is iterated.
     """
     # `Rank()`: whoever iterates gets every pair, also in one process of several.
-    given = _given((base, finetuned), prompts, tokenizer, Rank(), options)
-    prepared = prepare(given, base, finetuned, _Silence())
+    given = given_for((base, finetuned), prompts, tokenizer, Rank(), Options.make(**options))
+    prepared = prepare(given, base, finetuned, Silence())
 
     def pairs() -> Iterator[StatePair]:
         with given.running():
@@ -140,20 +158,22 @@ class StatePairs:
         return self._pairs
 
 
-def _given(
+def given_for(
     models: tuple[Model, Model],
-    prompts: Prompts,
+    prompts: Prompts | None,
     tokenizer: Any | None,
     rank: Rank,
-    options: OptionArguments,
+    chosen: Options,
 ) -> Given:
     """Check what the caller has given, before anything is loaded."""
-    chosen = Options.make(**options)
-    found = make_prompts(prompts, no_split=chosen.no_split, responses=chosen.position == "response")
+    found = PromptList()
+    if prompts is not None:
+        found = make_prompts(prompts, no_split=chosen.no_split, responses=chosen.position == "response")
     template = read_template(chosen)
     check_chats(found.prompts, chosen.chat_template)
     check_responses(found.prompts, chosen.position)
-    check_token_prompts(chosen.token_prompts, len(found.prompts))
+    if prompts is not None:
+        check_token_prompts(chosen.token_prompts, len(found.prompts))
     folder = _open_folder(chosen, rank)
     device = pick_device(chosen.device, rank)
     tokenizer = find_tokenizer(tokenizer, trust_remote_code=chosen.trust_remote_code)
@@ -167,7 +187,7 @@ def _compare(prepared: Prepared, watcher: Observer) -> ActivationDiff:
     given, pair, reading = prepared.given, prepared.pair, prepared.reading
     layers = prepared.readout_layers
     # Before anything runs: a folder of another run is refused here.
-    _take_up(prepared)
+    take_up(prepared, prepared.run)
     seen = Accumulation(prepared.facts, prepared.plan)
     job = Job(pair, prepared.run, watcher.advanced)
     on_shards = measure(job, given.folder, seen, watcher.running)
@@ -187,7 +207,7 @@ def _compare(prepared: Prepared, watcher: Observer) -> ActivationDiff:
         attributed=attributed,
         mined=mined_tokens(seen, text_of, notes) if layers else None,
         readout=read_differences(pair, seen, layers, reading.tokenizers) if layers else None,
-        reader=_TokenReader(reading, prepared.run.position),
+        reader=TokenReader(reading, prepared.run.position),
         chooses_prompts=given.options.token_prompts == "auto",
     )
     return conclude(seen, weight_facts(pair, seen), about)
@@ -230,40 +250,3 @@ def _open_folder(options: Options, rank: Rank) -> WorkFolder | None:
             option="work_dir",
         )
     return None
-
-
-def _take_up(prepared: Prepared) -> None:
-    """Take up the run of the folder of `work_dir`, if there is one.
-
-    Raises:
-        UsageError: the folder belongs to another run.
-    """
-    given, plan, reading, pair = prepared.given, prepared.run, prepared.reading, prepared.pair
-    if given.folder is None:
-        return
-    settings = {
-        "position": str(plan.position),
-        "device": given.device.type,
-        "prefix": str(plan.n_prefix),
-        "padding": pair.padding(plan.longest),
-    }
-    models, prompts = (pair.base, pair.finetuned), (reading.base, reading.finetuned)
-    given.folder.begin(fingerprint(models, prompts, given.options, settings))
-
-
-@dataclass(frozen=True)
-class _TokenReader:
-    """The text of tokens, by the tokenizers of a run."""
-
-    reading: Reading
-    position: Position
-
-    def compared(self, prompt: int) -> tuple[list[int], list[str]]:
-        """Return the indices of the compared tokens in a prompt, and the text of each."""
-        read = self.reading.base[prompt]
-        positions = list(tokens_of(read, self.position))
-        return positions, [self.token(read.ids[i], 0) for i in positions]
-
-    def token(self, token_id: int, side: int) -> str:
-        """Return the text of a token of base (0) or of the fine-tuned model (1)."""
-        return token_text(self.reading.tokenizers[side], token_id)

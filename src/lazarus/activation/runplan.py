@@ -36,6 +36,8 @@ class RunPlan:
     """how many first tokens, the same in all prompts, run once"""
     token_prompts: Literal["auto"] | Sequence[int] = ()
     """the prompts of which every token is kept; auto leaves the choice to what they turn out to be"""
+    each_runs: bool = False
+    """whether repeats of a prompt run as well: a recording has states of its own for each"""
 
     @property
     def longest(self) -> int:
@@ -45,6 +47,8 @@ class RunPlan:
     @cached_property
     def repeats(self) -> Repeats:
         """The prompts whose ids are those of an earlier prompt, for both models."""
+        if self.each_runs:
+            return Repeats.none(len(self.base_prompts))
         return Repeats.among(self.base_prompts, self.finetuned_prompts)
 
     def batches(self, pair: ModelPair) -> list[BatchPair]:

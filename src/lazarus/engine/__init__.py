@@ -34,8 +34,9 @@ from lazarus.engine.components import learn_components, note_components, with_co
 from lazarus.engine.contributions import Contributions
 from lazarus.engine.coverage import Coverage, find_coverage
 from lazarus.engine.finite import Break, broken_weights, find_break, note_of_weights
+from lazarus.engine.forced import GivenStates
 from lazarus.engine.head import NO_HEAD, Head
-from lazarus.engine.noise import NoisePlan, one_ulp_away, pick_sample
+from lazarus.engine.noise import EXTRA_PADDING, NoisePlan, one_ulp_away, pick_sample
 from lazarus.engine.pair import ModelPair, check_shapes, learn_pair
 from lazarus.engine.path import Path, check_path
 from lazarus.engine.positions import check_positions
@@ -46,12 +47,14 @@ from lazarus.engine.run import run
 from lazarus.engine.work import Work
 
 __all__ = [
+    "EXTRA_PADDING",
     "NO_HEAD",
     "Asked",
     "Break",
     "Contributions",
     "Conventions",
     "Coverage",
+    "GivenStates",
     "Head",
     "ModelPair",
     "NoisePlan",

@@ -74,6 +74,14 @@ class ModelPair(PairShape):
         """Return whether next tokens, scores or embeddings are compared."""
         return self.shares_vocabulary or self.scored is not None
 
+    def without_output(self) -> ModelPair:
+        """Return the pair without its heads: only hidden states are compared."""
+        ours, theirs = (
+            replace(conventions, head_reads=None)
+            for conventions in (self.base_conventions, self.finetuned_conventions)
+        )
+        return replace(self, base_conventions=ours, finetuned_conventions=theirs, scored=None)
+
     def score_head(self, side: int) -> ScoreHead | None:
         """Return what makes the scores of base, 0, or of the fine-tuned model, 1, where they are compared."""
         return None if self.scored is None else self.scored.heads[side]

@@ -99,8 +99,10 @@ class _Stream:
     def _alone(self, layer: int, ours: Pass, beside: Pass | None) -> Iterator[StatePair]:
         """Run one block of a model that runs by itself, and on the states of another run if there are any."""
         model, work, prompts = self.pair.base, self.work, ours.picker.prompts
-        moves = work.nudge is not None and layer == 0
-        b = ours.step(layer, nudged(model.anatomy.blocks[0], work.nudge) if moves else NOTHING)
+        around = NOTHING
+        if work.nudge is not None and not layer:
+            around = nudged(model.anatomy.blocks[0], work.nudge)
+        b = ours.step(layer, around)
         self._keep(layer, ours, b)
         local = None
         if beside is not None and work.given is not None:

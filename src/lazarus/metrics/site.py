@@ -39,6 +39,8 @@ class SitePlan:
     """prompt → place, of the prompts whose rows CKA is computed on"""
     traced: Collection[int] = ()
     """the prompts of which every token is kept"""
+    replays: bool = False
+    """whether the local change is of base's block on the fine-tuned model's states, and not the other way"""
 
 
 class SiteMeasures:
@@ -65,7 +67,7 @@ class SiteMeasures:
         finetuned: Float[Tensor, "rows finetuned_width"],
         local: Float[Tensor, "rows base_width"] | None = None,
     ) -> None:
-        """Take in the two models' states, and what the fine-tuned block makes of base's."""
+        """Take in the two models' states, and what the one's block makes of the other's."""
         self.kept.update(prompts, base, finetuned)
         # Of two widths only CKA is defined, and it has its rows by now.
         if base.shape[1] != finetuned.shape[1]:
@@ -83,7 +85,9 @@ class SiteMeasures:
         self.traces.update(prompts, values)
         self.directions.update(prompts, rows)
         if local is not None:
-            self.local.update(prompts, compare_local(Rows.of(base, local)))
+            self.local.update(
+                prompts, compare_local(Rows.of(finetuned if self.plan.replays else base, local))
+            )
 
     def state(self) -> AccumulatorState:
         """Return what all of them have seen."""

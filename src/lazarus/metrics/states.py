@@ -187,7 +187,7 @@ def compare_rows(rows: Rows, centered: bool) -> RowValues:
 
 
 def compare_local(rows: Rows) -> RowValues:
-    """The local change of a block: `rows` are B(b) and F(b), both blocks' outputs on base's states."""
+    """The local change of a block: `rows` are B(b) and F(b), both blocks' outputs on the same states."""
     columns = [
         (rows.finetuned - rows.base).norm(dim=-1) / rows.base_length,
         (rows.base_unit - rows.finetuned_unit).square().sum(-1) / 2,

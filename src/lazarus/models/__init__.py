@@ -53,7 +53,7 @@ from lazarus.models.room import free_bytes, give_back
 from lazarus.models.sameness import shared_blocks, weights_identical, why_the_same
 from lazarus.models.sentence import Embedder, NotReadError, read_embedder
 from lazarus.models.settings import settings_that_differ
-from lazarus.models.tokenizer import find_tokenizer, load_tokenizer
+from lazarus.models.tokenizer import find_tokenizer, load_tokenizer, tokenizer_digest
 from lazarus.models.turns import Span, render_responses
 
 __all__ = [
@@ -96,6 +96,7 @@ __all__ = [
     "same_design",
     "settings_that_differ",
     "shared_blocks",
+    "tokenizer_digest",
     "unwrapped",
     "weights_identical",
     "why_the_same",

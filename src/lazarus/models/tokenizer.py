@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,21 @@ def first_tokenizer(sources: Iterable[Source], trust_remote_code: bool) -> Any |
         if source.gguf_file or any(source.file(name) for name in TOKENIZER_FILES):
             return _load(source, trust_remote_code)
     return None
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Return the SHA-256 of what a tokenizer is, whatever padding and truncation it is set to.
+
+    Of one that is written in Python it is that of its class, its vocabulary and its added tokens.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        definition = json.loads(backend.to_str())
+        definition = {k: v for k, v in definition.items() if k not in ("padding", "truncation")}
+    else:
+        added = sorted((i, str(token)) for i, token in tokenizer.added_tokens_decoder.items())
+        definition = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab(), "added": added}
+    return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
 
 
 def _load(source: Source, trust_remote_code: bool) -> Any:

@@ -6,6 +6,7 @@ checks.py      what an option may be, whichever command it belongs to
 activation.py  the options of activation-diff; values.py what those say that are written as text
 weights.py     the options of weight-diff
 lens.py        the options of compare
+record.py      the options of record
 """
 
 from lazarus.options.activation import (
@@ -18,6 +19,7 @@ from lazarus.options.activation import (
 from lazarus.options.checks import DTYPES, EXPECTATIONS
 from lazarus.options.lens import CompareArguments, CompareOptions, parse_track
 from lazarus.options.option import check
+from lazarus.options.record import RecordArguments, RecordOptions
 from lazarus.options.values import (
     EACH_TOKEN,
     NAMED_POSITIONS,
@@ -40,6 +42,8 @@ __all__ = [
     "CompareOptions",
     "OptionArguments",
     "Options",
+    "RecordArguments",
+    "RecordOptions",
     "WeightArguments",
     "WeightOptions",
     "check",

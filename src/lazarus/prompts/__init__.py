@@ -8,11 +8,20 @@ prompt.py   the prompt itself, and what is refused of any
 """
 
 from lazarus.prompts.chats import texts_of
-from lazarus.prompts.prompt import ASSISTANT, Prompt, PromptList, check_chats, check_prompts, check_responses
+from lazarus.prompts.prompt import (
+    ASSISTANT,
+    EXAMPLE,
+    Prompt,
+    PromptList,
+    check_chats,
+    check_prompts,
+    check_responses,
+)
 from lazarus.prompts.typed import make_prompts, parse_prompts
 
 __all__ = [
     "ASSISTANT",
+    "EXAMPLE",
     "Prompt",
     "PromptList",
     "check_chats",

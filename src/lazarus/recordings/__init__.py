@@ -12,24 +12,42 @@ from lazarus.recordings.format import (
     Contents,
     RecordedModel,
     RecordedPrompt,
+    RecordedTokenizer,
     Runtime,
+    Shard,
     recording_schema,
 )
-from lazarus.recordings.recording import Recording, RecordingWriter, is_recording
-from lazarus.recordings.sites import site_name
-from lazarus.recordings.tensors import BFloat16Bits
+from lazarus.recordings.recording import (
+    Recording,
+    RecordingWriter,
+    is_recording,
+    make_folder,
+    write_manifest,
+)
+from lazarus.recordings.sites import EMBEDDING, FINAL_NORM, LOGITS, ordered, site_name
+from lazarus.recordings.tensors import Array, BFloat16Bits, TensorWriter
 
 __all__ = [
+    "EMBEDDING",
+    "FINAL_NORM",
     "FORMAT_VERSION",
+    "LOGITS",
     "MANIFEST",
+    "Array",
     "BFloat16Bits",
     "Contents",
     "RecordedModel",
     "RecordedPrompt",
+    "RecordedTokenizer",
     "Recording",
     "RecordingWriter",
     "Runtime",
+    "Shard",
+    "TensorWriter",
     "is_recording",
+    "make_folder",
+    "ordered",
     "recording_schema",
     "site_name",
+    "write_manifest",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -125,16 +127,26 @@ class Recording:
         """The names of its sites: `embedding`, `resid_post.N`, `final_norm`, ..."""
         return self.contents.sites
 
-    def rows(self, prompt: int, site: str) -> NDArray[Any]:
-        """Return the states of one prompt at one site, [tokens kept, hidden].
+    def rows(self, prompt: int, site: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Return the states of one prompt at one site, [tokens kept, hidden], or rows of them.
 
         They are in the type in which they were recorded; bfloat16 is widened to float32, which is exact.
+
+        Args:
+            prompt: the index of the prompt.
+            site: the name of the site.
+            start: the first row.
+            stop: the row after the last one; None for all.
 
         Raises:
             RecordingError: the file has changed since it was opened.
             KeyError: there is no such prompt or site.
         """
-        return self._reader(self._shard_of[prompt]).read(f"{prompt}/{site}")
+        return self._reader(self._shard_of[prompt]).read(f"{prompt}/{site}", start, stop)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of recording.json, which names the recording."""
+        return hashlib.sha256(self.path.joinpath(MANIFEST).read_bytes()).hexdigest()
 
     def _reader(self, shard: Shard) -> TensorReader:
         if shard.file not in self._readers:
@@ -174,6 +186,7 @@ class Recording:
             raise RecordingError(f"{path}: {name} is of type {spec.dtype}. {_AGAIN}")
 
 
+_OURS = r"\d{5}\.safetensors(\.part)?"
 _AGAIN = "Record again, or copy the file again."
 
 
@@ -268,8 +281,7 @@ class RecordingWriter:
         if not self._waiting:
             return
         file = f"{len(self._shards):05d}.safetensors"
-        specs = {name: Spec.of(array) for name, array in self._waiting.items()}
-        with TensorWriter(self.path / file, specs) as writer:
+        with TensorWriter(self.path / file, len(self._waiting)) as writer:
             for name, array in self._waiting.items():
                 writer.put(name, array)
         last = len(self._prompts)
@@ -305,8 +317,8 @@ class RecordingWriter:
                 )
 
 
-def make_folder(folder: str | Path) -> Path:
-    """Make the folder of a recording.
+def make_folder(folder: str | Path, *, taken_up: bool = False) -> Path:
+    """Make the folder of a recording; one that is `taken_up` may hold files of tensors.
 
     Raises:
         UsageError: it holds something, or cannot be made.
@@ -315,6 +327,7 @@ def make_folder(folder: str | Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
         held = sorted(entry.name for entry in path.iterdir())
+        held = [name for name in held if not (taken_up and re.fullmatch(_OURS, name))]
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"{path}: cannot be written: {reason}. Choose another folder.") from error
@@ -343,7 +356,8 @@ def write_manifest(path: Path, contents: Contents) -> None:
 
 
 def _replace(path: Path, save: Callable[[Path], None]) -> None:
-    part = path.with_name(path.name + PART)
+    # By the process: several that share a run write the same.
+    part = path.with_name(f"{path.name}.{os.getpid()}{PART}")
     try:
         save(part)
         part.replace(path)

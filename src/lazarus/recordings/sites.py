@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from lazarus.facts import ComponentSite, Site
 
@@ -12,6 +13,22 @@ TOP_IDS, TOP_LOGPROBS = "top_ids", "top_logprobs"
 KNOWN_SITE = re.compile(
     r"embedding|final_norm|logits|top_ids|top_logprobs|(resid_post|attn_out|mlp_out|router|experts)\.\d+"
 )
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Return names of sites in the order in which the states reach them.
+
+    >>> ordered(["final_norm", "resid_post.10", "mlp_out.2", "resid_post.2", "embedding"])
+    ['embedding', 'mlp_out.2', 'resid_post.2', 'resid_post.10', 'final_norm']
+    """
+
+    def place(name: str) -> tuple[int, int, str]:
+        kind, _, layer = name.partition(".")
+        if layer:
+            return 1, int(layer), f"~{kind}" if kind == "resid_post" else kind
+        return (0 if kind == EMBEDDING else 2), 0, kind
+
+    return sorted(names, key=place)
 
 
 def site_name(site: Site) -> str:

@@ -1,4 +1,4 @@
-"""Tensors in a safetensors file, by NumPy: of known names and shapes, written in any order, read one by one.
+"""Tensors in a safetensors file, by NumPy: added in any order, and read one by one.
 
 The format: 8 bytes with the length of the header, little-endian; the header, JSON; the data, row by row.
 NumPy has no bfloat16, so its bits are held as integers and widened to float32, which is exact.
@@ -34,6 +34,8 @@ _NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF1
 }
 _MOST_HEADER_BYTES = 100_000_000
 """as safetensors has it"""
+_ENTRY_BYTES = 192
+"""the most that one tensor takes in a header: its name, its shape, and two offsets of 16 digits"""
 PART = ".part"
 
 
@@ -67,11 +69,6 @@ class Spec:
             raise TypeError(f"an array of {array.dtype}, and a recording holds {', '.join(_NAMES)}")
         return cls(_NAMES[array.dtype.name], array.shape)
 
-    @classmethod
-    def named(cls, dtype: str, shape: tuple[int, ...]) -> Spec:
-        """Return that of a dtype by its name in NumPy and torch, such as `bfloat16`."""
-        return cls(_NAMES[dtype], shape)
-
     @property
     def n_bytes(self) -> int:
         """The size of the data."""
@@ -79,61 +76,54 @@ class Spec:
 
 
 class TensorWriter:
-    """A file whose tensors are known beforehand and put in any order; it appears when it is whole."""
+    """A file to which tensors are added in any order; it appears under its name when it is whole."""
 
-    def __init__(self, path: Path, specs: Mapping[str, Spec]) -> None:
-        """Write the header, and take up the room on the disk.
+    def __init__(self, path: Path, n_tensors: int) -> None:
+        """Begin the file, with room in front for the header of so many tensors.
 
         Raises:
             SaveError: the disk has no room.
         """
         self._path, self._part = path, path.with_name(path.name + PART)
-        self._specs, self._starts, end = dict(specs), dict[str, int](), 0
-        for name, spec in specs.items():
-            self._starts[name] = end
-            end += spec.n_bytes
-        self._left = set(specs)
-        header = _encoded_header(specs, self._starts)
-        self._data = 8 + len(header)
-        self.n_bytes = self._data + end
+        self._places: dict[str, tuple[Spec, int]] = {}
+        self._room = -(-n_tensors * _ENTRY_BYTES // 8) * 8 + 8  # data is aligned to 8 bytes
+        self.n_bytes = 8 + self._room
         try:
-            # Open as long as this object: pieces come one by one.
+            # Open as long as this object: tensors come one by one.
             self._stream = self._part.open("w+b")
-            self._stream.write(len(header).to_bytes(8, "little") + header)
-            self._stream.truncate(self.n_bytes)
+            self._stream.seek(self.n_bytes)
         except OSError as error:
             raise self._fault(error) from error
 
     def put(self, name: str, array: Array) -> None:
-        """Write one tensor in its place.
+        """Add one tensor.
 
         Raises:
             SaveError: the disk gave out.
-            ValueError: it has another dtype or shape than was said.
+            TypeError: a recording holds no array of this dtype.
         """
-        spec = self._specs[name]
-        if Spec.of(array) != spec:
-            raise ValueError(f"{name}: {Spec.of(array)} where {spec} was announced")
+        spec = Spec.of(array)
         held = array.bits if isinstance(array, BFloat16Bits) else array
-        if held.dtype.itemsize != _HELD_AS[spec.dtype].itemsize or held.dtype.name == "bfloat16":
+        if held.dtype.name == "bfloat16":
             held = held.view(np.uint16)
         try:
-            self._stream.seek(self._data + self._starts[name])
             self._stream.write(np.ascontiguousarray(held, _HELD_AS[spec.dtype]).data)
         except OSError as error:
             raise self._fault(error) from error
-        self._left.discard(name)
+        self._places[name] = spec, self.n_bytes - 8 - self._room
+        self.n_bytes += spec.n_bytes
 
     def close(self) -> None:
-        """Make the file appear under its name.
+        """Write the header, and make the file appear.
 
         Raises:
             SaveError: the disk gave out.
-            ValueError: a tensor was never put.
         """
-        if self._left:
-            raise ValueError(f"{self._path.name}: {min(self._left)} was not written")
+        header = _encoded_header(self._places)
+        assert len(header) <= self._room, (len(header), self._room)
         try:
+            self._stream.seek(0)
+            self._stream.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
             self._stream.flush()
             os.fsync(self._stream.fileno())
             self._stream.close()
@@ -159,8 +149,8 @@ class TensorWriter:
 
     def _fault(self, error: OSError) -> SaveError:
         return SaveError(
-            f"{self._path}: cannot be written: {error.strerror or error}. It takes {self.n_bytes:,} bytes: "
-            "make room, or record fewer tokens."
+            f"{self._path}: cannot be written: {error.strerror or error}. Make room there, or record fewer "
+            "tokens."
         )
 
 
@@ -199,23 +189,24 @@ class TensorReader:
         """The dtype and shape of each tensor."""
         return {name: spec for name, (spec, _) in self._places.items()}
 
-    def read(self, name: str) -> NDArray[Any]:
-        """Return one tensor, in its dtype; bfloat16 as float32.
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Return one tensor, or its rows from `start` to `stop`, in its dtype; bfloat16 as float32.
 
         Raises:
             RecordingError: the file has changed or cannot be read any more.
         """
-        spec, start = self._places[name]
-        held = _HELD_AS[spec.dtype]
+        spec, place = self._places[name]
+        held, n_rows, width = _HELD_AS[spec.dtype], spec.shape[0], prod(spec.shape[1:])
+        n_read = (n_rows if stop is None else stop) - start
         try:
             with self._path.open("rb") as stream:
-                stream.seek(self._data + start)
-                found = np.fromfile(stream, held, prod(spec.shape))
+                stream.seek(self._data + place + start * width * held.itemsize)
+                found = np.fromfile(stream, held, n_read * width)
         except OSError as error:
             raise self._fault(f"it cannot be read: {error.strerror or error}") from error
-        if found.size != prod(spec.shape):
+        if found.size != n_read * width:
             raise self._fault("it was cut short while it was read")
-        shaped = found.reshape(spec.shape)
+        shaped = found.reshape(n_read, *spec.shape[1:])
         return widened(shaped) if spec.dtype == "BF16" else shaped
 
     def _entries(self, header: bytes) -> dict[str, tuple[Spec, int, int]]:
@@ -235,17 +226,16 @@ def widened(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def _encoded_header(specs: Mapping[str, Spec], starts: Mapping[str, int]) -> bytes:
+def _encoded_header(places: Mapping[str, tuple[Spec, int]]) -> bytes:
     header = {
         name: {
             "dtype": spec.dtype,
             "shape": list(spec.shape),
-            "data_offsets": [starts[name], starts[name] + spec.n_bytes],
+            "data_offsets": [start, start + spec.n_bytes],
         }
-        for name, spec in specs.items()
+        for name, (spec, start) in places.items()
     }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % 8)  # so that the data is aligned
+    return json.dumps(header, separators=(",", ":")).encode()
 
 
 def _entry(entry: Mapping[str, Any]) -> tuple[Spec, int, int]:

@@ -18,6 +18,10 @@ class LocalChange(Record, frozen=True, kw_only=True):
 
     relative_l2: Annotated[float | None, METRICS["local_relative_l2"].meta]
     cosine_similarity: Annotated[float | None, Meta(description="cosine of F(b) and B(b)")]
+    noise_floor: Annotated[
+        float | None,
+        Meta(description="against a recording: what noise alone may reach, in relative L2; else null"),
+    ] = None
 
 
 class Measures(Record, frozen=True, kw_only=True):

@@ -37,7 +37,7 @@ class ModelInfo(Record, frozen=True, kw_only=True):
 
     id: Annotated[str, Meta(description="as the user named it")]
     revision: Annotated[str | None, Meta(description="the Hub commit, null for local files")]
-    kind: Literal["hub", "folder", "gguf", "adapter", "loaded"]
+    kind: Literal["hub", "folder", "gguf", "adapter", "loaded", "recording"]
     architecture: Annotated[str, Meta(description="the transformers class")]
     n_layers: Annotated[int, Meta(ge=1, description="blocks, in the order in which they run")]
     hidden_size: Annotated[int, Meta(ge=1, description="width of the residual stream")]
@@ -48,6 +48,9 @@ class ModelInfo(Record, frozen=True, kw_only=True):
     not_compared: Annotated[
         list[NotCompared], Meta(description="what it holds besides what was compared")
     ] = field(default_factory=list)
+    runtime: Annotated[
+        str | None, Meta(description="of a recording: the software that ran it; null where it ran here")
+    ] = None
 
 
 class Settings(Record, frozen=True, kw_only=True):

@@ -119,6 +119,10 @@ class WorkFolder:
 
         self._replace(self._shard(number), save)
 
+    def forget(self, number: int) -> None:
+        """Let a shard run again: what it has written elsewhere is gone."""
+        self._shard(number).unlink(missing_ok=True)
+
     def _check_place(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         # Another process may be about to write the manifest: its lock and its part are no foreign files.

@@ -1,0 +1,159 @@
+"""Compared rows out of a recording, and the pairs that they make with a live model's or another's."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lazarus.facts import PairFacts, Site
+from lazarus.recordings import Recording, site_name
+from lazarus.sites import StatePair
+
+PROMPTS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class RecordedRows:
+    """The compared rows of a recording."""
+
+    recording: Recording
+    tokens: Sequence[Sequence[int]]
+    """which tokens of each prompt are compared"""
+    average: bool
+    """whether a prompt's rows are averaged, in float64"""
+
+    def has(self, name: str) -> bool:
+        """Return whether there are states at a site of this name."""
+        return name in self.recording.sites
+
+    def of(self, prompts: Int[Tensor, " rows"], name: str) -> Float[Tensor, "rows width"]:
+        """Return the rows at a site, in the order of `prompts`, where all rows of a prompt stand together."""
+        owners = torch.unique_consecutive(prompts).tolist()
+        return torch.cat([self.of_prompt(prompt, name) for prompt in owners])
+
+    def of_prompt(self, prompt: int, name: str) -> Float[Tensor, "rows width"]:
+        """Return the rows of one prompt at a site."""
+        rows = self.of_tokens(prompt, name, self.tokens[prompt])
+        return averaged(rows) if self.average else rows
+
+    def of_tokens(self, prompt: int, name: str, tokens: Sequence[int]) -> Float[Tensor, "tokens width"]:
+        """Return the states of some tokens of a prompt, ascending."""
+        kept = self.recording.prompts[prompt].kept
+        places = list(tokens) if isinstance(kept, range) else [kept.index(token) for token in tokens]
+        # Only what lies between the first and the last of them is read.
+        found = torch.from_numpy(self.recording.rows(prompt, name, places[0], places[-1] + 1))
+        return found[[place - places[0] for place in places]]
+
+    def every(self, prompt: int, site: Site) -> Float[Tensor, "tokens width"]:
+        """Return the states of all tokens of a prompt at a site."""
+        return torch.from_numpy(self.recording.rows(prompt, site_name(site)))
+
+
+def averaged(rows: Float[Tensor, "tokens width"]) -> Float[Tensor, "1 width"]:
+    """Return the mean of the rows of one prompt, as that of a live model is taken: in float64, in order."""
+    wide = rows.double()
+    sums = wide.new_zeros(1, wide.shape[1])
+    return sums.index_add_(0, torch.zeros(len(wide), dtype=torch.long, device=wide.device), wide) / len(wide)
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Makes pairs of a live model's rows and those of a recording."""
+
+    facts: PairFacts
+    rows: RecordedRows
+    is_base: bool
+    """whether the recording is of base"""
+    _n_read: Counter[int] = field(default_factory=Counter)
+    """of each prompt, the rows of logits that were read so far: they may come in parts"""
+
+    def __call__(self, found: Iterator[StatePair]) -> Iterator[StatePair]:
+        """Yield the pairs of a model that runs alone, with the recording's rows as the other side."""
+        sites = {*self.facts.sites, "logits"}
+        for pair in found:
+            if pair.trial is not None:
+                if pair.site in sites:
+                    yield pair
+            elif pair.site == "logits":
+                yield from self._logits(pair)
+            else:
+                yield from self._states(pair)
+
+    def _states(self, pair: StatePair) -> Iterator[StatePair]:
+        for site, name in self._places(pair.site):
+            if self.rows.has(name):
+                recorded = self.rows.of(pair.prompts, name)
+                yield self._joined(site, pair.prompts, pair.base, recorded, pair.local)
+
+    def _places(self, site: Site) -> list[tuple[Site, str]]:
+        """Return the sites of the pair that a live site is one half of, and the recording's names of them."""
+        if not isinstance(site, int):
+            return [(site, site_name(site))] if site in self.facts.sites else []
+        matched = self.facts.matched
+        if self.is_base:
+            return [(layer, site_name(layer)) for layer, theirs in enumerate(matched) if theirs == site]
+        return [(site, site_name(matched[site]))]
+
+    def _logits(self, pair: StatePair) -> Iterator[StatePair]:
+        if not self.rows.has("logits"):
+            return
+        # Where states are averaged, the head reads the last token.
+        recorded = []
+        for prompt, n_rows in Counter(pair.prompts.tolist()).items():
+            tokens = self.rows.tokens[prompt][-1:] if self.rows.average else self.rows.tokens[prompt]
+            start = self._n_read[prompt]
+            recorded.append(self.rows.of_tokens(prompt, "logits", tokens[start : start + n_rows]))
+            self._n_read[prompt] += n_rows
+        yield self._joined("logits", pair.prompts, pair.base, torch.cat(recorded), None)
+
+    def _joined(
+        self, site: Site, prompts: Tensor, live: Tensor, recorded: Tensor, local: Tensor | None
+    ) -> StatePair:
+        recorded = recorded.to(live.device)
+        sides = (recorded, live) if self.is_base else (live, recorded)
+        return StatePair(site, prompts, *sides, local)
+
+
+def recorded_pairs(
+    facts: PairFacts,
+    base: RecordedRows,
+    finetuned: RecordedRows,
+    advanced: Callable[[int], None],
+    trial: int | None = None,
+) -> Iterator[StatePair]:
+    """Yield the pairs of two recordings of the same prompts, some prompts at a time.
+
+    `advanced` is told the tokens of the prompts that are done.
+    """
+    layers = dict(enumerate(facts.matched))
+    names = [
+        (site, site_name(site), site_name(layers[site] if isinstance(site, int) else site))
+        for site in facts.sites
+    ]
+    prompts = range(len(base.recording.prompts))
+    for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+        some = prompts[start : start + PROMPTS_AT_ONCE]
+        n_rows = [1 if base.average else len(base.tokens[prompt]) for prompt in some]
+        owners = torch.tensor(some).repeat_interleave(torch.tensor(n_rows))
+        for site, ours, theirs in names:
+            if base.has(ours) and finetuned.has(theirs):
+                yield StatePair(
+                    site, owners, base.of(owners, ours), finetuned.of(owners, theirs), trial=trial
+                )
+        if base.has("logits") and finetuned.has("logits"):
+            yield from _pairs_of_logits(some, base, finetuned, trial)
+        advanced(sum(len(base.recording.prompts[prompt].ids) for prompt in some))
+
+
+def _pairs_of_logits(
+    prompts: Sequence[int], base: RecordedRows, finetuned: RecordedRows, trial: int | None
+) -> Iterator[StatePair]:
+    for prompt in prompts:
+        tokens = base.tokens[prompt][-1:] if base.average else base.tokens[prompt]
+        ours, theirs = (rows.of_tokens(prompt, "logits", tokens) for rows in (base, finetuned))
+        yield StatePair("logits", torch.tensor([prompt] * len(tokens)), ours, theirs, trial=trial)
