@@ -27,8 +27,8 @@ if TYPE_CHECKING:
         activation_diff,
         conclude,
         iter_state_pairs,
-        record,
     )
+    from lazarus.activation.capture import record
     from lazarus.errors import LazarusError
     from lazarus.lens import compare
     from lazarus.recordings import BFloat16Bits, Recording

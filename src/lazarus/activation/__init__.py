@@ -12,7 +12,7 @@ scores.py        the change of scores and embeddings
 traces.py        every token of a few prompts
 mined.py         the tokens of Diff Mining, or why there are none
 limits.py        what a reader must know of the numbers
-record.py        the result
+result.py        the result
 live.py          what live models add to it: facts, and a look at their weights (rounding.py)
 breaks.py        which model gives states that are not finite, and why
 readout.py       the mean difference, read as tokens
@@ -23,14 +23,14 @@ readers.py       tokens as text
 attribution.py   who caused the change of the output; attributed.py tells of it
 
 accumulation.py, attributed.py, components.py, repeats.py, findings.py, scores.py, traces.py, mined.py,
-limits.py and record.py need no model: whoever has pairs of states from another runtime gives them `PairFacts`
+limits.py and result.py need no model: whoever has pairs of states from another runtime gives them `PairFacts`
 and a `Plan`.
 """
 
 from lazarus.activation.accumulation import Accumulation, Plan
 from lazarus.activation.capture import record
 from lazarus.activation.prepare import Observer
-from lazarus.activation.record import About, conclude
+from lazarus.activation.result import About, conclude
 from lazarus.activation.run import Prompts, StatePairs, activation_diff, iter_state_pairs
 from lazarus.facts import ModelFacts, PairFacts, WeightFacts
 from lazarus.sites import StatePair

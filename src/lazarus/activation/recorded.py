@@ -22,9 +22,9 @@ from lazarus.activation.prepare import (
     token_prompts,
 )
 from lazarus.activation.readers import TokenReader
-from lazarus.activation.record import About, conclude
 from lazarus.activation.recorded_prompts import as_reading, check_same_ids, compared, read_recorded
 from lazarus.activation.recorded_rows import Pairing, RecordedRows, recorded_pairs
+from lazarus.activation.result import About, conclude
 from lazarus.activation.runplan import RunPlan
 from lazarus.errors import RecordingError, ShapeMismatchError, UsageError
 from lazarus.facts import ModelFacts, PairFacts

@@ -21,8 +21,8 @@ from lazarus.activation.mined import mined_tokens
 from lazarus.activation.prepare import Given, Observer, Prepared, prepare, take_up
 from lazarus.activation.readers import TokenReader
 from lazarus.activation.readout import read_differences
-from lazarus.activation.record import About, conclude
 from lazarus.activation.recorded import compare_recorded, opened
+from lazarus.activation.result import About, conclude
 from lazarus.errors import PromptsError, UsageError
 from lazarus.facts import PairFacts
 from lazarus.loading import Model, Role, pick_device
