@@ -23,6 +23,7 @@ from rich.progress import (
 from lazarus.prompts import Prompt
 from lazarus.render.activation import text
 from lazarus.render.base import words
+from lazarus.render.base.escape import escaped
 from lazarus.render.lens import text as lens_text
 from lazarus.render.weights import text as weight_text
 
@@ -95,6 +96,26 @@ class ConsoleObserver(_Console):
     def running(self, n_tokens: int) -> None:
         """Begin the bar; again where the change is attributed."""
         self._progress.reset(self._task, description=next(self._steps, "Attributing"), total=n_tokens)
+
+
+class RecordObserver(_Console):
+    """Shows the progress of record."""
+
+    def __init__(self, *, show: bool, prints: bool = True, saves: bool = False) -> None:
+        super().__init__(MofNCompleteColumn(), TextColumn("tokens"), show=show, prints=prints, saves=saves)
+
+    def loading(self, _role: Literal["base", "finetuned"], name: str) -> None:
+        """Print which model is loaded."""
+        self._print(f"Loading model: {escaped(name)}")
+
+    def testing(self, prompts: Sequence[Prompt]) -> None:
+        """Print the prompts."""
+        self._print(text.prompts([prompt.text for prompt in prompts], verb="Recording"))
+        self._begin("Tokenising", None)
+
+    def running(self, n_tokens: int) -> None:
+        """Begin the bar."""
+        self._progress.reset(self._task, description="Recording", total=n_tokens)
 
 
 class WeightObserver(_Console):

@@ -23,17 +23,17 @@ from lazarus.activation.readers import TokenReader
 from lazarus.activation.readout import read_differences
 from lazarus.activation.recorded import compare_recorded, opened
 from lazarus.activation.result import About, conclude
-from lazarus.errors import PromptsError, UsageError
+from lazarus.errors import UsageError
 from lazarus.facts import PairFacts
 from lazarus.loading import Model, Role, pick_device
 from lazarus.messages import option
 from lazarus.models import find_tokenizer
 from lazarus.notes import Notes
 from lazarus.options import OptionArguments, Options, check_token_prompts, read_template
-from lazarus.prompts import EXAMPLE, Prompt, PromptList, check_chats, check_responses, make_prompts
+from lazarus.prompts import Prompt, PromptList, check_chats, check_responses, make_prompts
 from lazarus.provenance import environment
 from lazarus.ranks import Rank, find_rank
-from lazarus.recordings import Recording
+from lazarus.recordings import Recording, check_brought
 from lazarus.result_classes import ActivationDiff
 from lazarus.shards import WorkFolder
 from lazarus.sites import StatePair
@@ -97,11 +97,9 @@ def activation_diff(
     """
     watcher = observer or Silence()
     sides = opened(base), opened(finetuned)
-    is_recorded = any(isinstance(side, Recording) for side in sides)
-    if prompts is None and not is_recorded:
-        raise PromptsError(f"No prompt: neither model is a recording, which would bring its own. {EXAMPLE}")
+    check_brought(prompts, (base, finetuned))
     given = given_for((base, finetuned), prompts, tokenizer, rank or find_rank(), Options.make(**options))
-    if is_recorded:
+    if any(isinstance(side, Recording) for side in sides):
         return compare_recorded(given, *sides, watcher)
     prepared = prepare(given, base, finetuned, watcher)
     with given.running():

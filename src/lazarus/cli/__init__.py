@@ -4,6 +4,7 @@ app.py         the program, on which the commands hang
 activation.py  activation-diff, and the demo
 weights.py     weight-diff
 lens.py        compare
+record.py      record
 saved.py       show and schema: what was saved
 arguments.py   the options as a user types them
 imports.py     torch and transformers, as fast as they go
@@ -17,6 +18,6 @@ from lazarus.commands import commands
 for name in sorted(commands()):  # in which order the help has them
     commands()[name].load("cli")
 
-from lazarus.cli import saved  # noqa: E402 - and these after them
+from lazarus.cli import record, saved  # noqa: E402 - and these after them
 
-__all__ = ["app", "main", "saved"]
+__all__ = ["app", "main", "record", "saved"]

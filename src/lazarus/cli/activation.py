@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def activation_diff(
     base: a.Base,
     finetuned: a.Finetuned,
-    prompts: a.Prompts,
+    prompts: a.PromptsOrRecorded = None,
     output: a.Outputs = None,
     *,
     quiet: a.Quiet = False,
@@ -43,17 +43,21 @@ def activation_diff(
     with reported(debug):
         from lazarus.options import check_token_prompts
         from lazarus.prompts import check_chats, check_responses, parse_prompts
+        from lazarus.recordings import check_brought
 
         # Made to be checked, before torch is imported.
         Options(**options)
         output = (output or []) if leads() else []
-        files = [value[1:] for value in prompts if value[:1] == "@" and value[:2] != "@@"]
+        check_brought(prompts, (base, finetuned))
+        files = [value[1:] for value in prompts or () if value[:1] == "@" and value[:2] != "@@"]
         check_outputs(output, "activation-diff", [*files, options["chat_template"], base, finetuned])
         responses = options["position"] == "response"
-        found = parse_prompts(prompts, no_split=options["no_split"], responses=responses)
-        check_chats(found.prompts, options["chat_template"])
-        check_responses(found.prompts, options["position"])
-        check_token_prompts(options["token_prompts"], len(found.prompts))
+        found = None
+        if prompts is not None:
+            found = parse_prompts(prompts, no_split=options["no_split"], responses=responses)
+            check_chats(found.prompts, options["chat_template"])
+            check_responses(found.prompts, options["position"])
+            check_token_prompts(options["token_prompts"], len(found.prompts))
         observer = _observer(quiet, debug, saves=bool(output))
         _compare(base, finetuned, found, output, observer, **options)
 
@@ -80,7 +84,7 @@ def demo(output: a.Outputs = None, quiet: a.Quiet = False, debug: a.Debug = Fals
 def _compare(
     base: Model,
     finetuned: Model,
-    found: PromptList,
+    found: PromptList | None,
     outputs: Sequence[str],
     observer: Any,
     **options: Any,

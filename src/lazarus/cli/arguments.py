@@ -63,7 +63,10 @@ def takes(kind: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
 
 Base = Annotated[
-    str, _option("-b", "--base", metavar="MODEL", help="Base model: Hub id, folder, .gguf, MODEL+ADAPTER.")
+    str,
+    _option(
+        "-b", "--base", metavar="MODEL", help="Base model: Hub id, folder, .gguf, MODEL+ADAPTER, recording."
+    ),
 ]
 Finetuned = Annotated[
     str,
@@ -71,7 +74,7 @@ Finetuned = Annotated[
         "-f",
         "--finetuned",
         metavar="MODEL",
-        help="Fine-tuned model; an adapter alone runs on top of BASE.",
+        help="Fine-tuned model, or its recording; an adapter alone runs on top of BASE.",
     ),
 ]
 Prompts = Annotated[
@@ -82,6 +85,16 @@ Prompts = Annotated[
         metavar="PROMPTS",
         help='Prompts: "one,two,three", @FILE (.txt, .jsonl, .json, .csv, .tsv, .parquet) or @- for standard '
         "input. Repeatable.",
+    ),
+]
+PromptsOrRecorded = Annotated[
+    list[str] | None,
+    _option(
+        "-p",
+        "--prompts",
+        metavar="PROMPTS",
+        help='Prompts: "one,two,three", @FILE (.txt, .jsonl, .json, .csv, .tsv, .parquet) or @- for standard '
+        "input. Repeatable. Required, unless a recording brings them.",
     ),
 ]
 Outputs = Annotated[

@@ -20,6 +20,7 @@ from lazarus.recordings.format import (
 from lazarus.recordings.recording import (
     Recording,
     RecordingWriter,
+    check_brought,
     is_recording,
     make_folder,
     write_manifest,
@@ -44,6 +45,7 @@ __all__ = [
     "Runtime",
     "Shard",
     "TensorWriter",
+    "check_brought",
     "is_recording",
     "make_folder",
     "ordered",

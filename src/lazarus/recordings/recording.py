@@ -13,7 +13,8 @@ from typing import Any, Self
 import msgspec
 from numpy.typing import NDArray
 
-from lazarus.errors import RecordingError, SaveError, UsageError
+from lazarus.errors import PromptsError, RecordingError, SaveError, UsageError
+from lazarus.prompts import EXAMPLE
 from lazarus.recordings.format import (
     MANIFEST,
     Contents,
@@ -35,6 +36,16 @@ SHARD_BYTES = 2**28
 def is_recording(path: str | Path) -> bool:
     """Return whether a path is a folder with a recording.json."""
     return Path(path).expanduser().joinpath(MANIFEST).is_file()
+
+
+def check_brought(prompts: object | None, models: Sequence[object]) -> None:
+    """Refuse a comparison without prompts, unless a recording brings them.
+
+    Raises:
+        PromptsError: there are none, and no MODEL is a recording.
+    """
+    if prompts is None and not any(isinstance(m, str | Path) and is_recording(m) for m in models):
+        raise PromptsError(f"No prompt: neither model is a recording, which would bring its own. {EXAMPLE}")
 
 
 class Recording:
@@ -143,6 +154,16 @@ class Recording:
             KeyError: there is no such prompt or site.
         """
         return self._reader(self._shard_of[prompt]).read(f"{prompt}/{site}", start, stop)
+
+    def summary(self) -> str:
+        """Return in a line how much it holds."""
+        n_tokens = sum(len(prompt.kept) for prompt in self.prompts)
+        n_bytes = sum(self.path.joinpath(shard.file).stat().st_size for shard in self.contents.shards)
+        prompts = "1 prompt" if len(self.prompts) == 1 else f"{len(self.prompts)} prompts"
+        return (
+            f"Recorded: {len(self.sites)} sites at {n_tokens:,} tokens of {prompts}, computed in "
+            f"{self.contents.model.run_dtype}, {n_bytes / 1e6:,.1f} MB"
+        )
 
     def digest(self) -> str:
         """Return the SHA-256 of recording.json, which names the recording."""

@@ -16,10 +16,10 @@ RULE = "-" * 35
 MARK = " ***"
 
 
-def prompts(texts: Sequence[str]) -> str:
+def prompts(texts: Sequence[str], verb: str = "Testing") -> str:
     """Return how many prompts there are, and the first characters of the first ones."""
     count = "1 prompt" if len(texts) == 1 else f"{len(texts)} prompts"
-    lines = [f"Testing {count}", ""]
+    lines = [f"{verb} {count}", ""]
     lines += [f"Prompt: {escaped(text[:PROMPT_CHARACTERS])}..." for text in texts[:PROMPTS_SHOWN]]
     if len(texts) > PROMPTS_SHOWN:
         lines.append(f"... and {len(texts) - PROMPTS_SHOWN} more")

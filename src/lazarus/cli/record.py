@@ -1,0 +1,65 @@
+"""record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lazarus.cli import arguments as a
+from lazarus.cli.app import introspect
+from lazarus.cli.imports import heavy_imports
+from lazarus.cli.output import leads, shows_progress
+from lazarus.cli.reporting import reported
+from lazarus.options import RecordOptions
+
+RecordedModel = Annotated[
+    str, typer.Option("-m", "--model", metavar="MODEL", help="Model: Hub id, folder, .gguf, MODEL+ADAPTER.")
+]
+Folder = Annotated[
+    str,
+    typer.Option("-o", "--output", metavar="FOLDER", help="The folder of the recording; it is made."),
+]
+
+
+@introspect.command("record")
+@a.takes(RecordOptions)
+def record(
+    model: RecordedModel,
+    prompts: a.Prompts,
+    output: Folder,
+    *,
+    quiet: a.Quiet = False,
+    debug: a.Debug = False,
+    **options: Any,
+) -> None:
+    """Record a model's hidden states, to be compared without it.
+
+    Runs the prompts and writes the state after each block to a folder, which takes the place of MODEL in
+    activation-diff and compare: on another machine, in another version of the software, or years later.
+
+    Example:
+
+    lazarus introspect record -m org/model -p @prompts.txt -o recording
+    """
+    with reported(debug):
+        from lazarus.prompts import check_chats, check_responses, parse_prompts
+        from lazarus.recordings import make_folder
+
+        # Made to be checked, before torch is imported.
+        chosen = RecordOptions(**options).of_pair()
+        make_folder(output, taken_up=chosen.work_dir is not None)
+        responses = chosen.position == "response"
+        found = parse_prompts(prompts, no_split=chosen.no_split, responses=responses)
+        check_chats(found.prompts, chosen.chat_template)
+        check_responses(found.prompts, chosen.position)
+        with heavy_imports():
+            show = shows_progress(quiet, debug)
+            from lazarus.activation import record as run
+            from lazarus.console import RecordObserver
+
+        with RecordObserver(show=show, prints=leads(), saves=True) as observer:
+            recording = run(model, found, output, observer=observer, **options)
+        if leads():
+            typer.echo(f"\n{recording.summary()}\nRecording saved to: {Path(output)}")
