@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lazarus.activation.measure import Job, Part, note_reused, shared_parts
 from lazarus.activation.prepare import Observer, Prepared, prepare_alone, read_asked, take_up
+from lazarus.activation.recorded_rows import RECORDED_COMPONENTS
 from lazarus.activation.run import Prompts, Silence, given_for
 from lazarus.engine import check_positions
 from lazarus.facts import ComponentSite
@@ -177,7 +178,7 @@ class _Capture:
 
     def _pairs(self, part: Part) -> Iterator[StatePair]:
         for pair in self._job.run(part):
-            if not (isinstance(pair.site, ComponentSite) and pair.site.name == "experts"):
+            if not isinstance(pair.site, ComponentSite) or pair.site.name in RECORDED_COMPONENTS:
                 yield from self._run.repeats.spread(pair)
 
     def _conclude(self, found: Sequence[_Written]) -> None:

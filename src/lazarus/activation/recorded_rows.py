@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lazarus.facts import PairFacts, Site
+from lazarus.facts import ComponentName, ComponentSite, PairFacts, Site
 from lazarus.recordings import Recording, site_name
 from lazarus.sites import StatePair
 
 PROMPTS_AT_ONCE = 64
+RECORDED_COMPONENTS: tuple[ComponentName, ...] = ("attn_out", "mlp_out", "router")
+"""the experts that are picked are not recorded: they follow from the router's logits"""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Pairing:
         sites = {*self.facts.sites, "logits"}
         for pair in found:
             if pair.trial is not None:
-                if pair.site in sites:
+                if pair.site in sites or isinstance(pair.site, ComponentSite):
                     yield pair
             elif pair.site == "logits":
                 yield from self._logits(pair)
@@ -92,12 +94,13 @@ class Pairing:
 
     def _places(self, site: Site) -> list[tuple[Site, str]]:
         """Return the sites of the pair that a live site is one half of, and the recording's names of them."""
-        if not isinstance(site, int):
+        if not isinstance(site, int | ComponentSite):
             return [(site, site_name(site))] if site in self.facts.sites else []
-        matched = self.facts.matched
-        if self.is_base:
-            return [(layer, site_name(layer)) for layer, theirs in enumerate(matched) if theirs == site]
-        return [(site, site_name(matched[site]))]
+        layer, matched = _layer(site), self.facts.matched
+        if not self.is_base:
+            return [(site, site_name(_at(site, matched[layer])))]
+        layers = [ours for ours, theirs in enumerate(matched) if theirs == layer]
+        return [(_at(site, ours), site_name(_at(site, ours))) for ours in layers]
 
     def _logits(self, pair: StatePair) -> Iterator[StatePair]:
         if not self.rows.has("logits"):
@@ -119,6 +122,15 @@ class Pairing:
         return StatePair(site, prompts, *sides, local)
 
 
+def _layer(site: int | ComponentSite) -> int:
+    return site if isinstance(site, int) else site.layer
+
+
+def _at(site: int | ComponentSite, layer: int) -> int | ComponentSite:
+    """Return the same place in another layer."""
+    return layer if isinstance(site, int) else replace(site, layer=layer)
+
+
 def recorded_pairs(
     facts: PairFacts,
     base: RecordedRows,
@@ -130,11 +142,7 @@ def recorded_pairs(
 
     `advanced` is told the tokens of the prompts that are done.
     """
-    layers = dict(enumerate(facts.matched))
-    names = [
-        (site, site_name(site), site_name(layers[site] if isinstance(site, int) else site))
-        for site in facts.sites
-    ]
+    names = [(site, site_name(site), site_name(theirs)) for site, theirs in _both(facts)]
     prompts = range(len(base.recording.prompts))
     for start in range(0, len(prompts), PROMPTS_AT_ONCE):
         some = prompts[start : start + PROMPTS_AT_ONCE]
@@ -148,6 +156,15 @@ def recorded_pairs(
         if base.has("logits") and finetuned.has("logits"):
             yield from _pairs_of_logits(some, base, finetuned, trial)
         advanced(sum(len(base.recording.prompts[prompt].ids) for prompt in some))
+
+
+def _both(facts: PairFacts) -> Iterator[tuple[Site, Site]]:
+    """Yield every site of a pair, with the fine-tuned model's site that belongs to it."""
+    for site in facts.sites:
+        yield site, facts.matched[site] if isinstance(site, int) else site
+    for layer, theirs in enumerate(facts.matched):
+        for name in RECORDED_COMPONENTS:
+            yield ComponentSite(layer, name), ComponentSite(theirs, name)
 
 
 def _pairs_of_logits(
