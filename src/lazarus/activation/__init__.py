@@ -17,8 +17,8 @@ live.py          what live models add to it: facts, and a look at their weights 
 breaks.py        which model gives states that are not finite, and why
 readout.py       the mean difference, read as tokens
 capture.py       one model, its states written down: record
-recorded.py      a recording in place of a model, or of both; its prompts (recorded_prompts.py), its rows
-                 (recorded_rows.py), and the noise of a block by itself (local_noise.py)
+recorded.py      a recording in place of a model, or of both; its facts (recorded_facts.py), its prompts
+                 (recorded_prompts.py), its rows (recorded_rows.py), the noise of one block (local_noise.py)
 readers.py       tokens as text
 attribution.py   who caused the change of the output; attributed.py tells of it
 

@@ -17,13 +17,14 @@ from lazarus.sites import Position, StatePair, tokens_of
 from lazarus.tokens import TokenizedPrompt
 
 
-def local_noise(job: Job, recorded_dtype: str) -> Iterator[StatePair]:
+def local_noise(job: Job, recorded_dtype: str, again: GivenStates | None = None) -> Iterator[StatePair]:
     """Yield what each block of base makes of base's own states, as another run of a few prompts has them.
 
     Each trial runs these prompts in other batches, with what enters the first block moved by one unit in the
     last place, and takes the states for a recording, in its type. So a block differs from itself by as much
     as two runs of one block do. A pair has the number of its trial; `finetuned` is the state after the block
-    in the other run, and `local` what the block makes of the state before it.
+    in the other run, and `local` what the block makes of the state before it. The states `again`, of another
+    run of base that the caller has, are one more trial.
     """
     prompts = [prompt for batch in job.whole.sample for prompt in batch.members]
     generator = torch.Generator().manual_seed(job.plan.seed)
@@ -33,6 +34,8 @@ def local_noise(job: Job, recorded_dtype: str) -> Iterator[StatePair]:
     for trial, batches in enumerate((alone, _padded(job, own))):
         states = _states(job, batches, generator, dtype)
         yield from _replayed(job, own, states, trial)
+    if again is not None:
+        yield from _replayed(job, own, again, 2)
 
 
 def _batches(job: Job, prompts: Sequence[TokenizedPrompt]) -> list[TokenBatch]:

@@ -324,6 +324,7 @@ def _settings(given: Given, pair: ModelPair, run: RunPlan) -> Settings:
         attribute=_attribute(options),
         readout=options.readout,
         noise_floor=run.noise_floor,
+        noise_from=options.noise_from,
         fail_above=options.fail_above,
         expect=options.expect,
         only_compared=options.only_compared,

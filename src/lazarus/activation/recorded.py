@@ -9,7 +9,6 @@ from pathlib import Path
 import msgspec
 
 from lazarus.activation.accumulation import Accumulation, Plan
-from lazarus.activation.limits import ranges
 from lazarus.activation.local_noise import local_noise
 from lazarus.activation.measure import Job, measure
 from lazarus.activation.prepare import (
@@ -22,22 +21,23 @@ from lazarus.activation.prepare import (
     token_prompts,
 )
 from lazarus.activation.readers import TokenReader
+from lazarus.activation.recorded_facts import check_recorded, live_facts, note_recorded, recorded_facts
 from lazarus.activation.recorded_prompts import as_reading, check_same_ids, compared, read_recorded
 from lazarus.activation.recorded_rows import Pairing, RecordedRows, recorded_pairs
 from lazarus.activation.result import About, conclude
 from lazarus.activation.runplan import RunPlan
-from lazarus.errors import RecordingError, ShapeMismatchError, UsageError
-from lazarus.facts import ModelFacts, PairFacts
+from lazarus.errors import RecordingError, UsageError
+from lazarus.facts import PairFacts
 from lazarus.loading import Model, Role
 from lazarus.messages import option
-from lazarus.metrics import FEWEST_FOR_CKA
 from lazarus.notes import Notes
 from lazarus.options import EACH_TOKEN, parse_position
 from lazarus.provenance import environment
 from lazarus.reading import Reading
-from lazarus.recordings import EMBEDDING, FINAL_NORM, LOGITS, Recording, is_recording, site_name
+from lazarus.recordings import LOGITS, Recording, is_recording
 from lazarus.result_classes import ActivationDiff
-from lazarus.results import ModelInfo, NotCompared, note_outside
+from lazarus.results import note_outside
+from lazarus.sites import Position
 from lazarus.tokens import OnlyIds
 
 Side = Model | Recording
@@ -100,11 +100,11 @@ def _compare_prepared(
 ) -> ActivationDiff:
     given, reading, notes = prepared.given, prepared.reading, Notes(prepared.notes)
     is_base, localize = role == "base", given.options.localize
-    recorded = _facts(recording, prepared.facts.base)
-    live = _live_facts(prepared.facts.base, recorded)
+    recorded = recorded_facts(recording, prepared.facts.base)
+    live = live_facts(prepared.facts.base, recorded)
     sides = (live, recorded) if is_base else (recorded, live)
     facts = PairFacts(*sides, replays=localize and is_base)
-    _check(facts, recording, len(reading.prompts), localize=localize)
+    check_recorded(facts, recording, len(reading.prompts), localize=localize)
     # The noise is base's own, so it is known where base runs.
     has_noise = prepared.run.noise_floor and is_base and facts.same_width
     run = replace(prepared.run, noise_floor=has_noise, localize=False, each_runs=True)
@@ -115,13 +115,18 @@ def _compare_prepared(
     seen = Accumulation(facts, plan)
     take_up(prepared, run, {"recording": recording.digest()})
     states = rows.every if localize else None
+    noise = _noise_rows(given, facts, reading, run.position)
     pair = prepared.pair if LOGITS in recording.sites else prepared.pair.without_output()
-    job = Job(pair, run, watcher.advanced, states, Pairing(facts, rows, not is_base))
+    paired = Pairing(facts, rows, not is_base, noise if is_base else None)
+    job = Job(pair, run, watcher.advanced, states, paired)
     notes.extend(measure(job, given.folder, seen, watcher.running))
+    if noise is not None and not is_base:
+        seen.take(recorded_pairs(facts, rows, noise, lambda _: None, trial=0))
     if facts.replays and has_noise:
-        seen.take(local_noise(job, recording.contents.model.run_dtype))
+        again = noise.every if noise else None
+        seen.take(local_noise(job, recording.contents.model.run_dtype, again))
     run.note(notes)
-    _note(recording, facts, notes)
+    note_recorded(recording, facts, notes, components=given.options.sites == "all")
     note_outside(facts.base.info.not_compared, facts.finetuned.info.not_compared, notes)
     reader = TokenReader(reading, run.position)
     chooses = given.options.token_prompts == "auto"
@@ -144,8 +149,8 @@ def _compare_two(given: Given, base: Recording, finetuned: Recording, watcher: O
     watcher.loading("finetuned", finetuned.name)
     reading, notes = as_reading(base, given.tokenizer or OnlyIds()), Notes(given.prompts.notes)
     watcher.testing(reading.prompts)
-    facts = PairFacts(_facts(base, None), _facts(finetuned, None))
-    _check(facts, base, len(reading.prompts), localize=False)
+    facts = PairFacts(recorded_facts(base, None), recorded_facts(finetuned, None))
+    check_recorded(facts, base, len(reading.prompts), localize=False)
     position = parse_position(options.position)
     if position == "auto":
         position = "last" if facts.base.is_causal else "mean"
@@ -168,12 +173,37 @@ def _compare_two(given: Given, base: Recording, finetuned: Recording, watcher: O
     seen = Accumulation(facts, _plan(given, reading, run, facts))
     watcher.running(sum(len(prompt.ids) for prompt in reading.base))
     seen.take(recorded_pairs(facts, sides[0], sides[1], watcher.advanced))
+    noise = _noise_rows(given, facts, reading, position)
+    if noise is not None:
+        seen.take(recorded_pairs(facts, sides[0], noise, lambda _: None, trial=0))
     run.note(notes)
     for recording in (base, finetuned):
-        _note(recording, facts, notes)
+        note_recorded(recording, facts, notes, components=given.options.sites == "all")
     note_outside(facts.base.info.not_compared, facts.finetuned.info.not_compared, notes)
     reader, chooses = TokenReader(reading, position), options.token_prompts == "auto"
     return conclude(seen, about=About(notes=notes, reader=reader, chooses_prompts=chooses))
+
+
+def _noise_rows(given: Given, facts: PairFacts, reading: Reading, position: Position) -> RecordedRows | None:
+    """Open the other recording of base, from which the noise is measured; None where none is given.
+
+    Raises:
+        RecordingError: it is no recording, of other prompts, or of a model of another shape.
+        PositionError: it lacks tokens that are compared.
+    """
+    if given.options.noise_from is None:
+        return None
+    found = Recording.open(given.options.noise_from)
+    check_same_ids(found, [prompt.ids for prompt in reading.base], "this run")
+    model, ours = found.contents.model, facts.base.info
+    if (model.n_layers, model.hidden_size) != (ours.n_layers, facts.widths[0]):
+        raise RecordingError(
+            f"{option('noise_from', found.name)} is another recording of base, and it has {model.n_layers} "
+            f"layers of {model.hidden_size} features, and base {ours.n_layers} of {facts.widths[0]}. Name "
+            "one of the same model.",
+            option="noise_from",
+        )
+    return RecordedRows(found, compared(found, reading, position), average=position == "mean")
 
 
 def _plan(given: Given, reading: Reading, run: RunPlan, facts: PairFacts) -> Plan:
@@ -198,115 +228,3 @@ def _in_type_of(recording: Recording, given: Given) -> Given:
     if given.options.dtype != "auto" or dtype not in _RUNS_IN:
         return given
     return replace(given, options=replace(given.options, dtype=dtype))
-
-
-def _live_facts(facts: ModelFacts, recorded: ModelFacts) -> ModelFacts:
-    """Return the facts of a live model: of what it holds besides, the recording tells nothing."""
-    outside = [msgspec.structs.replace(part, differs=None) for part in facts.info.not_compared]
-    outside += recorded.info.not_compared
-    return replace(facts, info=msgspec.structs.replace(facts.info, not_compared=outside))
-
-
-def _facts(recording: Recording, live: ModelFacts | None) -> ModelFacts:
-    """Return the facts of a recorded model; what its file does not tell is taken from the live one."""
-    model = recording.contents.model
-    info = ModelInfo(
-        id=recording.name,
-        revision=model.revision,
-        kind="recording",
-        architecture=model.architecture,
-        n_layers=model.n_layers,
-        hidden_size=model.hidden_size,
-        stored_dtype=model.stored_dtype,
-        run_dtype=model.run_dtype,
-        attention=model.attention,
-        adapter=model.adapter,
-        not_compared=_not_recorded(recording),
-        runtime=str(recording.contents.runtime),
-    )
-    causal, layer_norm = model.causal, model.layer_norm
-    if causal is None:
-        causal = live.is_causal if live else True
-    if layer_norm is None:
-        layer_norm = live.uses_layer_norm if live else False
-    has_logits = LOGITS in recording.sites
-    why = None if has_logits else f"{recording.name} was recorded without logits"
-    return ModelFacts(info, None, causal, layer_norm, FINAL_NORM in recording.sites, why)
-
-
-def _not_recorded(recording: Recording) -> list[NotCompared]:
-    """Return what a recording says nothing of."""
-    n_layers, known = recording.contents.model.n_layers, set(recording.sites)
-    parts = ["whatever the models hold besides what was recorded"]
-    if EMBEDDING not in known:
-        parts.append("what enters the first block, which was not recorded")
-    missing = [layer for layer in range(n_layers) if site_name(layer) not in known]
-    if missing:
-        parts.append(f"layers {ranges(missing)}, which were not recorded")
-    if FINAL_NORM not in known:
-        parts.append("what leaves the final norm, which was not recorded")
-    return [NotCompared(what=what, n_tensors=0, differs=None) for what in parts]
-
-
-def _check(facts: PairFacts, recording: Recording, n_prompts: int, *, localize: bool) -> None:
-    """Refuse a pair that cannot be compared in the way that was asked for.
-
-    Raises:
-        ShapeMismatchError: widths differ and there are too few prompts for CKA, or blocks cannot be put
-            beside each other.
-        RecordingError: blocks are to run on the recorded states, and not all of these are there.
-    """
-    names = " and ".join(facts.names)
-    if not facts.same_width and n_prompts < FEWEST_FOR_CKA:
-        raise ShapeMismatchError(
-            f"{names} have {facts.widths[0]} and {facts.widths[1]} features in the residual stream, so their "
-            f"states have no cosine. CKA compares them from {FEWEST_FOR_CKA} prompts on, and these are "
-            f"{n_prompts}: record more prompts."
-        )
-    if not localize:
-        return
-    if not facts.same_shape:
-        raise ShapeMismatchError(
-            f"{option('localize')} runs each block of one model on the states of the other, and {names} have "
-            f"{facts.n_layers[0]} blocks of {facts.widths[0]} features and {facts.n_layers[1]} of "
-            f"{facts.widths[1]}. Leave {option('localize')} out.",
-            option="localize",
-        )
-    needed = [EMBEDDING, *(site_name(layer) for layer in range(facts.n_layers[0]))]
-    missing = [name for name in needed if name not in recording.sites]
-    if missing or recording.contents.positions != "all":
-        lacks = f"no {', '.join(missing[:3])}" if missing else "states of some tokens alone"
-        raise RecordingError(
-            f"{option('localize')} runs blocks on the states of every token, and {recording.name} has "
-            f"{lacks}. Record with {option('position', 'all')}, or leave {option('localize')} out.",
-            option="localize",
-        )
-
-
-def _note(recording: Recording, facts: PairFacts, notes: Notes) -> None:
-    """Note what ran a recorded model, and what is not known because of it."""
-    model, runtime = recording.contents.model, recording.contents.runtime
-    where = f" on {runtime.device}" if runtime.device else ""
-    told = f"{recording.name} is a recording of {model.id}: run by {runtime}{where} in {model.run_dtype}"
-    if runtime.details:
-        told += f" ({', '.join(f'{key} {value}' for key, value in runtime.details.items())})"
-    notes.add("recorded", f"{told}; its weights were not looked into", model=recording.name)
-    ours, theirs = facts.base.info.run_dtype, facts.finetuned.info.run_dtype
-    if ours != theirs:
-        notes.add(
-            "run-dtypes",
-            f"{facts.names[0]} ran in {ours}, {facts.names[1]} in {theirs}: part of the divergence is the "
-            "rounding of the narrower type",
-        )
-    if facts.n_layers[0] != facts.n_layers[1]:
-        notes.add(
-            "depths-differ",
-            f"{facts.names[0]} has {facts.n_layers[0]} layers, {facts.names[1]} has {facts.n_layers[1]}: "
-            "they are matched by relative depth (finetuned_layer in JSON)",
-        )
-    if not facts.same_width:
-        notes.add(
-            "widths-differ",
-            f"residual streams of {facts.widths[0]} and {facts.widths[1]} features have no cosine: CKA is "
-            "given instead",
-        )

@@ -43,6 +43,13 @@ class RecordedRows:
         rows = self.of_tokens(prompt, name, self.tokens[prompt])
         return averaged(rows) if self.average else rows
 
+    def logits(self, places: Sequence[tuple[int, slice]]) -> Float[Tensor, "rows vocabulary"]:
+        """Return the logits of parts of the compared tokens of some prompts."""
+        # Where states are averaged, the head reads the last token.
+        tokens = [self.tokens[prompt][-1:] if self.average else self.tokens[prompt] for prompt, _ in places]
+        parts = zip(places, tokens, strict=True)
+        return torch.cat([self.of_tokens(prompt, "logits", own[part]) for (prompt, part), own in parts])
+
     def of_tokens(self, prompt: int, name: str, tokens: Sequence[int]) -> Float[Tensor, "tokens width"]:
         """Return the states of some tokens of a prompt, ascending."""
         kept = self.recording.prompts[prompt].kept
@@ -71,6 +78,8 @@ class Pairing:
     rows: RecordedRows
     is_base: bool
     """whether the recording is of base"""
+    noise: RecordedRows | None = None
+    """another recording of base, where base is live: what differs is noise, the first of its trials"""
     _n_read: Counter[int] = field(default_factory=Counter)
     """of each prompt, the rows of logits that were read so far: they may come in parts"""
 
@@ -80,13 +89,17 @@ class Pairing:
         for pair in found:
             if pair.trial is not None:
                 if pair.site in sites or isinstance(pair.site, ComponentSite):
-                    yield pair
+                    yield replace(pair, trial=pair.trial + 1) if self.noise else pair
             elif pair.site == "logits":
                 yield from self._logits(pair)
             else:
                 yield from self._states(pair)
 
     def _states(self, pair: StatePair) -> Iterator[StatePair]:
+        own = site_name(pair.site)
+        if self.noise is not None and self.noise.has(own):
+            again = self.noise.of(pair.prompts, own).to(pair.base.device)
+            yield StatePair(pair.site, pair.prompts, pair.base, again, trial=0)
         for site, name in self._places(pair.site):
             if self.rows.has(name):
                 recorded = self.rows.of(pair.prompts, name)
@@ -103,16 +116,15 @@ class Pairing:
         return [(_at(site, ours), site_name(_at(site, ours))) for ours in layers]
 
     def _logits(self, pair: StatePair) -> Iterator[StatePair]:
-        if not self.rows.has("logits"):
-            return
-        # Where states are averaged, the head reads the last token.
-        recorded = []
+        places = []
         for prompt, n_rows in Counter(pair.prompts.tolist()).items():
-            tokens = self.rows.tokens[prompt][-1:] if self.rows.average else self.rows.tokens[prompt]
-            start = self._n_read[prompt]
-            recorded.append(self.rows.of_tokens(prompt, "logits", tokens[start : start + n_rows]))
+            places.append((prompt, slice(self._n_read[prompt], self._n_read[prompt] + n_rows)))
             self._n_read[prompt] += n_rows
-        yield self._joined("logits", pair.prompts, pair.base, torch.cat(recorded), None)
+        if self.noise is not None and self.noise.has("logits"):
+            again = self.noise.logits(places).to(pair.base.device)
+            yield StatePair("logits", pair.prompts, pair.base, again, trial=0)
+        if self.rows.has("logits"):
+            yield self._joined("logits", pair.prompts, pair.base, self.rows.logits(places), None)
 
     def _joined(
         self, site: Site, prompts: Tensor, live: Tensor, recorded: Tensor, local: Tensor | None
@@ -154,7 +166,11 @@ def recorded_pairs(
                     site, owners, base.of(owners, ours), finetuned.of(owners, theirs), trial=trial
                 )
         if base.has("logits") and finetuned.has("logits"):
-            yield from _pairs_of_logits(some, base, finetuned, trial)
+            for prompt in some:
+                n_logits = 1 if base.average else len(base.tokens[prompt])
+                place = [(prompt, slice(0, n_logits))]
+                owner = torch.full((n_logits,), prompt)
+                yield StatePair("logits", owner, base.logits(place), finetuned.logits(place), trial=trial)
         advanced(sum(len(base.recording.prompts[prompt].ids) for prompt in some))
 
 
@@ -165,12 +181,3 @@ def _both(facts: PairFacts) -> Iterator[tuple[Site, Site]]:
     for layer, theirs in enumerate(facts.matched):
         for name in RECORDED_COMPONENTS:
             yield ComponentSite(layer, name), ComponentSite(theirs, name)
-
-
-def _pairs_of_logits(
-    prompts: Sequence[int], base: RecordedRows, finetuned: RecordedRows, trial: int | None
-) -> Iterator[StatePair]:
-    for prompt in prompts:
-        tokens = base.tokens[prompt][-1:] if base.average else base.tokens[prompt]
-        ours, theirs = (rows.of_tokens(prompt, "logits", tokens) for rows in (base, finetuned))
-        yield StatePair("logits", torch.tensor([prompt] * len(tokens)), ours, theirs, trial=trial)

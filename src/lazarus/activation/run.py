@@ -97,9 +97,16 @@ def activation_diff(
     """
     watcher = observer or Silence()
     sides = opened(base), opened(finetuned)
+    is_recorded = any(isinstance(side, Recording) for side in sides)
+    if "noise_from" in options and options["noise_from"] is not None and not is_recorded:
+        raise UsageError(
+            f"{option('noise_from', options['noise_from'])} is another recording of base, for a comparison "
+            "with a recording, and neither model is one. Leave it out.",
+            option="noise_from",
+        )
     check_brought(prompts, (base, finetuned))
     given = given_for((base, finetuned), prompts, tokenizer, rank or find_rank(), Options.make(**options))
-    if any(isinstance(side, Recording) for side in sides):
+    if is_recorded:
         return compare_recorded(given, *sides, watcher)
     prepared = prepare(given, base, finetuned, watcher)
     with given.running():

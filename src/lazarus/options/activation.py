@@ -118,6 +118,16 @@ TokenPrompts = Annotated[
         check=_check_token_prompts,
     ),
 ]
+NoiseFrom = Annotated[
+    str | None,
+    Option(
+        "Another recording of base, such as the other runtime's: what it differs by counts as noise too.",
+        COMPARE,
+        "RECORDING",
+        shown_default="off",
+        check=partial(check_named, advice="Name the folder of a recording."),
+    ),
+]
 NoNoiseFloor = Annotated[bool, Option("Leave out the measurement of the numerical noise.", COMPARE)]
 FailAbove = Annotated[
     float | None,
@@ -189,6 +199,7 @@ class Options(Checked):
     readout: Readout = None
     token_prompts: TokenPrompts = "auto"
     no_noise_floor: NoNoiseFloor = False
+    noise_from: NoiseFrom = None
     fail_above: FailAbove = None
     expect: Expect = None
     only_compared: OnlyCompared = False
@@ -212,6 +223,12 @@ class Options(Checked):
                 f"{option('align', 'text')} compares where the text ends, and {option('position')} is "
                 f"{self.position}. Use last or mean.",
                 option="position",
+            )
+        if self.noise_from is not None and self.no_noise_floor:
+            raise UsageError(
+                f"{option('noise_from', self.noise_from)} measures the noise, and "
+                f"{option('no_noise_floor', True)} leaves it unmeasured. Leave one of the two out.",
+                option="noise_from",
             )
         if self.expect is not None and self.no_noise_floor:
             raise UsageError(
@@ -243,6 +260,7 @@ class OptionArguments(TypedDict, total=False):
     readout: Readout
     token_prompts: TokenPrompts
     no_noise_floor: NoNoiseFloor
+    noise_from: NoiseFrom
     fail_above: FailAbove
     expect: Expect
     only_compared: OnlyCompared

@@ -70,6 +70,7 @@ class Settings(Record, frozen=True, kw_only=True):
     attribute: Literal["blocks", "tensors"] | None = None
     readout: str | None = None
     noise_floor: bool
+    noise_from: str | None = None
     fail_above: float | None
     expect: Literal["identical", "changed"] | None
     only_compared: bool = False
