@@ -107,7 +107,8 @@ def _compare_prepared(
     check_recorded(facts, recording, len(reading.prompts), localize=localize)
     # The noise is base's own, so it is known where base runs.
     has_noise = prepared.run.noise_floor and is_base and facts.same_width
-    run = replace(prepared.run, noise_floor=has_noise, localize=False, each_runs=True)
+    # Blocks run on the states of each prompt, and a recording has its own for each.
+    run = replace(prepared.run, noise_floor=has_noise, localize=False, each_runs=localize)
     average = run.position == "mean"
     rows = RecordedRows(recording, compared(recording, reading, run.position), average=average)
     settings = msgspec.structs.replace(prepared.plan.settings, noise_floor=has_noise, localize=localize)
@@ -117,7 +118,7 @@ def _compare_prepared(
     states = rows.every if localize else None
     noise = _noise_rows(given, facts, reading, run.position)
     pair = prepared.pair if LOGITS in recording.sites else prepared.pair.without_output()
-    paired = Pairing(facts, rows, not is_base, noise if is_base else None)
+    paired = Pairing(facts, rows, not is_base, run.repeats, noise if is_base else None)
     job = Job(pair, run, watcher.advanced, states, paired)
     notes.extend(measure(job, given.folder, seen, watcher.running))
     if noise is not None and not is_base:

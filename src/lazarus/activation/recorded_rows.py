@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lazarus.activation.repeats import Repeats
 from lazarus.facts import ComponentName, ComponentSite, PairFacts, Site
 from lazarus.recordings import Recording, site_name
 from lazarus.sites import StatePair
@@ -78,6 +79,8 @@ class Pairing:
     rows: RecordedRows
     is_base: bool
     """whether the recording is of base"""
+    repeats: Repeats
+    """prompts of the same ids, which ran once: the recording has states of its own for each"""
     noise: RecordedRows | None = None
     """another recording of base, where base is live: what differs is noise, the first of its trials"""
     _n_read: Counter[int] = field(default_factory=Counter)
@@ -95,7 +98,11 @@ class Pairing:
             else:
                 yield from self._states(pair)
 
-    def _states(self, pair: StatePair) -> Iterator[StatePair]:
+    def _states(self, found: StatePair) -> Iterator[StatePair]:
+        for pair in self.repeats.spread(found):
+            yield from self._states_of(pair)
+
+    def _states_of(self, pair: StatePair) -> Iterator[StatePair]:
         own = site_name(pair.site)
         if self.noise is not None and self.noise.has(own):
             again = self.noise.of(pair.prompts, own).to(pair.base.device)
@@ -115,7 +122,11 @@ class Pairing:
         layers = [ours for ours, theirs in enumerate(matched) if theirs == layer]
         return [(_at(site, ours), site_name(_at(site, ours))) for ours in layers]
 
-    def _logits(self, pair: StatePair) -> Iterator[StatePair]:
+    def _logits(self, found: StatePair) -> Iterator[StatePair]:
+        for pair in self.repeats.spread(found):
+            yield from self._logits_of(pair)
+
+    def _logits_of(self, pair: StatePair) -> Iterator[StatePair]:
         places = []
         for prompt, n_rows in Counter(pair.prompts.tolist()).items():
             places.append((prompt, slice(self._n_read[prompt], self._n_read[prompt] + n_rows)))

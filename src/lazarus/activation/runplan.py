@@ -37,7 +37,7 @@ class RunPlan:
     token_prompts: Literal["auto"] | Sequence[int] = ()
     """the prompts of which every token is kept; auto leaves the choice to what they turn out to be"""
     each_runs: bool = False
-    """whether repeats of a prompt run as well: a recording has states of its own for each"""
+    """whether repeats of a prompt run as well"""
 
     @property
     def longest(self) -> int:

@@ -146,7 +146,7 @@ def decode(path: Path) -> Contents:
                 f"{FORMAT_VERSION}. Update lazarus."
             )
         found = msgspec.json.decode(text, type=Contents)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RecordingError(
             f"{path}: no recording, or a damaged one: {error}. Record again, or copy it again."
         ) from error

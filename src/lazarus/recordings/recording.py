@@ -26,7 +26,7 @@ from lazarus.recordings.format import (
     decode,
     write,
 )
-from lazarus.recordings.sites import KNOWN_SITE
+from lazarus.recordings.sites import KNOWN_SITE, in_stream
 from lazarus.recordings.tensors import PART, Array, Spec, TensorReader, TensorWriter
 
 SHARD_BYTES = 2**28
@@ -196,7 +196,7 @@ class Recording:
         self, path: Path, name: str, specs: Mapping[str, Spec], expected: tuple[int, ...]
     ) -> None:
         spec, site = specs[name], name.partition("/")[2]
-        is_stream = site in ("embedding", "final_norm") or site.startswith("resid_post.")
+        is_stream = in_stream(site)
         width = self.contents.model.hidden_size if is_stream else expected[-1]
         if spec.shape != (expected[0], width):
             raise RecordingError(
@@ -329,8 +329,7 @@ class RecordingWriter:
                 shape = Spec.of(array).shape
             except (TypeError, AttributeError) as error:
                 raise UsageError(f"prompt {prompt.index}, {site}: {error}.") from error
-            is_stream = site in ("embedding", "final_norm") or site.startswith("resid_post.")
-            width = model.hidden_size if is_stream else shape[-1]
+            width = model.hidden_size if in_stream(site) else shape[-1]
             if shape != (n_kept, width):
                 raise UsageError(
                     f"prompt {prompt.index}, {site}: an array of shape {list(shape)}, and "

@@ -15,6 +15,11 @@ KNOWN_SITE = re.compile(
 )
 
 
+def in_stream(name: str) -> bool:
+    """Return whether a site is of the residual stream, and so of its width: what a norm gives may not be."""
+    return name == EMBEDDING or name.startswith("resid_post.")
+
+
 def ordered(names: Iterable[str]) -> list[str]:
     """Return names of sites in the order in which the states reach them.
 
