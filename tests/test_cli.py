@@ -19,6 +19,7 @@ import lazarus
 from lazarus.cli import app
 from lazarus.errors import OutputError
 from lazarus.render.save import check_outputs
+from lazarus.recordings import recording_schema
 from lazarus.results import json_schema
 
 Run = Callable[..., Result]
@@ -162,6 +163,9 @@ def test_version_and_schema() -> None:
     assert CliRunner().invoke(app, ["--version"]).stdout == "lazarus 0.1.0\n"
     printed = json.loads(CliRunner().invoke(app, ["schema", "activation-diff"]).stdout)
     assert printed == json_schema()
+    jsonschema.Draft202012Validator.check_schema(printed)
+    printed = json.loads(CliRunner().invoke(app, ["schema", "recording"]).stdout)
+    assert printed == recording_schema()
     jsonschema.Draft202012Validator.check_schema(printed)
 
 

@@ -360,7 +360,7 @@ class Findings:
         changed = {
             layer: size
             for layer, change in local.items()
-            if change and (size := change.relative_l2) and size > (change.noise_floor or 0)
+            if change and (size := change.relative_l2) and not change.is_noise
         }
         return max(changed, key=lambda layer: changed[layer], default=None)
 

@@ -15,10 +15,14 @@ from lazarus.cli.output import check_outputs, print_and_save
 from lazarus.cli.reporting import reported
 from lazarus.commands import commands
 
+RECORDING = "recording"
+
 if TYPE_CHECKING:
     CommandName = str
 else:  # typer lists the choices of an enumeration; a type checker cannot read one that is made of a registry
-    CommandName = StrEnum("CommandName", [(name.replace("-", "_"), name) for name in commands()])
+    CommandName = StrEnum(
+        "CommandName", [(name.replace("-", "_"), name) for name in (*commands(), RECORDING)]
+    )
 
 
 @app.command()
@@ -62,9 +66,13 @@ def show(
 
 @app.command()
 def schema(
-    command: Annotated[CommandName, typer.Argument(help="The command whose JSON it describes.")],
+    command: Annotated[
+        CommandName, typer.Argument(help="The command that saves it, or recording: its recording.json.")
+    ],
 ) -> None:
     """Print the JSON Schema of what a command saves."""
+    from lazarus.recordings import recording_schema
     from lazarus.results import json_schema
 
-    typer.echo(json.dumps(json_schema(str(command)), indent=2, ensure_ascii=False))
+    found = recording_schema() if str(command) == RECORDING else json_schema(str(command))
+    typer.echo(json.dumps(found, indent=2, ensure_ascii=False))

@@ -23,6 +23,11 @@ class LocalChange(Record, frozen=True, kw_only=True):
         Meta(description="against a recording: what noise alone may reach, in relative L2; else null"),
     ] = None
 
+    @property
+    def is_noise(self) -> bool:
+        """Return whether the change is within its noise floor; False where that is not known."""
+        return self.noise_floor is not None and (self.relative_l2 or 0.0) <= self.noise_floor
+
 
 class Measures(Record, frozen=True, kw_only=True):
     """The numbers of one layer or site: means over prompts of each prompt's own mean over tokens."""

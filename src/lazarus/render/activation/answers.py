@@ -74,14 +74,15 @@ def _which_block(record: ActivationDiffRecord) -> Answer:
     known = {layer: value for layer, value in changes.items() if value is not None}
     if not known:
         return Answer(question, "Not measured", "Run with --localize: a high divergence may be inherited.")
-    block = max(known, key=lambda layer: known[layer])
-    if record.summary.verdict == "within_noise":
+    noise = {layer.layer for layer in record.layers if layer.local and layer.local.is_noise}
+    block = max(known, key=lambda layer: (layer not in noise, known[layer]))
+    if record.summary.verdict == "within_noise" or (block in noise and known[block]):
         return Answer(
             question, "None", f"The largest local change is noise: {short(known[block])} at block {block}."
         )
     if not known[block]:
         return Answer(question, "None", f"The local change is exactly 0 in {_every(len(known), 'block')}.")
-    changed = sum(value > 0 for value in known.values())
+    changed = sum(value > 0 for layer, value in known.items() if layer not in noise)
     blocks = _count(len(known), "block")
     reason = f"Local change {short(known[block])}, the largest; {changed} of {blocks} changed."
     if is_quantised:

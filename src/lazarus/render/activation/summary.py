@@ -138,18 +138,22 @@ def _blocks(record: ActivationDiffRecord) -> list[str]:
     """The blocks whose own weights did it, the most changed first."""
     if not record.settings.localize:
         return []
-    changes = [(layer.layer, layer.local.relative_l2 or 0.0) for layer in record.layers if layer.local]
+    local = {layer.layer: layer.local for layer in record.layers if layer.local}
+    changes = [(layer, change.relative_l2 or 0.0) for layer, change in local.items() if not change.is_noise]
+    n_noise = sum(change.is_noise and bool(change.relative_l2) for change in local.values())
     changed = sorted((c for c in changes if c[1] > 0), key=lambda change: -change[1])
     if not changed:
-        return ["Blocks that did it: none, no block's own output changes"]
+        why = "every block's own change is noise" if n_noise else "no block's own output changes"
+        return [f"Blocks that did it: none, {why}"]
     named = ", ".join(f"{layer} ({short(value)})" for layer, value in changed[:BLOCKS_NAMED])
     others = len(changed) - BLOCKS_NAMED
-    rest = len(changes) - len(changed)
+    rest = len(local) - n_noise - len(changed)
     noise = record.summary.verdict == "within_noise"
     line = f"{'Largest local changes, within the noise' if noise else _did_it(record)}: {named}" + (
         f" and {others} more" if others > 0 else ""
     )
-    return [line + (f"; exactly 0 in the other {rest}" if rest else "")]
+    line += f"; exactly 0 in the other {rest}" if rest else ""
+    return [line + (f"; within its noise in {n_noise}" if n_noise else "")]
 
 
 def _did_it(record: ActivationDiffRecord) -> str:
