@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import lazarus
 from architectures import OF_EACH_KIND, build
-from factories import perturbed, save_model, tiny_llama, tiny_tokenizer, word_tokenizer
+from factories import notes_of, perturbed, save_model, tiny_llama, tiny_tokenizer, word_tokenizer
 from lazarus import BFloat16Bits, Recording
 from lazarus.cli import app
 from lazarus.errors import (
@@ -78,7 +78,7 @@ def written(folder: Path) -> Path:
 def test_the_numbers_of_a_recording_are_those_of_the_model(tmp_path: Path, position: str, dtype: str) -> None:
     base = tiny_llama().to(getattr(torch, dtype))
     finetuned = perturbed(base, 0.05)
-    recorded(finetuned, tmp_path / "f", logits=True)
+    recorded(finetuned, tmp_path / "f", logits=True, top_k=0)
     live = compare(base, finetuned, TEXTS, position=position)
     found = compare(base, tmp_path / "f", position=position)
     assert numbers(found) == numbers(live)
@@ -90,8 +90,8 @@ def test_the_numbers_of_a_recording_are_those_of_the_model(tmp_path: Path, posit
 @pytest.mark.parametrize("position", ["last", "mean", "all"])
 def test_two_recordings_give_what_two_models_give_but_for_the_noise(tmp_path: Path, position: str) -> None:
     base = tiny_llama()
-    recorded(base, tmp_path / "b", logits=True)
-    recorded(perturbed(base), tmp_path / "f", logits=True)
+    recorded(base, tmp_path / "b", logits=True, top_k=0)
+    recorded(perturbed(base), tmp_path / "f", logits=True, top_k=0)
     live = compare(base, perturbed(base), TEXTS, position=position)
     noise = {"noise_floor", "noise_floor_divergence"}
     for pair in ((tmp_path / "b", tmp_path / "f"), (tmp_path / "b", perturbed(base))):
@@ -127,7 +127,7 @@ def test_streamed_and_resumed_it_is_the_same_recording(tmp_path: Path) -> None:
         {"work_dir": str(tmp_path / "streamed"), "memory": "stream", "batch_tokens": 4},
     ]
     for number, options in enumerate(runs):
-        lazarus.record(folder, TEXTS, tmp_path / str(number), sites="all", logits=True, **options)
+        lazarus.record(folder, TEXTS, tmp_path / str(number), sites="all", logits=True, top_k=0, **options)
     first = Recording.open(tmp_path / "0")
     for number in range(1, len(runs)):
         other = Recording.open(tmp_path / str(number))
@@ -176,6 +176,38 @@ def test_without_a_work_folder_an_interrupted_recording_leaves_nothing(tmp_path:
     with pytest.raises(KeyboardInterrupt):
         recorded(tiny_llama(), tmp_path / "r", observer=Impatient())
     assert list((tmp_path / "r").iterdir()) == []
+
+
+# The likeliest tokens alone
+
+
+@pytest.mark.parametrize("position", ["last", "all"])
+def test_the_likeliest_tokens_bound_the_divergence_from_below(tmp_path: Path, position: str) -> None:
+    base = tiny_llama()
+    finetuned = perturbed(base, 0.05)
+    live = compare(base, finetuned, TEXTS, position=position).record.output
+    assert live is not None
+    for k, rel in ((5, None), (300, 1e-6)):
+        recorded(base, tmp_path / f"b{k}", logits=True, top_k=k)
+        recorded(finetuned, tmp_path / f"f{k}", logits=True, top_k=k)
+        sides: list[tuple[Any, Any]] = [
+            (base, tmp_path / f"f{k}"),
+            (tmp_path / f"b{k}", finetuned),
+            (tmp_path / f"b{k}", tmp_path / f"f{k}"),
+        ]
+        for pair in sides:
+            diff = compare(*pair, position=position)
+            found = diff.record.output
+            assert found is not None
+            assert notes_of(diff, "likeliest-tokens")
+            assert found.top1_agreement == live.top1_agreement
+            assert found.logits_relative_l2 is None
+            for name in ("kl_base_finetuned", "kl_finetuned_base", "js"):
+                value, whole = getattr(found, name), getattr(live, name)
+                assert 0 < value <= whole * (1 + 1e-6)
+                if rel:
+                    assert value == pytest.approx(whole, rel=rel)
+        assert compare(base, tmp_path / f"b{k}", position=position).summary.verdict == "identical"
 
 
 # Each block on the recorded states
@@ -237,10 +269,10 @@ def test_where_base_is_recorded_the_live_blocks_run_on_its_states(tmp_path: Path
 
 def test_another_recording_of_base_is_noise(tmp_path: Path) -> None:
     base = tiny_llama()
-    recorded(base, tmp_path / "b", logits=True)
+    recorded(base, tmp_path / "b", logits=True, top_k=0)
     again = perturbed(base, 1e-3)
-    recorded(again, tmp_path / "again", logits=True)
-    recorded(perturbed(base, 1e-3, seed=2), tmp_path / "f", logits=True)
+    recorded(again, tmp_path / "again", logits=True, top_k=0)
+    recorded(perturbed(base, 1e-3, seed=2), tmp_path / "f", logits=True, top_k=0)
     for pair in ((base, tmp_path / "f"), (tmp_path / "b", tmp_path / "f")):
         assert compare(*pair).summary.verdict in ("changed", None)
         found = compare(*pair, noise_from=str(tmp_path / "again"))

@@ -29,6 +29,8 @@ CODES = {
     "is told: a part of the divergence may be that of the tokens.",
     "recorded": "One of the two is a recording: what ran it, and in which type, is told. What needs its "
     "weights is null.",
+    "likeliest-tokens": "A recording has the likeliest tokens and not whole distributions: KL and JS "
+    "divergence are lower bounds.",
     "recorded-ids": "Whether the ids of a recording are those that the model's tokenizer gives is not known: "
     "they were taken at their word.",
     "cut-prompts": "Prompts were cut to what fits the models: their numbers are of their beginning.",

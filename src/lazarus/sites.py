@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lazarus.facts import Site
+from lazarus.metrics import RowValues
 from lazarus.tokens import TokenizedPrompt
 
 Position = Literal["auto", "last", "mean", "all", "response", "every"] | int
@@ -36,6 +37,8 @@ class StatePair:
     """the number of a trial of the noise, in which `finetuned` is base once more; None otherwise"""
     change: Float[Tensor, " rows"] | None = None
     """at the experts that are picked: ‖f − b‖² of the block's output at each token; None with a mean"""
+    compared: RowValues | None = None
+    """at the logits: what they were compared to be, where of one side only the likeliest tokens are known"""
 
     @classmethod
     def of(cls, site: Site, prompts: Any, base: Any, finetuned: Any, trial: int | None = None) -> StatePair:

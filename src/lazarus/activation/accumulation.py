@@ -230,6 +230,9 @@ class Accumulation:
         if self.plan.scored is not None:
             self._take_scores(pair, self.plan.scored)
             return
+        if pair.compared is not None:
+            self.output.update(pair.prompts, pair.compared)
+            return
         values = compare_logits(pair.base, pair.finetuned, self.plan.outcomes)
         if self.mining is not None:
             self.mining.update(pair.prompts, pair.base, pair.finetuned, values.valid.to(pair.base.device))

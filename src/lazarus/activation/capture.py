@@ -21,7 +21,7 @@ from lazarus.activation.run import Prompts, Silence, given_for
 from lazarus.engine import check_positions
 from lazarus.facts import ComponentSite
 from lazarus.loading import Model
-from lazarus.metrics import AccumulatorState
+from lazarus.metrics import AccumulatorState, TopTokens
 from lazarus.models import LoadedModel, tokenizer_digest
 from lazarus.notes import Notes
 from lazarus.options import RecordArguments, RecordOptions, parse_position
@@ -29,6 +29,9 @@ from lazarus.provenance import environment
 from lazarus.ranks import Rank, find_rank
 from lazarus.reading import Reading
 from lazarus.recordings import (
+    LOGITS,
+    TOP_IDS,
+    TOP_LOGPROBS,
     Array,
     BFloat16Bits,
     Contents,
@@ -127,7 +130,10 @@ class _Capture:
     def run(self) -> Recording:
         """Run all prompts, and write recording.json when all of their states are there."""
         folder = self._prepared.given.folder
-        into = {"logits": str(self._options.logits), "into": str(self._path.resolve())}
+        into = {
+            "logits": str(self._options.logits and self._options.top_k),
+            "into": str(self._path.resolve()),
+        }
         take_up(self._prepared, self._run, into)
         try:
             found = self._alone() if folder is None else self._shared(folder)
@@ -166,13 +172,15 @@ class _Capture:
         with TensorWriter(self._file(number), len(own) * n_sites) as writer:
             for pair in self._pairs(part):
                 name = site_name(pair.site)
-                sites.add(name)
                 for prompt, rows in _by_prompt(pair):
                     # Logits come in parts; all other rows of a prompt at once.
                     pieces = held.setdefault(f"{prompt}/{name}", [])
                     pieces.append(rows)
                     if sum(map(len, pieces)) == self._n_kept(prompt):
-                        writer.put(f"{prompt}/{name}", _array(torch.cat(held.pop(f"{prompt}/{name}"))))
+                        whole = torch.cat(held.pop(f"{prompt}/{name}"))
+                        for site, array in self._arrays(name, whole).items():
+                            sites.add(site)
+                            writer.put(f"{prompt}/{site}", array)
         assert not held, sorted(held)
         return _Written(own, sites, writer.n_bytes)
 
@@ -180,6 +188,13 @@ class _Capture:
         for pair in self._job.run(part):
             if not isinstance(pair.site, ComponentSite) or pair.site.name in RECORDED_COMPONENTS:
                 yield from self._run.repeats.spread(pair)
+
+    def _arrays(self, name: str, rows: Tensor) -> dict[str, Array]:
+        """Return the rows of a site as they are written; of logits, the likeliest tokens."""
+        if name != LOGITS or not self._options.top_k:
+            return {name: _array(rows)}
+        top = TopTokens.of(rows, self._options.top_k)
+        return {TOP_IDS: top.ids.int().numpy(), TOP_LOGPROBS: top.logprobs.numpy()}
 
     def _conclude(self, found: Sequence[_Written]) -> None:
         prepared, info = self._prepared, self._prepared.facts.base.info

@@ -34,7 +34,7 @@ from lazarus.notes import Notes
 from lazarus.options import EACH_TOKEN, parse_position
 from lazarus.provenance import environment
 from lazarus.reading import Reading
-from lazarus.recordings import LOGITS, Recording, is_recording
+from lazarus.recordings import Recording, is_recording
 from lazarus.result_classes import ActivationDiff
 from lazarus.results import note_outside
 from lazarus.sites import Position
@@ -117,7 +117,7 @@ def _compare_prepared(
     take_up(prepared, run, {"recording": recording.digest()})
     states = rows.every if localize else None
     noise = _noise_rows(given, facts, reading, run.position)
-    pair = prepared.pair if LOGITS in recording.sites else prepared.pair.without_output()
+    pair = prepared.pair if rows.has_output else prepared.pair.without_output()
     paired = Pairing(facts, rows, not is_base, run.repeats, noise if is_base else None)
     job = Job(pair, run, watcher.advanced, states, paired)
     notes.extend(measure(job, given.folder, seen, watcher.running))

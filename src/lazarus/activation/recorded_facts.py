@@ -12,7 +12,7 @@ from lazarus.facts import ModelFacts, PairFacts
 from lazarus.messages import option
 from lazarus.metrics import FEWEST_FOR_CKA
 from lazarus.notes import Notes
-from lazarus.recordings import EMBEDDING, FINAL_NORM, LOGITS, Recording, site_name
+from lazarus.recordings import EMBEDDING, FINAL_NORM, LOGITS, TOP_IDS, Recording, site_name
 from lazarus.results import ModelInfo, NotCompared
 
 
@@ -45,8 +45,8 @@ def recorded_facts(recording: Recording, live: ModelFacts | None) -> ModelFacts:
         causal = live.is_causal if live else True
     if layer_norm is None:
         layer_norm = live.uses_layer_norm if live else False
-    has_logits = LOGITS in recording.sites
-    why = None if has_logits else f"{recording.name} was recorded without logits"
+    has_output = LOGITS in recording.sites or TOP_IDS in recording.sites
+    why = None if has_output else f"{recording.name} was recorded without logits"
     return ModelFacts(info, None, causal, layer_norm, FINAL_NORM in recording.sites, why)
 
 
@@ -110,6 +110,13 @@ def note_recorded(recording: Recording, facts: PairFacts, notes: Notes, *, compo
     if runtime.details:
         told += f" ({', '.join(f'{key} {value}' for key, value in runtime.details.items())})"
     notes.add("recorded", f"{told}; its weights were not looked into", model=recording.name)
+    if TOP_IDS in recording.sites and LOGITS not in recording.sites:
+        notes.add(
+            "likeliest-tokens",
+            f"{recording.name} has the likeliest tokens alone: next tokens were compared over these and one "
+            "outcome for all others, so KL and JS divergence are at least what is given, and logits have no "
+            "distance",
+        )
     ours, theirs = facts.base.info.run_dtype, facts.finetuned.info.run_dtype
     if ours != theirs:
         notes.add(

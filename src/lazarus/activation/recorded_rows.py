@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from lazarus.activation.repeats import Repeats
 from lazarus.facts import ComponentName, ComponentSite, PairFacts, Site
-from lazarus.recordings import Recording, site_name
+from lazarus.metrics import TopTokens, compare_top
+from lazarus.recordings import LOGITS, TOP_IDS, TOP_LOGPROBS, Recording, site_name
 from lazarus.sites import StatePair
 
 PROMPTS_AT_ONCE = 64
@@ -34,6 +35,11 @@ class RecordedRows:
         """Return whether there are states at a site of this name."""
         return name in self.recording.sites
 
+    @property
+    def has_output(self) -> bool:
+        """Return whether there are next tokens: logits, or the likeliest ones."""
+        return self.has(LOGITS) or self.has(TOP_IDS)
+
     def of(self, prompts: Int[Tensor, " rows"], name: str) -> Float[Tensor, "rows width"]:
         """Return the rows at a site, in the order of `prompts`, where all rows of a prompt stand together."""
         owners = torch.unique_consecutive(prompts).tolist()
@@ -46,12 +52,19 @@ class RecordedRows:
 
     def logits(self, places: Sequence[tuple[int, slice]]) -> Float[Tensor, "rows vocabulary"]:
         """Return the logits of parts of the compared tokens of some prompts."""
+        return self._at(places, LOGITS)
+
+    def top(self, places: Sequence[tuple[int, slice]]) -> TopTokens:
+        """Return the likeliest tokens in their place."""
+        return TopTokens(self._at(places, TOP_IDS).long(), self._at(places, TOP_LOGPROBS))
+
+    def _at(self, places: Sequence[tuple[int, slice]], name: str) -> Tensor:
         # Where states are averaged, the head reads the last token.
         tokens = [self.tokens[prompt][-1:] if self.average else self.tokens[prompt] for prompt, _ in places]
         parts = zip(places, tokens, strict=True)
-        return torch.cat([self.of_tokens(prompt, "logits", own[part]) for (prompt, part), own in parts])
+        return torch.cat([self.of_tokens(prompt, name, own[part]) for (prompt, part), own in parts])
 
-    def of_tokens(self, prompt: int, name: str, tokens: Sequence[int]) -> Float[Tensor, "tokens width"]:
+    def of_tokens(self, prompt: int, name: str, tokens: Sequence[int]) -> Shaped[Tensor, "tokens width"]:
         """Return the states of some tokens of a prompt, ascending."""
         kept = self.recording.prompts[prompt].kept
         places = list(tokens) if isinstance(kept, range) else [kept.index(token) for token in tokens]
@@ -131,11 +144,15 @@ class Pairing:
         for prompt, n_rows in Counter(pair.prompts.tolist()).items():
             places.append((prompt, slice(self._n_read[prompt], self._n_read[prompt] + n_rows)))
             self._n_read[prompt] += n_rows
-        if self.noise is not None and self.noise.has("logits"):
+        if self.noise is not None and self.noise.has(LOGITS):
             again = self.noise.logits(places).to(pair.base.device)
             yield StatePair("logits", pair.prompts, pair.base, again, trial=0)
-        if self.rows.has("logits"):
+        if self.rows.has(LOGITS):
             yield self._joined("logits", pair.prompts, pair.base, self.rows.logits(places), None)
+        elif self.rows.has(TOP_IDS):
+            top, live = self.rows.top(places), pair.base.cpu()
+            values = compare_top(top, live) if self.is_base else compare_top(live, top)
+            yield replace(pair, compared=values)
 
     def _joined(
         self, site: Site, prompts: Tensor, live: Tensor, recorded: Tensor, local: Tensor | None
@@ -176,13 +193,24 @@ def recorded_pairs(
                 yield StatePair(
                     site, owners, base.of(owners, ours), finetuned.of(owners, theirs), trial=trial
                 )
-        if base.has("logits") and finetuned.has("logits"):
+        if base.has_output and finetuned.has_output:
             for prompt in some:
-                n_logits = 1 if base.average else len(base.tokens[prompt])
-                place = [(prompt, slice(0, n_logits))]
-                owner = torch.full((n_logits,), prompt)
-                yield StatePair("logits", owner, base.logits(place), finetuned.logits(place), trial=trial)
+                found = _output(base, finetuned, prompt, trial)
+                # A distance of logits is what the noise is measured in, and of the likeliest there is none.
+                if trial is None or found.compared is None:
+                    yield found
         advanced(sum(len(base.recording.prompts[prompt].ids) for prompt in some))
+
+
+def _output(base: RecordedRows, finetuned: RecordedRows, prompt: int, trial: int | None) -> StatePair:
+    """Return the next tokens of one prompt: logits, or what the likeliest tokens of one side give."""
+    n_rows = 1 if base.average else len(base.tokens[prompt])
+    place, owner = [(prompt, slice(0, n_rows))], torch.full((n_rows,), prompt)
+    ours, theirs = (side.logits(place) if side.has(LOGITS) else side.top(place) for side in (base, finetuned))
+    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
+        return StatePair("logits", owner, ours, theirs, trial=trial)
+    nothing = torch.empty(n_rows, 0)
+    return StatePair("logits", owner, nothing, nothing, trial=trial, compared=compare_top(ours, theirs))
 
 
 def _both(facts: PairFacts) -> Iterator[tuple[Site, Site]]:

@@ -51,6 +51,7 @@ from lazarus.metrics.states import (
     to_float64,
     within,
 )
+from lazarus.metrics.top import TopTokens, compare_top
 from lazarus.metrics.traces import NextTokens, TokenOutputs, TokenTraces, margin_motion
 
 __all__ = [
@@ -77,12 +78,14 @@ __all__ = [
     "SitePlan",
     "TokenOutputs",
     "TokenTraces",
+    "TopTokens",
     "centered_divergence",
     "compare_experts",
     "compare_local",
     "compare_logits",
     "compare_rows",
     "compare_scores",
+    "compare_top",
     "count_by_prompt",
     "debiased_cka",
     "divergence",

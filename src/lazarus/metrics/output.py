@@ -66,17 +66,26 @@ def _compare(
     if outcomes is not None:
         b, f = outcomes.merged(b, f)
     log_p, log_q = b.log_softmax(-1), f.log_softmax(-1)
-    p, q, gap, opposite = log_p.exp(), log_q.exp(), log_p - log_q, log_q - log_p
     columns = [
-        _mean_gap(p, gap),
-        _mean_gap(q, opposite),
-        (_mean_gap(p, _gap_to_middle(opposite)) + _mean_gap(q, _gap_to_middle(gap))) / 2,
+        *divergences(log_p, log_q),
         agrees.double(),
         rank.double(),
         _relative_l2(b, f),
     ]
     # log_softmax gives NaN for a row with NaN or +∞, and for one that is −∞ throughout.
     return RowValues(torch.stack(columns, dim=-1), ~(log_p.isnan() | log_q.isnan()).any(-1))
+
+
+def divergences(
+    log_p: Float[Tensor, "rows outcomes"], log_q: Float[Tensor, "rows outcomes"]
+) -> list[Float[Tensor, " rows"]]:
+    """Return KL(p‖q), KL(q‖p) and the Jensen-Shannon divergence, in nats, from log-probabilities."""
+    p, q, gap, opposite = log_p.exp(), log_q.exp(), log_p - log_q, log_q - log_p
+    return [
+        _mean_gap(p, gap),
+        _mean_gap(q, opposite),
+        (_mean_gap(p, _gap_to_middle(opposite)) + _mean_gap(q, _gap_to_middle(gap))) / 2,
+    ]
 
 
 def _first_choices(base: Tensor, finetuned: Tensor, outcomes: Outcomes | None) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,13 @@ def _check_position(name: str, position: str | int) -> None:
         ) from error
 
 
+def _check_top_k(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise UsageError(
+            f"{option(name, value)}: not a number of tokens. Give a whole number, or 0 for all.", option=name
+        )
+
+
 Position = Annotated[
     str | int,
     Option(
@@ -59,6 +66,15 @@ Sites = Annotated[
 Logits = Annotated[
     bool,
     Option("Record the logits at these tokens too, so that the next token is compared.", COMPARE),
+]
+TopK = Annotated[
+    int,
+    Option(
+        "With --logits, how many of the likeliest tokens are kept at each place; 0 for all.",
+        COMPARE,
+        "N",
+        check=_check_top_k,
+    ),
 ]
 ChatTemplate = Annotated[str, Option("Wrap each prompt as a user turn.", READ, "none|model|FILE")]
 Runtime = Annotated[
@@ -83,6 +99,7 @@ class RecordOptions(Checked):
     position: Position = "all"
     sites: Sites = "blocks"
     logits: Logits = False
+    top_k: TopK = 100
     chat_template: ChatTemplate = "none"
     no_split: NoSplit = False
     truncate: Truncate = False
@@ -124,6 +141,7 @@ class RecordArguments(TypedDict, total=False):
     position: Position
     sites: Sites
     logits: Logits
+    top_k: TopK
     chat_template: ChatTemplate
     no_split: NoSplit
     truncate: Truncate

@@ -25,7 +25,7 @@ from lazarus.recordings.recording import (
     make_folder,
     write_manifest,
 )
-from lazarus.recordings.sites import EMBEDDING, FINAL_NORM, LOGITS, ordered, site_name
+from lazarus.recordings.sites import EMBEDDING, FINAL_NORM, LOGITS, TOP_IDS, TOP_LOGPROBS, ordered, site_name
 from lazarus.recordings.tensors import Array, BFloat16Bits, TensorWriter
 
 __all__ = [
@@ -34,6 +34,8 @@ __all__ = [
     "FORMAT_VERSION",
     "LOGITS",
     "MANIFEST",
+    "TOP_IDS",
+    "TOP_LOGPROBS",
     "Array",
     "BFloat16Bits",
     "Contents",

@@ -26,7 +26,7 @@ from lazarus.recordings.format import (
     decode,
     write,
 )
-from lazarus.recordings.sites import KNOWN_SITE, in_stream
+from lazarus.recordings.sites import KNOWN_SITE, TOP_IDS, in_stream
 from lazarus.recordings.tensors import PART, Array, Spec, TensorReader, TensorWriter
 
 SHARD_BYTES = 2**28
@@ -203,7 +203,7 @@ class Recording:
                 f"{path}: {name} has the shape {list(spec.shape)}, and {[expected[0], width]} is expected: "
                 f"[tokens kept, {'hidden' if is_stream else 'width'}]. {_AGAIN}"
             )
-        if (spec.dtype[0] == "I") != (site == "top_ids"):
+        if (spec.dtype[0] == "I") != (site == TOP_IDS):
             raise RecordingError(f"{path}: {name} is of type {spec.dtype}. {_AGAIN}")
 
 

@@ -9,7 +9,10 @@ from lazarus.facts import ComponentSite, Site
 
 EMBEDDING, FINAL_NORM, LOGITS = "embedding", "final_norm", "logits"
 TOP_IDS, TOP_LOGPROBS = "top_ids", "top_logprobs"
-"""in place of logits: the likeliest tokens at each place, and their log-probabilities"""
+"""In place of logits: the likeliest tokens at each place, and their log-probabilities.
+
+The log-probabilities have one more column, for all other tokens together.
+"""
 KNOWN_SITE = re.compile(
     r"embedding|final_norm|logits|top_ids|top_logprobs|(resid_post|attn_out|mlp_out|router|experts)\.\d+"
 )
