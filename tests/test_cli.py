@@ -18,8 +18,8 @@ from typer.testing import CliRunner, Result
 import lazarus
 from lazarus.cli import app
 from lazarus.errors import OutputError
-from lazarus.render.save import check_outputs
 from lazarus.recordings import recording_schema
+from lazarus.render.save import check_outputs
 from lazarus.results import json_schema
 
 Run = Callable[..., Result]

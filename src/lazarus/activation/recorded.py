@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import msgspec
 
@@ -22,7 +21,7 @@ from lazarus.activation.prepare import (
 )
 from lazarus.activation.readers import TokenReader
 from lazarus.activation.recorded_facts import check_recorded, live_facts, note_recorded, recorded_facts
-from lazarus.activation.recorded_prompts import as_reading, check_same_ids, compared, read_recorded
+from lazarus.activation.recorded_prompts import check_same_ids, compared, read_recorded
 from lazarus.activation.recorded_rows import Pairing, RecordedRows, recorded_pairs
 from lazarus.activation.result import About, conclude
 from lazarus.activation.runplan import RunPlan
@@ -34,25 +33,14 @@ from lazarus.notes import Notes
 from lazarus.options import EACH_TOKEN, parse_position
 from lazarus.provenance import environment
 from lazarus.reading import Reading
-from lazarus.recordings import Recording, is_recording
+from lazarus.recorded import Side, as_reading, dtype_beside
+from lazarus.recordings import Recording
 from lazarus.result_classes import ActivationDiff
 from lazarus.results import note_outside
 from lazarus.sites import Position
 from lazarus.tokens import OnlyIds
 
-Side = Model | Recording
-
-_RUNS_IN = ("float32", "bfloat16", "float16")
 _NEEDS_WEIGHTS = {"attribute": "the gradients", "readout": "the LM heads"}
-
-
-def opened(model: Model) -> Side:
-    """Return the recording that a MODEL names; any other MODEL as it is.
-
-    Raises:
-        RecordingError: it is one, and cannot be read.
-    """
-    return Recording.open(model) if isinstance(model, str | Path) and is_recording(model) else model
 
 
 def compare_recorded(given: Given, base: Side, finetuned: Side, watcher: Observer) -> ActivationDiff:
@@ -225,7 +213,5 @@ def _plan(given: Given, reading: Reading, run: RunPlan, facts: PairFacts) -> Pla
 
 def _in_type_of(recording: Recording, given: Given) -> Given:
     """Return what was given, with the dtype of a recording where none was chosen."""
-    dtype = recording.contents.model.run_dtype
-    if given.options.dtype != "auto" or dtype not in _RUNS_IN:
-        return given
+    dtype = dtype_beside(recording, given.options.dtype)
     return replace(given, options=replace(given.options, dtype=dtype))

@@ -12,8 +12,9 @@ from lazarus.facts import ModelFacts, PairFacts
 from lazarus.messages import option
 from lazarus.metrics import FEWEST_FOR_CKA
 from lazarus.notes import Notes
+from lazarus.recorded import how_recorded, recorded_info
 from lazarus.recordings import EMBEDDING, FINAL_NORM, LOGITS, TOP_IDS, Recording, site_name
-from lazarus.results import ModelInfo, NotCompared
+from lazarus.results import NotCompared
 
 
 def live_facts(facts: ModelFacts, recorded: ModelFacts) -> ModelFacts:
@@ -26,20 +27,7 @@ def live_facts(facts: ModelFacts, recorded: ModelFacts) -> ModelFacts:
 def recorded_facts(recording: Recording, live: ModelFacts | None) -> ModelFacts:
     """Return the facts of a recorded model; what its file does not tell is taken from the live one."""
     model = recording.contents.model
-    info = ModelInfo(
-        id=recording.name,
-        revision=model.revision,
-        kind="recording",
-        architecture=model.architecture,
-        n_layers=model.n_layers,
-        hidden_size=model.hidden_size,
-        stored_dtype=model.stored_dtype,
-        run_dtype=model.run_dtype,
-        attention=model.attention,
-        adapter=model.adapter,
-        not_compared=_not_recorded(recording),
-        runtime=str(recording.contents.runtime),
-    )
+    info = recorded_info(recording, _not_recorded(recording))
     causal, layer_norm = model.causal, model.layer_norm
     if causal is None:
         causal = live.is_causal if live else True
@@ -104,12 +92,8 @@ def note_recorded(recording: Recording, facts: PairFacts, notes: Notes, *, compo
     if components and not any(site.startswith("mlp_out") for site in recording.sites):
         told = f"{recording.name} was recorded without what is inside the blocks ({option('sites', 'all')})"
         notes.add("components-left-out", f"{told}: it was not compared")
-    model, runtime = recording.contents.model, recording.contents.runtime
-    where = f" on {runtime.device}" if runtime.device else ""
-    told = f"{recording.name} is a recording of {model.id}: run by {runtime}{where} in {model.run_dtype}"
-    if runtime.details:
-        told += f" ({', '.join(f'{key} {value}' for key, value in runtime.details.items())})"
-    notes.add("recorded", f"{told}; its weights were not looked into", model=recording.name)
+    told = f"{how_recorded(recording)}; its weights were not looked into"
+    notes.add("recorded", told, model=recording.name)
     if TOP_IDS in recording.sites and LOGITS not in recording.sites:
         notes.add(
             "likeliest-tokens",

@@ -21,7 +21,7 @@ from lazarus.activation.mined import mined_tokens
 from lazarus.activation.prepare import Given, Observer, Prepared, prepare, take_up
 from lazarus.activation.readers import TokenReader
 from lazarus.activation.readout import read_differences
-from lazarus.activation.recorded import compare_recorded, opened
+from lazarus.activation.recorded import compare_recorded
 from lazarus.activation.result import About, conclude
 from lazarus.errors import UsageError
 from lazarus.facts import PairFacts
@@ -33,6 +33,7 @@ from lazarus.options import OptionArguments, Options, check_token_prompts, read_
 from lazarus.prompts import Prompt, PromptList, check_chats, check_responses, make_prompts
 from lazarus.provenance import environment
 from lazarus.ranks import Rank, find_rank
+from lazarus.recorded import opened
 from lazarus.recordings import Recording, check_brought
 from lazarus.result_classes import ActivationDiff
 from lazarus.shards import WorkFolder
