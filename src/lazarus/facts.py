@@ -30,6 +30,17 @@ Site = int | ComponentSite | Literal["embedding", "final_norm", "logits"]
 logits"""
 
 
+def matched_layers(ours: int, theirs: int) -> list[int]:
+    """Return, for each of `ours` layers, that of `theirs` at the same relative depth.
+
+    >>> matched_layers(3, 5), matched_layers(1, 5)
+    ([0, 2, 4], [4])
+    """
+    if ours == 1:  # first and last at once; what it ends with is what is compared
+        return [theirs - 1]
+    return [round(i * (theirs - 1) / (ours - 1)) for i in range(ours)]
+
+
 class PairShape(ABC):
     """Two models of which the depths and the widths are known."""
 
@@ -61,10 +72,7 @@ class PairShape(ABC):
     @property
     def matched(self) -> list[int]:
         """Return the fine-tuned model's block at the same relative depth, for each block of base."""
-        ours, theirs = self.n_layers
-        if ours == 1:  # first and last at once; what it ends with is what is compared
-            return [theirs - 1]
-        return [round(i * (theirs - 1) / (ours - 1)) for i in range(ours)]
+        return matched_layers(*self.n_layers)
 
     @property
     def sites(self) -> list[Site]:

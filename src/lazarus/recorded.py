@@ -105,7 +105,7 @@ def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> tuple[int, i
     return next(((place, a, b) for place, (a, b) in pairs if a != b), None)
 
 
-def told(token: int | None) -> str:
+def id_text(token: int | None) -> str:
     """Return an id as messages have it; None is the end of a prompt."""
     return "no token" if token is None else str(token)
 
@@ -136,9 +136,9 @@ def _check_tokenizer(recording: Recording, model: LoadedModel, tokenizer: Any | 
     prompt, (place, ours, theirs) = differing[0]
     raise TokenizerMismatchError(
         f"Prompt {prompt.index} ({str(prompt.text)[:40]!r}): the tokenizer of {model.name} gives other ids "
-        f"than {recording.name} has. At token {place} the recording has {told(ours)}, the tokenizer "
-        f"{told(theirs)} (prompts that differ: {listed([p.index for p, _ in differing])}). Record with the "
-        "tokenizer of this model."
+        f"than {recording.name} has. At token {place} the recording has {id_text(ours)}, the tokenizer "
+        f"{id_text(theirs)} (prompts that differ: {listed([p.index for p, _ in differing])}). Record with "
+        "the tokenizer of this model."
     )
 
 

@@ -10,7 +10,7 @@ from lazarus.messages import option
 from lazarus.models import LoadedModel
 from lazarus.notes import Notes
 from lazarus.reading import Reading
-from lazarus.recorded import first_difference, read_brought, told
+from lazarus.recorded import first_difference, id_text, read_brought
 from lazarus.recordings import Recording
 from lazarus.sites import Position, tokens_of
 
@@ -76,7 +76,7 @@ def check_same_ids(recording: Recording, ids: Sequence[Sequence[int]], other: st
         if difference is not None:
             place, ours, their = difference
             raise RecordingError(
-                f"Prompt {prompt.index}: at token {place} {recording.name} has {told(ours)}, and {other} "
-                f"{told(their)}. States are compared on the same ids: leave the prompts out, or record "
+                f"Prompt {prompt.index}: at token {place} {recording.name} has {id_text(ours)}, and {other} "
+                f"{id_text(their)}. States are compared on the same ids: leave the prompts out, or record "
                 "these."
             )

@@ -118,7 +118,7 @@ Model1 = Annotated[
         "-b",
         "--base",
         metavar="MODEL",
-        help="First model: Hub id, folder, .gguf, MODEL+ADAPTER.",
+        help="First model: Hub id, folder, .gguf, MODEL+ADAPTER, recording.",
     ),
 ]
 Model2 = Annotated[
@@ -129,17 +129,17 @@ Model2 = Annotated[
         "-f",
         "--finetuned",
         metavar="MODEL",
-        help="Second model; an adapter alone runs on top of MODEL1.",
+        help="Second model, or its recording; an adapter alone runs on top of MODEL1.",
     ),
 ]
-OnePrompt = Annotated[
-    list[str],
+OnePromptOrRecorded = Annotated[
+    list[str] | None,
     _option(
         "-p",
         "--prompt",
         metavar="PROMPT",
         help="The prompt, its commas kept; or @FILE (.txt, .jsonl, .json, .csv, .tsv, .parquet) with one "
-        "prompt in it, or @- for standard input.",
+        "prompt in it, or @- for standard input. Required, unless a recording brings it.",
     ),
 ]
 

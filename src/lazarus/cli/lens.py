@@ -17,7 +17,7 @@ from lazarus.options import CompareOptions
 def compare(
     model1: a.Model1,
     model2: a.Model2,
-    prompt: a.OnePrompt,
+    prompt: a.OnePromptOrRecorded = None,
     output: a.Outputs = None,
     *,
     quiet: a.Quiet = False,
@@ -28,7 +28,8 @@ def compare(
 
     Reads the state after each block at the prompt's last token through the model's own final norm and head
     (the logit lens). Prints what each model ends with, and the layer at which tokens emerge: the first from
-    which a token is the first choice at every later layer.
+    which a token is the first choice at every later layer. The states of a recording are read through the
+    norm and head of the other model.
 
     Example:
 
@@ -36,15 +37,19 @@ def compare(
     """
     with reported(debug):
         from lazarus.prompts import check_chats, parse_prompts
+        from lazarus.recordings import check_brought
         from lazarus.render.lens import text
 
         # Made to be checked, before torch is imported.
         CompareOptions(**options)
-        files = [value[1:] for value in prompt if value[:1] == "@" and value[:2] != "@@"]
+        check_brought(prompt, (model1, model2))
+        files = [value[1:] for value in prompt or () if value[:1] == "@" and value[:2] != "@@"]
         output = (output or []) if leads() else []
         check_outputs(output, "compare", [*files, options["chat_template"], model1, model2])
-        found = parse_prompts(prompt, no_split=True, responses=options["at"] == "parting")
-        check_chats(found.prompts, options["chat_template"])
+        found = None
+        if prompt is not None:
+            found = parse_prompts(prompt, no_split=True, responses=options["at"] == "parting")
+            check_chats(found.prompts, options["chat_template"])
         with heavy_imports():
             show = shows_progress(quiet, debug)
             from lazarus.console import LensObserver

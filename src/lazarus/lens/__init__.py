@@ -1,6 +1,8 @@
 """compare: the logit lens on two models, side by side, for one prompt.
 
 run.py         the order of a run
+live.py        the lens of a model that runs
+recorded.py    the same with a recording in place of one of the two
 reading.py     what each block's output would give as logits, by the model's own norm and LM head
 lens.py        what one model's lens shows: first choices, probabilities, ranks
 vocabulary.py  a model's tokens as texts, and a text's first token
@@ -10,6 +12,7 @@ distance.py    how far apart two layers' distributions are, over one vocabulary 
 record.py      from these to the record
 """
 
-from lazarus.lens.run import Observer, compare
+from lazarus.lens.live import Observer
+from lazarus.lens.run import compare
 
 __all__ = ["Observer", "compare"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -9,10 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lazarus.engine import Conventions
 from lazarus.lens.vocabulary import Vocabulary
-from lazarus.models import LoadedModel
-from lazarus.notes import Notes
+from lazarus.notes import Note, Notes
+from lazarus.results import ModelInfo
 from lazarus.tokens import TokenizedPrompt
 
 
@@ -23,13 +23,16 @@ class Lens:
     A layer with a NaN or +∞ has no distribution, and nothing is read from it; −∞ is a token that cannot come.
     """
 
-    model: LoadedModel
-    conventions: Conventions
+    info: ModelInfo
+    why_not_finite: Callable[[], Note | None]
+    """finds out why logits of some layers are not finite; None where the states and logits are"""
     vocabulary: Vocabulary
     prompt: TokenizedPrompt
     logits: Float[Tensor, "layers vocabulary"]
     notes: Notes = field(default_factory=Notes)
     """on how the model behaves, and how its layers were read"""
+    not_recorded: tuple[int, ...] = ()
+    """layers of a recording without states: nothing is read from them"""
 
     @cached_property
     def log_totals(self) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -42,19 +43,88 @@ def read_layers(
     seen = _last_states(model, time, ids)
     own = _own_logits(head, seen)
     rows: list[Tensor] = []
-    # Layers take the places of tokens, so that one call of the LM head reads many of them.
-    blocks = torch.cat(seen.blocks, dim=time)
     # The last layers first: they tell whether the others can be read in this way at all.
-    for states in reversed(torch.split(blocks, _rows_at_once(model, own.shape[-1]), dim=time)):
-        rows.insert(0, _plain(head.read_sequence(states, time)))
+    for read in _read_backwards(model, head, torch.cat(seen.blocks, dim=time), time):
+        rows.insert(0, read)
         if len(rows) == 1:
-            same = alike(rows[-1][-1:], own, torch.finfo(model.model.dtype).eps)
-            same = _reads_last_block(model, ids) if same is None else same
+            same = _reads_last_block(model, ids, read[-1:], own)
             if not same:
                 _note_cut(model, notes, is_known=same is not None)
                 return _read_cut(model, head, (time, ids), advanced)
-        advanced(states.shape[time])
-    return torch.cat(rows)
+        advanced(len(read))
+    found = torch.cat(rows)
+    found[-1:] = own  # what is read from the last block differs from the model's own logits by rounding
+    return found
+
+
+@dataclass(frozen=True)
+class RecordedToken:
+    """The states of one token as a recording has them, each [1, width]; None where it has none."""
+
+    blocks: Sequence[Tensor | None]
+    final_norm: Tensor | None
+    logits: Tensor | None
+
+
+def read_recorded(
+    model: LoadedModel,
+    conventions: Conventions,
+    ids: Sequence[int],
+    token: RecordedToken,
+    advanced: Callable[[int], None],
+) -> Float[Tensor, "layers vocabulary"]:
+    """Return what a live model's norm and LM head read from recorded states, as `read_layers` does.
+
+    The last row is the recorded logits or, without these, what the head reads from the recorded state after
+    the final norm.
+    A layer of which there are no states has logits that are NaN.
+
+    Raises:
+        UnsupportedModelError: the model predicts no next token, or its end reads more than its last block.
+        DeviceError: out of memory, or an operator that the device lacks.
+    """
+    head, time = Head(model, check_head(model, conventions)), conventions.axes[1]
+    # The live model's own states tell in which axes its end takes a state, and what it reads.
+    seen = _last_states(model, time, ids)
+    own, like = _own_logits(head, seen), seen.blocks[-1]
+    if not _reads_last_block(model, ids, _plain(head.read_sequence(like, time)), own):
+        raise UnsupportedModelError(
+            f"{model.name}: the end of {type(model.model).__name__} reads more than the last block, or that "
+            "could not be seen, so recorded states cannot be read through it. Name the model that was "
+            "recorded, and both are read live."
+        )
+    there = [layer for layer, rows in enumerate(token.blocks) if rows is not None]
+    found = own.new_full((len(token.blocks), own.shape[1]), torch.nan)
+    if there:
+        shaped = [_shaped(rows, like, conventions) for rows in token.blocks if rows is not None]
+        read = list(_read_backwards(model, head, torch.cat(shaped, dim=time), time))
+        found[there] = torch.cat(read[::-1])
+    if token.logits is not None and token.logits.shape == own.shape:
+        found[-1:] = _plain(token.logits)
+    elif token.final_norm is not None:
+        assert seen.final is not None
+        found[-1:] = _plain(head.logits(token.final_norm.to(seen.final)))
+    advanced(len(found))
+    return found
+
+
+def _shaped(rows: Float[Tensor, "1 width"], like: Tensor, conventions: Conventions) -> Tensor:
+    """Return a recorded state in the axes and the dtype of one that the block returned."""
+    states = torch.empty_like(like)
+    view = conventions.rows_view(states)
+    view[0, 0] = rows[0].to(view).view(view.shape[2:])
+    return states
+
+
+def _read_backwards(
+    model: LoadedModel, head: Head, blocks: Tensor, time: int
+) -> Iterator[Float[Tensor, "some vocabulary"]]:
+    """Yield what the LM head reads from the states of many layers, some at a time, the last ones first.
+
+    Layers take the places of tokens, so that one call reads many of them.
+    """
+    for states in reversed(torch.split(blocks, _rows_at_once(model, head.n_tokens), dim=time)):
+        yield _plain(head.read_sequence(states, time))
 
 
 def check_head(model: LoadedModel, conventions: Conventions) -> type[ModelOutput]:
@@ -68,11 +138,14 @@ def check_head(model: LoadedModel, conventions: Conventions) -> type[ModelOutput
     return conventions.head_reads
 
 
-def _reads_last_block(model: LoadedModel, ids: Sequence[int]) -> bool | None:
-    """Return whether the end reads the last block alone, tried with random hidden states in its place.
+def _reads_last_block(model: LoadedModel, ids: Sequence[int], read: Tensor, own: Tensor) -> bool | None:
+    """Return whether the end reads the last block alone: what is read from it must be the own logits.
 
-    None if not known.
+    Where these are not finite, it is tried with random hidden states in its place. None if not known.
     """
+    same = alike(read, own, torch.finfo(model.model.dtype).eps)
+    if same is not None:
+        return same
     recorder, input_ids = Recorder(model), torch.tensor([list(ids)])
     batch = (input_ids, torch.ones_like(input_ids))
     whole = run_with_head(recorder, *batch)

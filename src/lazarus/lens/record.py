@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from lazarus import provenance
-from lazarus.engine import ModelPair, find_break
 from lazarus.errors import NoDataError, UsageError
+from lazarus.facts import matched_layers
 from lazarus.lens.distance import find_outcomes, lens_pair, note_distances
 from lazarus.lens.lens import Lens
 from lazarus.lens.tracking import Lenses, Tracked, evolution, find_tracked, note_tracking
 from lazarus.messages import option
-from lazarus.notes import Note, Notes
+from lazarus.notes import Notes
 from lazarus.options import CompareOptions, parse_track
 from lazarus.results import (
     SCHEMA_VERSION,
@@ -81,7 +81,7 @@ def _position(lenses: Lenses) -> int | None:
 
 
 def _check(lens: Lens, options: CompareOptions) -> None:
-    name, n_tokens = lens.model.name, lens.vocabulary.n_tokens
+    name, n_tokens = lens.info.id, lens.vocabulary.n_tokens
     if options.top_k > n_tokens:
         raise UsageError(
             f"{option('top_k', options.top_k)}: {name} has {n_tokens} tokens. Give a number of at most "
@@ -89,8 +89,7 @@ def _check(lens: Lens, options: CompareOptions) -> None:
             option="top_k",
         )
     if not any(lens.valid):
-        found = _why_not_finite(lens)
-        dtype = lens.model.run_dtype
+        found, dtype = lens.why_not_finite(), lens.info.run_dtype
         reason = found.text if found else f"{name} runs in {dtype}: try {option('dtype', 'float32')}"
         raise NoDataError(
             f"{name}: the logits are finite at no layer, so there is nothing to read. {reason}."
@@ -99,15 +98,14 @@ def _check(lens: Lens, options: CompareOptions) -> None:
 
 def _matched(lenses: Lenses) -> list[tuple[int, int]]:
     """Each layer of model 1, and the layer of model 2 at the same relative depth."""
-    one, other = lenses
-    pair = ModelPair(one.model, other.model, one.conventions, other.conventions, "text")
-    return list(enumerate(pair.matched))
+    one, other = (len(lens.logits) for lens in lenses)
+    return list(enumerate(matched_layers(one, other)))
 
 
 def _model(lens: Lens, facts: LensFacts, tracked: Sequence[Tracked], side: int) -> LensModel:
     vocabulary = lens.vocabulary
     return LensModel(
-        info=lens.model.info(lens.conventions.n_layers),
+        info=lens.info,
         n_vocabulary=vocabulary.n_tokens,
         prompt_tokens=[vocabulary.text(i) for i in lens.prompt.ids],
         rendered=lens.prompt.rendered,
@@ -131,7 +129,7 @@ def _settings(lenses: Lenses, facts: LensFacts, words: list[str] | None) -> Lens
     return LensSettings(
         top_k=options.top_k,
         track=words,
-        dtype=lenses[0].model.run_dtype,
+        dtype=lenses[0].info.run_dtype,
         device=str(facts.device),
         chat_template=options.chat_template,
         truncate=options.truncate,
@@ -156,38 +154,32 @@ def _summary(pairs: Sequence[LensPair], *, same_vocabulary: bool) -> LensSummary
 
 def _note_lenses(lenses: Lenses, notes: Notes) -> None:
     """Note what a reader must know of how the two ran, and of the layers where nothing is read."""
-    one, other = (lens.model for lens in lenses)
+    one, other = (lens.info for lens in lenses)
     depths = [len(lens.logits) for lens in lenses]
     for lens in lenses:
         notes.extend(lens.notes)
     if one.run_dtype != other.run_dtype:
         notes.add(
             "run-dtypes",
-            f"{one.name} ran in {one.run_dtype}, {other.name} in {other.run_dtype}: part of what differs is "
+            f"{one.id} ran in {one.run_dtype}, {other.id} in {other.run_dtype}: part of what differs is "
             "the rounding of the narrower type",
         )
     if depths[0] != depths[1]:
         notes.add(
             "depths-differ",
-            f"{one.name} has {depths[0]} layers, {other.name} has {depths[1]}: they are matched by relative "
+            f"{one.id} has {depths[0]} layers, {other.id} has {depths[1]}: they are matched by relative "
             "depth (model2_layer in JSON)",
         )
     for lens in lenses:
-        broken = [layer for layer, valid in enumerate(lens.valid) if not valid]
+        absent = set(lens.not_recorded)
+        broken = [layer for layer, valid in enumerate(lens.valid) if not valid and layer not in absent]
         if broken:
             notes.add(
                 "not-finite",
-                f"{lens.model.name}: logits that are not finite, so nothing is read, at layers "
+                f"{lens.info.id}: logits that are not finite, so nothing is read, at layers "
                 f"{listed(broken)} ({len(broken)} of {len(lens.valid)})",
-                model=lens.model.name,
+                model=lens.info.id,
                 layers=broken,
             )
-            reason = _why_not_finite(lens)
+            reason = lens.why_not_finite()
             notes.extend([reason] if reason else [])
-
-
-def _why_not_finite(lens: Lens) -> Note | None:
-    """Return why logits of some layers are not finite; None where the model's own states and logits are."""
-    known = lens.conventions
-    found = find_break(lens.model, lens.prompt.ids, known.axes[1], known.head_reads)
-    return None if found is None else found.note(lens.model, "the prompt")

@@ -4,51 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Protocol, Unpack, runtime_checkable
+from typing import Any, Unpack
 
 from lazarus.blame import MemoryFaults
 from lazarus.engine import Conventions, broken_weights, learn, note_of_weights
 from lazarus.errors import PromptsError
 from lazarus.lens.lens import Lens
+from lazarus.lens.live import Observer, Silence, look_at
 from lazarus.lens.parting import cut_at_parting
-from lazarus.lens.reading import read_layers
 from lazarus.lens.record import LensFacts, make_record
-from lazarus.lens.vocabulary import Vocabulary
-from lazarus.loading import Model, Role, less_memory, load_models, pick_device
+from lazarus.lens.recorded import AskedOfRecording, compare_recorded
+from lazarus.loading import Model, less_memory, load_models, pick_device
 from lazarus.models import LoadedModel, find_tokenizer, same_design
 from lazarus.notes import Notes
 from lazarus.options import CompareArguments, CompareOptions, Options, read_template
 from lazarus.prompts import ASSISTANT, Prompt, PromptList, check_chats, make_prompts
 from lazarus.ranks import Rank
 from lazarus.reading import Asked, Reading, read_prompts
+from lazarus.recorded import opened
+from lazarus.recordings import Recording, check_brought
 from lazarus.result_classes import Comparison
-from lazarus.tokens import TokenizedPrompt
-
-
-@runtime_checkable
-class Observer(Protocol):
-    """An object that is told how far a run has come."""
-
-    def loading(self, role: Role, name: str) -> None:
-        """A model is about to be loaded: `base` is model 1, `finetuned` is model 2."""
-
-    def running(self, n_layers: int) -> None:
-        """The lens begins: so many layers in all, of both models."""
-
-    def advanced(self, n_layers: int) -> None:
-        """Count so many more layers as read."""
-
-
-class _Silence:
-    def loading(self, role: Role, name: str) -> None: ...
-    def running(self, n_layers: int) -> None: ...
-    def advanced(self, n_layers: int) -> None: ...
 
 
 def compare(
     model1: Model,
     model2: Model,
-    prompt: str | Mapping[str, Any] | Prompt | PromptList,
+    prompt: str | Mapping[str, Any] | Prompt | PromptList | None = None,
     *,
     tokenizer: Any | None = None,
     observer: Observer | None = None,
@@ -57,10 +38,11 @@ def compare(
     """Read what two models would say after each layer: the logit lens, side by side, for one prompt.
 
     Args:
-        model1: a Hub id, a folder, a `.gguf` file, MODEL+ADAPTER, or a transformers model in memory.
+        model1: a Hub id, a folder, a `.gguf` file, MODEL+ADAPTER, or a transformers model in memory; or a
+            recording, whose states are read through the final norm and the LM head of the other model.
         model2: the same; an adapter alone runs on top of `model1`.
         prompt: a text, taken whole, or a mapping with the fields of a `.jsonl` row, such as a chat in
-            `messages`; what comes after its last token is read.
+            `messages`; what comes after its last token is read. None for the one prompt of a recording.
         tokenizer: the tokenizer of models in memory, or a folder or Hub id that holds it; it stands in for
             both models' own.
         observer: is told how far the run has come.
@@ -77,16 +59,22 @@ def compare(
         ModelError: a model cannot be loaded, predicts no next token, or cannot be read layer by layer.
         PairError: neither model brings a tokenizer.
         PromptDataError: the prompt does not fit the models.
+        RecordingError: a recording lacks the prompt, or the states of its last token.
         NoDataError: the logits of a model are finite at no layer.
         DeviceError: memory ran out, or the device lacks an operator.
     """
     chosen = CompareOptions.make(**options)
-    found = _one_prompt(prompt, chosen)
+    check_brought(prompt, (model1, model2))
+    found = None if prompt is None else _one_prompt(prompt, chosen)
+    sides = opened(model1), opened(model2)
+    watcher = observer or Silence()
+    device = pick_device(chosen.device, Rank())
+    tokenizer = find_tokenizer(tokenizer, trust_remote_code=chosen.trust_remote_code)
+    if any(isinstance(side, Recording) for side in sides):
+        return compare_recorded(sides, AskedOfRecording(found, chosen, tokenizer, device), watcher)
+    assert found is not None  # no recording brings one
     of_pair = _of_pair(chosen, found.prompts[0])
     template = read_template(of_pair)
-    watcher = observer or _Silence()
-    device = pick_device(chosen.device, Rank())
-    tokenizer = find_tokenizer(tokenizer, trust_remote_code=of_pair.trust_remote_code)
     helps = less_memory(chosen.dtype, device, can_stream=False)
     notes = Notes(found.notes)
     with MemoryFaults(helps):
@@ -163,17 +151,9 @@ def _look(
     """Each model's lens on the prompt, one model after the other."""
     watcher.running(sum(each.n_layers for each in conventions))
     one, other = (
-        _look_at(model, known, prompt[0], tokenizer, watcher)
+        look_at(model, known, prompt[0], tokenizer, watcher.advanced)
         for model, known, prompt, tokenizer in zip(
             models, conventions, (reading.base, reading.finetuned), reading.tokenizers, strict=True
         )
     )
     return one, other
-
-
-def _look_at(
-    model: LoadedModel, conventions: Conventions, prompt: TokenizedPrompt, tokenizer: Any, watcher: Observer
-) -> Lens:
-    notes = Notes(conventions.notes)
-    logits = read_layers(model, conventions, prompt.ids, watcher.advanced, notes)
-    return Lens(model, conventions, Vocabulary(tokenizer, logits.shape[-1]), prompt, logits, notes)

@@ -87,7 +87,7 @@ def note_tracking(lenses: Lenses, tracked: Sequence[Tracked], notes: Notes) -> N
     """Note which tracked texts a model has no token for, and of which it has the beginning alone."""
     for each in tracked:
         for lens, token_id in zip(lenses, each.ids, strict=True):
-            name, text = lens.model.name, None if token_id is None else lens.vocabulary.text(token_id)
+            name, text = lens.info.id, None if token_id is None else lens.vocabulary.text(token_id)
             if text is None:
                 told = f"tracked token {each.text!r}: {name} has no token for it"
                 notes.add("tracked-token", told, model=name)

@@ -23,10 +23,8 @@ class TopTokens:
     @classmethod
     def of(cls, logits: Float[Tensor, "rows vocabulary"], k: int) -> TopTokens:
         """Return the `k` likeliest tokens of each row of logits."""
-        k = min(k, logits.shape[1])
-        parts = [
-            _top(to_float64(part), k) for part in logits.split(max(1, LOGITS_AT_ONCE // logits.shape[1]))
-        ]
+        k, n_rows = min(k, logits.shape[1]), max(1, LOGITS_AT_ONCE // logits.shape[1])
+        parts = [_top(to_float64(part), k) for part in torch.split(logits, n_rows)]
         return cls(torch.cat([part.ids for part in parts]), torch.cat([part.logprobs for part in parts]))
 
     @property

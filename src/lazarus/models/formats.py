@@ -114,6 +114,11 @@ def _without_config(folder: Path) -> str | None:
     if (folder / "snapshots").is_dir() and (folder / "refs").is_dir():
         hub_id = folder.name.removeprefix("models--").replace("--", "/")
         return f"a folder of the Hub's cache. Name the model, {hub_id}, or a folder in {folder / 'snapshots'}"
+    if (folder / "recording.json").is_file():
+        return (
+            "a recording: it holds hidden states and no weights. Name the model here; activation-diff and "
+            "compare take a recording in place of one of the two"
+        )
     models = sorted(path.parent for path in folder.glob("*/config.json"))
     adapters = sorted(path.parent for path in folder.glob("*/adapter_config.json"))
     inside = sorted({*models, *adapters}, key=_natural)
