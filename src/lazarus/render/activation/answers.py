@@ -76,7 +76,9 @@ def _which_block(record: ActivationDiffRecord) -> Answer:
         return Answer(question, "Not measured", "Run with --localize: a high divergence may be inherited.")
     noise = {layer.layer for layer in record.layers if layer.local and layer.local.is_noise}
     block = max(known, key=lambda layer: (layer not in noise, known[layer]))
-    if record.summary.verdict == "within_noise" or (block in noise and known[block]):
+    has_floors = any(layer.local and layer.local.noise_floor is not None for layer in record.layers)
+    is_noise = block in noise if has_floors else record.summary.verdict == "within_noise"
+    if is_noise and known[block]:
         return Answer(
             question, "None", f"The largest local change is noise: {short(known[block])} at block {block}."
         )

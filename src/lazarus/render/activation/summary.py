@@ -134,6 +134,9 @@ def _where(record: ActivationDiffRecord) -> str:
     return line
 
 
+_WITHIN_NOISE = "Largest local changes, within the noise"
+
+
 def _blocks(record: ActivationDiffRecord) -> list[str]:
     """The blocks whose own weights did it, the most changed first."""
     if not record.settings.localize:
@@ -148,15 +151,15 @@ def _blocks(record: ActivationDiffRecord) -> list[str]:
     named = ", ".join(f"{layer} ({short(value)})" for layer, value in changed[:BLOCKS_NAMED])
     others = len(changed) - BLOCKS_NAMED
     rest = len(local) - n_noise - len(changed)
-    noise = record.summary.verdict == "within_noise"
-    line = f"{'Largest local changes, within the noise' if noise else _did_it(record)}: {named}" + (
-        f" and {others} more" if others > 0 else ""
-    )
+    line = f"{_did_it(record)}: {named}" + (f" and {others} more" if others > 0 else "")
     line += f"; exactly 0 in the other {rest}" if rest else ""
     return [line + (f"; within its noise in {n_noise}" if n_noise else "")]
 
 
 def _did_it(record: ActivationDiffRecord) -> str:
+    if record.summary.verdict == "within_noise":
+        has_floors = any(layer.local and layer.local.noise_floor is not None for layer in record.layers)
+        return "Blocks that differ by more than their own noise" if has_floors else _WITHIN_NOISE
     is_quantised = "quantised-pair" in record.note_codes
     return "Blocks that cost most, by their local change" if is_quantised else "Blocks that did it"
 
