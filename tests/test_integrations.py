@@ -117,6 +117,18 @@ def test_the_last_result_is_start_against_end(tmp_path: Path) -> None:
     assert callback.last.summary.most_changed_block == expected.summary.most_changed_block
 
 
+def test_a_recording_of_the_start_stands_in_for_the_copy(tmp_path: Path) -> None:
+    """No copy of the weights is kept; and it may be of what another environment makes of them."""
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    recording = lazarus.record(model, PROMPTS, tmp_path / "start", tokenizer=tokenizer, logits=True).path
+    trainer, callback = train(model, tmp_path / "one", base=recording)
+    copied, _ = train(tiny_llama(), tmp_path / "other")
+    for name, value in logged(copied)[STEPS].items():
+        assert logged(trainer)[STEPS][name] == pytest.approx(value, rel=1e-6), name
+    assert callback.last is not None
+    assert callback.last.record.base.kind == "recording"
+
+
 def test_an_adapter_is_measured_against_the_base_that_it_shares(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))

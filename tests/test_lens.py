@@ -646,7 +646,7 @@ def test_an_option_that_is_wrong_is_named(options: dict[str, Any], message: str)
 @pytest.mark.parametrize("prompt", ["", "  \n", None, ["The answer is"], "a\ud800", {"text": ""}])
 def test_a_prompt_that_is_none_is_refused(prompt: Any) -> None:
     model = tiny_llama()
-    with pytest.raises(PromptsError, match=r"is no prompt|is empty|not valid Unicode"):
+    with pytest.raises(PromptsError, match=r"No prompt|is no prompt|is empty|not valid Unicode"):
         compare(model, model, prompt, tokenizer=tiny_tokenizer())
 
 

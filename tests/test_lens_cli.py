@@ -180,7 +180,7 @@ def test_a_wrong_command_line_exits_2_before_a_model_is_loaded(run: Run, name: s
 
 
 def test_without_a_model_or_a_prompt_it_says_which_is_missing(run: Run) -> None:
-    assert "'-p' / '--prompt'" in run().stderr
+    assert "No prompt: neither model is a recording" in run().stderr
     missing = run("-m1", "base", "-p", "a", models=False)
     assert missing.exit_code == 2
     assert "-m2" in missing.stderr

@@ -15,6 +15,7 @@ from architectures import CAUSAL, REFUSED, UNBUILDABLE, WITHOUT_HEAD, build, swe
 from factories import perturbed, save_model, tiny_llama, tiny_tokenizer, word_tokenizer
 from lazarus import Recording, compare, record
 from lazarus.demo import BASE, FINETUNED
+from lazarus.engine import learn
 from lazarus.errors import (
     PromptsError,
     RecordingError,
@@ -23,8 +24,11 @@ from lazarus.errors import (
     UnsupportedModelError,
     UsageError,
 )
+from lazarus.lens.reading import RecordedToken, read_recorded
+from lazarus.models import wrap_model
 from lazarus.recordings import Array
 from lazarus.results import CompareRecord, LensModel
+from reference import run_whole
 
 PROMPT = "The answer is"
 WORDS = "t64 t27 t50 t23 t8 t91 t36 t70 t19"
@@ -48,13 +52,25 @@ def assert_same_numbers(found: CompareRecord, expected: CompareRecord) -> None:
 @pytest.mark.parametrize("name", swept(READ))
 def test_a_recording_of_a_model_is_that_model(name: str, tmp_path: Path) -> None:
     model, tokenizer = build(name), word_tokenizer()
-    record(model, [WORDS], tmp_path / "r", tokenizer=tokenizer)
+    recording = record(model, [WORDS], tmp_path / "r", tokenizer=tokenizer)
     live = compare(model, model, WORDS, tokenizer=tokenizer).record
     first = compare(tmp_path / "r", model, tokenizer=tokenizer).record
     assert_same_numbers(first, live)
     assert (first.model1.info.kind, first.model1.info.runtime is None) == ("recording", False)
     assert (first.model2.info.kind, first.position) == ("loaded", 8)
     assert all(pair.kl_1_2 == 0 for pair in first.layers)
+    assert_end_reads_the_last_block(model, recording)
+
+
+def assert_end_reads_the_last_block(model: Any, recording: Recording) -> None:
+    """Read through the norm and the head, the last block gives the model's own logits."""
+    ids, wrapped = recording.prompts[0].ids, wrap_model(model, "the model")
+    n_layers = recording.contents.model.n_layers
+    blocks = [torch.from_numpy(recording.rows(0, f"resid_post.{i}", len(ids) - 1)) for i in range(n_layers)]
+    token = RecordedToken(blocks, None, None)
+    read = read_recorded(wrapped, learn(wrapped, ids, 0), ids, token, lambda _: None)[-1]
+    own = run_whole(model, list(ids)).logits[0, -1]
+    assert (read - own).abs().max() <= 1e-5 * max(1.0, float(own.abs().max()))
 
 
 def of_first(model: Any, folder: Path, **options: Any) -> Recording:
@@ -173,7 +189,7 @@ def test_a_prompt_that_was_not_recorded_is_refused_with_the_first_difference(tmp
     record(model, ["What is AI?", PROMPT], tmp_path / "r", tokenizer=tokenizer)
     with pytest.raises(RecordingError, match=r"the nearest of 2, prompt 1 has no token at token \d, and the"):
         compare(model, tmp_path / "r", f"{PROMPT} 42", tokenizer=tokenizer)
-    with pytest.raises(UsageError, match=r"has 2 prompts, and compare takes one.*-p"):
+    with pytest.raises(UsageError, match=r"has 2 prompts, and compare takes one.*as the prompt"):
         compare(model, tmp_path / "r", tokenizer=tokenizer)
     assert compare(model, tmp_path / "r", PROMPT, tokenizer=tokenizer).record.prompt == PROMPT
 

@@ -52,7 +52,7 @@ class ActivationDiffCallback(TrainerCallback):  # type: ignore[misc]  # transfor
         trainer: the Trainer that it is added to.
         prompts: as those of `activation_diff`.
         every: the number of steps between two measurements; the last step is measured as well.
-        base: a model in memory to measure against, instead of the start.
+        base: a model in memory, or a recording of one, to measure against, instead of the start.
         tokenizer: instead of the Trainer's `processing_class`; a folder or Hub id names one.
         save_dir: a folder for every result, as `step-N.json`.
         options: those of `activation_diff`.
@@ -68,7 +68,7 @@ class ActivationDiffCallback(TrainerCallback):  # type: ignore[misc]  # transfor
         prompts: Prompts,
         *,
         every: int = 100,
-        base: PreTrainedModel | None = None,
+        base: PreTrainedModel | str | Path | None = None,
         tokenizer: Any | None = None,
         save_dir: str | Path | None = None,
         **options: Unpack[OptionArguments],

@@ -14,6 +14,7 @@ from bad_input import adapters, checkpoints, models, outputs, pairs
 from bad_input.kind import BadInput, Prepare, damaged
 from factories import save_model, tiny_llama, tiny_tokenizer
 from layouts import store_codes
+from lazarus import record
 
 WEIGHTS = "model.safetensors"
 SHARED = (
@@ -144,6 +145,16 @@ def _other(**changes: int) -> Prepare:
     return prepare
 
 
+def _recorded(prepare: Prepare) -> Prepare:
+    """The same where there is a recording of base, of one prompt."""
+
+    def prepared(folder: Path) -> list[str]:
+        record(folder / "base", ["Hello"], folder / "recording")
+        return prepare(folder)
+
+    return prepared
+
+
 WEIGHT_DIFF = (
     BadInput(
         "weight-diff: threshold",
@@ -181,6 +192,12 @@ WEIGHT_DIFF = (
         ("Missing option", "--finetuned"),
         exit_code=2,
         by_typer=True,
+    ),
+    BadInput(
+        "weight-diff: a recording",
+        "`-f recording`",
+        _recorded(_weights(f="recording")),
+        ("recording: a recording", "hidden states and no weights", "Name the model here"),
     ),
     BadInput(
         "weight-diff: pickled weights",
@@ -259,9 +276,28 @@ COMPARE = (
         "compare: no prompt",
         "`compare -m1 base -m2 finetuned`",
         lambda _: ["introspect", "compare", "-m1", "base", "-m2", "finetuned"],
-        ("Missing option", "--prompt"),
+        ("No prompt", "neither model is a recording"),
         exit_code=2,
-        by_typer=True,
+    ),
+    BadInput(
+        "compare: two recordings",
+        "`-m1 recording -m2 recording`",
+        _recorded(lambda _: ["introspect", "compare", "-m1", "recording", "-m2", "recording"]),
+        ("are recordings", "LM head of a live model", "Name the model"),
+        exit_code=2,
+    ),
+    BadInput(
+        "compare: a prompt that was not recorded",
+        "`-m1 base -m2 recording -p 'Hello there'`, and the recording is of another prompt",
+        _recorded(_compared(m2="recording", p="Hello there")),
+        ("recording does not hold this prompt", "at token", "Record this prompt"),
+    ),
+    BadInput(
+        "compare: the parting of a recording",
+        "`-m1 base -m2 recording --at parting`",
+        _recorded(_compared("--at", "parting", m2="recording")),
+        ("--at parting", "recording is a recording", "--at last"),
+        exit_code=2,
     ),
     BadInput(
         "compare: an empty prompt",

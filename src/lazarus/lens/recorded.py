@@ -112,7 +112,7 @@ def _read(
         if len(recording.prompts) != 1:
             raise UsageError(
                 f"{recording.name} has {len(recording.prompts)} prompts, and compare takes one. Give the "
-                "text of one of them with -p."
+                "text of one of them as the prompt."
             )
         trusts = options.trust_remote_code
         reading = read_brought(recording, live, asked.tokenizer, notes, trust_remote_code=trusts)
@@ -152,7 +152,8 @@ def _checked(recording: Recording, prompt: RecordedPrompt) -> RecordedPrompt:
         raise RecordingError(
             f"{recording.name} has no states of the last token of prompt {prompt.index}, which is {last}: it "
             f"has those of {listed(list(prompt.kept))}. Record with {option('position', 'last')} or "
-            f"{option('position', 'all')}."
+            f"{option('position', 'all')}.",
+            option="position",
         )
     return prompt
 
