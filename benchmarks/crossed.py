@@ -36,6 +36,7 @@ from benchmarks import places
 from benchmarks.trust_report import fill_in, table
 from lazarus import ActivationDiff, activation_diff, record
 from lazarus.demo import BASE
+from lazarus.options import RecordArguments
 
 RESULTS = places.ROOT / "benchmarks" / "results" / "crossed.json"
 DOCS = places.ROOT / "docs" / "upgrade.md"
@@ -99,8 +100,8 @@ class Found(Struct, frozen=True):
     job: Job
     verdict: str | None
     worst: float
-    """relative L2 as a multiple of the noise floor, at the layer where it is largest"""
-    layer: int
+    """relative L2 as a multiple of the noise floor, where that is largest"""
+    where: str
 
 
 class Results(Struct, frozen=True):
@@ -152,7 +153,8 @@ def record_all(wanted: Iterable[Job], environment: Environment, root: Path) -> N
         if how.environment == environment and not folder.exists():
             model = model_of(job.subject, job.dtype, environment.attention)
             tokenizer = tokenizer_of(job.subject)
-            record(model, PROMPTS, folder, tokenizer=tokenizer, batch_tokens=how.batch_tokens, device="cpu")
+            options: RecordArguments = {"batch_tokens": how.batch_tokens, "device": "cpu", "logits": True}
+            record(model, PROMPTS, folder, tokenizer=tokenizer, **options)
 
 
 def compare_all(wanted: Iterable[Job], environment: Environment, root: Path) -> list[Found]:
@@ -172,15 +174,16 @@ def compare_all(wanted: Iterable[Job], environment: Environment, root: Path) -> 
     return found
 
 
-def worst(diff: ActivationDiff) -> tuple[float, int]:
-    """Return the largest multiple of its noise floor that any layer's relative L2 is, and the layer."""
+def worst(diff: ActivationDiff) -> tuple[float, str]:
+    """Return the largest multiple of its noise floor that the relative L2 of any site is, and the site."""
+    places = [(f"layer {layer.layer}", layer) for layer in diff.layers]
     multiples = {
-        layer.layer: layer.relative_l2 / layer.noise_floor
-        for layer in diff.layers
-        if layer.relative_l2 is not None and layer.noise_floor
+        name: found.relative_l2 / found.noise_floor
+        for name, found in [*places, *((site.name, site) for site in diff.record.sites)]
+        if found.relative_l2 is not None and found.noise_floor
     }
-    layer = max(multiples, key=lambda each: multiples[each], default=-1)
-    return multiples.get(layer, float("nan")), layer
+    name = max(multiples, key=lambda each: multiples[each], default="")
+    return multiples.get(name, float("nan")), name
 
 
 def in_process(step: str, environment: Environment, n_runs: int, root: Path) -> bytes:

@@ -1,6 +1,7 @@
 """Run `test_compat.py` with several versions of transformers: `make test-compat`.
 
-Each version has an environment of its own for transformers and what it needs in other versions, such as
+Each version records the demo's base first, so that the tests of each compare it with what the others made of
+it. Each version has an environment of its own for transformers and what it needs in other versions, such as
 tokenizers. Everything else, torch above all, is that of the environment in which this runs. The table in
 docs/compatibility.md is written with `--update`; otherwise it must say what was found.
 """
@@ -8,6 +9,8 @@ docs/compatibility.md is written with `--update`; otherwise it must say what was
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -17,8 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree
 
+from lazarus.demo import BASE
+from test_compat import RECORDINGS as NAME_OF_RECORDINGS
+from test_compat import TEXTS
+
 HERE = Path(__file__).parent
 FOLDER = HERE.parent / ".venv-compat"
+RECORDINGS = FOLDER / "recordings"
 PAGE = HERE.parent / "docs" / "compatibility.md"
 VERSIONS = ("5.0.0", "5.12.1", "5.24.0")
 """the oldest, one in the middle, the newest"""
@@ -49,6 +57,18 @@ def environment(version: str) -> Path:
     return python
 
 
+def record(version: str) -> None:
+    """Record the demo's base with this version, for the tests of every version."""
+    folder = RECORDINGS / version
+    shutil.rmtree(folder, ignore_errors=True)
+    texts = [argument for text in TEXTS for argument in ("-p", text)]
+    command = ["-m", "lazarus", "introspect", "record", "-m", str(BASE), *texts, "--no-split", "--logits"]
+    done = subprocess.run(
+        [environment(version), *command, "-o", str(folder), "--quiet"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def results(version: str) -> dict[str, str]:
     """Return what each test says with this version: works, fails, or why it is refused."""
     python, report = environment(version), FOLDER / f"{version}.xml"
@@ -60,7 +80,11 @@ def results(version: str) -> dict[str, str]:
     options = ["-q", "-p", "no:cacheprovider", "-o", "junit_family=xunit1"]  # which has properties
     arguments = [*options, f"--junitxml={report}", str(HERE / "test_compat.py")]
     done = subprocess.run(
-        [python, "-m", "pytest", *arguments], capture_output=True, text=True, cwd=HERE.parent
+        [python, "-m", "pytest", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=HERE.parent,
+        env={**os.environ, NAME_OF_RECORDINGS: str(RECORDINGS)},
     )
     if done.returncode:
         sys.stderr.write(done.stdout[-8000:] + done.stderr[-2000:])
@@ -92,6 +116,7 @@ def main() -> None:
     parser.add_argument("--update", action="store_true", help="write the page")
     update = parser.parse_args().update
     with ThreadPoolExecutor(2) as pool:
+        list(pool.map(record, VERSIONS))
         found = list(pool.map(results, VERSIONS))
     text = page(found)
     sys.stdout.write(text)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,6 +28,8 @@ from lazarus.demo import BASE, FINETUNED, PROMPTS
 from lazarus.errors import MissingPackageError, TokenizerMismatchError, UnsupportedModelError
 from lazarus.integrations import ActivationDiffCallback
 
+RECORDINGS = "LAZARUS_RECORDINGS"
+"""the folder in which each version has recorded the demo's base"""
 TEXTS = ["12 + 7 =", "If the file does not exist, then the", "What is 6 * 9? The answer is"]
 
 
@@ -100,6 +103,20 @@ def test_compare_ends_with_what_the_models_say() -> None:
         ids = torch.tensor([tokenizer("12 + 7 =")["input_ids"]])
         logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits[0, -1]
         assert model.layers[-1].top[0].token_id == int(logits.argmax())
+
+
+def test_recordings_of_every_version_are_of_the_same_model(tmp_path: Path) -> None:
+    """`make test-compat` records with each version first; elsewhere there is that of this one alone."""
+    folder = Path(os.environ.get(RECORDINGS, tmp_path))
+    if RECORDINGS not in os.environ:
+        lazarus.record(BASE, TEXTS, tmp_path / "own", logits=True)
+    recordings = sorted(folder.iterdir())
+    assert recordings
+    for recording in recordings:
+        diff = lazarus.activation_diff(BASE, recording, TEXTS, localize=True)
+        assert diff.summary.verdict in ("identical", "within_noise"), recording
+        diff.check_gates(expect="identical", only_compared=True)
+        assert lazarus.compare(BASE, recording, TEXTS[0]).record.summary.max_js == pytest.approx(0, abs=1e-9)
 
 
 def test_an_adapter_changes_what_comes_after_it(adapter: Path) -> None:
