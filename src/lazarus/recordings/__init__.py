@@ -4,8 +4,12 @@ format.py      recording.json: its records, its JSON Schema, what is refused of 
 tensors.py     the tensors of a safetensors file, written in any order and read one at a time
 recording.py   `Recording`: write one prompt by prompt, or open one and read its rows
 sites.py       what the sites of a recording are called
+llama_cpp.py   GGUF files run by llama.cpp, by the package llama-cpp-python
+vllm.py        the files of vLLM's hidden states connector
+arrays.py      npy, npz and safetensors files of other programs
 """
 
+from lazarus.recordings.arrays import from_arrays
 from lazarus.recordings.format import (
     FORMAT_VERSION,
     MANIFEST,
@@ -17,6 +21,7 @@ from lazarus.recordings.format import (
     Shard,
     recording_schema,
 )
+from lazarus.recordings.llama_cpp import LlamaCppOptions, record_gguf
 from lazarus.recordings.recording import (
     Recording,
     RecordingWriter,
@@ -27,6 +32,7 @@ from lazarus.recordings.recording import (
 )
 from lazarus.recordings.sites import EMBEDDING, FINAL_NORM, LOGITS, TOP_IDS, TOP_LOGPROBS, ordered, site_name
 from lazarus.recordings.tensors import Array, BFloat16Bits, TensorWriter
+from lazarus.recordings.vllm import from_vllm
 
 __all__ = [
     "EMBEDDING",
@@ -39,6 +45,7 @@ __all__ = [
     "Array",
     "BFloat16Bits",
     "Contents",
+    "LlamaCppOptions",
     "RecordedModel",
     "RecordedPrompt",
     "RecordedTokenizer",
@@ -48,9 +55,12 @@ __all__ = [
     "Shard",
     "TensorWriter",
     "check_brought",
+    "from_arrays",
+    "from_vllm",
     "is_recording",
     "make_folder",
     "ordered",
+    "record_gguf",
     "recording_schema",
     "site_name",
     "write_manifest",
