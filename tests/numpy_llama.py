@@ -83,8 +83,10 @@ class Arithmetic:
     """what a matrix of weights is multiplied by"""
     cached: Rounding
     """keys and values"""
-    query: Rounding
-    """what keys are multiplied by"""
+    attending: Rounding
+    """queries, and the weights of attention: what keys and values are multiplied by"""
+    iterates_angles: bool = False
+    """each rotary angle is the one before times a constant, in float32"""
 
 
 def exact(array: Array) -> Array:
@@ -120,8 +122,8 @@ ARITHMETIC: Mapping[str, Arithmetic] = {
     "float32": Arithmetic(exact, exact, exact, exact),
     "bfloat16": Arithmetic(to_bfloat16, exact, exact, exact),
     # F16 weights and the cache meet float16, weights in 8 or 4 bits meet 8 bits; sums are float32.
-    "llama.cpp-f16": Arithmetic(exact, to_float16, to_float16, to_float16),
-    "llama.cpp-q8": Arithmetic(exact, to_q8, to_float16, to_float16),
+    "llama.cpp-f16": Arithmetic(exact, to_float16, to_float16, to_float16, iterates_angles=True),
+    "llama.cpp-q8": Arithmetic(exact, to_q8, to_float16, to_float16, iterates_angles=True),
 }
 
 
@@ -241,11 +243,11 @@ class Block:
         key = self.arithmetic.cached(rotated(heads("k_proj"), cosines, sines, result))
         value = self.arithmetic.cached(heads("v_proj"))
         scale = np.float32(width**-0.5 * self.amount("attention_scale", 1.0))
-        scores = self.arithmetic.query(query) @ np.repeat(key, groups, axis=0).transpose(0, 2, 1)
+        scores = self.arithmetic.attending(query) @ np.repeat(key, groups, axis=0).transpose(0, 2, 1)
         scores = np.where(self.visible(n_tokens), result(result(scores) * scale), -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights = result(weights / weights.sum(-1, keepdims=True))
-        mixed = result(weights @ np.repeat(value, groups, axis=0))
+        mixed = result(self.arithmetic.attending(weights) @ np.repeat(value, groups, axis=0))
         return self.product(mixed.transpose(1, 0, 2).reshape(n_tokens, -1), "self_attn.o_proj")
 
     def rotations(self, n_tokens: int, width: int) -> tuple[Array, Array]:
@@ -253,9 +255,14 @@ class Block:
         rope = self.config.get("rope_parameters") or self.config
         assert rope.get("rope_type", "default") == "default", rope
         base = rope["rope_theta"] * self.amount("rope_base", 1.0)
-        frequencies = np.float32(1) / np.float32(base) ** (np.arange(0, width, 2, dtype=np.float32) / width)
-        angles = np.outer(np.arange(n_tokens, dtype=np.float32), frequencies).astype(np.float32)
-        angles = np.concatenate([angles, angles], axis=1)
+        places = np.arange(n_tokens, dtype=np.float32)[:, None]
+        if self.arithmetic.iterates_angles:
+            factors = np.full((n_tokens, width // 2 - 1), np.float32(base) ** np.float32(-2 / width))
+            half = np.cumprod(np.concatenate([places, factors], axis=1), axis=1, dtype=np.float32)
+        else:
+            exponents = np.arange(0, width, 2, dtype=np.float32) / width
+            half = (places / np.float32(base) ** exponents).astype(np.float32)
+        angles = np.concatenate([half, half], axis=1)
         return self.arithmetic.result(np.cos(angles)), self.arithmetic.result(np.sin(angles))
 
     def visible(self, n_tokens: int) -> Array:

@@ -72,6 +72,8 @@ class LlamaCppOptions:
     """None for all cores"""
     n_gpu_layers: int = 0
     """blocks on the GPU, if llama-cpp-python was built for one; -1 for all"""
+    repacked: bool = True
+    """let llama.cpp rearrange weights for the CPU's matrix units, as it does by itself"""
     logits: bool = False
     """also record the logits of every token"""
     model_name: str | None = None
@@ -135,6 +137,7 @@ class Model:
             self.library.llama_backend_init()
             settings = self.library.llama_model_default_params()
             settings.n_gpu_layers = options.n_gpu_layers
+            settings.use_extra_bufts = options.repacked
             self.handle = self.library.llama_model_load_from_file(os.fsencode(path), settings)
         if not self.handle:
             raise WeightsError(
@@ -161,7 +164,8 @@ class Model:
 
     def close(self) -> None:
         """Free its memory."""
-        self.library.llama_model_free(self.handle)
+        with quiet():
+            self.library.llama_model_free(self.handle)
 
     def metadata(self, key: str) -> str | None:
         """Return a value of the file's metadata as text; None where there is none."""
@@ -206,7 +210,9 @@ class Model:
             UsageError: an id is not in the vocabulary.
         """
         if isinstance(prompt, str):
-            prompt = RecordedPrompt(index=index, text=prompt, ids=self.tokens(prompt) or [0])
+            prompt = RecordedPrompt(index=index, text=prompt, ids=self.tokens(prompt))
+        if not prompt.ids:
+            raise UsageError(f"prompt {index}: llama.cpp's tokenizer gives it no token. Leave it out.")
         if len(prompt.ids) > self.n_context:
             raise PromptTooLongError(
                 f"prompt {index}: {len(prompt.ids)} tokens, and the context of {self.path} has "
@@ -283,7 +289,8 @@ class Context:
         self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         self.model.library.llama_batch_free(self.batch)
-        self.model.library.llama_free(self.handle)
+        with quiet():
+            self.model.library.llama_free(self.handle)
 
     def run(self, ids: Sequence[int]) -> dict[str, Array]:
         """Run one prompt alone; return [tokens, width] of every site.
