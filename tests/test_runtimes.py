@@ -25,7 +25,7 @@ from lazarus.errors import LazarusError, PromptTooLongError, UnsupportedModelErr
 from lazarus.recordings import LlamaCppOptions, RecordedPrompt, Recording, record_gguf
 from numpy_llama import Array, forward
 from reference import block_outputs, run_whole
-from site_examples import ROOT, blocks_of
+from site_examples import ROOT, Block, Terminal, blocks_of, steps_of
 
 in_llama_cpp = pytest.mark.skipif(
     find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed: make test-runtimes"
@@ -184,6 +184,22 @@ def test_the_command_records_what_activation_diff_compares(tmp_path: Path) -> No
     assert max(layer.local.relative_l2 for layer in diff.layers if layer.local) < 2e-3
 
 
+@in_llama_cpp
+def test_the_examples_of_the_page_run_in_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(tmp_path / "base", tiny_llama(), tiny_tokenizer())
+    save_gguf(tmp_path / "model-q8_0.gguf", tiny_llama(), tiny_tokenizer(), gguf.GGMLQuantizationType.Q8_0)
+    (tmp_path / "prompts.txt").write_text("Hello, how are you?\nWhat is AI?\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(script("record_llama_cpp.py"), "record_llama_cpp.py", "exec"), {})
+    exact = Recording.open("in-llama.cpp-exact")
+    assert exact.contents.runtime.details["kv_cache"] == "float32"
+    (block,) = [
+        block for block in blocks() if block.first_line.startswith("lazarus introspect record -m model")
+    ]
+    Terminal(tmp_path).run(steps_of(block))
+    assert len(Recording.open("in-llama.cpp").prompts) == 2
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -203,8 +219,12 @@ def test_options_that_are_not_of_llama_cpp_are_refused(
 
 def script(title: str) -> str:
     """A block of the page, by its title."""
-    blocks = blocks_of("docs/runtimes.md", PAGE.read_text(encoding="utf-8"))
-    return next(block.text for block in blocks if block.title == title)
+    return next(block.text for block in blocks() if block.title == title)
+
+
+def blocks() -> list[Block]:
+    """The blocks of the page."""
+    return blocks_of("docs/runtimes.md", PAGE.read_text(encoding="utf-8"))
 
 
 @in_onnx

@@ -17,12 +17,14 @@ from typing import Any
 import gguf
 import huggingface_hub
 import jsonschema
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import typer.main
 import yaml
 from peft import IA3Config, LoraConfig
+from safetensors.numpy import save_file
 
 from factories import save_model, tiny_llama, tiny_tokenizer
 from layouts import publish, save_adapter, save_gguf
@@ -30,6 +32,7 @@ from lazarus import activation_diff
 from lazarus.cli import app
 from lazarus.commands import commands
 from lazarus.results import json_schema
+from numpy_llama import forward, read_model
 from packed import quantised_copy
 from site_examples import ROOT, Block, Step, Terminal, blocks_of, matches, steps_of
 from site_json import MEANINGS, NULL_WHEN, described_fields, is_nullable, json_page, meaning, null_when
@@ -42,6 +45,7 @@ PAGES = {
 GENERATED_FROM_TESTS = "docs/errors.md"
 
 COMPARE = "lazarus introspect activation-diff"
+IN_RUNTIMES = "needs a runtime that `make test-runtimes` installs: tests/test_runtimes.py runs it"
 NOT_RUN = {
     ("README.md", "src/lazarus/"): "a map; tests/test_docs.py holds it against the source",
     ("docs/architecture.md", "prompts ─ tokens ─►"): "a drawing",
@@ -56,6 +60,10 @@ NOT_RUN = {
     ("docs/how-to-read-it.md", f"{COMPARE} -b smollm2"): "needs the real pair that `make bench` makes",
     ("docs/how-to-read-it.md", "Layer    Avg Cos Sim    Divergence       Local"): "what that run printed",
     ("docs/models.md", f"{COMPARE} -b base -f finetuned -p @prompts.txt --device cuda:1"): "needs two GPUs",
+    ("docs/runtimes.md", "lazarus introspect record -m model-q8_0.gguf"): IN_RUNTIMES,
+    ("docs/runtimes.md", "from lazarus.recordings import LlamaCppOptions"): IN_RUNTIMES,
+    ("docs/runtimes.md", "import onnxruntime"): IN_RUNTIMES,
+    ("docs/runtimes.md", "from vllm import LLM"): "needs vLLM and a GPU; it was not run",
 }
 """Blocks that are not run: the page, how the first line begins, and the reason."""
 
@@ -86,9 +94,20 @@ def models(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, finetune
     save_adapter(root / "adapter-2", base_folder, ia3)
     quantised_copy(base_folder, root / "base-w4")
     save_gguf(root / "model-q8_0.gguf", tiny_llama(), tiny_tokenizer(), gguf.GGMLQuantizationType.Q8_0)
+    write_requests(root / "hidden-states", base_folder)
     commits = {"v1": ("a" * 40, base_folder), "main": ("b" * 40, finetuned_folder)}
     publish(root / "hub", "org/model", commits)
     return root
+
+
+def write_requests(folder: Path, base: Path) -> None:
+    """What vLLM writes of two requests."""
+    folder.mkdir()
+    config, weights = read_model(base)
+    for number, ids in enumerate(([0, 17, 255, 3, 99], [0, 250, 11])):
+        states = list(forward(weights, config, ids).values())[:-1]  # but for the final norm
+        request = {"token_ids": np.array(ids), "hidden_states": np.stack(states, axis=1)}
+        save_file(request, folder / f"{number}-a1f0.safetensors")
 
 
 @pytest.fixture(scope="module")
