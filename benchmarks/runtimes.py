@@ -94,6 +94,19 @@ def local_errors(recording: Recording, weights: dict[str, Array], dtype: str) ->
     return np.array(found)
 
 
+def own_errors(recording: Recording, weights: dict[str, Array], dtype: str) -> Array:
+    """Return how far a block is from itself on states that are one unit in the last place of float32 away."""
+    found = []
+    for layer in range(N_LAYERS):
+        prefix = f"model.layers.{layer}."
+        parts = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+        block = numpy_llama.Block(CONFIG, parts, numpy_llama.ARITHMETIC[dtype], None)
+        before = recording.rows(0, f"resid_post.{layer - 1}" if layer else "embedding")
+        ours, theirs = block.run(before), block.run(np.nextafter(before, np.float32(np.inf)))
+        found.append(np.linalg.norm(ours - theirs) / np.linalg.norm(ours - before))
+    return np.array(found)
+
+
 def recorded(name: str, path: Path, options: LlamaCppOptions) -> Recording:
     """Record the benchmark's prompts in llama.cpp; they are recorded anew."""
     folder = places.CACHE / "recordings" / name
@@ -150,6 +163,9 @@ def rounding() -> None:
         flash = "flash attention" if options.flash_attention is None else "without flash attention"
         say(f"  {kind}, {flash}, each block on llama.cpp's states before it, over what the block adds:")
         say(f"    exact {_range(plain)}; with llama.cpp's roundings {_range(rounded)}")
+        say(
+            f"    one unit in the last place moves the rounded block by {_range(own_errors(made, weights, dtype))}"
+        )
 
 
 def ranking() -> None:

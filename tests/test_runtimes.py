@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from typer.testing import CliRunner
 
 import lazarus
 from factories import save_model, tiny_llama, tiny_tokenizer
 from ggufs import write_gguf
 from layouts import save_gguf
-from lazarus.cli import main
+from lazarus.cli import app
 from lazarus.errors import LazarusError, PromptTooLongError, UnsupportedModelError, UsageError, WeightsError
 from lazarus.recordings import LlamaCppOptions, RecordedPrompt, Recording, record_gguf
 from numpy_llama import Array, forward
@@ -175,13 +176,16 @@ def test_the_command_records_what_activation_diff_compares(tmp_path: Path) -> No
     model, recording = str(tmp_path / "model.gguf"), str(tmp_path / "recording")
     prompts = ["-p", "Hello, how are you?|What is AI?"]
     command = ["introspect", "record", "-m", model, *prompts, "-o", recording, "--runtime", "llama.cpp"]
-    with pytest.raises(SystemExit) as ended:
-        main(command)
-    assert ended.value.code == 0
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
     diff = lazarus.activation_diff(base, recording, localize=True)
-    assert diff.finetuned.runtime == "llama.cpp llama-cpp-python 0.3.36"
-    assert max(layer.relative_l2 or 0.0 for layer in diff.layers) < 2e-3
-    assert max(layer.local.relative_l2 for layer in diff.layers if layer.local) < 2e-3
+    assert diff.record.finetuned.runtime == "llama.cpp llama-cpp-python 0.3.36"
+    for layer in diff.layers:
+        assert layer.relative_l2 is not None
+        assert layer.relative_l2 < 2e-3
+        assert layer.local is not None
+        assert layer.local.relative_l2 is not None
+        assert layer.local.relative_l2 < 2e-3
 
 
 @in_llama_cpp
