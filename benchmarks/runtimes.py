@@ -163,9 +163,8 @@ def rounding() -> None:
         flash = "flash attention" if options.flash_attention is None else "without flash attention"
         say(f"  {kind}, {flash}, each block on llama.cpp's states before it, over what the block adds:")
         say(f"    exact {_range(plain)}; with llama.cpp's roundings {_range(rounded)}")
-        say(
-            f"    one unit in the last place moves the rounded block by {_range(own_errors(made, weights, dtype))}"
-        )
+        moved = _range(own_errors(made, weights, dtype))
+        say(f"    the rounded block, on states one unit in the last place away: {moved}")
 
 
 def ranking() -> None:

@@ -5,6 +5,7 @@ A test is skipped where its runtime is not installed: `make test-runtimes` build
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -264,6 +265,22 @@ def recorded(path: Path, folder: Path, options: LlamaCppOptions) -> Recording:
 
     texts = places.PROMPTS.read_text(encoding="utf-8").splitlines()[:TEXTS]
     return record_gguf(path, texts, folder, options)
+
+
+@pytest.mark.real
+@in_onnx
+def test_smollm2_in_onnx_runtime_is_that_of_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import places
+
+    (tmp_path / "base").symlink_to(places.BASE)
+    shutil.copy(places.PROMPTS, tmp_path / "prompts.txt")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(script("record_onnx.py"), "record_onnx.py", "exec"), {})
+    made = Recording.open("in-onnx")
+    model = AutoModelForCausalLM.from_pretrained(places.BASE, dtype=torch.float32)
+    assert furthest(made, model, [prompt.ids for prompt in made.prompts[:TEXTS]]) < 1e-5
 
 
 @pytest.mark.real

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
+import torch
+
+from lazarus import _transformers
 from lazarus.activation.prepare import Given, Observer, read_asked
 from lazarus.engine import check_positions
 from lazarus.errors import UsageError
-from lazarus.loading import Model, load_alone
+from lazarus.loading import Model
 from lazarus.messages import option
-from lazarus.models import tokenizer_digest
+from lazarus.models import LoadedModel, LoadOptions, Source, dissect, parse_model, tokenizer_digest
+from lazarus.models.checkpoint import build_empty
+from lazarus.models.faults import translated
 from lazarus.models.gguf.parts import read_files
+from lazarus.models.opening import open_checkpoint
 from lazarus.notes import Notes
 from lazarus.options import RecordOptions, parse_position
 from lazarus.reading import Reading
@@ -37,30 +42,46 @@ def record_in_llama_cpp(
         LazarusError: as `record`.
     """
     _check_options(chosen)
+    source = _gguf_file(model)
+    watcher.loading("base", source.name)
     notes = Notes(given.prompts.notes)
-    # Block by block nothing is read before it runs, and no block runs here.
-    options = replace(given.options, memory="stream")
-    with given.memory_faults():
-        loaded = load_alone(model, "base", options, given.device, watcher.loading, Notes())
-    if loaded.source is None or loaded.source.gguf_file is None or loaded.adapter is not None:
-        raise UsageError(
-            f"{option('runtime', RUNTIME)} runs .gguf files, and {loaded.name} is none. Name a .gguf file, "
-            f"without an adapter, or leave {option('runtime')} out.",
-            option="runtime",
-        )
+    empty = _empty(source, trust_remote_code=chosen.trust_remote_code)
     watcher.testing(given.prompts.prompts)
-    reading = read_asked(given, (loaded, loaded), notes)
+    reading = read_asked(given, (empty, empty), notes)
     prompts = prompts_to_record(reading, _position(chosen, reading))
     watcher.running(sum(len(prompt.ids) for prompt in prompts))
     how = LlamaCppOptions(
         n_gpu_layers=0 if given.device.type == "cpu" else -1,
         logits=chosen.logits,
-        model_name=loaded.name,
+        model_name=source.name,
         tokenizer_sha256=tokenizer_digest(reading.tokenizers[0]),
         notes=tuple(notes.texts),
     )
-    path = read_files(loaded.source).paths[0]
+    path = read_files(source).paths[0]
     return record_gguf(path, prompts, folder, how, watcher.advanced)
+
+
+def _gguf_file(model: Model) -> Source:
+    named = parse_model(str(model)) if isinstance(model, str | Path) else None
+    if named is None or named.model is None or named.model.gguf_file is None or named.adapters:
+        name = type(model).__name__ if named is None else named.name
+        raise UsageError(
+            f"{option('runtime', RUNTIME)} runs .gguf files, and {name} is none. Name a .gguf file, without "
+            f"an adapter, or leave {option('runtime')} out.",
+            option="runtime",
+        )
+    return named.model
+
+
+def _empty(source: Source, *, trust_remote_code: bool) -> LoadedModel:
+    """Return a GGUF model without its weights: what is asked of it is which prompts it can read."""
+    options = LoadOptions(None, torch.device("meta"), trust_remote_code)
+    opened = open_checkpoint(source, options)
+    with translated(source.name):
+        kind = _transformers.registered_class(opened.model_class, opened.config)
+        assert kind is not None, "a GGUF file has no code of its own"
+        model = build_empty(kind, opened.config, [], torch.float32)
+    return LoadedModel(source.name, "gguf", model, dissect(model), source, tokenizer_sources=(source,))
 
 
 def prompts_to_record(reading: Reading, position: Position) -> Sequence[RecordedPrompt]:

@@ -190,8 +190,8 @@ class Model:
             "n_layers": self.n_layers,
             "hidden_size": self.hidden_size,
             "architecture": self.architecture,
-            # "llama 135M F16": the name and the size have no blanks.
-            "stored_dtype": description.split(" ", 2)[-1],
+            # "llama 135M F16": the name and the size have no blanks, and a type may be a guess.
+            "stored_dtype": description.split(" ", 2)[-1].removeprefix("(guessed) "),
             "run_dtype": "float32",
             "causal": self.metadata(f"{self.architecture}.attention.causal") != "false",
             "layer_norm": by_mean,
