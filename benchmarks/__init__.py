@@ -15,6 +15,8 @@ size.py          the command: streams, what is shared, shards, many prompts
 weight_diff.py   the command: weight-diff against reading and NumPy, and against modeldelta
 numpy_pass.py    reading both files and one pass of NumPy float32
 figures.py       figures in parts: saved, and put into a page
+extras.py        the command: what options cost
+estimates.py     the command: what --estimate says, held against the runs
 
 And what the numbers are held against:
 
@@ -37,7 +39,7 @@ mutations.py       the mutants of a module
 mutant_tests.py    which tests run which lines, and the tests on a mutant, in forks
 mutant_results.py  what came of them, as records
 
-Run as `python -m benchmarks.speed` from the root of the repository. speed, commands, results and
-report import no torch: a process inherits the peak memory of the one that starts it, so that one must
+Run as `python -m benchmarks.speed` from the root of the repository. speed, commands, estimates, results
+and report import no torch: a process inherits the peak memory of the one that starts it, so that one must
 be small.
 """

@@ -265,4 +265,11 @@ An option's run and the same run without it take turns in one process (`python -
 
 <!-- measured: begin -->
 <!-- measured: end -->
+
+## What `--estimate` says
+
+A run is estimated and then done, each in a process of its own, by turns (`python -m benchmarks.estimates`).
+
+<!-- estimates: begin -->
+<!-- estimates: end -->
 """

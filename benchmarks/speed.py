@@ -132,9 +132,10 @@ def write_docs(source: Path, target: Path) -> None:
     """Write the page of the last results."""
     target.parent.mkdir(exist_ok=True)
     target.write_text(report.markdown(read(source)), encoding="utf-8")
-    from benchmarks import extras  # here, because it imports torch
+    from benchmarks import estimates, extras  # here, because one of them imports torch
 
     extras.write_docs(target)
+    estimates.write_docs(target)
 
 
 def main() -> None:

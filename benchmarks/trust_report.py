@@ -70,11 +70,11 @@ def _page(trust: Trust) -> list[str]:
 MARKS = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
-def fill_in(page: Path, lines: str) -> None:
+def fill_in(page: Path, lines: str, marks: tuple[str, str] = MARKS) -> None:
     """Write what was measured between the marks of a page."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
-    after = rest.partition(MARKS[1])[2]
-    page.write_text(f"{before}{MARKS[0]}\n\n{lines}\n\n{MARKS[1]}{after}", encoding="utf-8")
+    before, _, rest = page.read_text(encoding="utf-8").partition(marks[0])
+    after = rest.partition(marks[1])[2]
+    page.write_text(f"{before}{marks[0]}\n\n{lines}\n\n{marks[1]}{after}", encoding="utf-8")
 
 
 def mutants_table(modules: Sequence[Figures]) -> str:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         WeightFacts,
         activation_diff,
         conclude,
+        estimate_run,
         iter_state_pairs,
     )
     from lazarus.activation.capture import record
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from lazarus.lens import compare
     from lazarus.recordings import BFloat16Bits, Recording
     from lazarus.result_classes import ActivationDiff, Comparison, WeightDiff, load_result
+    from lazarus.results import Estimate
     from lazarus.weights import weight_diff
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "ActivationDiff",
     "BFloat16Bits",
     "Comparison",
+    "Estimate",
     "LazarusError",
     "ModelFacts",
     "PairFacts",
@@ -52,6 +55,7 @@ __all__ = [
     "activation_diff",
     "compare",
     "conclude",
+    "estimate_run",
     "iter_state_pairs",
     "load_result",
     "record",
@@ -67,6 +71,7 @@ _HOMES = {
     "WeightFacts": "lazarus.activation",
     "activation_diff": "lazarus.activation",
     "conclude": "lazarus.activation",
+    "estimate_run": "lazarus.activation",
     "iter_state_pairs": "lazarus.activation",
     "record": "lazarus.activation",
     "compare": "lazarus.lens",
@@ -77,6 +82,7 @@ _HOMES = {
     "Comparison": "lazarus.result_classes",
     "WeightDiff": "lazarus.result_classes",
     "load_result": "lazarus.result_classes",
+    "Estimate": "lazarus.results",
     "LazarusError": "lazarus.errors",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -12,16 +13,21 @@ from torch import nn
 from lazarus.errors import DeviceError, ModelError, UsageError
 from lazarus.messages import option
 from lazarus.models import (
+    Clock,
     LoadedModel,
     LoadOptions,
     ModelReference,
+    StandIn,
+    check_paged,
     estimate,
     fits_surely,
     free_bytes,
     load_one,
     load_paged,
     load_pair,
+    page,
     parse_model,
+    stand_in_pair,
     wrap_model,
 )
 from lazarus.notes import Notes
@@ -108,6 +114,47 @@ def _in_memory_already() -> UsageError:
         f"in memory already. Name both by their folders, or use {option('memory', 'resident')}.",
         option="memory",
     )
+
+
+@dataclass(frozen=True)
+class StandIns:
+    """Two models that stand in for those of a run."""
+
+    pair: tuple[StandIn, StandIn]
+    streams: bool
+
+    @property
+    def models(self) -> tuple[LoadedModel, LoadedModel]:
+        """Return them as loaded models."""
+        return self.pair[0].model, self.pair[1].model
+
+
+def load_stand_ins(
+    models: tuple[Model, Model], chosen: Options, device: torch.device, clock: Clock, *, whole: bool
+) -> StandIns:
+    """Return two models of random weights in the place of those that are named, as `load_models` loads them.
+
+    With `whole` every block of them runs, and else a few of each kind, by `clock`.
+
+    Raises:
+        UsageError: a model is in memory.
+        ModelError: one of them cannot be opened, or is built only from its weights.
+        DeviceError: there is no room for a few blocks.
+    """
+    options = _load_options(chosen, device)
+    named = [parse_model(str(m)) if isinstance(m, str | Path) else m for m in models]
+    match named:
+        case [ModelReference() as first, ModelReference() as second]:
+            pass
+        case _:
+            raise UsageError("an estimate is of models that are not loaded: give them by their names.")
+    streams = chosen.memory == "stream"
+    if chosen.memory == "auto":
+        streams = _must_stream((first, second), options, Notes())
+    if streams:
+        check_paged(first, second, options)
+    pair = stand_in_pair(first, second, options, clock, whole=whole)
+    return StandIns(page(pair, clock) if streams else pair, streams)
 
 
 def pick_device(name: str, rank: Rank) -> torch.device:

@@ -29,6 +29,7 @@ and a `Plan`.
 
 from lazarus.activation.accumulation import Accumulation, Plan
 from lazarus.activation.capture import record
+from lazarus.activation.estimate import estimate_run
 from lazarus.activation.prepare import Observer
 from lazarus.activation.result import About, conclude
 from lazarus.activation.run import Prompts, StatePairs, activation_diff, iter_state_pairs
@@ -48,6 +49,7 @@ __all__ = [
     "WeightFacts",
     "activation_diff",
     "conclude",
+    "estimate_run",
     "iter_state_pairs",
     "record",
 ]

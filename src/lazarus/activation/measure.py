@@ -91,8 +91,14 @@ class Job:
     def run(self, part: Part) -> Iterator[StatePair]:
         """Yield every pair of states of a part."""
         plan = self.plan
-        n_sampled = sum(len(batch.members) for batch in part.sample)
-        noise = NoisePlan(
+        noise = self.noise_plan(part)
+        work = Work(part.batches, part.sample, noise, plan.position, plan.localize, part.again, self.given)
+        return self.paired(run(self.pair, work, self.advanced))
+
+    def noise_plan(self, part: Part) -> NoisePlan:
+        """Return how the noise of a part is measured."""
+        plan, n_sampled = self.plan, sum(len(batch.members) for batch in part.sample)
+        return NoisePlan(
             n_prompts=n_sampled,
             batch_tokens=plan.batch_tokens,
             position=plan.position,
@@ -100,8 +106,6 @@ class Job:
             seed=plan.seed,
             among_others=n_sampled < len(plan.repeats.distinct),
         )
-        work = Work(part.batches, part.sample, noise, plan.position, plan.localize, part.again, self.given)
-        return self.paired(run(self.pair, work, self.advanced))
 
 
 def shared_parts(job: Job, folder: WorkFolder) -> list[Part]:

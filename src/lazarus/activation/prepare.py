@@ -121,7 +121,7 @@ def prepare(given: Given, base: Model, finetuned: Model, watcher: Observer) -> P
         models = load_models((base, finetuned), given.options, given.device, watcher.loading, notes)
     with given.running():
         watcher.testing(given.prompts.prompts)
-        return _learn(given, models, read_asked(given, models, notes), notes)
+        return learn_models(given, models, read_asked(given, models, notes), notes)
 
 
 def prepare_alone(
@@ -144,7 +144,7 @@ def prepare_alone(
         loaded = load_alone(model, role, given.options, given.device, watcher.loading, notes)
     with given.running():
         reading = read(loaded, notes=notes)
-        return _learn(given, (loaded, loaded), reading, notes)
+        return learn_models(given, (loaded, loaded), reading, notes)
 
 
 def read_asked(given: Given, models: tuple[LoadedModel, LoadedModel], notes: Notes) -> Reading:
@@ -177,7 +177,14 @@ def take_up(prepared: Prepared, run: RunPlan, others: Mapping[str, str] | None =
     given.folder.begin(fingerprint(models, prompts, given.options, settings))
 
 
-def _learn(given: Given, models: tuple[LoadedModel, LoadedModel], reading: Reading, notes: Notes) -> Prepared:
+def learn_models(
+    given: Given, models: tuple[LoadedModel, LoadedModel], reading: Reading, notes: Notes
+) -> Prepared:
+    """Learn how two loaded models behave, and settle what is run through them.
+
+    Raises:
+        LazarusError: as `activation_diff`.
+    """
     options, prompts = given.options, reading.prompts
     _note_precision(models[0], notes)
     reading.note_apart(notes)

@@ -190,8 +190,7 @@ def given_for(
 
 def _compare(prepared: Prepared, watcher: Observer) -> ActivationDiff:
     """Run two models that are prepared, and conclude."""
-    given, pair, reading = prepared.given, prepared.pair, prepared.reading
-    layers = prepared.readout_layers
+    given, pair = prepared.given, prepared.pair
     # Before anything runs: a folder of another run is refused here.
     take_up(prepared, prepared.run)
     seen = Accumulation(prepared.facts, prepared.plan)
@@ -203,6 +202,15 @@ def _compare(prepared: Prepared, watcher: Observer) -> ActivationDiff:
     prepared.run.note(notes)
     notes.extend(on_shards)
     attributed = _attributed(prepared, seen, watcher, notes) if given.options.attribute else None
+    return conclude_run(prepared, seen, attributed, (notes, breaks))
+
+
+def conclude_run(
+    prepared: Prepared, seen: Accumulation, attributed: Attributed | None, told: tuple[Notes, Notes]
+) -> ActivationDiff:
+    """Return the result of what was accumulated: `told` are the notes, and those on states not finite."""
+    given, pair, reading, layers = prepared.given, prepared.pair, prepared.reading, prepared.readout_layers
+    notes, breaks = told
     seen.facts = with_broken_weights(pair, seen.facts, breaks)
     note_breaks(pair, seen, reading, breaks)
     text_of = partial(token_text, reading.tokenizers[0])

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from lazarus.cli import arguments as a
 from lazarus.cli.app import app, introspect
 from lazarus.cli.imports import heavy_imports
@@ -27,6 +29,7 @@ def activation_diff(
     prompts: a.PromptsOrRecorded = None,
     output: a.Outputs = None,
     *,
+    estimate: a.Estimate = False,
     quiet: a.Quiet = False,
     debug: a.Debug = False,
     **options: Any,
@@ -59,7 +62,10 @@ def activation_diff(
             check_responses(found.prompts, options["position"])
             check_token_prompts(options["token_prompts"], len(found.prompts))
         observer = _observer(quiet, debug, saves=bool(output))
-        _compare(base, finetuned, found, output, observer, **options)
+        if estimate:
+            _estimate(base, finetuned, found, **options)
+        else:
+            _compare(base, finetuned, found, output, observer, **options)
 
 
 @app.command()
@@ -100,6 +106,16 @@ def _compare(
     print_and_save(f"\n{text.table(diff.record)}\n\n{text.summary(diff.record)}", diff, outputs)
     gates = {name: options[name] for name in ("fail_above", "expect", "only_compared") if name in options}
     diff.check_gates(**gates)
+
+
+def _estimate(base: str, finetuned: str, found: PromptList | None, **options: Any) -> None:
+    """Print what the run would take; the time until here is its own."""
+    from lazarus.activation import estimate_run
+    from lazarus.estimating import since_start
+    from lazarus.render.base import estimates
+
+    start = since_start()
+    typer.echo(estimates.text(estimate_run(base, finetuned, found, start_seconds=start, **options)))
 
 
 def _observer(quiet: bool, debug: bool, *, saves: bool) -> ConsoleObserver:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import typer
 
 from lazarus.options import Options
-from lazarus.options.option import Described, described
+from lazarus.options.option import RUN, Described, described
 
 SHOW = "What it shows"
 
@@ -110,6 +110,15 @@ Outputs = Annotated[
 Result = Annotated[str, typer.Argument(metavar="RESULT.json", help="What a command saved with -o FILE.json.")]
 Quiet = Annotated[bool, _option("-q", "--quiet", panel=SHOW, help="No progress bars, no logs.")]
 Debug = Annotated[bool, _option("--debug", panel=SHOW, help="Tracebacks and logs.")]
+Estimate = Annotated[
+    bool,
+    _option(
+        "--estimate",
+        panel=RUN,
+        help="Print what the run would take here (memory, time, operations, bytes read), without loading "
+        "weights, and do nothing else.",
+    ),
+]
 Model1 = Annotated[
     str,
     _option(

@@ -39,15 +39,18 @@ from lazarus.engine.head import NO_HEAD, Head
 from lazarus.engine.noise import EXTRA_PADDING, NoisePlan, one_ulp_away, pick_sample
 from lazarus.engine.pair import ModelPair, check_shapes, learn_pair
 from lazarus.engine.path import Path, check_path
-from lazarus.engine.positions import check_positions
+from lazarus.engine.positions import RowPicker, check_positions
 from lazarus.engine.prefix import PrefixPlan, common_prefix, share_prefix
 from lazarus.engine.probe import Conventions, head_reads_blocks, learn
-from lazarus.engine.resident import run_pairs
+from lazarus.engine.resident import Resident, run_pairs
 from lazarus.engine.run import run
+from lazarus.engine.runner import Runner
+from lazarus.engine.streamed import KEPT_SHARE
 from lazarus.engine.work import Work
 
 __all__ = [
     "EXTRA_PADDING",
+    "KEPT_SHARE",
     "NO_HEAD",
     "Asked",
     "Break",
@@ -61,6 +64,9 @@ __all__ = [
     "Path",
     "PathRunner",
     "PrefixPlan",
+    "Resident",
+    "RowPicker",
+    "Runner",
     "Work",
     "broken_weights",
     "check_path",

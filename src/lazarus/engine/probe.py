@@ -33,7 +33,7 @@ from lazarus.engine.score_heads import NO_LABELS, LabelCheck, check_labels
 from lazarus.errors import BlocksNotFoundError, NoDataError
 from lazarus.messages import option
 from lazarus.metrics import to_float64
-from lazarus.models import LoadedModel
+from lazarus.models import LoadedModel, block_settings
 from lazarus.notes import Note, Notes
 
 # ROWS and LENGTH tell the axes of a block's states apart, so they are sizes that few other axes have.
@@ -317,18 +317,10 @@ def _beginning(recorder: Recorder, input_ids: Tensor, mask: Tensor, last: nn.Mod
 
 def _last_of_new_kind(blocks: Sequence[nn.Module]) -> nn.Module:
     """The first block after which only blocks like earlier ones follow: the same modules and settings."""
-    kinds = [[_settings(module, index) for module in block.modules()] for index, block in enumerate(blocks)]
+    kinds = [
+        [block_settings(module, index) for module in block.modules()] for index, block in enumerate(blocks)
+    ]
     return blocks[max(kinds.index(kind) for kind in kinds)]
-
-
-def _settings(module: nn.Module, index: int) -> tuple[type, dict[str, Any]]:
-    """A module's type, plain attributes and whatever forward was put on it, less the number of its block."""
-    plain = {name: v for name, v in vars(module).items() if isinstance(v, int | float | str | None)}
-    # Of the type as well: a setting that is True, such as `do_layer_norm_before`, is equal to 1.
-    numbered = {name for name, v in plain.items() if type(v) is int and v == index}
-    numbers = {name for name in numbered if "layer" in name or "idx" in name}
-    settings = {name: v for name, v in plain.items() if name not in numbers}
-    return type(module), {**settings, "forward": vars(module).get("forward")}
 
 
 def _notes(model: LoadedModel, seen: Recording) -> tuple[Note, ...]:

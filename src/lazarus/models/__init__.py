@@ -12,6 +12,8 @@ load.py        from that name to weights in memory, each set of weights once
 in_memory.py   a model that the caller has in memory
 whole.py       what a model does when it first runs as a whole, done once
 sharing.py     a second checkpoint over the first one's weights: only what differs is read
+stand_ins.py   models of random weights, for estimates; of one that is paged, stand_in_pager.py;
+               skipping.py counts the blocks that do not run
 paging.py      a pair that is read block by block; pager.py does the reading, layout.py says of what and when,
                tables.py reads the rows of large embeddings
 room.py        how much memory is free
@@ -36,7 +38,7 @@ sameness.py    what two models have in common in their weights, and why a fine-t
 anatomy.py     where a transformers model keeps its blocks, and how long its context is
 """
 
-from lazarus.models.anatomy import Anatomy, dissect
+from lazarus.models.anatomy import Anatomy, block_settings, dissect
 from lazarus.models.chats import ChatTemplate, render_chats
 from lazarus.models.design import same_design
 from lazarus.models.effective import Effective, Parts, effective_tensors, unwrapped
@@ -47,12 +49,15 @@ from lazarus.models.load import LoadedModel, load_one, load_pair
 from lazarus.models.opening import LoadOptions
 from lazarus.models.outside import Beside, Compared, find_beside, find_outside
 from lazarus.models.pager import Pager
-from lazarus.models.paging import Footprint, estimate, fits_surely, load_paged
+from lazarus.models.paging import Footprint, check_paged, estimate, fits_surely, load_paged
 from lazarus.models.reference import ModelReference, Source, parse_model
 from lazarus.models.room import free_bytes, give_back
 from lazarus.models.sameness import shared_blocks, weights_identical, why_the_same
 from lazarus.models.sentence import Embedder, NotReadError, read_embedder
 from lazarus.models.settings import settings_that_differ
+from lazarus.models.skipping import Clock
+from lazarus.models.stand_in_pager import StandInPager, page
+from lazarus.models.stand_ins import StandIn, stand_in, stand_in_pair
 from lazarus.models.tokenizer import find_tokenizer, load_tokenizer, tokenizer_digest
 from lazarus.models.turns import Span, render_responses
 
@@ -60,6 +65,7 @@ __all__ = [
     "Anatomy",
     "Beside",
     "ChatTemplate",
+    "Clock",
     "Compared",
     "Effective",
     "Embedder",
@@ -73,6 +79,10 @@ __all__ = [
     "Parts",
     "Source",
     "Span",
+    "StandIn",
+    "StandInPager",
+    "block_settings",
+    "check_paged",
     "dissect",
     "effective_tensors",
     "estimate",
@@ -88,6 +98,7 @@ __all__ = [
     "load_paged",
     "load_pair",
     "load_tokenizer",
+    "page",
     "parse_model",
     "read_embedder",
     "render_chats",
@@ -96,6 +107,8 @@ __all__ = [
     "same_design",
     "settings_that_differ",
     "shared_blocks",
+    "stand_in",
+    "stand_in_pair",
     "tokenizer_digest",
     "unwrapped",
     "weights_identical",

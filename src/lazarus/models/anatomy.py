@@ -74,6 +74,16 @@ def text_config(stack: nn.Module, model: PreTrainedModel) -> PretrainedConfig:
     return config.get_text_config(decoder=not model.config.is_encoder_decoder)
 
 
+def block_settings(module: nn.Module, index: int) -> tuple[type, dict[str, Any]]:
+    """A module's type, plain attributes and whatever forward was put on it, less the number of its block."""
+    plain = {name: v for name, v in vars(module).items() if isinstance(v, int | float | str | None)}
+    # Of the type as well: a setting that is True, such as `do_layer_norm_before`, is equal to 1.
+    numbered = {name for name, v in plain.items() if type(v) is int and v == index}
+    numbers = {name for name in numbered if "layer" in name or "idx" in name}
+    settings = {name: v for name, v in plain.items() if name not in numbers}
+    return type(module), {**settings, "forward": vars(module).get("forward")}
+
+
 def _text_stack(model: PreTrainedModel) -> nn.Module:
     backbone = model.base_model
     if model.config.is_encoder_decoder:

@@ -70,6 +70,20 @@ def load_paged(
     return pair
 
 
+def check_paged(base: ModelReference, finetuned: ModelReference, options: LoadOptions) -> None:
+    """Refuse a pair that cannot be read block by block, before any weight is read.
+
+    Raises:
+        UnsupportedModelError: the message says why.
+        ModelError: one of them cannot be opened.
+    """
+    for source in (base.model or adapter_base(adapter_of(base)), source_under(finetuned, base)):
+        _class_of(open_to_load(source, options))
+    for reference in (base, finetuned):
+        for adapter in reference.adapters:
+            _check_adapter(adapter, adapter_settings(adapter))
+
+
 def _open(opened: Opened, options: LoadOptions, base: Pager | None = None) -> Weights:
     """Build one model empty, and read what is outside its blocks."""
     source = opened.source

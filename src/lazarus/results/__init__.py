@@ -8,12 +8,14 @@ measured.py   the numbers of activation-diff, by what they are of
 records.py    the record of activation-diff
 weights.py    the record of weight-diff
 lens.py       the record of compare
+estimate.py   what a run would take
 consistency.py   whether the parts of a record that was read contradict each other
 document.py   the record as JSON, and the JSON Schema
 flags.py      which layers are above a threshold
 """
 
 from lazarus.results.document import json_schema, read_json, write_json
+from lazarus.results.estimate import Estimate, EstimatedPart
 from lazarus.results.flags import flag_above
 from lazarus.results.glossary import METRICS, Metric
 from lazarus.results.lens import (
@@ -92,6 +94,8 @@ __all__ = [
     "ComponentRecord",
     "CopiedLayers",
     "Environment",
+    "Estimate",
+    "EstimatedPart",
     "GroupContrast",
     "GroupCurve",
     "Groups",

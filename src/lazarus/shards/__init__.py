@@ -8,7 +8,7 @@ No process speaks to another. Whoever has the lock of a shard runs it; a lock go
 """
 
 from lazarus.shards.fingerprint import fingerprint
-from lazarus.shards.folder import WorkFolder
+from lazarus.shards.folder import FEWEST_SHARDS, WorkFolder
 from lazarus.shards.share import Shard, run_shards, states
 
-__all__ = ["Shard", "WorkFolder", "fingerprint", "run_shards", "states"]
+__all__ = ["FEWEST_SHARDS", "Shard", "WorkFolder", "fingerprint", "run_shards", "states"]

@@ -1,0 +1,165 @@
+"""What activation_diff would take: its own code on stand-ins for the two models, on a few of its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Unpack
+
+import torch
+
+from lazarus.activation.flops import flops_of_run
+from lazarus.activation.measure import FEWER_IF_STREAMED
+from lazarus.activation.recorded import opened
+from lazarus.activation.run import Prompts, given_for
+from lazarus.activation.trial import Trial
+from lazarus.errors import UsageError
+from lazarus.estimating import peak_bytes
+from lazarus.loading import Model
+from lazarus.messages import option
+from lazarus.models import Clock, StandIn
+from lazarus.options import OptionArguments, Options
+from lazarus.ranks import Rank
+from lazarus.recordings import Recording
+from lazarus.results import Estimate, EstimatedPart
+from lazarus.shards import FEWEST_SHARDS
+
+ATTRIBUTION_PASSES, ATTRIBUTION_MEMORY = 14.2, 1.6
+"""the passes of base that `attribute` takes with four points, and its memory as a factor, as measured for
+docs/attribution.md"""
+
+
+def estimate_run(
+    base: Model,
+    finetuned: Model,
+    prompts: Prompts | None,
+    *,
+    tokenizer: Any | None = None,
+    start_seconds: float = 0.0,
+    **options: Unpack[OptionArguments],
+) -> Estimate:
+    """Estimate what `activation_diff` would take on this machine; no weights are loaded.
+
+    The prompts are read, and some of their batches run through models of random weights, of which a few
+    blocks alone are in memory. That takes some seconds.
+
+    Args:
+        base: as for `activation_diff`, and so are `prompts`, `tokenizer` and `options`; no model in memory.
+        finetuned: the same.
+        start_seconds: what comes before, such as the imports of a process; it is told as a part of the run.
+
+    Returns:
+        Bytes read, peak memory, floating-point operations and seconds, in all and by parts.
+
+    Raises:
+        UsageError: a model is in memory, or as for `activation_diff`.
+        UnsupportedModelError: a model is built only from its weights, or as for `activation_diff`.
+        LazarusError: as `activation_diff`.
+    """
+    chosen = Options.make(**options)
+    if prompts is None or any(isinstance(opened(model), Recording) for model in (base, finetuned)):
+        raise UsageError(
+            "an estimate is of two models that run, and one of these is a recording: its states are read. "
+            "Estimate the run of the other model, with itself as the fine-tuned one."
+        )
+    # No folder is made, and no work shared: the estimate is of one process that runs all.
+    given = given_for((base, finetuned), prompts, tokenizer, Rank(), replace(chosen, work_dir=None))
+    clock = Clock(given.device)
+    with given.running():
+        trial = Trial(given, (base, finetuned), clock)
+        trial.run()
+        peak = peak_bytes()
+        device_bytes = _device_peak(given.device)
+        if chosen.attribute is not None:
+            trial.time_base()
+        flops = flops_of_run(trial.job(lambda _: None), trial.work, clock)
+    parts = list(_parts(trial, chosen, start_seconds))
+    prepared, run = trial.prepared, trial.prepared.run
+    return Estimate(
+        command="activation-diff",
+        base=prepared.pair.base.name,
+        finetuned=prepared.pair.finetuned.name,
+        mode="stream" if prepared.pair.base.pager is not None else "resident",
+        dtype=prepared.pair.base.run_dtype,
+        device=str(given.device),
+        n_threads=torch.get_num_threads(),
+        n_prompts=len(run.base_prompts),
+        n_tokens=sum(len(prompt.ids) for prompt in run.base_prompts),
+        n_batches=len(trial.work.batches),
+        bytes_read=_bytes_read(trial, chosen),
+        peak_bytes=_peak(trial, chosen, peak),
+        device_bytes=device_bytes,
+        flops=flops,
+        seconds=sum(part.seconds for part in parts),
+        parts=parts,
+        remarks=list(_remarks(trial, chosen)),
+    )
+
+
+def _parts(trial: Trial, chosen: Options, start_seconds: float) -> Iterator[EstimatedPart]:
+    found, pair = trial.found, trial.standing.pair
+    loading = sum(each.opening_seconds if trial.standing.streams else each.loading_seconds for each in pair)
+    seconds = {
+        "start": start_seconds,
+        "loading": loading,
+        "prompts and probes": found.learning,
+        "passes and metrics": found.passes,
+        "noise": found.noise,
+        "attribution": ATTRIBUTION_PASSES * found.base_passes if chosen.attribute else 0.0,
+        "result": found.conclusion,
+    }
+    for name, each in seconds.items():
+        if each:
+            yield EstimatedPart(name=name, seconds=each)
+
+
+def _bytes_read(trial: Trial, chosen: Options) -> int:
+    pair = trial.standing.pair
+    adapters = sum(each.adapter_bytes for each in pair)
+    if not trial.standing.streams:
+        return adapters + sum(each.size.files for each in pair)
+    # Each shard of a shared run reads all blocks once.
+    most = FEWEST_SHARDS // FEWER_IF_STREAMED if chosen.work_dir is not None else 1
+    n_parts = len(trial.work.cut(most)) if most > 1 else 1
+    return adapters + trial.learnt_bytes + n_parts * trial.run_bytes
+
+
+def _peak(trial: Trial, chosen: Options, measured: int) -> int:
+    """Return the peak of memory: that of the stand-ins' run, with the models in their place."""
+    base, finetuned = trial.standing.pair
+    sizes = base.size, finetuned.size
+    around = measured - base.held - finetuned.held + trial.found.growth
+    if trial.standing.streams:
+        # Two blocks of each model: one computes while the next one is read. At the end what is outside of
+        # blocks is read once more, to see whether the weights are the same.
+        held = max(2 * sum(max(size.blocks) for size in sizes), sum(size.rest for size in sizes))
+        return around + held + sum(size.rest for size in sizes) + trial.waiting_bytes
+    running = around + sum(size.whole for size in sizes)
+    if chosen.attribute is not None:
+        running = round(running * ATTRIBUTION_MEMORY)
+    return max(running, *_loading_peaks(trial.rss, base, finetuned))
+
+
+def _loading_peaks(before: int, base: StandIn, finetuned: StandIn) -> tuple[int, int]:
+    """Return the memory at the end of loading each model: a file is mapped while elements are made of it."""
+    mapped = [0 if each.size.is_mapped or each.is_over else each.size.files for each in (base, finetuned)]
+    first = before + base.size.whole + mapped[0]
+    return first, before + base.size.whole + finetuned.size.whole + mapped[1]
+
+
+def _device_peak(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def _remarks(trial: Trial, chosen: Options) -> Iterator[str]:
+    finetuned = trial.standing.pair[1]
+    if finetuned.is_over and finetuned.size.files:
+        yield "tensors that both checkpoints hold alike are found by the run, and make it take less"
+    if chosen.attribute is not None:
+        rule = f"{ATTRIBUTION_PASSES:g} passes of base, and {ATTRIBUTION_MEMORY:g} times the memory"
+        yield f"{option('attribute', chosen.attribute)} is in it by a rule: {rule}; its operations are not"
+    if chosen.work_dir is not None:
+        alone = "one process that begins anew, without what the folder itself takes"
+        yield f"{option('work_dir')} is in it as {alone}"
+    yield "what is not in the system's cache is read more slowly than what was tried here"
+    yield "saving results is not in it"

@@ -1,0 +1,41 @@
+"""The peak of this process's memory, and since when it runs."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+_UNIT = 1 if sys.platform == "darwin" else 1024
+"""what `getrusage` counts memory in"""
+_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+_RESET_PEAK = "5"
+
+
+def reset_peak() -> bool:
+    """Forget the peak until now; returns whether the system can do that."""
+    try:
+        _CLEAR.write_text(_RESET_PEAK, encoding="ascii")
+    except OSError:  # no Linux, or a container that does not allow it
+        return False
+    return True
+
+
+def peak_bytes() -> int:
+    """Return the peak of the memory that this process has held: its resident set, with pages of files."""
+    try:
+        lines = _STATUS.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT
+    told = next((line for line in lines if line.startswith("VmHWM:")), None)
+    if told is None:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT
+    return int(told.split()[1]) * 1024
+
+
+def since_start() -> float:
+    """Return for how many seconds this process runs."""
+    return time.time() - psutil.Process().create_time()

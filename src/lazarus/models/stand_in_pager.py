@@ -1,0 +1,106 @@
+"""The pager of a model that stands in for one which is read block by block: it reads nothing, and counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lazarus.models.equality import has_non_finite
+from lazarus.models.pager import Pager
+from lazarus.models.sameness import shared_blocks
+from lazarus.models.skipping import Clock
+from lazarus.models.stand_ins import StandIn
+
+
+class StandInPager(Pager):
+    """Reads nothing, and counts what the pager of a model that is read block by block would read."""
+
+    def __init__(self, standing: StandIn, clock: Clock, base: Pager | None) -> None:
+        model = standing.model
+        self.model, self.blocks = model.model, model.anatomy.blocks
+        self.n_blocks, self.base = len(self.blocks), base
+        self.seen: dict[int, tuple[str, ...]] = {}
+        self.n_bytes = 0
+        """as stored"""
+        self.same: Sequence[bool] = ()
+        """for each block, whether it is base's"""
+        self._standing, self._clock, self._loaded = standing, clock, set[int]()
+        self._device: torch.device = model.model.device
+        for index, block in enumerate(self.blocks):
+            self._on_demand(block, index, partial(self._load_now, index), partial(self.free, index))
+
+    @property
+    def device(self) -> torch.device:
+        """Return where it runs."""
+        return self._device
+
+    def block_bytes(self, index: int) -> int:
+        """Return the size of a block in memory."""
+        return self._standing.size.blocks[index]
+
+    def reading_seconds(self, index: int) -> float:
+        """Return what reading a block takes."""
+        return self._stored(self.block_bytes(index)) * self._standing.seconds_a_byte
+
+    def same_as_base(self, index: int) -> bool:
+        """Return whether a block is base's."""
+        return bool(self.same) and self.same[index]
+
+    def has_weights_of(self, other: Pager) -> bool | None:
+        """Return that they are others, which the first tensors tell: those outside of the blocks."""
+        for pager in (self, other):
+            assert isinstance(pager, StandInPager)
+            pager.load_head()
+        return False
+
+    def read(self, index: int) -> dict[str, Tensor]:
+        """Count a block as read, in the time of another thread."""
+        self.n_bytes += self._stored(self.block_bytes(index))
+        return {}
+
+    def put(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Take a block as loaded, and look through it as a pager does."""
+        for parameter in self.blocks[index].parameters():
+            has_non_finite(parameter)
+        self._loaded.add(index)
+
+    def free(self, index: int) -> None:
+        """Take a block as freed."""
+        self._loaded.discard(index)
+
+    def load_head(self) -> None:
+        """Count what is not in blocks as read, while nothing computes."""
+        n_bytes = self._stored(self._standing.size.rest)
+        self.n_bytes += n_bytes
+        self._clock.skipped_seconds += n_bytes * self._standing.seconds_a_byte
+
+    def free_head(self) -> None:
+        """Do nothing."""
+
+    def is_table(self, tensor: Tensor) -> bool:
+        """Return that there are none."""
+        return False
+
+    def _load_now(self, index: int) -> None:
+        self.read(index)
+        self._clock.skipped_seconds += self.reading_seconds(index)
+        self._loaded.add(index)
+
+    def _stored(self, n_bytes: int) -> int:
+        size = self._standing.size
+        return n_bytes * size.files // max(1, size.whole)
+
+
+def page(pair: tuple[StandIn, StandIn], clock: Clock) -> tuple[StandIn, StandIn]:
+    """Return a pair that is read block by block."""
+    base = StandInPager(pair[0], clock, None)
+    finetuned = StandInPager(pair[1], clock, base)
+    finetuned.same = shared_blocks(pair[0].model, pair[1].model)
+    return (
+        replace(pair[0], model=replace(pair[0].model, pager=base)),
+        replace(pair[1], model=replace(pair[1].model, pager=finetuned)),
+    )

@@ -1,0 +1,68 @@
+"""The estimate of a run, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lazarus.messages import in_flags
+from lazarus.results import Estimate
+
+_BYTES = ("bytes", "kB", "MB", "GB", "TB")
+_FLOPS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP")
+_MODES = {"resident": "both models in memory", "stream": "a block of each model at a time"}
+_WIDTH = 13
+
+
+def text(found: Estimate) -> str:
+    """Return the estimate in lines, with its units; options as they are typed."""
+    return "\n".join(_lines(found))
+
+
+def _lines(found: Estimate) -> Iterator[str]:
+    yield f"An estimate for {found.base} and {found.finetuned}: nothing was run."
+    yield ""
+    threads = f", {_counted(found.n_threads, 'thread')}" if found.device == "cpu" else ""
+    memory = f"{_scaled(found.peak_bytes, _BYTES)} at its peak, with files that are mapped"
+    rows = {
+        "Mode": f"{found.mode}: {_MODES[found.mode]}, in {found.dtype} on {found.device}{threads}",
+        "Prompts": f"{_counted(found.n_prompts, 'prompt')}, {_counted(found.n_tokens, 'token')}, in "
+        f"{_counted(found.n_batches, 'batch', 'batches')}",
+        "Read": f"{_scaled(found.bytes_read, _BYTES)} of weights",
+        "Memory": memory,
+        "Computation": _scaled(found.flops, _FLOPS),
+        "Time": duration(found.seconds),
+    }
+    if found.device_bytes is not None:
+        rows["GPU memory"] = _scaled(found.device_bytes, _BYTES)
+    for name, told in rows.items():
+        yield f"{name:<{_WIDTH}}{told}"
+    width = max((len(part.name) for part in found.parts), default=0)
+    for part in found.parts:
+        yield f"{'':<{_WIDTH}}  {part.name:<{width}}  {duration(part.seconds):>10}"
+    yield from (f"Note: {in_flags(remark)}" for remark in found.remarks)
+
+
+def duration(seconds: float) -> str:
+    """Return a time as a person reads it.
+
+    >>> duration(3.21), duration(75), duration(7300)
+    ('3.2 s', '1 min 15 s', '2 h 2 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def _scaled(number: float, units: tuple[str, ...]) -> str:
+    """Return a number in the unit in which it is below a thousand."""
+    index = 0
+    while number >= 1000 and index < len(units) - 1:
+        number, index = number / 1000, index + 1
+    return f"{number:.3g} {units[index]}"
+
+
+def _counted(number: int, one: str, many: str | None = None) -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"

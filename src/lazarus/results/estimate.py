@@ -1,0 +1,47 @@
+"""The estimate of a run: what it would take on this machine."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from lazarus.results.rows import Record
+
+
+class EstimatedPart(Record, frozen=True, kw_only=True):
+    """A part of a run, and its time."""
+
+    name: str
+    seconds: float
+
+
+class Estimate(Record, frozen=True, kw_only=True):
+    """What a run would take on this machine."""
+
+    command: str
+    base: str
+    finetuned: str
+    mode: Annotated[
+        Literal["resident", "stream"], Meta(description="both models in memory, or a block of each at a time")
+    ]
+    dtype: str
+    device: str
+    n_threads: int
+    n_prompts: int
+    n_tokens: Annotated[int, Meta(description="of all prompts, as base reads them, without padding")]
+    n_batches: int
+    bytes_read: Annotated[
+        int, Meta(description="of the files of the weights; what is read twice counts twice")
+    ]
+    peak_bytes: Annotated[
+        int, Meta(description="the largest resident set of the process, files that are mapped included")
+    ]
+    device_bytes: Annotated[int | None, Meta(description="the peak of a GPU's memory; null on a CPU")]
+    flops: Annotated[
+        int,
+        Meta(description="of all passes over the prompts, in products and attention"),
+    ]
+    seconds: Annotated[float, Meta(description="of all parts together")]
+    parts: list[EstimatedPart]
+    remarks: Annotated[list[str], Meta(description="what is not in the estimate, or is in it by a rule")]
