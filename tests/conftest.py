@@ -23,6 +23,7 @@ from factories import perturbed, save_model, tiny_llama, tiny_tokenizer
 SHAPED = [
     "activation",
     "engine",
+    "estimating",
     "lens.reading",
     "metrics",
     "models",
@@ -47,7 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 SLOW = {
-    "architectures", "attribution", "bad_input", "claims", "commands", "compat", "contents", "demo", "docs",
+    "architectures", "attribution", "bad_input", "claims", "commands", "compat", "contents", "demo", "docs", "estimate",
     "fitting", "gguf", "integrations", "lens_cli", "lens_report_browser", "loading", "model_rounding",
     "noise", "notebook", "outside", "prefix", "quantised", "repeats", "report", "report_browser", "sameness",
     "shards", "show", "site", "ties", "weight_rounding", "weights_report_browser",

@@ -20,6 +20,7 @@ capture.py       one model, its states written down: record; a GGUF file run by 
 recorded.py      a recording in place of a model, or of both; its facts (recorded_facts.py), its prompts
                  (recorded_prompts.py), its rows (recorded_rows.py), the noise of one block (local_noise.py)
 readers.py       tokens as text
+estimate.py      what a run would take; trial.py runs a part of it, flops.py counts its operations
 attribution.py   who caused the change of the output; attributed.py tells of it
 
 accumulation.py, attributed.py, components.py, repeats.py, findings.py, scores.py, traces.py, mined.py,
