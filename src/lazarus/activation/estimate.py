@@ -68,8 +68,7 @@ def estimate_run(
     with given.running():
         trial = Trial(given, (base, finetuned), clock)
         trial.run()
-        peak = peak_bytes()
-        device_bytes = _device_peak(given.device)
+        peak, on_device = peak_bytes(), _device_peak(given.device)
         if chosen.attribute is not None:
             trial.time_base()
         flops = flops_of_run(trial.job(lambda _: None), trial.work, clock)
@@ -87,8 +86,8 @@ def estimate_run(
         n_tokens=sum(len(prompt.ids) for prompt in run.base_prompts),
         n_batches=len(trial.work.batches),
         bytes_read=_bytes_read(trial, chosen),
-        peak_bytes=_peak(trial, chosen, peak),
-        device_bytes=device_bytes,
+        peak_bytes=_peak(trial, chosen, peak) if on_device is None else peak + trial.found.growth,
+        device_bytes=None if on_device is None else _peak(trial, chosen, on_device),
         flops=flops,
         seconds=sum(part.seconds for part in parts),
         parts=parts,
@@ -128,7 +127,8 @@ def _peak(trial: Trial, chosen: Options, measured: int) -> int:
     """Return the peak of memory: that of the stand-ins' run, with the models in their place."""
     base, finetuned = trial.standing.pair
     sizes = base.size, finetuned.size
-    around = measured - base.held - finetuned.held + trial.found.growth
+    around = measured - base.held - finetuned.held
+    around += trial.found.growth if trial.given.device.type == "cpu" else 0
     if trial.standing.streams:
         # Two blocks of each model: one computes while the next one is read. At the end what is outside of
         # blocks is read once more, to see whether the weights are the same.
@@ -137,7 +137,8 @@ def _peak(trial: Trial, chosen: Options, measured: int) -> int:
     running = around + sum(size.whole for size in sizes)
     if chosen.attribute is not None:
         running = round(running * ATTRIBUTION_MEMORY)
-    return max(running, *_loading_peaks(trial.rss, base, finetuned))
+    before = trial.rss if trial.given.device.type == "cpu" else 0
+    return max(running, *_loading_peaks(before, base, finetuned))
 
 
 def _loading_peaks(before: int, base: StandIn, finetuned: StandIn) -> tuple[int, int]:
