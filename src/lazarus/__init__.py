@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from lazarus.errors import LazarusError
     from lazarus.lens import compare
     from lazarus.recordings import BFloat16Bits, Recording
-    from lazarus.result_classes import ActivationDiff, Comparison, WeightDiff, load_result
+    from lazarus.result_classes import ActivationDiff, Comparison, Series, WeightDiff, load_result
     from lazarus.results import Estimate
+    from lazarus.trajectory import series
     from lazarus.weights import weight_diff
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "PairFacts",
     "Plan",
     "Recording",
+    "Series",
     "StatePair",
     "WeightDiff",
     "WeightFacts",
@@ -59,6 +61,7 @@ __all__ = [
     "iter_state_pairs",
     "load_result",
     "record",
+    "series",
     "weight_diff",
 ]
 
@@ -78,6 +81,8 @@ _HOMES = {
     "weight_diff": "lazarus.weights",
     "BFloat16Bits": "lazarus.recordings",
     "Recording": "lazarus.recordings",
+    "Series": "lazarus.result_classes",
+    "series": "lazarus.trajectory",
     "ActivationDiff": "lazarus.result_classes",
     "Comparison": "lazarus.result_classes",
     "WeightDiff": "lazarus.result_classes",

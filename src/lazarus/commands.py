@@ -91,3 +91,13 @@ register(
         cli="lazarus.cli.lens",
     )
 )
+register(
+    Command(
+        name="series",
+        record="lazarus.results:SeriesRecord",
+        result="lazarus.result_classes:Series",
+        view="lazarus.render.series",
+        metrics="lazarus.results:SERIES_METRICS",
+        cli="lazarus.cli.series",
+    )
+)

@@ -25,6 +25,7 @@ from lazarus.render.activation import text
 from lazarus.render.base import words
 from lazarus.render.base.escape import escaped
 from lazarus.render.lens import text as lens_text
+from lazarus.render.series import text as series_text
 from lazarus.render.weights import text as weight_text
 
 
@@ -150,6 +151,26 @@ class LensObserver(_Console):
     def running(self, n_layers: int) -> None:
         """Begin the bar."""
         self._begin("Reading", n_layers)
+
+
+class SeriesObserver(_Console):
+    """Shows the progress of series."""
+
+    def __init__(self, *, show: bool, prints: bool = True, saves: bool = False) -> None:
+        super().__init__(MofNCompleteColumn(), TextColumn("models"), show=show, prints=prints, saves=saves)
+
+    def loading(self, role: Literal["base", "finetuned"], name: str) -> None:
+        """Print that base is loaded; of the others the bar tells."""
+        if role == "base":
+            self._print(words.loading(role, name))
+
+    def testing(self, n_members: int, prompts: Sequence[Prompt]) -> None:
+        """Print how many models and prompts there are."""
+        self._print(series_text.comparing(n_members, len(prompts)))
+
+    def running(self, n_members: int) -> None:
+        """Begin the bar."""
+        self._begin("Comparing", n_members)
 
 
 def quieten(*, show_bars: bool, show_logs: bool) -> None:

@@ -18,10 +18,13 @@ from lazarus.models import (
     LoadOptions,
     ModelReference,
     StandIn,
+    Weights,
     check_paged,
     estimate,
     fits_surely,
     free_bytes,
+    load_base,
+    load_beside,
     load_one,
     load_paged,
     load_pair,
@@ -74,6 +77,49 @@ def load_models(
     for model in loaded:
         notes.extend(model.notes)
     return loaded
+
+
+class BaseKeeper:
+    """Loads one pair after another with the same base, which stays in memory between them.
+
+    It takes the place of `load_models`. A base that the last pair has changed, by an adapter or by another
+    kernel of attention, is loaded again.
+    """
+
+    def __init__(self) -> None:
+        self._weights: Weights | None = None
+
+    def __call__(
+        self,
+        models: tuple[Model, Model],
+        chosen: Options,
+        device: torch.device,
+        announce: Announce,
+        notes: Notes,
+    ) -> tuple[LoadedModel, LoadedModel]:
+        """Load a pair as `load_models` does."""
+        base, finetuned = (parse_model(str(m)) if isinstance(m, str | Path) else m for m in models)
+        if not (isinstance(base, ModelReference) and isinstance(finetuned, ModelReference)) or base.adapters:
+            return load_models((base, finetuned), chosen, device, announce, notes)
+        options = _load_options(chosen, device)
+        streams = chosen.memory == "stream"
+        if self._weights is None:
+            streams = streams or (
+                chosen.memory == "auto" and _must_stream((base, finetuned), options, Notes())
+            )
+            if streams:
+                return load_models((base, finetuned), chosen, device, announce, notes)
+            announce("base", base.name)
+            self._weights = load_base(base, options)
+        weights = self._weights
+        announce("finetuned", finetuned.name)
+        kernel = weights.model.config._attn_implementation
+        loaded = load_beside(base, weights, finetuned, options)
+        if weights.model.config._attn_implementation != kernel:
+            self._weights = None
+        for model in loaded:
+            notes.extend(model.notes)
+        return loaded
 
 
 def load_alone(

@@ -144,6 +144,9 @@ CODES = {
     "cannot be told from them.",
     "merge-scale": "Tensors hold another multiple of an adapter's update than once: the merge was skipped, "
     "made twice or scaled.",
+    # A series
+    "steps-not-in-order": "The steps in the names of a series do not ascend: the order in which the models "
+    "were given was taken for that of the training.",
     # The logit lens
     "other-ids": "One vocabulary was read as other ids by the two tokenizers: part of the difference may "
     "come of that alone.",

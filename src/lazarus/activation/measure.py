@@ -12,7 +12,7 @@ import numpy as np
 from lazarus.activation.accumulation import Accumulation
 from lazarus.activation.runplan import RunPlan
 from lazarus.batches import BatchPair, TokenBatch
-from lazarus.engine import GivenStates, ModelPair, NoisePlan, Work, run
+from lazarus.engine import GivenStates, KeptStates, ModelPair, NoisePlan, Work, run
 from lazarus.metrics import AccumulatorState
 from lazarus.notes import Note
 from lazarus.shards import Shard, WorkFolder, run_shards, states
@@ -78,6 +78,8 @@ class Job:
     """of a model that runs alone: the states of a recording, on which its blocks run too"""
     paired: Callable[[Iterator[StatePair]], Iterator[StatePair]] = iter
     """puts a recording's states into the pairs of a model that runs alone"""
+    kept: KeptStates | None = None
+    """base's rows from an earlier run against it"""
 
     @cached_property
     def whole(self) -> Part:
@@ -92,7 +94,16 @@ class Job:
         """Yield every pair of states of a part."""
         plan = self.plan
         noise = self.noise_plan(part)
-        work = Work(part.batches, part.sample, noise, plan.position, plan.localize, part.again, self.given)
+        work = Work(
+            part.batches,
+            part.sample,
+            noise,
+            plan.position,
+            plan.localize,
+            part.again,
+            self.given,
+            kept=self.kept,
+        )
         return self.paired(run(self.pair, work, self.advanced))
 
     def noise_plan(self, part: Part) -> NoisePlan:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -37,7 +37,7 @@ from lazarus.prompts import Prompt, PromptList
 from lazarus.reading import Asked, Reading, read_prompts
 from lazarus.results import PromptRecord, Settings
 from lazarus.shards import WorkFolder, fingerprint
-from lazarus.sites import Position
+from lazarus.sites import Position, StatePair
 
 CPU_BATCH_TOKENS = 512
 GPU_BATCH_TOKENS = 8192
@@ -77,6 +77,8 @@ class Given:
     device: torch.device
     can_stream: bool
     """whether the models may be read block by block: both were named"""
+    tap: Callable[[Iterator[StatePair]], Iterator[StatePair]] = iter
+    """lets the pairs of a recording pass, and sees them"""
 
     @property
     def batch_tokens(self) -> int:
@@ -110,15 +112,23 @@ class Prepared:
     """the layers whose mean difference is read through the heads"""
 
 
-def prepare(given: Given, base: Model, finetuned: Model, watcher: Observer) -> Prepared:
+def prepare(
+    given: Given,
+    base: Model,
+    finetuned: Model,
+    watcher: Observer,
+    load: Callable[..., tuple[LoadedModel, LoadedModel]] = load_models,
+) -> Prepared:
     """Load two models, read the prompts, and learn how the models behave.
+
+    `load` takes what `load_models` takes.
 
     Raises:
         LazarusError: as `activation_diff`.
     """
     notes = Notes(given.prompts.notes)
     with given.memory_faults():
-        models = load_models((base, finetuned), given.options, given.device, watcher.loading, notes)
+        models = load((base, finetuned), given.options, given.device, watcher.loading, notes)
     with given.running():
         watcher.testing(given.prompts.prompts)
         return learn_models(given, models, read_asked(given, models, notes), notes)

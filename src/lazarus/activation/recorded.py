@@ -107,7 +107,7 @@ def _compare_prepared(
     noise = _noise_rows(given, facts, reading, run.position)
     pair = prepared.pair if rows.has_output else prepared.pair.without_output()
     paired = Pairing(facts, rows, not is_base, run.repeats, noise if is_base else None)
-    job = Job(pair, run, watcher.advanced, states, paired)
+    job = Job(pair, run, watcher.advanced, states, lambda found: given.tap(paired(found)))
     notes.extend(measure(job, given.folder, seen, watcher.running))
     if noise is not None and not is_base:
         seen.take(recorded_pairs(facts, rows, noise, lambda _: None, trial=0))
@@ -161,7 +161,7 @@ def _compare_two(given: Given, base: Recording, finetuned: Recording, watcher: O
     )
     seen = Accumulation(facts, _plan(given, reading, run, facts))
     watcher.running(sum(len(prompt.ids) for prompt in reading.base))
-    seen.take(recorded_pairs(facts, sides[0], sides[1], watcher.advanced))
+    seen.take(given.tap(recorded_pairs(facts, sides[0], sides[1], watcher.advanced)))
     noise = _noise_rows(given, facts, reading, position)
     if noise is not None:
         seen.take(recorded_pairs(facts, sides[0], noise, lambda _: None, trial=0))

@@ -28,7 +28,7 @@ from lazarus.facts import PairFacts
 from lazarus.loading import Model, Role, pick_device
 from lazarus.messages import option
 from lazarus.models import find_tokenizer
-from lazarus.notes import Notes
+from lazarus.notes import Note, Notes
 from lazarus.options import OptionArguments, Options, check_token_prompts, read_template
 from lazarus.prompts import Prompt, PromptList, check_chats, check_responses, make_prompts
 from lazarus.provenance import environment
@@ -190,12 +190,19 @@ def given_for(
 
 def _compare(prepared: Prepared, watcher: Observer) -> ActivationDiff:
     """Run two models that are prepared, and conclude."""
-    given, pair = prepared.given, prepared.pair
     # Before anything runs: a folder of another run is refused here.
     take_up(prepared, prepared.run)
     seen = Accumulation(prepared.facts, prepared.plan)
-    job = Job(pair, prepared.run, watcher.advanced)
-    on_shards = measure(job, given.folder, seen, watcher.running)
+    job = Job(prepared.pair, prepared.run, watcher.advanced)
+    on_shards = measure(job, prepared.given.folder, seen, watcher.running)
+    return concluded(prepared, seen, watcher, on_shards)
+
+
+def concluded(
+    prepared: Prepared, seen: Accumulation, watcher: Observer, on_shards: Iterable[Note] = ()
+) -> ActivationDiff:
+    """Return the result of two live models that have run, with what their weights tell."""
+    given, pair = prepared.given, prepared.pair
     # Apart, because `breaks` is the error message where no state at all is finite.
     notes, breaks = Notes(prepared.notes), Notes()
     pair.note_common(notes)

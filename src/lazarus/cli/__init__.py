@@ -4,6 +4,7 @@ app.py         the program, on which the commands hang
 activation.py  activation-diff, and the demo
 weights.py     weight-diff
 lens.py        compare
+series.py      series
 record.py      record
 saved.py       show and schema: what was saved
 arguments.py   the options as a user types them

@@ -77,6 +77,16 @@ Finetuned = Annotated[
         help="Fine-tuned model, or its recording; an adapter alone runs on top of BASE.",
     ),
 ]
+Members = Annotated[
+    list[str],
+    _option(
+        "-f",
+        "--finetuned",
+        metavar="MODEL",
+        help='A model of the series, or several: "run/checkpoint-*" in natural order, '
+        '"org/model@{step1000,step2000}". Repeatable.',
+    ),
+]
 Prompts = Annotated[
     list[str],
     _option(

@@ -23,6 +23,7 @@ forced.py      every block on the states of another run, so that nothing is inhe
 spill.py       hidden states between two blocks, in memory or in files
 run.py         either of the two, on a piece of work (work.py)
 prefix.py      whether a prefix that all prompts have in common runs once
+kept.py        base's rows, kept from the first of several runs against it
 noise.py       base against base, with what ought not to matter changed
 path.py        a model at any point of the straight path between two
 contributions.py  what each changed parameter adds to a gradient, prompt by prompt
@@ -36,6 +37,7 @@ from lazarus.engine.coverage import Coverage, find_coverage
 from lazarus.engine.finite import Break, broken_weights, find_break, note_of_weights
 from lazarus.engine.forced import GivenStates
 from lazarus.engine.head import NO_HEAD, Head
+from lazarus.engine.kept import KeptStates
 from lazarus.engine.noise import EXTRA_PADDING, NoisePlan, one_ulp_away, pick_sample
 from lazarus.engine.pair import ModelPair, check_shapes, learn_pair
 from lazarus.engine.path import Path, check_path
@@ -45,6 +47,7 @@ from lazarus.engine.probe import Conventions, head_reads_blocks, learn
 from lazarus.engine.resident import Resident, run_pairs
 from lazarus.engine.run import run
 from lazarus.engine.runner import Runner
+from lazarus.engine.spill import SpillBuffer
 from lazarus.engine.streamed import KEPT_SHARE
 from lazarus.engine.work import Work
 
@@ -59,6 +62,7 @@ __all__ = [
     "Coverage",
     "GivenStates",
     "Head",
+    "KeptStates",
     "ModelPair",
     "NoisePlan",
     "Path",
@@ -67,6 +71,7 @@ __all__ = [
     "Resident",
     "RowPicker",
     "Runner",
+    "SpillBuffer",
     "Work",
     "broken_weights",
     "check_path",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lazarus.batches import BatchPair, TokenBatch
 from lazarus.engine.forced import GivenStates, forced
+from lazarus.engine.kept import KeptStates
 from lazarus.engine.local import beside, components_beside
 from lazarus.engine.noise import nudged
 from lazarus.engine.pair import ModelPair
@@ -61,6 +62,8 @@ class Resident:
         self.position = position
         self.localize = localize
         self.given, self.nudge = given, nudge
+        self.kept: KeptStates | None = None
+        """base's rows of batches that it has run before"""
         self.base = Runner(pair.base, pair.base_conventions, pair.score_head(0))
         self.finetuned = Runner(pair.finetuned, pair.finetuned_conventions, pair.score_head(1))
 
@@ -73,6 +76,9 @@ class Resident:
         pair, position = self.pair, self.position
         if pair.is_alone:
             return self._run_alone(batch.base)
+        known = self.kept.of(batch.base, position) if self.kept else None
+        if known is not None:
+            return known, self._pairs(known, self.finetuned.run(batch.finetuned, position), [], [])
         local, inside = list[Tensor](), list[ComponentRows | None]()
         picking, picker = (
             self.base.picking(RowPicker.of(batch.base, position)),
@@ -88,6 +94,8 @@ class Resident:
             components_beside(pair, picker, inside) if self.localize and picker else nullcontext(),
         ):
             ours = self.base.run(batch.base, position)
+        if self.kept:
+            self.kept.keep(batch.base, position, ours)
         prefix = self.base.prefix_of(batch.base, position)
         begun = Begun(n_common, passed, ours, prefix) if n_common else None
         theirs = self.finetuned.run(batch.finetuned, position, begun)

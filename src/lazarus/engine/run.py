@@ -26,6 +26,7 @@ def run(pair: ModelPair, work: Work, advanced: Callable[[int], None]) -> Iterato
         return
     noise = Noise(pair, work.sample, work.noise)
     resident = Resident(pair, work.position, localize=work.localize, given=work.given, nudge=work.nudge)
+    resident.kept = work.kept
     for batch in work.batches:
         ours, pairs = resident.run(batch)
         yield from pairs

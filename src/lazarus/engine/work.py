@@ -9,6 +9,7 @@ import torch
 
 from lazarus.batches import BatchPair, TokenBatch
 from lazarus.engine.forced import GivenStates
+from lazarus.engine.kept import KeptStates
 from lazarus.engine.noise import NoisePlan
 from lazarus.sites import Position
 
@@ -28,3 +29,5 @@ class Work:
     """of a model that runs alone: the states of another run, on which its blocks run too, each by itself"""
     nudge: torch.Generator | None = None
     """of a model that runs alone: what enters its first block is moved by one unit in the last place"""
+    kept: KeptStates | None = None
+    """base's rows from an earlier run against it; of a pair in memory"""

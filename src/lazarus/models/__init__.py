@@ -45,7 +45,7 @@ from lazarus.models.effective import Effective, Parts, effective_tensors, unwrap
 from lazarus.models.equality import Equality, has_non_finite, same_bits
 from lazarus.models.in_memory import wrap_model
 from lazarus.models.layout import is_hollow
-from lazarus.models.load import LoadedModel, load_one, load_pair
+from lazarus.models.load import LoadedModel, Weights, load_base, load_beside, load_one, load_pair
 from lazarus.models.opening import LoadOptions
 from lazarus.models.outside import Beside, Compared, find_beside, find_outside
 from lazarus.models.pager import Pager
@@ -81,6 +81,7 @@ __all__ = [
     "Span",
     "StandIn",
     "StandInPager",
+    "Weights",
     "block_settings",
     "check_paged",
     "dissect",
@@ -94,6 +95,8 @@ __all__ = [
     "give_back",
     "has_non_finite",
     "is_hollow",
+    "load_base",
+    "load_beside",
     "load_one",
     "load_paged",
     "load_pair",

@@ -121,12 +121,34 @@ def load_pair(
         ModelError: one of them cannot be loaded; the subclass and the message say why.
     """
     announce("base", base.name)
-    base_source = base.model or adapter_base(adapter_of(base))
-    weights = _load(open_to_load(base_source, options), options)
+    weights = load_base(base, options)
     announce("finetuned", finetuned.name)
+    return load_beside(base, weights, finetuned, options)
+
+
+def load_base(base: ModelReference, options: LoadOptions) -> Weights:
+    """Load the checkpoint that base stands on.
+
+    Raises:
+        ModelError: it cannot be loaded; the subclass and the message say why.
+    """
+    source = base.model or adapter_base(adapter_of(base))
+    return _load(open_to_load(source, options), options)
+
+
+def load_beside(
+    base: ModelReference, weights: Weights, finetuned: ModelReference, options: LoadOptions
+) -> tuple[LoadedModel, LoadedModel]:
+    """Load a model beside base, which is in memory already, over its weights where they are common.
+
+    Where base has an adapter, or another kernel of attention is needed, base's weights are changed by this.
+
+    Raises:
+        ModelError: it cannot be loaded; the subclass and the message say why.
+    """
     finetuned_source = source_under(finetuned, base)
     # Storage is shared between the bare models; `finish` puts adapters on at the end.
-    if finetuned_source.place == base_source.place:
+    if finetuned_source.place == weights.source.place:
         opened = replace(weights.opened, source=finetuned_source)
         other = Weights(opened, share_storage(weights.model), weights.report, Notes(weights.notes))
     else:

@@ -7,6 +7,7 @@ activation.py  the options of activation-diff; values.py what those say that are
 weights.py     the options of weight-diff
 lens.py        the options of compare
 record.py      the options of record
+series.py      the options of series
 """
 
 from lazarus.options.activation import (
@@ -20,6 +21,7 @@ from lazarus.options.checks import DTYPES, EXPECTATIONS
 from lazarus.options.lens import CompareArguments, CompareOptions, parse_track
 from lazarus.options.option import check
 from lazarus.options.record import RecordArguments, RecordOptions
+from lazarus.options.series import SeriesArguments, SeriesOptions
 from lazarus.options.values import (
     EACH_TOKEN,
     NAMED_POSITIONS,
@@ -44,6 +46,8 @@ __all__ = [
     "Options",
     "RecordArguments",
     "RecordOptions",
+    "SeriesArguments",
+    "SeriesOptions",
     "WeightArguments",
     "WeightOptions",
     "check",

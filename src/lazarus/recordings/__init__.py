@@ -31,7 +31,7 @@ from lazarus.recordings.recording import (
     write_manifest,
 )
 from lazarus.recordings.sites import EMBEDDING, FINAL_NORM, LOGITS, TOP_IDS, TOP_LOGPROBS, ordered, site_name
-from lazarus.recordings.tensors import Array, BFloat16Bits, TensorWriter
+from lazarus.recordings.tensors import Array, BFloat16Bits, TensorReader, TensorWriter
 from lazarus.recordings.vllm import from_vllm
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "RecordingWriter",
     "Runtime",
     "Shard",
+    "TensorReader",
     "TensorWriter",
     "check_brought",
     "from_arrays",

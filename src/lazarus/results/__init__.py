@@ -9,6 +9,7 @@ records.py    the record of activation-diff
 weights.py    the record of weight-diff
 lens.py       the record of compare
 estimate.py   what a run would take
+series.py     the record of series; series_glossary.py its numbers
 consistency.py   whether the parts of a record that was read contradict each other
 document.py   the record as JSON, and the JSON Schema
 flags.py      which layers are above a threshold
@@ -64,6 +65,14 @@ from lazarus.results.records import (
     Verdict,
 )
 from lazarus.results.rows import ResultRow, ResultRows, finite_or_none
+from lazarus.results.series import (
+    FindingKind,
+    Predecessor,
+    SeriesFinding,
+    SeriesMember,
+    SeriesRecord,
+)
+from lazarus.results.series_glossary import SERIES_METRICS
 from lazarus.results.weight_glossary import WEIGHT_METRICS
 from lazarus.results.weights import (
     CheckpointInfo,
@@ -84,6 +93,7 @@ __all__ = [
     "LENS_METRICS",
     "METRICS",
     "SCHEMA_VERSION",
+    "SERIES_METRICS",
     "SETTING",
     "WEIGHT_METRICS",
     "ActivationDiffRecord",
@@ -96,6 +106,7 @@ __all__ = [
     "Environment",
     "Estimate",
     "EstimatedPart",
+    "FindingKind",
     "GroupContrast",
     "GroupCurve",
     "Groups",
@@ -115,6 +126,7 @@ __all__ = [
     "NotCompared",
     "Output",
     "Parting",
+    "Predecessor",
     "PromptRecord",
     "Quantisation",
     "Readout",
@@ -123,6 +135,9 @@ __all__ = [
     "ResultRow",
     "ResultRows",
     "Scores",
+    "SeriesFinding",
+    "SeriesMember",
+    "SeriesRecord",
     "Settings",
     "SiteRecord",
     "Spectrum",

@@ -1,0 +1,90 @@
+"""The record of series and its parts: many models against one base."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, field
+
+from lazarus.results.measured import LayerRecord, Output, SiteRecord
+from lazarus.results.records import (
+    Environment,
+    ModelInfo,
+    PromptRecord,
+    Settings,
+    Summary,
+    Tool,
+    Verdict,
+)
+from lazarus.results.rows import Layer, Record
+from lazarus.results.series_glossary import SERIES_METRICS
+
+Distance = Annotated[float, SERIES_METRICS["distance"].meta]
+FindingKind = Literal[
+    "duplicate", "same_as_base", "same_as_last", "same_first_blocks", "out_of_order", "change_point"
+]
+
+
+class Predecessor(Record, frozen=True, kw_only=True):
+    """A member against the member before it, which stands in base's place."""
+
+    divergence: Annotated[float | None, Meta(description="that of the most divergent layer")]
+    layer: Annotated[Layer | None, Meta(description="the most divergent layer")]
+    kl: Annotated[
+        float | None, Meta(description="KL(predecessor‖member) of the next token in nats, mean over prompts")
+    ]
+    verdict: Verdict | None
+    distance: Annotated[float | None, SERIES_METRICS["distance"].meta]
+
+
+class SeriesMember(Record, frozen=True, kw_only=True):
+    """One model of the series, against base."""
+
+    model: ModelInfo
+    step: Annotated[
+        int | None, Meta(description="the step of training, read from the last number in its name")
+    ]
+    summary: Summary
+    layers: list[LayerRecord]
+    sites: list[SiteRecord]
+    output: Output | None
+    distance: Annotated[float | None, SERIES_METRICS["distance"].meta]
+    turn: Annotated[float | None, SERIES_METRICS["turn"].meta]
+    previous: Annotated[
+        Predecessor | None, Meta(description="against the member before it; null of the first one")
+    ]
+
+
+class SeriesFinding(Record, frozen=True, kw_only=True):
+    """A finding on the series as a whole."""
+
+    kind: FindingKind
+    members: Annotated[list[int], Meta(description="the places of the members that it is about, from 0")]
+    text: str
+    interval: Annotated[
+        tuple[int, int] | None,
+        Meta(description="of a change point: the first and the last member after which it may be"),
+    ] = None
+    strength: Annotated[
+        float | None, Meta(description="of a change point: how strong it is; from 1 on it is told")
+    ] = None
+
+
+class SeriesRecord(Record, frozen=True, kw_only=True):
+    """The whole result of series: the object that JSON holds."""
+
+    schema_version: Literal["1.0"]
+    command: Literal["series"]
+    tool: Tool
+    created: Annotated[str, Meta(description="ISO 8601, UTC")]
+    base: ModelInfo
+    settings: Settings
+    environment: Environment
+    prompts: list[PromptRecord]
+    members: list[SeriesMember]
+    distances: Annotated[
+        list[list[Distance | None]], Meta(description="between any two members, [members, members]")
+    ]
+    findings: list[SeriesFinding]
+    notes: list[str]
+    note_codes: list[str] = field(default_factory=list)

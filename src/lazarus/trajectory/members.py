@@ -1,0 +1,97 @@
+"""The members of a series: what each value of `-f` stands for, and the step of training in each name."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from lazarus.errors import UsageError
+from lazarus.loading import Model
+from lazarus.messages import option
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_LISTED = 3
+
+
+def expand(values: Sequence[Model]) -> list[Model]:
+    """Return the models that values stand for, in their order: globs in natural order, braces as written.
+
+    What is on disk under that very name is that, whatever characters are in it.
+
+    Raises:
+        UsageError: a glob matches nothing, or there is no member.
+
+    >>> expand(["org/model@{step1000,step2000}"])
+    ['org/model@step1000', 'org/model@step2000']
+    """
+    found: list[Model] = []
+    for value in values:
+        found += _expanded(str(value)) if isinstance(value, str | Path) else [value]
+    if not found:
+        raise UsageError(f"{option('finetuned')}: a series needs at least one model.", option="finetuned")
+    return found
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Return a key that sorts names by the numbers in them.
+
+    >>> sorted(["step1000", "step200", "step30"], key=natural)
+    ['step30', 'step200', 'step1000']
+    """
+    parts = re.split(r"(\d+)", name)
+    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts]
+
+
+def steps_of(names: Sequence[str]) -> list[int | None]:
+    """Return the step of training in each name: the last number of its last part, where all of them differ.
+
+    >>> steps_of(["run/checkpoint-100", "run/checkpoint-200"]), steps_of(["a-7b", "b-7b"])
+    ([100, 200], [None, None])
+    """
+    found = [re.findall(r"\d+", _last_part(name)) for name in names]
+    steps = [int(numbers[-1]) if numbers else None for numbers in found]
+    known = [step for step in steps if step is not None]
+    return steps if len({*known}) == len(names) else [None] * len(names)
+
+
+def _last_part(name: str) -> str:
+    tail = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+    return tail.rpartition("@")[2]
+
+
+def _expanded(value: str) -> list[Model]:
+    if os.path.exists(os.path.expanduser(value)):
+        return [value]
+    return [model for name in _braces(value) for model in _globbed(name)]
+
+
+def _braces(value: str) -> list[str]:
+    """Return every choice of the alternatives in braces, as a shell has them."""
+    parts = _BRACES.split(value)
+    choices = [[part] if i % 2 == 0 else part.split(",") for i, part in enumerate(parts)]
+    return ["".join(chosen) for chosen in itertools.product(*choices)]
+
+
+def _globbed(name: str) -> list[Model]:
+    if not glob.has_magic(name):
+        return [name]
+    everything = glob.glob(os.path.expanduser(name))
+    found = sorted((path for path in everything if _may_be_model(path)), key=natural)
+    if found:
+        return list(found)
+    others = (
+        f" (only {', '.join(sorted(everything)[:_LISTED])}: no folder, and no .gguf)" if everything else ""
+    )
+    raise UsageError(
+        f"{option('finetuned', name)}: no model matches{others}. Write a pattern that does, as in "
+        "run/checkpoint-*, or name each model.",
+        option="finetuned",
+    )
+
+
+def _may_be_model(path: str) -> bool:
+    return os.path.isdir(path) or path.lower().endswith((".gguf", ".safetensors"))
