@@ -6,18 +6,19 @@ from typing import Any
 
 from lazarus.commands import commands
 from lazarus.notes import CODES
-from lazarus.results import LENS_METRICS, METRICS, WEIGHT_METRICS, json_schema
+from lazarus.results import LENS_METRICS, METRICS, SERIES_METRICS, WEIGHT_METRICS, json_schema
 
 HEAD = """# JSON format
 
 What `-o FILE.json` holds and `load_result` reads: one object, of [`activation-diff`](#activationdiffrecord),
-[`weight-diff`](#weightdiffrecord) or [`compare`](#comparerecord). The schemas themselves (JSON Schema, draft
+[`weight-diff`](#weightdiffrecord), [`compare`](#comparerecord) or [`series`](#seriesrecord). The schemas themselves (JSON Schema, draft
 2020-12):
 
 ```bash
 lazarus schema activation-diff
 lazarus schema weight-diff
 lazarus schema compare
+lazarus schema series
 ```
 
 A number that was not measured, or is not finite, is `null`: never 0, and never `NaN`. Numbers are written
@@ -34,7 +35,7 @@ A note is a sentence for a reader; its code says for a program what kind of thin
 newer version may have more of them.
 """
 
-_METRICS = WEIGHT_METRICS | LENS_METRICS | METRICS
+_METRICS = WEIGHT_METRICS | LENS_METRICS | SERIES_METRICS | METRICS
 
 MEANINGS = {
     "schema_version": "the version of this format",
@@ -171,6 +172,19 @@ MEANINGS = {
     "LensSettings.chat_template": "`none`, whose template, or its file",
     "LensSettings.truncate": "whether a long prompt might be cut",
     "LensSummary.max_js": "that JS",
+    "SeriesRecord.base": "the base model, as it was run",
+    "SeriesRecord.settings": "every option; `auto` is replaced by what it came to",
+    "SeriesRecord.prompts": "in the order in which they were given",
+    "SeriesRecord.members": "one for each model, in the order in which they were given",
+    "SeriesRecord.findings": "what the models show together",
+    "SeriesMember.model": "the model, as it was run",
+    "SeriesMember.summary": "the few numbers that a reader looks for first",
+    "SeriesMember.layers": "one for each block, in order, against base",
+    "SeriesMember.sites": "what enters the first block, and what leaves the final norm",
+    "SeriesMember.output": "the effect on the next token, or on scores or embeddings",
+    "Predecessor.verdict": "held against the noise of base",
+    "SeriesFinding.kind": "what was found",
+    "SeriesFinding.text": "the same as a sentence",
 }
 """What a field means, where the schema does not say it and no metric has its name."""
 
@@ -323,6 +337,17 @@ NULL_WHEN = {
     "same_first_choice": _NO_LOGITS,
     "LensSummary.most_divergent_layer": "JS is finite at no layer",
     "LensSummary.max_js": "JS is finite at no layer",
+    "distance": "a state is not finite, the shapes differ, or no states were kept",
+    "SeriesMember.step": "the names have no numbers, or not a different one each",
+    "SeriesMember.output": "no head was run",
+    "SeriesMember.turn": "there are not two steps before, one has no length, or as `distance`",
+    "SeriesMember.previous": "it is the first one, the shapes differ, or no states were kept",
+    "Predecessor.divergence": "no layer was measured",
+    "Predecessor.layer": "no layer was measured",
+    "Predecessor.kl": "as `kl_base_finetuned`, or the logits of all prompts take more than 2 GiB",
+    "Predecessor.verdict": "the noise was not measured, or states are not finite",
+    "SeriesFinding.interval": "it is no change point",
+    "SeriesFinding.strength": "it is no change point",
 }
 """When a field is null, by its record and name, or by its name where that is the same in all records."""
 

@@ -83,4 +83,4 @@ def test_the_page_of_the_json_format_has_it() -> None:
 
 
 def test_no_other_process_knows_it() -> None:
-    assert list(commands()) == ["activation-diff", "weight-diff", "compare"]
+    assert list(commands()) == ["activation-diff", "weight-diff", "compare", "series"]

@@ -145,6 +145,8 @@ CODES = {
     "merge-scale": "Tensors hold another multiple of an adapter's update than once: the merge was skipped, "
     "made twice or scaled.",
     # A series
+    "no-distances": "The states of the models of a series were not kept: they were compared with base, and "
+    "not with one another.",
     "steps-not-in-order": "The steps in the names of a series do not ascend: the order in which the models "
     "were given was taken for that of the training.",
     # The logit lens

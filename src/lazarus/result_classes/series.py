@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from lazarus.errors import GateNotMetError
+from lazarus.errors import GateNotMetError, ResultFileError
 from lazarus.messages import option
+from lazarus.notes import Notes
 from lazarus.options import SeriesOptions, check
 from lazarus.render.series import figure, notebook, table, text
 from lazarus.result_classes.activation import ActivationDiff
@@ -21,6 +23,7 @@ from lazarus.results import (
     SeriesFinding,
     SeriesMember,
     SeriesRecord,
+    steps_of,
 )
 
 if TYPE_CHECKING:
@@ -40,6 +43,65 @@ class Series(Result[SeriesRecord]):
 
     kind = SeriesRecord
     has_gates = True
+
+    @classmethod
+    def of(cls, diffs: Mapping[str, ActivationDiff]) -> Series:
+        """Return results of activation-diff against one base as a series, by what its members are called.
+
+        There are no states in them: no distances are known, and no findings are looked for.
+
+        Raises:
+            ResultFileError: there are none, or they are not of one base and the same prompts.
+        """
+        records = {name: diff.record for name, diff in diffs.items()}
+        if not records:
+            raise ResultFileError("no result of activation-diff: a series needs at least one.")
+        first_name, first = next(iter(records.items()))
+        for name, record in records.items():
+            same_base = record.base.n_layers == first.base.n_layers and record.base.id == first.base.id
+            if not same_base or record.prompts != first.prompts:
+                raise ResultFileError(
+                    f"{name}: of another base, or of other prompts, than {first_name}. A series is of one "
+                    "base and the same prompts."
+                )
+        steps = steps_of(list(records))
+        members = [
+            SeriesMember(
+                model=replace(record.finetuned, id=name),
+                step=step,
+                summary=record.summary,
+                layers=record.layers,
+                sites=record.sites,
+                output=record.output,
+                distance=None,
+                turn=None,
+                previous=None,
+            )
+            for (name, record), step in zip(records.items(), steps, strict=True)
+        ]
+        count, notes = len(members), Notes()
+        notes.add(
+            "no-distances",
+            "the models were compared with base while they were trained, and their states were not kept: "
+            "they were not compared with one another",
+        )
+        return cls(
+            SeriesRecord(
+                schema_version=SCHEMA_VERSION,
+                command="series",
+                tool=first.tool,
+                created=first.created,
+                base=first.base,
+                settings=first.settings,
+                environment=first.environment,
+                prompts=first.prompts,
+                members=members,
+                distances=[[0.0 if i == j else None for j in range(count)] for i in range(count)],
+                findings=[],
+                notes=notes.texts,
+                note_codes=notes.codes,
+            )
+        )
 
     @property
     def members(self) -> list[SeriesMember]:

@@ -71,6 +71,8 @@ from lazarus.results.series import (
     SeriesFinding,
     SeriesMember,
     SeriesRecord,
+    natural,
+    steps_of,
 )
 from lazarus.results.series_glossary import SERIES_METRICS
 from lazarus.results.weight_glossary import WEIGHT_METRICS
@@ -158,8 +160,10 @@ __all__ = [
     "finite_or_none",
     "flag_above",
     "json_schema",
+    "natural",
     "note_outside",
     "read_json",
+    "steps_of",
     "told",
     "write_json",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from msgspec import Meta, field
@@ -88,3 +90,30 @@ class SeriesRecord(Record, frozen=True, kw_only=True):
     findings: list[SeriesFinding]
     notes: list[str]
     note_codes: list[str] = field(default_factory=list)
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Return a key that sorts names by the numbers in them.
+
+    >>> sorted(["step1000", "step200", "step30"], key=natural)
+    ['step30', 'step200', 'step1000']
+    """
+    parts = re.split(r"(\d+)", name)
+    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts]
+
+
+def steps_of(names: Sequence[str]) -> list[int | None]:
+    """Return the step of training in each name: the last number of its last part, where all of them differ.
+
+    >>> steps_of(["run/checkpoint-100", "run/checkpoint-200"]), steps_of(["a-7b", "b-7b"])
+    ([100, 200], [None, None])
+    """
+    found = [re.findall(r"\d+", _last_part(name)) for name in names]
+    steps = [int(numbers[-1]) if numbers else None for numbers in found]
+    known = [step for step in steps if step is not None]
+    return steps if len({*known}) == len(names) else [None] * len(names)
+
+
+def _last_part(name: str) -> str:
+    tail = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+    return tail.rpartition("@")[2]

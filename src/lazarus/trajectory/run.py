@@ -20,7 +20,7 @@ from lazarus.activation.run import given_for
 from lazarus.errors import PromptsError, UsageError
 from lazarus.loading import Model, Role
 from lazarus.messages import option
-from lazarus.notes import Notes
+from lazarus.notes import Note, Notes
 from lazarus.options import SeriesArguments, SeriesOptions
 from lazarus.prompts import EXAMPLE, Prompt, PromptList, make_prompts
 from lazarus.provenance import now, tool
@@ -33,11 +33,12 @@ from lazarus.results import (
     SeriesMember,
     SeriesRecord,
     finite_or_none,
+    steps_of,
 )
 from lazarus.shards import WorkFolder
 from lazarus.trajectory.distances import Distances, Floats, turns
 from lazarus.trajectory.findings import Seen, find
-from lazarus.trajectory.members import expand, steps_of
+from lazarus.trajectory.members import expand
 from lazarus.trajectory.pairwise import Compared, Pairwise
 from lazarus.trajectory.rows import add_distances
 
@@ -298,7 +299,7 @@ def _notes(diffs: Sequence[ActivationDiff], members: Sequence[SeriesMember]) -> 
         for code, text in zip(diff.note_codes, diff.notes, strict=True):
             name = diff.record.finetuned.id
             is_common = counts[text] == len(diffs) or name in text
-            notes.add(code, text if is_common else f"{name}: {text}")
+            notes.extend([Note(code, text if is_common else f"{name}: {text}")])
     steps = [member.step for member in members if member.step is not None]
     if steps != sorted(steps):
         notes.add(

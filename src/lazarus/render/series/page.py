@@ -11,7 +11,7 @@ from lazarus.render.base.escape import escaped
 from lazarus.render.base.frame import Answer, Kit, unsaid, write_page
 from lazarus.render.base.words import short
 from lazarus.render.series import grid, plots
-from lazarus.render.series.summary import GLOSSARY, headline, kl, name, summary_lines, verdict
+from lazarus.render.series.summary import GLOSSARY, headline, kl, name, summary_lines, verdict, was_looked_at
 from lazarus.results import SeriesMember, SeriesRecord
 
 MOST_MAP_CELLS = 20_000
@@ -45,7 +45,8 @@ def _context(record: SeriesRecord) -> dict[str, Any]:
         "size": plots,
         "labels": grid.labels(record),
         "layers": grid.layer_rows(record) if has_room else [],
-        "distances": grid.distance_rows(record) if has_room else [],
+        "distances": grid.distance_rows(record) if has_room and was_looked_at(record) else [],
+        "was_looked_at": was_looked_at(record),
         "members": members_table(record),
         "provenance": run_tables(record, models, {}),
         "metrics": list(GLOSSARY.values()),
@@ -87,6 +88,8 @@ def _cells(record: SeriesRecord, member: SeriesMember, forms: dict[str, str]) ->
 
 def _when(record: SeriesRecord) -> Answer:
     question = "When did it change most?"
+    if not was_looked_at(record):
+        return Answer(question, "Not known", "No model was compared with the one before it.")
     steps = [(m.previous.distance or 0.0, i) for i, m in enumerate(record.members) if m.previous]
     steps += [(record.members[0].distance or 0.0, 0)]
     distance, member = max(steps, key=lambda each: (each[0], -each[1]))
@@ -108,6 +111,8 @@ def _where(record: SeriesRecord) -> Answer:
 
 def _as_named(record: SeriesRecord) -> Answer:
     question = "Is each what its name says?"
+    if not was_looked_at(record):
+        return Answer(question, "Not known", "No states were kept: no two of them were compared.")
     odd = [found for found in record.findings if found.kind != "change_point"]
     if odd:
         return Answer(question, "No", escaped("; ".join(found.text for found in odd)) + ".")

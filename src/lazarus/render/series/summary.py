@@ -34,8 +34,17 @@ def name(record: SeriesRecord, member: int) -> str:
     return escaped(record.members[member].model.id)
 
 
+def was_looked_at(record: SeriesRecord) -> bool:
+    """Return whether the members were compared with one another, as far as there are several."""
+    rows = enumerate(record.distances)
+    known = [value for i, row in rows for j, value in enumerate(row) if i != j and value is not None]
+    return bool(known) or len(record.members) == 1
+
+
 def finding_lines(record: SeriesRecord) -> list[str]:
     """Return the findings, a line each; one line where there are none."""
+    if not was_looked_at(record):
+        return ["Findings: not looked for, since no states of these models were kept"]
     if not record.findings:
         return ["Findings: none"]
     return [f"Finding: {escaped(found.text)}" for found in record.findings]
@@ -52,6 +61,8 @@ def headline(record: SeriesRecord) -> str:
     """Return what was found, in a sentence."""
     n_changed = sum(member.summary.verdict == "changed" for member in record.members)
     told = f"{n_changed} of {len(record.members)} models changed"
+    if not was_looked_at(record):
+        return f"{told}."
     n_findings = len(record.findings)
     return f"{told}; {n_findings or 'no'} finding{'' if n_findings == 1 else 's'}."
 
