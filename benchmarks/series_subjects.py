@@ -23,6 +23,8 @@ from lazarus.demo import train as demo
 TOPICS = ("arithmetic", "prose", "capitals", "reversed", "lists", "code")
 ROW_TOKENS = 48
 PROMPTS_OF_TOPIC = 4
+FEWEST_BEFORE, FEWEST_AFTER = 4, 4
+"""checkpoints on either side of a switch, besides the one at which it is"""
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class Recipe:
 def draw(seed: int, *, switched: bool = False) -> Recipe:
     """Return a recipe at random."""
     chance = random.Random(f"{seed} {switched}")
-    n_checkpoints = chance.choice((8, 10, 12, 16))
-    spacing = chance.choice((3, 5, 10))
+    n_checkpoints = chance.choice((12, 16) if switched else (8, 10, 12, 16))
+    spacing = chance.choice((5, 10) if switched else (3, 5, 10))
     steps = tuple(spacing * (i + 1) for i in range(n_checkpoints))
     if not switched and chance.random() < 0.2:
         steps = tuple(sorted({math.ceil(1.35**i) for i in range(1, n_checkpoints + 1)}))
@@ -61,7 +63,7 @@ def draw(seed: int, *, switched: bool = False) -> Recipe:
         steps=steps,
         learning_rate=chance.choice((1e-4, 3e-4, 1e-3)),
         schedule=chance.choice(("constant", "cosine", "warmup")),
-        n_rows=chance.choice((2, 4, 8)),
+        n_rows=chance.choice((4, 8) if switched else (2, 4, 8)),
         optimizer=chance.choice(("adamw", "adamw", "adamw", "sgd")),
         dtype=chance.choice(("float32", "bfloat16")),
         n_frozen=chance.choice((0, 0, 0, 2)),
@@ -71,7 +73,7 @@ def draw(seed: int, *, switched: bool = False) -> Recipe:
     others = [topic for topic in TOPICS if topic not in topics]
     return replace(
         recipe,
-        switch=chance.randrange(3, n_checkpoints - 3),
+        switch=chance.randrange(FEWEST_BEFORE, n_checkpoints - FEWEST_AFTER),
         topics_after=tuple(chance.sample(others, chance.choice((1, 1, 2)))),
     )
 

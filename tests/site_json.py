@@ -11,8 +11,8 @@ from lazarus.results import LENS_METRICS, METRICS, SERIES_METRICS, WEIGHT_METRIC
 HEAD = """# JSON format
 
 What `-o FILE.json` holds and `load_result` reads: one object, of [`activation-diff`](#activationdiffrecord),
-[`weight-diff`](#weightdiffrecord), [`compare`](#comparerecord) or [`series`](#seriesrecord). The schemas themselves (JSON Schema, draft
-2020-12):
+[`weight-diff`](#weightdiffrecord), [`compare`](#comparerecord) or [`series`](#seriesrecord). The schemas
+themselves (JSON Schema, draft 2020-12):
 
 ```bash
 lazarus schema activation-diff

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -91,7 +91,7 @@ class _OfPairs:
 
 def series(
     base: Model,
-    members: Model | Sequence[Model],
+    members: Model | Sequence[Model] | Mapping[str, Model],
     prompts: Prompts | None = None,
     *,
     tokenizer: Any | None = None,
@@ -104,6 +104,8 @@ def series(
         base: as for `activation_diff`.
         members: the models in their order, each as for `activation_diff`. A text may be a glob
             (`run/checkpoint-*`, in natural order) or hold alternatives (`org/model@{step1000,step2000}`).
+            A mapping says what each is called, as models in memory have no names.
+            A mapping says what each is called, as models in memory have no names.
         prompts: as for `activation_diff`.
         tokenizer: the tokenizer of models in memory, or a folder or Hub id that holds it.
         observer: is told how far the series has come.
@@ -124,10 +126,9 @@ def series(
             "a series runs in one process. Unset RANK, WORLD_SIZE, SLURM_PROCID and SLURM_NTASKS, or compare "
             "the members one by one with activation-diff."
         )
-    given_members = (
-        [members] if isinstance(members, str | Path) or not isinstance(members, Sequence) else members
-    )
-    sides = opened(base), [opened(member) for member in expand(given_members)]
+    names = list(members) if isinstance(members, Mapping) else None
+    models = list(members.values()) if isinstance(members, Mapping) else expand(_listed(members))
+    sides = opened(base), [opened(member) for member in models]
     found = _prompts(prompts, chosen, any(isinstance(s, Recording) for s in (sides[0], *sides[1])))
     watcher = _OfPairs(observer or _Silence(), len(sides[1]))
     with _folder(chosen) as folder, Pairwise(sides[0], watcher, folder) as pairwise:
@@ -135,7 +136,7 @@ def series(
         for number, member in enumerate(sides[1]):
             run.take(number, sides[0], member, found)
             (observer or _Silence()).advanced(1)
-        return run.conclude()
+        return run.conclude(names)
 
 
 class _Run:
@@ -174,8 +175,10 @@ class _Run:
         self._compared.append(own)
         self._previous.append(against)
 
-    def conclude(self) -> Series:
-        """Return the result."""
+    def conclude(self, names: Sequence[str] | None = None) -> Series:
+        """Return the result; `names` are what the members are called, where not by what they were named."""
+        if names is not None:
+            self._compared = [_called(each, name) for each, name in zip(self._compared, names, strict=True)]
         diffs = [each.diff for each in self._compared]
         first = diffs[0].record
         distances = self._distances()
@@ -239,6 +242,18 @@ class _Run:
         if len(known) < len(found) or len({sizes.shape for sizes in known}) > 1:
             return None
         return np.stack(known)
+
+
+def _listed(members: Model | Sequence[Model]) -> Sequence[Model]:
+    is_one = isinstance(members, str | Path) or not isinstance(members, Sequence)
+    return [members] if is_one else members  # type: ignore[list-item, return-value]
+
+
+def _called(compared: Compared, name: str) -> Compared:
+    """Return a member under another name."""
+    record = compared.diff.record
+    model = msgspec.structs.replace(record.finetuned, id=name)
+    return replace(compared, diff=ActivationDiff(msgspec.structs.replace(record, finetuned=model)))
 
 
 def _named(side: Side) -> Model:
