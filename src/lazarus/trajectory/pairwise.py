@@ -11,13 +11,14 @@ from typing import Any
 from lazarus.activation import Accumulation, Observer, Plan, conclude
 from lazarus.activation.measure import Job
 from lazarus.activation.prepare import Given, Prepared, prepare
-from lazarus.activation.recorded import Side, compare_recorded
+from lazarus.activation.recorded import compare_recorded
 from lazarus.activation.run import concluded
 from lazarus.engine import KeptStates, SpillBuffer
 from lazarus.errors import NoDataError
 from lazarus.facts import ModelFacts, PairFacts
 from lazarus.loading import BaseKeeper
 from lazarus.models import free_bytes
+from lazarus.recorded import Side
 from lazarus.recordings import Recording
 from lazarus.result_classes import ActivationDiff
 from lazarus.sites import StatePair

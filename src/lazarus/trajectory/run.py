@@ -15,7 +15,6 @@ import numpy as np
 
 from lazarus.activation import Prompts
 from lazarus.activation.prepare import take_up
-from lazarus.activation.recorded import Side, opened
 from lazarus.activation.run import given_for
 from lazarus.errors import PromptsError, UsageError
 from lazarus.loading import Model, Role
@@ -25,6 +24,7 @@ from lazarus.options import SeriesArguments, SeriesOptions
 from lazarus.prompts import EXAMPLE, Prompt, PromptList, make_prompts
 from lazarus.provenance import now, tool
 from lazarus.ranks import Rank, find_rank
+from lazarus.recorded import Side, opened
 from lazarus.recordings import Recording
 from lazarus.result_classes import ActivationDiff, Series
 from lazarus.results import (
