@@ -10,7 +10,6 @@ import torch
 
 from lazarus.activation.flops import flops_of_run
 from lazarus.activation.measure import FEWER_IF_STREAMED
-from lazarus.activation.recorded import opened
 from lazarus.activation.run import Prompts, given_for
 from lazarus.activation.trial import Trial
 from lazarus.errors import UsageError
@@ -20,6 +19,7 @@ from lazarus.messages import option
 from lazarus.models import Clock, StandIn
 from lazarus.options import OptionArguments, Options
 from lazarus.ranks import Rank
+from lazarus.recorded import opened
 from lazarus.recordings import Recording
 from lazarus.results import Estimate, EstimatedPart
 from lazarus.shards import FEWEST_SHARDS
