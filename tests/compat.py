@@ -62,7 +62,19 @@ def record(version: str) -> None:
     folder = RECORDINGS / version
     shutil.rmtree(folder, ignore_errors=True)
     texts = [argument for text in TEXTS for argument in ("-p", text)]
-    command = ["-m", "lazarus", "introspect", "record", "-m", str(BASE), *texts, "--no-split", "--logits"]
+    command = [
+        "-m",
+        "lazarus",
+        "introspect",
+        "record",
+        "-m",
+        str(BASE),
+        *texts,
+        "--no-split",
+        "--logits",
+        "--top-k",
+        "0",
+    ]
     done = subprocess.run(
         [environment(version), *command, "-o", str(folder), "--quiet"], capture_output=True, text=True
     )

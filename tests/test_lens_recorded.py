@@ -82,7 +82,9 @@ def of_first(model: Any, folder: Path, **options: Any) -> Recording:
 def test_two_models_with_one_head_are_as_two_live_ones(dtype: str, logits: bool, tmp_path: Path) -> None:
     """Both orders; the type is that of the recording."""
     one, other = saved(tmp_path / "one", 0), saved_with_head_of_one(tmp_path / "other")
-    record(other, [PROMPT, "What is AI?"], tmp_path / "r", dtype=dtype, logits=logits, position="last")
+    record(
+        other, [PROMPT, "What is AI?"], tmp_path / "r", dtype=dtype, logits=logits, top_k=0, position="last"
+    )
     live = compare(one, other, PROMPT, dtype=dtype, top_k=3).record
     found = compare(one, tmp_path / "r", PROMPT, top_k=3).record
     assert found.settings.dtype == dtype
@@ -111,7 +113,7 @@ def test_the_last_layer_is_what_the_recorded_model_said(tmp_path: Path) -> None:
     """The two models of the demo have heads of their own: the logits are the recorded model's."""
     prompt = "Calculate 7 * 8:"
     live = compare(BASE, FINETUNED, prompt).record
-    record(FINETUNED, [prompt], tmp_path / "r", logits=True, position="last")
+    record(FINETUNED, [prompt], tmp_path / "r", logits=True, top_k=0, position="last")
     found = compare(BASE, tmp_path / "r").record
     assert found.prompt == prompt
     assert found.layers[-1] == live.layers[-1]
@@ -166,7 +168,7 @@ def rewrite(folder: Path, whole: Recording, sites: Mapping[str, Array], **known:
 
 def test_logits_of_another_vocabulary_are_not_put_beside_those_of_the_head(tmp_path: Path) -> None:
     model = saved(tmp_path / "m", 0)
-    whole = record(model, [PROMPT], tmp_path / "whole", logits=True)
+    whole = record(model, [PROMPT], tmp_path / "whole", logits=True, top_k=0)
     sites = {site: whole.rows(0, site) for site in whole.sites}
     sites["logits"] = np.pad(sites["logits"], ((0, 0), (0, 2)))
     rewrite(tmp_path / "longer", whole, sites)

@@ -121,7 +121,7 @@ def test_a_base_with_an_adapter_and_models_in_memory_are_those_of_the_pairwise_r
 
 def test_a_recording_is_a_member_and_a_base(run: Path, tmp_path: Path, found: Series) -> None:
     for name in ("base", "checkpoint-600"):
-        record(run / name, PROMPTS, tmp_path / name, logits=True)
+        record(run / name, PROMPTS, tmp_path / name, logits=True, top_k=0)
     members = [run / "checkpoint-500", tmp_path / "checkpoint-600", run / "checkpoint-700"]
     mixed = series(run / "base", members, PROMPTS)
     np.testing.assert_allclose(mixed.distances, found.distances[:3, :3], rtol=1e-6)
