@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from lazarus.messages import in_flags
@@ -231,3 +231,8 @@ class Notes:
 
     def __len__(self) -> int:
         return len(self._notes)
+
+
+def notes_of(codes: Sequence[str], texts: Sequence[str]) -> list[Note]:
+    """Return the notes of a result as they were made, by their codes and texts."""
+    return [Note(code, text) for code, text in zip(codes, texts, strict=True)]

@@ -118,12 +118,8 @@ class Series(Result[SeriesRecord]):
         """The distance of any two members, [members, members]; NaN where it is not known."""
         return np.array(self.record.distances, dtype=np.float64)
 
-    def pair(self, member: int) -> ActivationDiff:
-        """Return one member against base as activation-diff has it, without the rows of its prompts.
-
-        Raises:
-            IndexError: there is no such member.
-        """
+    def _pair(self, member: int) -> ActivationDiff:
+        """Return one member against base as activation-diff has it, without the rows of its prompts."""
         record, found = self.record, self.record.members[member]
         empty = np.zeros((0, len(found.layers)))
         return ActivationDiff(
@@ -176,7 +172,7 @@ class Series(Result[SeriesRecord]):
             UsageError: it is no divergence.
         """
         check(SeriesOptions, threshold=threshold)
-        pairs = [self.pair(i).with_threshold(threshold).record for i in range(len(self.members))]
+        pairs = [self._pair(i).with_threshold(threshold).record for i in range(len(self.members))]
         members = [
             replace(member, layers=pair.layers, sites=pair.sites, summary=pair.summary)
             for member, pair in zip(self.members, pairs, strict=True)
@@ -213,7 +209,7 @@ class Series(Result[SeriesRecord]):
         check(SeriesOptions, fail_above=fail_above, expect=expect)
         for i, member in enumerate(self.members):
             try:
-                self.pair(i).check_gates(fail_above=fail_above, expect=expect, only_compared=only_compared)
+                self._pair(i).check_gates(fail_above=fail_above, expect=expect, only_compared=only_compared)
             except GateNotMetError as error:
                 raise GateNotMetError(f"{member.model.id}: {error.marked}", option=error.option) from error
         faults = [found.text for found in self.findings if found.kind != "change_point"]

@@ -19,7 +19,7 @@ from lazarus.activation.run import given_for
 from lazarus.errors import PromptsError, UsageError
 from lazarus.loading import Model, Role
 from lazarus.messages import option
-from lazarus.notes import Note, Notes
+from lazarus.notes import Notes, notes_of
 from lazarus.options import SeriesArguments, SeriesOptions
 from lazarus.prompts import EXAMPLE, Prompt, PromptList, make_prompts
 from lazarus.provenance import now, tool
@@ -311,10 +311,10 @@ def _notes(diffs: Sequence[ActivationDiff], members: Sequence[SeriesMember]) -> 
     counts = Counter(note for diff in diffs for note in {*diff.notes})
     notes = Notes()
     for diff in diffs:
-        for code, text in zip(diff.note_codes, diff.notes, strict=True):
-            name = diff.record.finetuned.id
-            is_common = counts[text] == len(diffs) or name in text
-            notes.extend([Note(code, text if is_common else f"{name}: {text}")])
+        name = diff.record.finetuned.id
+        for note in notes_of(diff.note_codes, diff.notes):
+            is_common = counts[note.text] == len(diffs) or name in note.text
+            notes.extend([note if is_common else replace(note, text=f"{name}: {note.text}")])
     steps = [member.step for member in members if member.step is not None]
     if steps != sorted(steps):
         notes.add(
