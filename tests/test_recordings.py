@@ -109,13 +109,18 @@ def test_two_recordings_give_what_two_models_give_but_for_the_noise(tmp_path: Pa
         assert "noise-not-measured" in found.note_codes
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", sorted(OF_EACH_KIND))
-def test_every_architecture_is_recorded_and_read_back(name: str, tmp_path: Path) -> None:
-    model = build(name)
+def test_every_architecture_is_recorded_and_read_back(name: str, dtype: str, tmp_path: Path) -> None:
+    if (name, dtype) == ("inkling2_text", "bfloat16"):
+        pytest.skip("its own code multiplies float32 by bfloat16")
+    model = build(name).to(getattr(torch, dtype))
+    finetuned = perturbed(model, 0.05)
     texts = ["t5 t17 t18 t3", "t9 t33"]
-    live = compare(model, perturbed(model, 0.02), texts, position="all")
-    recorded(perturbed(model, 0.02), tmp_path / "f", texts)
-    assert numbers(compare(model, tmp_path / "f", position="all")) == numbers(live)
+    recorded(finetuned, tmp_path / "f", texts)
+    for position in ("last", "mean", "all"):
+        live = compare(model, finetuned, texts, position=position)
+        assert numbers(compare(model, tmp_path / "f", position=position)) == numbers(live), position
 
 
 def test_streamed_and_resumed_it_is_the_same_recording(tmp_path: Path) -> None:
