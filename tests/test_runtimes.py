@@ -294,9 +294,9 @@ def test_smollm2_in_float32_is_that_of_transformers(tmp_path: Path) -> None:
 @pytest.mark.real
 @in_llama_cpp
 @pytest.mark.parametrize(
-    ("kind", "rounding", "least"), [("F16", "llama.cpp-f16", 2), ("Q8_0", "llama.cpp-q8", 3)]
+    ("kind", "rounding", "usual"), [("F16", "llama.cpp-f16", 3), ("Q8_0", "llama.cpp-q8", 5)]
 )
-def test_what_llama_cpp_adds_is_how_it_rounds(kind: str, rounding: str, least: float, tmp_path: Path) -> None:
+def test_what_llama_cpp_adds_is_how_it_rounds(kind: str, rounding: str, usual: float, tmp_path: Path) -> None:
     """Each block in NumPy, on llama.cpp's own states before it: with its roundings it is closer to it."""
     from benchmarks.runtimes import CONFIG, local_errors, named_weights
 
@@ -304,6 +304,7 @@ def test_what_llama_cpp_adds_is_how_it_rounds(kind: str, rounding: str, least: f
     options = LlamaCppOptions(flash_attention=False, repacked=False, n_threads=2)
     made, weights = recorded(path, tmp_path / "recording", options), named_weights(path)
     exact, rounded = (local_errors(made, weights, dtype) for dtype in ("float32", rounding))
-    assert np.all(exact / rounded > least), (exact / rounded).min()
+    assert np.all(exact / rounded > 1.5), (exact / rounded).min()
+    assert np.median(exact / rounded) > usual
     ids = made.prompts[0].ids
     assert relative(forward(weights, CONFIG, ids)["embedding"], made.rows(0, "embedding")) == 0
