@@ -92,7 +92,7 @@ def test_every_format_is_written(found: Series, tmp_path: Path) -> None:
     markdown = (tmp_path / "series.md").read_text()
     assert "| Model | Divergence | Layer | KL |" in markdown
     page = (tmp_path / "series.html").read_text()
-    assert "default-src 'none'" in page
+    assert "default-src &#39;none&#39;" in page
     assert repr(found.members[1].layers[3].divergence) in page
     assert repr(float(found.distances[0, 1])) in page
     first = (tmp_path / "series.svg").read_bytes()
