@@ -165,7 +165,7 @@ def test_what_llama_cpp_cannot_run_is_refused(
 def test_a_model_whose_blocks_have_no_name_is_refused(
     model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lazarus.recordings.llama_cpp.BLOCK_OUTPUT", "block_output-")
+    monkeypatch.setattr("lazarus.recordings.ggml.BLOCK_OUTPUT", "block_output-")
     with pytest.raises(UnsupportedModelError, match=r"names no tensor of llama that is resid_post\.0"):
         record_gguf(model_file, asked(IDS), tmp_path / "recording", EXACT)
 
@@ -175,12 +175,18 @@ def test_the_command_records_what_activation_diff_compares(tmp_path: Path) -> No
     base = save_model(tmp_path / "base", tiny_llama(), tiny_tokenizer())
     save_gguf(tmp_path / "model.gguf", tiny_llama(), tiny_tokenizer(), gguf.GGMLQuantizationType.F16)
     model, recording = str(tmp_path / "model.gguf"), str(tmp_path / "recording")
-    prompts = ["-p", "Hello, how are you?|What is AI?"]
-    command = ["introspect", "record", "-m", model, *prompts, "-o", recording, "--runtime", "llama.cpp"]
+    prompts = ["-p", "Hello, What is AI?"]
+    command = ["introspect", "record", "-m", model, *prompts, "-o", recording]
+    command += ["--runtime", "llama.cpp", "--logits", "--top-k", "5"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     diff = lazarus.activation_diff(base, recording, localize=True)
     assert diff.record.finetuned.runtime == "llama.cpp llama-cpp-python 0.3.36"
+    ours = Recording.open(recording)
+    texts = [str(prompt.text) for prompt in ours.prompts]
+    theirs = lazarus.record(base, texts, tmp_path / "ours", logits=True, top_k=5)
+    np.testing.assert_array_equal(ours.rows(0, "top_ids"), theirs.rows(0, "top_ids"))
+    np.testing.assert_allclose(ours.rows(0, "top_logprobs"), theirs.rows(0, "top_logprobs"), atol=1e-2)
     for layer in diff.layers:
         assert layer.relative_l2 is not None
         assert layer.relative_l2 < 2e-3

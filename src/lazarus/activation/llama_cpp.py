@@ -53,6 +53,7 @@ def record_in_llama_cpp(
     how = LlamaCppOptions(
         n_gpu_layers=0 if given.device.type == "cpu" else -1,
         logits=chosen.logits,
+        top_k=chosen.top_k,
         model_name=source.name,
         tokenizer_sha256=tokenizer_digest(reading.tokenizers[0]),
         notes=tuple(notes.texts),

@@ -4,7 +4,7 @@ format.py      recording.json: its records, its JSON Schema, what is refused of 
 tensors.py     the tensors of a safetensors file, written in any order and read one at a time
 recording.py   `Recording`: write one prompt by prompt, or open one and read its rows
 sites.py       what the sites of a recording are called
-llama_cpp.py   GGUF files run by llama.cpp, by the package llama-cpp-python
+llama_cpp.py   GGUF files run by llama.cpp, by the package llama-cpp-python (ggml.py reads its tensors)
 vllm.py        the files of vLLM's hidden states connector
 arrays.py      npy, npz and safetensors files of other programs
 """

@@ -6,12 +6,9 @@ llama-cpp-python is imported when it is used, and no torch is.
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -21,7 +18,6 @@ from numpy.typing import NDArray
 
 from lazarus.errors import (
     DeviceError,
-    MissingPackageError,
     ModelNotFoundError,
     PromptTooLongError,
     UnsupportedModelError,
@@ -29,33 +25,15 @@ from lazarus.errors import (
     WeightsError,
 )
 from lazarus.recordings.format import RecordedPrompt
+from lazarus.recordings.ggml import PACKAGE, Array, Taps, imported, quiet
 from lazarus.recordings.recording import Recording
-from lazarus.recordings.sites import EMBEDDING, FINAL_NORM, LOGITS, site_name
+from lazarus.recordings.sites import LOGITS, TOP_IDS, TOP_LOGPROBS
 
 RUNTIME = "llama.cpp"
-PACKAGE = "llama-cpp-python"
-ENTERS_THE_FIRST_BLOCK = (
-    "inp_embd",
-    "embd",
-    "inp_scaled",
-    "inp_embd_scaled",
-    "inpL",
-    "inp_norm",
-    "inp_norm-0",
-    "embd_norm",
-    "model.input_embed",
-    "model.embed_tokens",
-    "embedding_output",
-)
-"""What llama.cpp calls an embedding: looked up, scaled, with positions, normalised. The last one counts."""
-BLOCK_OUTPUT = "l_out-"
-OTHERS = {"result_norm": FINAL_NORM, "result_output": LOGITS}
 MOST_PROMPTS_NAMED = 3
 
 CacheType = Literal["float16", "float32"]
 _GGML_TYPES: dict[str, int] = {"float32": 0, "float16": 1}
-
-Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -76,6 +54,8 @@ class LlamaCppOptions:
     """let llama.cpp rearrange weights for the CPU's matrix units, as it does by itself"""
     logits: bool = False
     """also record the logits of every token"""
+    top_k: int = 0
+    """of these, how many of the likeliest tokens are kept at each place; 0 for all"""
     model_name: str | None = None
     """what the model is called; None for the path of the file"""
     tokenizer_sha256: str | None = None
@@ -118,6 +98,8 @@ def record_gguf(
             for prompt in read:
                 states = context.run(prompt.ids)
                 kept = {site: rows[prompt.kept] for site, rows in states.items()}
+                if options.top_k and LOGITS in kept:
+                    kept |= likeliest(kept.pop(LOGITS), options.top_k)
                 writer.add(
                     prompt.ids,
                     kept,
@@ -128,6 +110,19 @@ def record_gguf(
                 )
                 advanced(len(prompt.ids))
     return Recording.open(folder)
+
+
+def likeliest(logits: Array, k: int) -> dict[str, NDArray[Any]]:
+    """Return the likeliest tokens of each row, and their log-probabilities; last, that of all others."""
+    exact = logits.astype(np.float64)
+    exact -= exact.max(axis=1, keepdims=True)
+    logprobs = exact - np.log(np.exp(exact).sum(axis=1, keepdims=True))
+    order = np.argsort(-logprobs, axis=1, kind="stable")
+    ids, others = order[:, :k], order[:, k:]
+    with np.errstate(divide="ignore"):  # where no other token is left
+        rest = np.log(np.exp(np.take_along_axis(logprobs, others, axis=1)).sum(axis=1, keepdims=True))
+    best = np.take_along_axis(logprobs, ids, axis=1)
+    return {TOP_IDS: ids.astype(np.int32), TOP_LOGPROBS: np.concatenate([best, rest], axis=1)}
 
 
 class Model:
@@ -316,7 +311,7 @@ class Context:
                 raise DeviceError(
                     f"{self.model.path}: llama.cpp stopped with code {code} at token {start} of {len(ids)}."
                 )
-            pieces.append(self.taps.found(self.model))
+            pieces.append(self.taps.found(self.model.path, self.model.architecture))
         return {site: np.concatenate([piece[site] for piece in pieces]) for site in pieces[0]}
 
     def _fill(self, ids: Sequence[int], start: int) -> None:
@@ -328,99 +323,3 @@ class Context:
             self.batch.seq_id[i][0] = 0
             # The last block and all that follows run only the tokens whose logits are asked for.
             self.batch.logits[i] = True
-
-
-class Taps:
-    """The callback in which tensors are read, and those that it has read."""
-
-    def __init__(self, library: Any, n_layers: int, *, logits: bool) -> None:
-        self._ggml = ggml_base(library)
-        self._blocks = {f"{BLOCK_OUTPUT}{layer}": site_name(layer) for layer in range(n_layers)}
-        self._sites = dict.fromkeys(ENTERS_THE_FIRST_BLOCK, EMBEDDING) | self._blocks
-        self._sites |= {name: site for name, site in OTHERS.items() if logits or site != LOGITS}
-        self._n_rows = 0
-        self._read: dict[str, Array] = {}
-        self.callback = library.ggml_backend_sched_eval_callback(self._evaluated)
-
-    def begin(self, n_rows: int) -> None:
-        """Forget what was read; the next run has so many tokens."""
-        self._n_rows, self._read = n_rows, {}
-
-    def found(self, model: Model) -> dict[str, Array]:
-        """Return what was read, in the order of the model.
-
-        Raises:
-            UnsupportedModelError: something was not there, or not in float32 with a row a token.
-        """
-        order = list(dict.fromkeys(self._sites.values()))
-        missing = [site for site in order if site not in self._read]
-        if missing:
-            raise UnsupportedModelError(
-                f"{model.path}: llama.cpp names no tensor of {model.architecture} that is {missing[0]}, with "
-                "a row of float32 for every token."
-            )
-        return {site: self._read[site] for site in order}
-
-    def _evaluated(self, tensor: int, ask: bool, _data: int | None) -> bool:
-        """Answer which tensors are wanted, and read them when they are there. An error must not leave it."""
-        name = self._ggml.ggml_get_name(tensor).decode(errors="replace")
-        site = self._sites.get(name)
-        if ask:
-            return site is not None
-        n_bytes = self._ggml.ggml_nbytes(tensor)
-        if site is not None and n_bytes == 4 * self._ggml.ggml_nelements(tensor):
-            array = np.empty(n_bytes // 4, dtype=np.float32)
-            if array.size % self._n_rows == 0:
-                self._ggml.ggml_backend_tensor_get(tensor, array.ctypes.data, 0, n_bytes)
-                self._read[site] = array.reshape(self._n_rows, -1)
-        return True
-
-
-def imported() -> Any:
-    """Import llama-cpp-python.
-
-    Raises:
-        MissingPackageError: it is not installed.
-    """
-    try:
-        return import_module("llama_cpp")
-    except ImportError as error:
-        raise MissingPackageError(
-            f"Running a GGUF file in llama.cpp needs the package {PACKAGE}. Install it with "
-            "`pip install 'lazarus-introspect[llama-cpp]'`, which builds it (minutes, with a C++ compiler)."
-        ) from error
-
-
-def ggml_base(library: Any) -> Any:
-    """Load the library of llama-cpp-python that knows a tensor's name, size and data."""
-    places = sorted((Path(library.__file__).parent / "lib").glob("*ggml-base.*"), key=lambda p: len(p.name))
-    if not places:
-        raise MissingPackageError(
-            f"{PACKAGE} {library.__version__} at {library.__file__} has no libggml-base. Install 0.3.36."
-        )
-    base: Any = ctypes.CDLL(str(places[0]))
-    signatures: dict[str, tuple[Any, Sequence[Any]]] = {
-        "ggml_get_name": (ctypes.c_char_p, [ctypes.c_void_p]),
-        "ggml_nelements": (ctypes.c_int64, [ctypes.c_void_p]),
-        "ggml_nbytes": (ctypes.c_size_t, [ctypes.c_void_p]),
-        "ggml_backend_tensor_get": (
-            None,
-            [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t],
-        ),
-    }
-    for name, (result, arguments) in signatures.items():
-        function = getattr(base, name)
-        function.restype, function.argtypes = result, arguments
-    return base
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Let llama.cpp tell of errors alone."""
-    logger = logging.getLogger(PACKAGE)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
