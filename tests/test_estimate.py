@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from factories import perturbed, save_model, tiny_llama, tiny_tokenizer
 from layouts import save_adapter, save_gguf
-from lazarus import Estimate, activation_diff, estimate_run
+from lazarus import Estimate, activation_diff, estimate_record, estimate_run, record
 from lazarus.activation.measure import Job
 from lazarus.activation.prepare import prepare
 from lazarus.activation.run import Silence, given_for
@@ -229,6 +229,25 @@ def test_quantised_weights_are_estimated_as_they_are_run(pair: tuple[Path, Path]
         estimate_run(pair[0], quantised, PROMPTS, dequantize="never")
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"position": "last"}, {"logits": True}, {"memory": "stream"}], ids=str
+)
+def test_a_recording_is_estimated(options: dict[str, Any], pair: tuple[Path, Path], tmp_path: Path) -> None:
+    found = estimate_record(pair[0], PROMPTS, **options)
+    with FlopCounterMode(display=False) as counter:
+        recorded = record(pair[0], PROMPTS, tmp_path / "recording", **options)
+    assert found.finetuned is None
+    # The run also learns how the model behaves, which is not of its passes.
+    assert 0.5 * counter.get_total_flops() < found.flops < counter.get_total_flops()
+    if "memory" not in options:
+        assert found.bytes_read == (pair[0] / "model.safetensors").stat().st_size
+    states = [
+        recorded.rows(i, site) for i in range(len(PROMPTS)) for site in recorded.sites if site != "logits"
+    ]
+    if not options.get("logits"):
+        assert found.bytes_written == sum(rows.nbytes for rows in states)
+
+
 # --- the command --------------------------------------------------------------------------------
 
 
@@ -255,12 +274,22 @@ def test_the_command_prints_the_estimate_and_does_nothing_else(
     assert not (tmp_path / "diff.json").exists()
     lines = done.output.splitlines()
     assert lines[0] == f"An estimate for {pair[0]} and {pair[1]}: nothing was run."
-    assert "Mode         resident: both models in memory, in float32 on cpu, 1 thread" in lines
+    assert "Mode         resident: all weights in memory, in float32 on cpu, 1 thread" in lines
     assert any(re.fullmatch(r"Prompts      2 prompts, \d+ tokens, in 1 batch", line) for line in lines)
     for name in ("Read", "Memory", "Computation", "Time"):
         assert re.search(rf"^{name} +[\d.]+ (min|s|[kMG]B|[MG]FLOP)", done.output, flags=re.MULTILINE), name
     assert re.search(r"^ +start +[\d.]+ (s|min)", done.output, flags=re.MULTILINE)
     assert lines[-1] == "Note: saving results is not in it"
+
+
+def test_the_command_record_is_estimated_and_makes_no_folder(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "recording"
+    words = ["introspect", "record", "-m", pair[0], "-p", "Hello,What is AI", "-o", folder, "--estimate"]
+    done = CliRunner().invoke(app, [*map(str, words)])
+    assert done.exit_code == 0, done.output
+    assert done.output.startswith(f"An estimate for {pair[0]}: nothing was run.")
+    assert re.search(r"^Write +[\d.]+ kB of hidden states", done.output, flags=re.MULTILINE)
+    assert not folder.exists()
 
 
 def test_a_wrong_output_is_refused_before_anything_is_estimated(pair: tuple[Path, Path]) -> None:

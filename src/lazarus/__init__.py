@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         WeightFacts,
         activation_diff,
         conclude,
+        estimate_record,
         estimate_run,
         iter_state_pairs,
     )
@@ -57,6 +58,7 @@ __all__ = [
     "activation_diff",
     "compare",
     "conclude",
+    "estimate_record",
     "estimate_run",
     "iter_state_pairs",
     "load_result",
@@ -74,6 +76,7 @@ _HOMES = {
     "WeightFacts": "lazarus.activation",
     "activation_diff": "lazarus.activation",
     "conclude": "lazarus.activation",
+    "estimate_record": "lazarus.activation",
     "estimate_run": "lazarus.activation",
     "iter_state_pairs": "lazarus.activation",
     "record": "lazarus.activation",

@@ -30,6 +30,7 @@ from lazarus.models import (
     load_pair,
     page,
     parse_model,
+    stand_in,
     stand_in_pair,
     wrap_model,
 )
@@ -164,21 +165,21 @@ def _in_memory_already() -> UsageError:
 
 @dataclass(frozen=True)
 class StandIns:
-    """Two models that stand in for those of a run."""
+    """Models that stand in for those of a run: two, or one that runs alone."""
 
-    pair: tuple[StandIn, StandIn]
+    each: tuple[StandIn, ...]
     streams: bool
 
     @property
     def models(self) -> tuple[LoadedModel, LoadedModel]:
-        """Return them as loaded models."""
-        return self.pair[0].model, self.pair[1].model
+        """Return them as loaded models; one that runs alone twice."""
+        return self.each[0].model, self.each[-1].model
 
 
 def load_stand_ins(
-    models: tuple[Model, Model], chosen: Options, device: torch.device, clock: Clock, *, whole: bool
+    models: tuple[Model, ...], chosen: Options, device: torch.device, clock: Clock, *, whole: bool
 ) -> StandIns:
-    """Return two models of random weights in the place of those that are named, as `load_models` loads them.
+    """Return models of random weights in the place of those that are named: of a pair, or of one alone.
 
     With `whole` every block of them runs, and else a few of each kind, by `clock`.
 
@@ -189,18 +190,19 @@ def load_stand_ins(
     """
     options = _load_options(chosen, device)
     named = [parse_model(str(m)) if isinstance(m, str | Path) else m for m in models]
-    match named:
-        case [ModelReference() as first, ModelReference() as second]:
-            pass
-        case _:
-            raise UsageError("an estimate is of models that are not loaded: give them by their names.")
+    references = [model for model in named if isinstance(model, ModelReference)]
+    if len(references) < len(models):
+        raise UsageError("an estimate is of models that are not loaded: give them by their names.")
+    first, second = references[0], references[-1]
     streams = chosen.memory == "stream"
     if chosen.memory == "auto":
         streams = _must_stream((first, second), options, Notes())
     if streams:
         check_paged(first, second, options)
-    pair = stand_in_pair(first, second, options, clock, whole=whole)
-    return StandIns(page(pair, clock) if streams else pair, streams)
+    each: tuple[StandIn, ...] = (stand_in(first, options, clock, whole=whole),)
+    if len(references) > 1:
+        each = stand_in_pair(first, second, options, clock, whole=whole)
+    return StandIns(page(each, clock) if streams else each, streams)
 
 
 def pick_device(name: str, rank: Rank) -> torch.device:

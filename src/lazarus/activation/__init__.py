@@ -20,7 +20,7 @@ capture.py       one model, its states written down: record; a GGUF file run by 
 recorded.py      a recording in place of a model, or of both; its facts (recorded_facts.py), its prompts
                  (recorded_prompts.py), its rows (recorded_rows.py), the noise of one block (local_noise.py)
 readers.py       tokens as text
-estimate.py      what a run would take; trial.py runs a part of it, flops.py counts its operations
+estimate.py      what a run would take; trial.py and record_trial.py run a part of it, flops.py counts
 attribution.py   who caused the change of the output; attributed.py tells of it
 
 accumulation.py, attributed.py, components.py, repeats.py, findings.py, scores.py, traces.py, mined.py,
@@ -30,7 +30,7 @@ and a `Plan`.
 
 from lazarus.activation.accumulation import Accumulation, Plan
 from lazarus.activation.capture import record
-from lazarus.activation.estimate import estimate_run
+from lazarus.activation.estimate import estimate_record, estimate_run
 from lazarus.activation.prepare import Observer
 from lazarus.activation.result import About, conclude
 from lazarus.activation.run import Prompts, StatePairs, activation_diff, iter_state_pairs
@@ -50,6 +50,7 @@ __all__ = [
     "WeightFacts",
     "activation_diff",
     "conclude",
+    "estimate_record",
     "estimate_run",
     "iter_state_pairs",
     "record",

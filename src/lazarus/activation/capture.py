@@ -96,11 +96,11 @@ def record(
 
     prepared = prepare_alone(given, model, "base", watcher, read)
     with given.running():
-        return _Capture(prepared, chosen, path, watcher).run()
+        return Capture(prepared, chosen, path, watcher).run()
 
 
 @dataclass(frozen=True)
-class _Written:
+class Written:
     """A file of tensors: the prompts in it, the sites of each, and its size."""
 
     prompts: list[int]
@@ -113,12 +113,12 @@ class _Written:
         return {"prompts": np.array(self.prompts), "sites": sites, "n_bytes": np.array(self.n_bytes)}
 
     @classmethod
-    def of(cls, state: Mapping[str, Any]) -> _Written:
+    def of(cls, state: Mapping[str, Any]) -> Written:
         """Return it from its `state`."""
         return cls(state["prompts"].tolist(), set(state["sites"].tolist()), int(state["n_bytes"]))
 
 
-class _Capture:
+class Capture:
     """One run of a model, and the folder that its states go to."""
 
     def __init__(self, prepared: Prepared, options: RecordOptions, path: Path, watcher: Observer) -> None:
@@ -126,8 +126,8 @@ class _Capture:
         self._notes = Notes(prepared.notes)
         pair = prepared.pair if options.logits else prepared.pair.without_output()
         self._run = replace(prepared.run, position=self._position())
-        self._job = Job(pair, self._run, watcher.advanced)
-        watcher.running(self._job.whole.n_tokens)
+        self.job = Job(pair, self._run, watcher.advanced)
+        watcher.running(self.job.whole.n_tokens)
 
     def run(self) -> Recording:
         """Run all prompts, and write recording.json when all of their states are there."""
@@ -147,30 +147,30 @@ class _Capture:
             raise
         return Recording.open(self._path)
 
-    def _alone(self) -> list[_Written]:
-        parts = self._job.whole.cut(1 if self._job.pair.streams else self._n_files())
-        return [self._write(part, number) for number, part in enumerate(parts)]
+    def _alone(self) -> list[Written]:
+        parts = self.job.whole.cut(1 if self.job.pair.streams else self._n_files())
+        return [self.write(part, number) for number, part in enumerate(parts)]
 
-    def _shared(self, folder: WorkFolder) -> list[_Written]:
+    def _shared(self, folder: WorkFolder) -> list[Written]:
         """Write files that the folder of the run keeps count of, by however many processes."""
-        parts = shared_parts(self._job, folder)
+        parts = shared_parts(self.job, folder)
         shards = [Work(i, part.prompts, part.n_tokens) for i, part in enumerate(parts)]
         for shard in shards:
             if not self._file(shard.number).exists():
                 folder.forget(shard.number)
 
         def run_shard(shard: Work) -> AccumulatorState:
-            return self._write(parts[shard.number], shard.number).state()
+            return self.write(parts[shard.number], shard.number).state()
 
-        n_before = run_shards(folder, shards, run_shard, self._job.advanced)
+        n_before = run_shards(folder, shards, run_shard, self.job.advanced)
         self._notes.extend(note_reused(n_before, len(shards), folder))
-        return [_Written.of(state) for state in states(folder, shards)]
+        return [Written.of(state) for state in states(folder, shards)]
 
-    def _write(self, part: Part, number: int) -> _Written:
+    def write(self, part: Part, number: int) -> Written:
         """Run a part of the prompts, and write its file."""
         repeats, sites, held = self._run.repeats, set[str](), dict[str, list[Tensor]]()
         own = [index for prompt in part.prompts for index in (prompt, *repeats.others.get(prompt, ()))]
-        n_sites = 4 * self._job.pair.n_layers[0] + 3  # a block and what is inside it, and what is outside
+        n_sites = 4 * self.job.pair.n_layers[0] + 3  # a block and what is inside it, and what is outside
         with TensorWriter(self._file(number), len(own) * n_sites) as writer:
             for pair in self._pairs(part):
                 name = site_name(pair.site)
@@ -184,10 +184,10 @@ class _Capture:
                             sites.add(site)
                             writer.put(f"{prompt}/{site}", array)
         assert not held, sorted(held)
-        return _Written(own, sites, writer.n_bytes)
+        return Written(own, sites, writer.n_bytes)
 
     def _pairs(self, part: Part) -> Iterator[StatePair]:
-        for pair in self._job.run(part):
+        for pair in self.job.run(part):
             if not isinstance(pair.site, ComponentSite) or pair.site.name in RECORDED_COMPONENTS:
                 yield from self._run.repeats.spread(pair)
 
@@ -198,7 +198,7 @@ class _Capture:
         top = TopTokens.of(rows, self._options.top_k)
         return {TOP_IDS: top.ids.int().numpy(), TOP_LOGPROBS: top.logprobs.numpy()}
 
-    def _conclude(self, found: Sequence[_Written]) -> None:
+    def _conclude(self, found: Sequence[Written]) -> None:
         prepared, info = self._prepared, self._prepared.facts.base.info
         self._run.note(self._notes)
         conventions, tokenizer = prepared.pair.base_conventions, prepared.reading.tokenizers[0]
@@ -243,10 +243,14 @@ class _Capture:
 
     def _n_files(self) -> int:
         """Return into how many files the states go, by their size."""
-        pair = self._job.pair
+        return max(1, int(-(-self.n_bytes // MOST_BYTES)))
+
+    @property
+    def n_bytes(self) -> int:
+        """Return the size of the states outside of blocks and after each."""
+        pair = self.job.pair
         n_rows = sum(self._n_kept(prompt) for prompt in self._run.repeats.distinct)
-        n_bytes = n_rows * (pair.n_layers[0] + 2) * pair.widths[0] * pair.base.model.dtype.itemsize
-        return max(1, int(-(-n_bytes // MOST_BYTES)))
+        return int(n_rows * (pair.n_layers[0] + 2) * pair.widths[0] * pair.base.model.dtype.itemsize)
 
     def _file(self, number: int) -> Path:
         return self._path / f"{number:05d}.safetensors"

@@ -1,23 +1,26 @@
-"""What activation_diff would take: its own code on stand-ins for the two models, on a few of its batches."""
+"""What activation_diff and record would take: their own code on stand-ins for models, on a few batches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Unpack
 
 import torch
 
 from lazarus.activation.flops import flops_of_run
 from lazarus.activation.measure import FEWER_IF_STREAMED
+from lazarus.activation.record_trial import RecordTrial
 from lazarus.activation.run import Prompts, given_for
-from lazarus.activation.trial import Trial
+from lazarus.activation.trial import DiffTrial, Trial
 from lazarus.errors import UsageError
 from lazarus.estimating import peak_bytes
 from lazarus.loading import Model
 from lazarus.messages import option
 from lazarus.models import Clock, StandIn
-from lazarus.options import OptionArguments, Options
+from lazarus.options import OptionArguments, Options, RecordArguments, RecordOptions
 from lazarus.ranks import Rank
 from lazarus.recorded import opened
 from lazarus.recordings import Recording
@@ -64,28 +67,60 @@ def estimate_run(
         )
     # No folder is made, and no work shared: the estimate is of one process that runs all.
     given = given_for((base, finetuned), prompts, tokenizer, Rank(), replace(chosen, work_dir=None))
-    clock = Clock(given.device)
     with given.running():
-        trial = Trial(given, (base, finetuned), clock)
-        trial.run()
-        peak, on_device = peak_bytes(), _device_peak(given.device)
+        trial = DiffTrial(given, (base, finetuned), Clock(given.device))
         if chosen.attribute is not None:
             trial.time_base()
-        flops = flops_of_run(trial.job(lambda _: None), trial.work, clock)
+        return estimated("activation-diff", trial, chosen, start_seconds)
+
+
+def estimate_record(
+    model: Model,
+    prompts: Prompts,
+    *,
+    tokenizer: Any | None = None,
+    start_seconds: float = 0.0,
+    **options: Unpack[RecordArguments],
+) -> Estimate:
+    """Estimate what `record` would take on this machine; no weights are loaded.
+
+    Args:
+        model: as for `record`, and so are `prompts`, `tokenizer` and `options`; no model in memory.
+        prompts: the same.
+        start_seconds: as for `estimate_run`.
+
+    Raises:
+        LazarusError: as `estimate_run`.
+    """
+    chosen = RecordOptions.make(**options)
+    of_pair = chosen.of_pair()
+    given = given_for((model, model), prompts, tokenizer, Rank(), replace(of_pair, work_dir=None))
+    with given.running(), tempfile.TemporaryDirectory() as folder:
+        trial = RecordTrial(given, model, Clock(given.device), chosen, Path(folder))
+        return estimated("record", trial, of_pair, start_seconds)
+
+
+def estimated(command: str, trial: Trial[Any], chosen: Options, start_seconds: float) -> Estimate:
+    """Run a trial, and return what all of the run would take."""
+    device = trial.given.device
+    trial.run()
+    peak, on_device = peak_bytes(), _device_peak(device)
+    flops = flops_of_run(trial.job(lambda _: None), trial.work, trial.clock)
     parts = list(_parts(trial, chosen, start_seconds))
-    prepared, run = trial.prepared, trial.prepared.run
+    pair, run = trial.pair, trial.prepared.run
     return Estimate(
-        command="activation-diff",
-        base=prepared.pair.base.name,
-        finetuned=prepared.pair.finetuned.name,
-        mode="stream" if prepared.pair.base.pager is not None else "resident",
-        dtype=prepared.pair.base.run_dtype,
-        device=str(given.device),
+        command=command,
+        base=pair.base.name,
+        finetuned=None if pair.is_alone else pair.finetuned.name,
+        mode="stream" if pair.base.pager is not None else "resident",
+        dtype=pair.base.run_dtype,
+        device=str(device),
         n_threads=torch.get_num_threads(),
         n_prompts=len(run.base_prompts),
         n_tokens=sum(len(prompt.ids) for prompt in run.base_prompts),
         n_batches=len(trial.work.batches),
         bytes_read=_bytes_read(trial, chosen),
+        bytes_written=trial.bytes_written,
         peak_bytes=_peak(trial, chosen, peak) if on_device is None else peak + trial.found.growth,
         device_bytes=None if on_device is None else _peak(trial, chosen, on_device),
         flops=flops,
@@ -95,9 +130,11 @@ def estimate_run(
     )
 
 
-def _parts(trial: Trial, chosen: Options, start_seconds: float) -> Iterator[EstimatedPart]:
-    found, pair = trial.found, trial.standing.pair
-    loading = sum(each.opening_seconds if trial.standing.streams else each.loading_seconds for each in pair)
+def _parts(trial: Trial[Any], chosen: Options, start_seconds: float) -> Iterator[EstimatedPart]:
+    found, each_model = trial.found, trial.standing.each
+    loading = sum(
+        each.opening_seconds if trial.standing.streams else each.loading_seconds for each in each_model
+    )
     seconds = {
         "start": start_seconds,
         "loading": loading,
@@ -112,8 +149,8 @@ def _parts(trial: Trial, chosen: Options, start_seconds: float) -> Iterator[Esti
             yield EstimatedPart(name=name, seconds=each)
 
 
-def _bytes_read(trial: Trial, chosen: Options) -> int:
-    pair = trial.standing.pair
+def _bytes_read(trial: Trial[Any], chosen: Options) -> int:
+    pair = trial.standing.each
     adapters = sum(each.adapter_bytes for each in pair)
     if not trial.standing.streams:
         return adapters + sum(each.size.files for each in pair)
@@ -123,11 +160,11 @@ def _bytes_read(trial: Trial, chosen: Options) -> int:
     return adapters + trial.learnt_bytes + n_parts * trial.run_bytes
 
 
-def _peak(trial: Trial, chosen: Options, measured: int) -> int:
+def _peak(trial: Trial[Any], chosen: Options, measured: int) -> int:
     """Return the peak of memory: that of the stand-ins' run, with the models in their place."""
-    base, finetuned = trial.standing.pair
-    sizes = base.size, finetuned.size
-    around = measured - base.held - finetuned.held
+    each = trial.standing.each
+    sizes = [one.size for one in each]
+    around = measured - sum(one.held for one in each)
     around += trial.found.growth if trial.given.device.type == "cpu" else 0
     if trial.standing.streams:
         # Two blocks of each model: one computes while the next one is read. At the end what is outside of
@@ -138,22 +175,23 @@ def _peak(trial: Trial, chosen: Options, measured: int) -> int:
     if chosen.attribute is not None:
         running = round(running * ATTRIBUTION_MEMORY)
     before = trial.rss if trial.given.device.type == "cpu" else 0
-    return max(running, *_loading_peaks(before, base, finetuned))
+    return max(running, *_loading_peaks(before, each))
 
 
-def _loading_peaks(before: int, base: StandIn, finetuned: StandIn) -> tuple[int, int]:
-    """Return the memory at the end of loading each model: a file is mapped while elements are made of it."""
-    mapped = [0 if each.size.is_mapped or each.is_over else each.size.files for each in (base, finetuned)]
-    first = before + base.size.whole + mapped[0]
-    return first, before + base.size.whole + finetuned.size.whole + mapped[1]
+def _loading_peaks(before: int, each: Sequence[StandIn]) -> Iterator[int]:
+    """Yield the memory at the end of loading each model: a file is mapped while elements are made of it."""
+    held = before
+    for one in each:
+        held += one.size.whole
+        yield held + (0 if one.size.is_mapped or one.is_over else one.size.files)
 
 
 def _device_peak(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
-def _remarks(trial: Trial, chosen: Options) -> Iterator[str]:
-    finetuned = trial.standing.pair[1]
+def _remarks(trial: Trial[Any], chosen: Options) -> Iterator[str]:
+    finetuned = trial.standing.each[-1]
     if finetuned.is_over and finetuned.size.files:
         yield "tensors that both checkpoints hold alike are found by the run, and make it take less"
     if chosen.attribute is not None:

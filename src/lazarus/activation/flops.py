@@ -22,13 +22,16 @@ def flops_of_run(job: Job, part: Part, clock: Clock) -> int:
     """
     pair, plan, noise = job.pair, job.plan, job.noise_plan(part)
     ours, theirs = [each.base for each in part.batches], [each.finetuned for each in part.batches]
-    heads = [_head_flops(pair, side, clock) for side in (0, 1)]
+    sides = (0,) if pair.is_alone else (0, 1)
+    heads = [_head_flops(pair, side, clock) for side in sides]
     rows = sum(_head_rows(batch, plan.position) for batch in ours)
     total = rows * sum(heads) if pair.shares_vocabulary else 0
-    prefixes = [_prefix_flops(pair, side, ours[0], clock) for side in (0, 1)]
+    prefixes = [_prefix_flops(pair, side, ours[0], clock) for side in sides]
     total += sum(prefixes)
     of_base = count_passes(_runs(pair, 0), clock, ours)
-    if pair.align == "ids":
+    if pair.is_alone:
+        total += of_base.of(ours)
+    elif pair.align == "ids":
         # Together: blocks that both models have in common run once, and with `localize` some run twice.
         both = Resident(pair, "last", localize=plan.localize)
         total += count_passes(lambda batch: both.run(BatchPair(batch, batch)), clock, ours).of(ours)

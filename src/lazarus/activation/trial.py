@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Generic, TypeVar
 
 import psutil
 
 from lazarus.activation.accumulation import Accumulation
 from lazarus.activation.measure import Job, Part
-from lazarus.activation.prepare import Given, learn_models, read_asked
+from lazarus.activation.prepare import Given, Prepared, learn_models, read_asked
 from lazarus.activation.run import conclude_run
 from lazarus.batches import BatchPair, TokenBatch
 from lazarus.engine import KEPT_SHARE, ModelPair, Runner
@@ -21,6 +23,8 @@ from lazarus.loading import Model, load_stand_ins
 from lazarus.models import Clock, StandInPager, free_bytes, give_back
 from lazarus.notes import Notes
 
+S = TypeVar("S")
+"""what takes pairs of states in"""
 BUDGET_SECONDS = 2.5
 """for how long batches are run"""
 N_STREAMED = 3
@@ -45,10 +49,14 @@ class Measured:
     """bytes that what is kept of the batches that did not run would take"""
 
 
-class Trial:
-    """A run on stand-ins. Making it reads the prompts and learns how the models behave, as a run does."""
+class Trial(ABC, Generic[S]):
+    """A run on stand-ins. Making it reads the prompts and learns how the models behave, as a run does.
 
-    def __init__(self, given: Given, models: tuple[Model, Model], clock: Clock) -> None:
+    A command says what it does with pairs of states: `begin` makes what takes them in, `take` runs a part of
+    the work into that, `conclude` makes the result of it.
+    """
+
+    def __init__(self, given: Given, models: tuple[Model, ...], clock: Clock) -> None:
         self.given, self.clock = given, clock
         self.rss = psutil.Process().memory_info().rss
         """what the process held before"""
@@ -60,10 +68,13 @@ class Trial:
         started = clock.now()
         notes = Notes(given.prompts.notes)
         reading = read_asked(given, self.standing.models, notes)
-        self.prepared = learn_models(given, self.standing.models, reading, notes)
+        self.prepared = self.settled(learn_models(given, self.standing.models, reading, notes))
         self.found = Measured(clock.now() - started)
         self.work = self.job(lambda _: None).whole
-        self.sizes = [Size(padded(each.base) + padded(each.finetuned)) for each in self.work.batches]
+        sides = [
+            [each.base] if self.pair.is_alone else [each.base, each.finetuned] for each in self.work.batches
+        ]
+        self.sizes = [Size(sum(map(padded, batches))) for batches in sides]
         self.order = spread_out(self.sizes)
         """that in which batches run here"""
         self.learnt_bytes, self.run_bytes = self.bytes_read, 0
@@ -84,9 +95,34 @@ class Trial:
         pagers = [model.pager for model in self.standing.models]
         return sum(pager.n_bytes for pager in pagers if isinstance(pager, StandInPager))
 
+    @property
+    def bytes_written(self) -> int:
+        """Return what the run writes."""
+        return 0
+
+    def settled(self, prepared: Prepared) -> Prepared:
+        """Return what is run, with what the command itself decides."""
+        return prepared
+
+    @abstractmethod
+    def begin(self) -> S:
+        """Return what takes pairs of states in."""
+
+    @abstractmethod
+    def take(self, into: S, part: Part, advanced: Callable[[int], None]) -> None:
+        """Run a part of the work; `advanced` is told of each batch that is done."""
+
+    @abstractmethod
+    def kept_bytes(self, into: S) -> int:
+        """Return the memory of what was taken in, as far as it grows with the batches."""
+
+    @abstractmethod
+    def conclude(self, into: S) -> None:
+        """Make the result."""
+
     def run(self) -> None:
         """Run some batches, the noise and the conclusion."""
-        seen = Accumulation(self.prepared.facts, self.prepared.plan)
+        seen = self.begin()
         before = self.bytes_read
         sampled = self._streamed(seen) if self.pair.streams else self._resident(seen)
         self.found.passes = sampled.seconds
@@ -95,9 +131,9 @@ class Trial:
         if self.work.sample:
             self.found.noise = self._noise()
         left = len(self.sizes) / sampled.n_run - 1
-        self.found.growth = round(left * sum(array.nbytes for array in seen.state().values()))
+        self.found.growth = round(left * self.kept_bytes(seen))
         started, before = self.clock.now(), self.bytes_read
-        conclude_run(self.prepared, seen, None, (Notes(), Notes()))
+        self.conclude(seen)
         self.found.conclusion = (1 + left) * (self.clock.now() - started)
         self.learnt_bytes += self.bytes_read - before
 
@@ -112,7 +148,10 @@ class Trial:
         models = self.pair.base, self.pair.finetuned
         ours, theirs = (w * m.model.dtype.itemsize for w, m in zip(self.pair.widths, models, strict=True))
         chosen = [self.work.batches[i] for i in indices]
-        return sum(ours * padded(each.base) + theirs * padded(each.finetuned) for each in chosen)
+        alone = self.pair.is_alone
+        return sum(
+            ours * padded(each.base) + (0 if alone else theirs * padded(each.finetuned)) for each in chosen
+        )
 
     def time_base(self) -> None:
         """Measure passes of base alone, on the largest batch, and tell what all of them take."""
@@ -126,7 +165,7 @@ class Trial:
         costs = [Size(padded(batch)).cost for batch in batches]
         self.found.base_passes = seconds * sum(costs) / Size(padded(largest)).cost
 
-    def _resident(self, seen: Accumulation) -> Sampled:
+    def _resident(self, seen: S) -> Sampled:
         """Run batches until the time is up."""
         ends, until = [self.clock.now()], time.perf_counter() + BUDGET_SECONDS
 
@@ -137,15 +176,14 @@ class Trial:
 
         chosen = [self.work.batches[i] for i in self.order]
         with suppress(_EnoughError):
-            seen.take(self.job(advanced).run(Part(chosen, [])))
+            self.take(seen, Part(chosen, []), advanced)
         taken = [end - start for start, end in pairwise(ends)]
         return extrapolated(self.sizes, dict(zip(self.order, taken, strict=False)))
 
-    def _streamed(self, seen: Accumulation) -> Sampled:
+    def _streamed(self, seen: S) -> Sampled:
         """Run one batch and then a few, block by block: what is read once, and what each takes."""
         few, alone = self.order[:N_STREAMED], self.order[:2][-1:]
-        scratch = Accumulation(self.prepared.facts, self.prepared.plan)
-        once, before = self._stream(scratch, alone), self.bytes_read
+        once, before = self._stream(self.begin(), alone), self.bytes_read
         several = self._stream(seen, few)
         self.run_bytes = self.bytes_read - before
         costs = [sum(self.sizes[i].cost for i in indices) for indices in (alone, few, self.order)]
@@ -160,9 +198,9 @@ class Trial:
         found = [pager for pager in pagers if isinstance(pager, StandInPager)]
         return sum(pager.reading_seconds(i) for pager in found for i in range(pager.n_blocks))
 
-    def _stream(self, seen: Accumulation, indices: Sequence[int]) -> float:
+    def _stream(self, seen: S, indices: Sequence[int]) -> float:
         started = self.clock.now()
-        seen.take(self.job(lambda _: None).run(Part([self.work.batches[i] for i in indices], [])))
+        self.take(seen, Part([self.work.batches[i] for i in indices], []), lambda _: None)
         return self.clock.now() - started
 
     def _noise(self) -> float:
@@ -178,17 +216,34 @@ class Trial:
             without, with_it = (self._seconds(Part(pairs, noise)) for noise in ([], sample))
             return max(0.0, with_it - without)
         ends = [self.clock.now()]
-        self._take(Part(pairs, sample), lambda _: ends.append(self.clock.now()))
+        self.take(self.begin(), Part(pairs, sample), lambda _: ends.append(self.clock.now()))
         # Each batch of both models is followed by its noise.
         return sum(end - start for start, end in list(pairwise(ends))[1::2])
 
     def _seconds(self, part: Part) -> float:
         started = self.clock.now()
-        self._take(part, lambda _: None)
+        self.take(self.begin(), part, lambda _: None)
         return self.clock.now() - started
 
-    def _take(self, part: Part, advanced: Callable[[int], None]) -> None:
-        Accumulation(self.prepared.facts, self.prepared.plan).take(self.job(advanced).run(part))
+
+class DiffTrial(Trial[Accumulation]):
+    """A run of activation_diff on stand-ins."""
+
+    def begin(self) -> Accumulation:
+        """Return the sums of a comparison."""
+        return Accumulation(self.prepared.facts, self.prepared.plan)
+
+    def take(self, into: Accumulation, part: Part, advanced: Callable[[int], None]) -> None:
+        """Run a part of the work, and add it up."""
+        into.take(self.job(advanced).run(part))
+
+    def kept_bytes(self, into: Accumulation) -> int:
+        """Return the size of the sums, and of the rows that are kept."""
+        return sum(array.nbytes for array in into.state().values())
+
+    def conclude(self, into: Accumulation) -> None:
+        """Make the result, but for an attribution."""
+        conclude_run(self.prepared, into, None, (Notes(), Notes()))
 
 
 def padded(batch: TokenBatch) -> int:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
-
-import typer
 
 from lazarus.cli import arguments as a
 from lazarus.cli.app import app, introspect
 from lazarus.cli.imports import heavy_imports
-from lazarus.cli.output import check_outputs, leads, print_and_save, shows_progress
+from lazarus.cli.output import check_outputs, leads, print_and_save, print_estimate, shows_progress
 from lazarus.cli.reporting import reported
 from lazarus.options import Options
 
@@ -63,7 +62,9 @@ def activation_diff(
             check_token_prompts(options["token_prompts"], len(found.prompts))
         observer = _observer(quiet, debug, saves=bool(output))
         if estimate:
-            _estimate(base, finetuned, found, **options)
+            from lazarus.activation import estimate_run
+
+            print_estimate(partial(estimate_run, base, finetuned, found, **options))
         else:
             _compare(base, finetuned, found, output, observer, **options)
 
@@ -106,16 +107,6 @@ def _compare(
     print_and_save(f"\n{text.table(diff.record)}\n\n{text.summary(diff.record)}", diff, outputs)
     gates = {name: options[name] for name in ("fail_above", "expect", "only_compared") if name in options}
     diff.check_gates(**gates)
-
-
-def _estimate(base: str, finetuned: str, found: PromptList | None, **options: Any) -> None:
-    """Print what the run would take; the time until here is its own."""
-    from lazarus.activation import estimate_run
-    from lazarus.estimating import since_start
-    from lazarus.render.base import estimates
-
-    start = since_start()
-    typer.echo(estimates.text(estimate_run(base, finetuned, found, start_seconds=start, **options)))
 
 
 def _observer(quiet: bool, debug: bool, *, saves: bool) -> ConsoleObserver:

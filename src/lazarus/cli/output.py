@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
@@ -49,6 +49,14 @@ def print_and_save(body: str, result: Any, outputs: Sequence[str]) -> None:
         raise unread
     if faults:
         raise faults[-1]
+
+
+def print_estimate(estimate: Callable[..., Any]) -> None:
+    """Print what a run would take: `estimate` is told how many seconds this process has run until here."""
+    from lazarus.estimating import since_start
+    from lazarus.render.base import estimates
+
+    typer.echo(estimates.text(estimate(start_seconds=since_start())))
 
 
 def _print(text: str) -> OSError | None:

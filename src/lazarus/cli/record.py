@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 from lazarus.cli import arguments as a
 from lazarus.cli.app import introspect
 from lazarus.cli.imports import heavy_imports
-from lazarus.cli.output import leads, shows_progress
+from lazarus.cli.output import leads, print_estimate, shows_progress
 from lazarus.cli.reporting import reported
 from lazarus.options import RecordOptions
 
@@ -30,6 +31,7 @@ def record(
     prompts: a.Prompts,
     output: Folder,
     *,
+    estimate: a.Estimate = False,
     quiet: a.Quiet = False,
     debug: a.Debug = False,
     **options: Any,
@@ -49,16 +51,21 @@ def record(
 
         # Made to be checked, before torch is imported.
         chosen = RecordOptions(**options).of_pair()
-        make_folder(output, taken_up=chosen.work_dir is not None)
+        if not estimate:
+            make_folder(output, taken_up=chosen.work_dir is not None)
         responses = chosen.position == "response"
         found = parse_prompts(prompts, no_split=chosen.no_split, responses=responses)
         check_chats(found.prompts, chosen.chat_template)
         check_responses(found.prompts, chosen.position)
         with heavy_imports():
             show = shows_progress(quiet, debug)
+            from lazarus.activation import estimate_record
             from lazarus.activation import record as run
             from lazarus.console import RecordObserver
 
+        if estimate:
+            print_estimate(partial(estimate_record, model, found, **options))
+            return
         with RecordObserver(show=show, prints=leads(), saves=True) as observer:
             recording = run(model, found, output, observer=observer, **options)
         if leads():

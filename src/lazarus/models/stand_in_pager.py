@@ -95,12 +95,13 @@ class StandInPager(Pager):
         return n_bytes * size.files // max(1, size.whole)
 
 
-def page(pair: tuple[StandIn, StandIn], clock: Clock) -> tuple[StandIn, StandIn]:
-    """Return a pair that is read block by block."""
-    base = StandInPager(pair[0], clock, None)
-    finetuned = StandInPager(pair[1], clock, base)
-    finetuned.same = shared_blocks(pair[0].model, pair[1].model)
-    return (
-        replace(pair[0], model=replace(pair[0].model, pager=base)),
-        replace(pair[1], model=replace(pair[1].model, pager=finetuned)),
+def page(each: Sequence[StandIn], clock: Clock) -> tuple[StandIn, ...]:
+    """Return a pair, or a model that runs alone, as read block by block."""
+    base = StandInPager(each[0], clock, None)
+    pagers = [base]
+    if len(each) > 1:
+        pagers.append(StandInPager(each[1], clock, base))
+        pagers[1].same = shared_blocks(each[0].model, each[1].model)
+    return tuple(
+        replace(one, model=replace(one.model, pager=pager)) for one, pager in zip(each, pagers, strict=True)
     )

@@ -21,7 +21,7 @@ class Estimate(Record, frozen=True, kw_only=True):
 
     command: str
     base: str
-    finetuned: str
+    finetuned: Annotated[str | None, Meta(description="null where one model runs alone")]
     mode: Annotated[
         Literal["resident", "stream"], Meta(description="both models in memory, or a block of each at a time")
     ]
@@ -34,6 +34,9 @@ class Estimate(Record, frozen=True, kw_only=True):
     bytes_read: Annotated[
         int, Meta(description="of the files of the weights; what is read twice counts twice")
     ]
+    bytes_written: Annotated[
+        int, Meta(description="of a recording, without logits and what is inside blocks")
+    ] = 0
     peak_bytes: Annotated[
         int, Meta(description="the largest resident set of the process, files that are mapped included")
     ]

@@ -9,7 +9,7 @@ from lazarus.results import Estimate
 
 _BYTES = ("bytes", "kB", "MB", "GB", "TB")
 _FLOPS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP")
-_MODES = {"resident": "both models in memory", "stream": "a block of each model at a time"}
+_MODES = {"resident": "all weights in memory", "stream": "a block of each model at a time"}
 _WIDTH = 13
 
 
@@ -19,7 +19,8 @@ def text(found: Estimate) -> str:
 
 
 def _lines(found: Estimate) -> Iterator[str]:
-    yield f"An estimate for {found.base} and {found.finetuned}: nothing was run."
+    models = found.base if found.finetuned is None else f"{found.base} and {found.finetuned}"
+    yield f"An estimate for {models}: nothing was run."
     yield ""
     threads = f", {_counted(found.n_threads, 'thread')}" if found.device == "cpu" else ""
     memory = f"{_scaled(found.peak_bytes, _BYTES)} at its peak, with files that are mapped"
@@ -32,6 +33,8 @@ def _lines(found: Estimate) -> Iterator[str]:
         "Computation": _scaled(found.flops, _FLOPS),
         "Time": duration(found.seconds),
     }
+    if found.bytes_written:
+        rows["Write"] = f"{_scaled(found.bytes_written, _BYTES)} of hidden states"
     if found.device_bytes is not None:
         rows["GPU memory"] = _scaled(found.device_bytes, _BYTES)
     for name, told in rows.items():
