@@ -16,7 +16,7 @@ from lazarus.activation.record_trial import RecordTrial
 from lazarus.activation.run import Prompts, given_for
 from lazarus.activation.trial import DiffTrial, Trial
 from lazarus.errors import UsageError
-from lazarus.estimating import peak_bytes
+from lazarus.estimating import device_peak, peak_bytes
 from lazarus.loading import Model
 from lazarus.messages import option
 from lazarus.models import Clock, StandIn
@@ -104,7 +104,7 @@ def estimated(command: str, trial: Trial[Any], chosen: Options, start_seconds: f
     """Run a trial, and return what all of the run would take."""
     device = trial.given.device
     trial.run()
-    peak, on_device = peak_bytes(), _device_peak(device)
+    peak, on_device = peak_bytes(), device_peak(device)
     flops = flops_of_run(trial.job(lambda _: None), trial.work, trial.clock)
     parts = list(_parts(trial, chosen, start_seconds))
     pair, run = trial.pair, trial.prepared.run
@@ -169,8 +169,9 @@ def _peak(trial: Trial[Any], chosen: Options, measured: int) -> int:
     if trial.standing.streams:
         # Two blocks of each model: one computes while the next one is read. At the end what is outside of
         # blocks is read once more, to see whether the weights are the same.
-        held = max(2 * sum(max(size.blocks) for size in sizes), sum(size.rest for size in sizes))
-        return around + held + sum(size.rest for size in sizes) + trial.waiting_bytes
+        blocks, rest = 2 * sum(max(size.blocks) for size in sizes), sum(size.rest for size in sizes)
+        read_again = 0 if trial.pair.is_alone else rest
+        return around + rest + max(blocks, read_again) + trial.waiting_bytes
     running = around + sum(size.whole for size in sizes)
     if chosen.attribute is not None:
         running = round(running * ATTRIBUTION_MEMORY)
@@ -186,10 +187,6 @@ def _loading_peaks(before: int, each: Sequence[StandIn]) -> Iterator[int]:
         yield held + (0 if one.size.is_mapped or one.is_over else one.size.files)
 
 
-def _device_peak(device: torch.device) -> int | None:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
 def _remarks(trial: Trial[Any], chosen: Options) -> Iterator[str]:
     finetuned = trial.standing.each[-1]
     if finetuned.is_over and finetuned.size.files:
@@ -200,5 +197,7 @@ def _remarks(trial: Trial[Any], chosen: Options) -> Iterator[str]:
     if chosen.work_dir is not None:
         alone = "one process that begins anew, without what the folder itself takes"
         yield f"{option('work_dir')} is in it as {alone}"
+    if not trial.knows_peak:
+        yield "the memory is no less than what this process has held before: here that cannot be told apart"
     yield "what is not in the system's cache is read more slowly than what was tried here"
     yield "saving results is not in it"

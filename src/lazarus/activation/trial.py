@@ -64,7 +64,8 @@ class Trial(ABC, Generic[S]):
         whole = given.options.sites == "all"
         self.standing = load_stand_ins(models, given.options, given.device, clock, whole=whole)
         give_back()
-        reset_peak()
+        self.knows_peak = reset_peak(given.device)
+        """whether a peak of memory is that of the trial, and not one that the process had before"""
         started = clock.now()
         notes = Notes(given.prompts.notes)
         reading = read_asked(given, self.standing.models, notes)

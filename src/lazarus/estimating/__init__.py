@@ -6,7 +6,7 @@ memory.py     the peak of this process's memory
 """
 
 from lazarus.estimating.flops import PassFlops, count, count_passes
-from lazarus.estimating.memory import peak_bytes, reset_peak, since_start
+from lazarus.estimating.memory import device_peak, peak_bytes, reset_peak, since_start
 from lazarus.estimating.sampling import Sampled, Size, extrapolated, spread_out
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Size",
     "count",
     "count_passes",
+    "device_peak",
     "extrapolated",
     "peak_bytes",
     "reset_peak",

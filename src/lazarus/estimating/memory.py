@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import psutil
+import torch
 
 _UNIT = 1 if sys.platform == "darwin" else 1024
 """what `getrusage` counts memory in"""
@@ -15,8 +16,10 @@ _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _RESET_PEAK = "5"
 
 
-def reset_peak() -> bool:
-    """Forget the peak until now; returns whether the system can do that."""
+def reset_peak(device: torch.device) -> bool:
+    """Forget the peak until now, of this process and of a GPU; returns whether the system can do that."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     try:
         _CLEAR.write_text(_RESET_PEAK, encoding="ascii")
     except OSError:  # no Linux, or a container that does not allow it
@@ -34,6 +37,11 @@ def peak_bytes() -> int:
     if told is None:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT
     return int(told.split()[1]) * 1024
+
+
+def device_peak(device: torch.device) -> int | None:
+    """Return the peak of the memory that this process has held on a GPU; None for a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def since_start() -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -63,9 +64,10 @@ class StandInPager(Pager):
         return {}
 
     def put(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """Take a block as loaded, and look through it as a pager does."""
-        for parameter in self.blocks[index].parameters():
-            has_non_finite(parameter)
+        """Take a block as loaded; the first time a pager looks through it for what is not finite."""
+        if index not in self.seen:
+            self.seen[index] = ()
+            self._clock.skipped_seconds += self.block_bytes(index) * self._looking_seconds
         self._loaded.add(index)
 
     def free(self, index: int) -> None:
@@ -88,7 +90,15 @@ class StandInPager(Pager):
     def _load_now(self, index: int) -> None:
         self.read(index)
         self._clock.skipped_seconds += self.reading_seconds(index)
-        self._loaded.add(index)
+        self.put(index, {})
+
+    @cached_property
+    def _looking_seconds(self) -> float:
+        """What looking through a byte takes."""
+        started, parameters = time.perf_counter(), list(self.blocks[0].parameters())
+        for parameter in parameters:
+            has_non_finite(parameter)
+        return (time.perf_counter() - started) / sum(parameter.nbytes for parameter in parameters)
 
     def _stored(self, n_bytes: int) -> int:
         size = self._standing.size
