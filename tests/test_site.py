@@ -52,6 +52,7 @@ NOT_RUN = {
     ("docs/architecture.md", "two checkpoints ─"): "a drawing",
     ("docs/architecture.md", "cli > "): "the order of the rooms, which import-linter holds",
     ("docs/benchmarks.md", "make bench"): "written by benchmarks.speed, which measures for an hour",
+    ("docs/big-models.md", "Mode         resident"): "what an estimate of the real pair printed",
     ("docs/demo.md", "python -m lazarus.demo.train"): "trains for minutes",
     (
         "docs/errors.md",
