@@ -153,7 +153,8 @@ def record_all(wanted: Iterable[Job], environment: Environment, root: Path) -> N
         if how.environment == environment and not folder.exists():
             model = model_of(job.subject, job.dtype, environment.attention)
             tokenizer = tokenizer_of(job.subject)
-            options: RecordArguments = {"batch_tokens": how.batch_tokens, "device": "cpu", "logits": True}
+            options: RecordArguments = {"batch_tokens": how.batch_tokens, "device": "cpu"}
+            options |= {"logits": True, "top_k": 0}
             record(model, PROMPTS, folder, tokenizer=tokenizer, **options)
 
 

@@ -29,6 +29,7 @@ from lazarus.cli import app
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+NEEDED = {found.name: found for found in map(Requirement, PROJECT["dependencies"])}
 LONGEST_SECONDS = 300
 
 _TITLE = re.compile(r'title="([^"]+)"')
@@ -249,11 +250,18 @@ def _lazarus(words: list[str], reads: bytes | None) -> Answer:
 
 
 def _pip(words: list[str], reads: bytes | None) -> Answer:
-    """Nothing is installed: whether the requirement can be read, and whether its extras are there."""
+    """Nothing is installed: whether the requirement can be read, and whether its extras are there.
+
+    Of what the project needs, a version may be named that the project works with.
+    """
     assert words[0] == "install", f"pip {words[0]} is not known here"
     wanted = [word for word in words[1:] if not word.startswith("-") and word != "constraints.txt"]
     for word in wanted:
         requirement = Requirement(f"{PROJECT['name']}{word[1:]}" if word.startswith(".") else word)
+        if requirement.name in NEEDED:
+            taken = NEEDED[requirement.name].specifier
+            assert all(taken.contains(each.version) for each in requirement.specifier), f"{word}: {taken}"
+            continue
         assert requirement.name == PROJECT["name"], f"{word}: not this project"
         unknown = requirement.extras - set(PROJECT["optional-dependencies"])
         assert not unknown, f"{word}: there is no extra {unknown}"

@@ -61,6 +61,8 @@ NOT_RUN = {
     ("docs/how-to-read-it.md", f"{COMPARE} -b smollm2"): "needs the real pair that `make bench` makes",
     ("docs/how-to-read-it.md", "Layer    Avg Cos Sim    Divergence       Local"): "what that run printed",
     ("docs/models.md", f"{COMPARE} -b base -f finetuned -p @prompts.txt --device cuda:1"): "needs two GPUs",
+    ("docs/upgrade.md", f"$ {COMPARE} -b smollm2"): "needs what another version has recorded",
+    ("docs/upgrade.md", f"$ {COMPARE} -b olmo3"): "needs what another version has recorded",
     ("docs/runtimes.md", "lazarus introspect record -m model-q8_0.gguf"): IN_RUNTIMES,
     ("docs/runtimes.md", "from lazarus.recordings import LlamaCppOptions"): IN_RUNTIMES,
     ("docs/runtimes.md", "import onnxruntime"): IN_RUNTIMES,
