@@ -9,6 +9,7 @@ wrappers.py    what a wrapper has put around the names of a checkpoint's tensors
 contents.py    what a folder holds besides the weights that are read
 quantised/     quantised checkpoints: what they claim, and their weights decoded as they are read
 load.py        from that name to weights in memory, each set of weights once
+underneath.py  the model that an adapter stands on
 in_memory.py   a model that the caller has in memory
 whole.py       what a model does when it first runs as a whole, done once
 sharing.py     a second checkpoint over the first one's weights: only what differs is read

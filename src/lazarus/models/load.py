@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lazarus import _transformers
-from lazarus.errors import AdapterError, UnsupportedModelError, WeightsError
+from lazarus.errors import UnsupportedModelError, WeightsError
 from lazarus.messages import option
 from lazarus.models.adapters import Adapted, put_all_on, share_storage
 from lazarus.models.anatomy import Anatomy, dissect
@@ -26,8 +25,9 @@ from lazarus.models.gguf.tensors import load as load_gguf
 from lazarus.models.opening import LoadOptions, Opened, open_to_load, stored_dtype, stored_weights, where
 from lazarus.models.pager import Pager
 from lazarus.models.quantised import Codes
-from lazarus.models.reference import ModelReference, Source, adapter_base, adapter_settings
+from lazarus.models.reference import ModelReference, Source, adapter_base
 from lazarus.models.sharing import load_over
+from lazarus.models.underneath import adapter_of, note_base, source_under
 from lazarus.models.whole import is_hooked, run_once_whole
 from lazarus.models.wrappers import may_be_wrapped, refuse_unmerged
 from lazarus.notes import Note, Notes
@@ -166,33 +166,6 @@ def load_one(reference: ModelReference, options: LoadOptions) -> LoadedModel:
     """
     source = reference.model or adapter_base(adapter_of(reference))
     return finish(reference, _load(open_to_load(source, options), options), options)
-
-
-def adapter_of(reference: ModelReference) -> Source:
-    """The adapter of a MODEL that is an adapter alone."""
-    assert reference.adapters, reference
-    return reference.adapters[0]
-
-
-def source_under(finetuned: ModelReference, base: ModelReference) -> Source:
-    """The checkpoint that FINETUNED stands on: its own, or BASE's under an adapter alone."""
-    if finetuned.model is not None:
-        return finetuned.model
-    if base.model is None or base.adapters:
-        raise AdapterError(
-            f"{finetuned.name}: an adapter alone runs on top of BASE, and BASE ({base.name}) is an "
-            f"adapter too. Say which model it belongs to: MODEL+{finetuned.name}"
-        )
-    return base.model
-
-
-def note_base(adapter: Source, base: Source, notes: Notes) -> None:
-    """Note if the adapter names another base than the one that it is on; any spelling will do."""
-    named = str(adapter_settings(adapter).get("base_model_name_or_path") or "")
-    if not named or os.path.realpath(os.path.expanduser(named)) == os.path.realpath(base.place[0]):
-        return
-    told = f"{adapter.name} names {named} as its base; it was put on {base.name}"
-    notes.add("adapter-base", told, model=adapter.name)
 
 
 def _load(opened: Opened, options: LoadOptions) -> Weights:

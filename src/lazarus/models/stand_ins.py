@@ -31,21 +31,13 @@ from lazarus.models.faults import translated
 from lazarus.models.gguf.header import StoredArray
 from lazarus.models.gguf.tensors import stored_dtype
 from lazarus.models.layout import places_of
-from lazarus.models.load import (
-    LoadedModel,
-    Weights,
-    adapter_of,
-    build,
-    check_report,
-    finish,
-    same_attention,
-    source_under,
-)
+from lazarus.models.load import LoadedModel, Weights, build, check_report, finish, same_attention
 from lazarus.models.opening import LoadOptions, Opened, open_to_load, stored_weights
 from lazarus.models.reference import ModelReference, Source, adapter_base
 from lazarus.models.room import free_bytes
 from lazarus.models.skipping import Clock, skip_blocks
 from lazarus.models.stored import StoredTensor
+from lazarus.models.underneath import adapter_of, source_under
 from lazarus.notes import Notes
 
 N_RUN, N_RUN_LARGE, LARGE_BYTES = 3, 2, 2**28

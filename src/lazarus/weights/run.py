@@ -14,8 +14,8 @@ import torch
 
 from lazarus.errors import UsageError, WeightsError
 from lazarus.models import ModelReference, Source, parse_model
-from lazarus.models.load import adapter_of, note_base, source_under
 from lazarus.models.reference import adapter_base
+from lazarus.models.underneath import adapter_of, note_base, source_under
 from lazarus.notes import Notes
 from lazarus.options import WeightArguments, WeightOptions
 from lazarus.result_classes import WeightDiff
