@@ -29,9 +29,8 @@ KINDS = (
         "no prompts option",
         "left out `-p`",
         lambda _: [*DIFF, "-b", "base", "-f", "finetuned"],
-        ("Missing option", "--prompts"),
+        ("No prompt", "neither model is a recording", "-p 'Hello'"),
         exit_code=2,
-        by_typer=True,
     ),
     BadInput(
         "unknown command",

@@ -43,7 +43,7 @@ KINDS = (
         "result is a folder",
         "`lazarus show base`",
         lambda _: ["show", "base"],
-        ("base", "Is a directory", "Check the path"),
+        ("base/config.json", "not a result", "-o FILE.json"),
         exit_code=2,
     ),
     BadInput(
