@@ -11,6 +11,7 @@ from typing import Any, Unpack
 import torch
 
 from lazarus.activation.flops import flops_of_run
+from lazarus.activation.llama_cpp import RUNTIME
 from lazarus.activation.measure import FEWER_IF_STREAMED
 from lazarus.activation.record_trial import RecordTrial
 from lazarus.activation.run import Prompts, given_for
@@ -93,6 +94,12 @@ def estimate_record(
         LazarusError: as `estimate_run`.
     """
     chosen = RecordOptions.make(**options)
+    if chosen.runtime == RUNTIME:
+        raise UsageError(
+            f"{option('runtime', RUNTIME)}: what llama.cpp takes is not known: an estimate runs blocks of "
+            "transformers. Record a few prompts instead.",
+            option="runtime",
+        )
     of_pair = chosen.of_pair()
     given = given_for((model, model), prompts, tokenizer, Rank(), replace(of_pair, work_dir=None))
     with given.running(), tempfile.TemporaryDirectory() as folder:

@@ -45,6 +45,15 @@ def flops_of_run(job: Job, part: Part, clock: Clock) -> int:
     return total
 
 
+def flops_beside(job: Job, part: Part, clock: Clock) -> int:
+    """Return the operations of a part of a run where base's rows are kept, and only the other model runs."""
+    pair, theirs = job.pair, [each.finetuned for each in part.batches]
+    rows = sum(_head_rows(each.base, job.plan.position) for each in part.batches)
+    heads = sum(_head_flops(pair, side, clock) for side in (0, 1)) if pair.shares_vocabulary else 0
+    passes = count_passes(_runs(pair, 1), clock, theirs).of(theirs)
+    return rows * heads + _prefix_flops(pair, 1, theirs[0], clock) + passes
+
+
 def _runs(pair: ModelPair, side: int) -> Callable[[TokenBatch], object]:
     """Return what runs a batch through one of the two models."""
     return partial(_runner(pair, side).run, position="last")

@@ -45,6 +45,8 @@ class Measured:
     conclusion: float = 0.0
     base_passes: float = 0.0
     """of base alone, over all prompts, without heads and metrics"""
+    n_run: int = 0
+    """batches that ran"""
     growth: int = 0
     """bytes that what is kept of the batches that did not run would take"""
 
@@ -126,17 +128,26 @@ class Trial(ABC, Generic[S]):
         seen = self.begin()
         before = self.bytes_read
         sampled = self._streamed(seen) if self.pair.streams else self._resident(seen)
-        self.found.passes = sampled.seconds
+        self.found.passes, self.found.n_run = sampled.seconds, sampled.n_run
         if not self.pair.streams:  # where a pass cannot go on after a block, each batch reads all of them
             self.run_bytes = (self.bytes_read - before) * len(self.sizes) // sampled.n_run
         if self.work.sample:
             self.found.noise = self._noise()
-        left = len(self.sizes) / sampled.n_run - 1
-        self.found.growth = round(left * self.kept_bytes(seen))
+        self.found.growth = round((self.times_more - 1) * self.kept_bytes(seen))
         started, before = self.clock.now(), self.bytes_read
         self.conclude(seen)
-        self.found.conclusion = (1 + left) * (self.clock.now() - started)
+        self.found.conclusion = self.times_more * (self.clock.now() - started)
         self.learnt_bytes += self.bytes_read - before
+
+    @property
+    def times_more(self) -> float:
+        """Return the number of all batches over that of those that ran."""
+        return len(self.sizes) / self.found.n_run
+
+    def again(self) -> float:
+        """Run the batches that ran once more, in memory, and return the time of all of them."""
+        self.order = self.order[: self.found.n_run]
+        return self._resident(self.begin()).seconds
 
     @property
     def waiting_bytes(self) -> int:

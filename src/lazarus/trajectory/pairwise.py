@@ -12,6 +12,7 @@ from lazarus.activation import Accumulation, Observer, Plan, conclude
 from lazarus.activation.measure import Job
 from lazarus.activation.prepare import Given, Prepared, prepare
 from lazarus.activation.recorded import compare_recorded
+from lazarus.activation.repeats import Repeats
 from lazarus.activation.run import concluded
 from lazarus.engine import KeptStates, SpillBuffer
 from lazarus.errors import NoDataError
@@ -101,23 +102,7 @@ class Pairwise:
 
         What chance may move is taken to be the noise of base.
         """
-        ours, theirs = previous.diff.record, own.diff.record
-        facts = PairFacts(_facts(previous.diff), _facts(own.diff))
-        if not facts.same_shape:
-            return None
-        seen = Accumulation(facts, Plan(theirs.prompts, theirs.settings))
-        has_logits = all(r.output is not None and r.output.kind == "next_token" for r in (ours, theirs))
-        seen.take(
-            pair
-            for pair in pairs_of(previous.rows, own.rows, facts.sites)
-            if has_logits or pair.site != "logits"
-        )
-        if theirs.settings.noise_floor:
-            seen.noise, seen.margin_noise = self._noise.trials, self._noise.margin
-        try:
-            return conclude(seen)
-        except NoDataError:
-            return None
+        return step(previous, own, self._noise)
 
     def _compare_live(
         self, prepared: Prepared, base: RowWriter | None, finetuned: RowWriter
@@ -127,21 +112,13 @@ class Pairwise:
             buffer = SpillBuffer(free_bytes(prepared.given.device) // KEPT_SHARE)
             self._kept = KeptStates(self._stack.enter_context(buffer))
         # Another pair may need another kernel or other batches: then base runs once more.
-        is_known = self._kept.under(_condition(prepared))
+        is_known = self._kept.under(condition(prepared))
         if is_known:
             run = replace(run, noise_floor=False)
-        keeps = not run.localize and not prepared.pair.streams
-        job = Job(prepared.pair, run, self._watcher.advanced, kept=self._kept if keeps else None)
+        kept = self._kept if can_keep(prepared) else None
+        job = Job(prepared.pair, run, self._watcher.advanced, kept=kept)
         self._watcher.running(job.whole.n_tokens)
-
-        def spread(pairs: Iterator[StatePair]) -> Iterator[StatePair]:
-            """Take the rows of every prompt, also of those that run once for several."""
-            for pair in pairs:
-                for each in run.repeats.spread(pair) if pair.trial is None else ():
-                    list(tapped(iter([each]), base, finetuned))
-                yield pair
-
-        seen.take(spread(job.run_all()))
+        seen.take(spread(job.run_all(), run.repeats, base, finetuned))
         if is_known:
             seen.noise, seen.margin_noise = self._noise.trials, self._noise.margin
         else:
@@ -165,13 +142,49 @@ class Pairwise:
             raise
 
 
+def step(previous: Compared, own: Compared, noise: Noise) -> ActivationDiff | None:
+    """Compare a member with the one before it, by their rows; None where the shapes differ."""
+    ours, theirs = previous.diff.record, own.diff.record
+    facts = PairFacts(_facts(previous.diff), _facts(own.diff))
+    if not facts.same_shape:
+        return None
+    seen = Accumulation(facts, Plan(theirs.prompts, theirs.settings))
+    has_logits = all(r.output is not None and r.output.kind == "next_token" for r in (ours, theirs))
+    seen.take(
+        pair
+        for pair in pairs_of(previous.rows, own.rows, facts.sites)
+        if has_logits or pair.site != "logits"
+    )
+    if theirs.settings.noise_floor:
+        seen.noise, seen.margin_noise = noise.trials, noise.margin
+    try:
+        return conclude(seen)
+    except NoDataError:
+        return None
+
+
+def spread(
+    pairs: Iterator[StatePair], repeats: Repeats, base: RowWriter | None, finetuned: RowWriter
+) -> Iterator[StatePair]:
+    """Let pairs pass, and take the rows of every prompt, also of those that run once for several."""
+    for pair in pairs:
+        for each in repeats.spread(pair) if pair.trial is None else ():
+            list(tapped(iter([each]), base, finetuned))
+        yield pair
+
+
 def _facts(diff: ActivationDiff) -> ModelFacts:
     """Return the facts of a member, as its comparison with base tells them."""
     has_final_norm = any(site.name == "final_norm" for site in diff.sites)
     return ModelFacts(diff.record.finetuned, has_final_norm=has_final_norm)
 
 
-def _condition(prepared: Prepared) -> object:
+def can_keep(prepared: Prepared) -> bool:
+    """Return whether base's rows stand in for base, so that it does not run with another member."""
+    return not prepared.run.localize and not prepared.pair.streams
+
+
+def condition(prepared: Prepared) -> object:
     """Return what must be the same for base's rows and noise to be the same."""
     pair, run = prepared.pair, prepared.run
     attention = getattr(pair.base.model.config, "_attn_implementation", None)
