@@ -128,7 +128,10 @@ def test_a_result_of_an_earlier_version_is_shown(name: str, golden: Callable[[st
     ("changes", "says"),
     [
         ({"schema_version": "2.0"}, "activation-diff, schema version 2.0, saved by lazarus 0.1.0"),
-        ({"schema_version": "0.9"}, "reads activation-diff, weight-diff, compare, series of schema version 1.0"),
+        (
+            {"schema_version": "0.9"},
+            "reads activation-diff, weight-diff, compare, series of schema version 1.0",
+        ),
         ({"command": "token-diff"}, "a result of token-diff, schema version 1.0"),
     ],
 )

@@ -151,9 +151,7 @@ def step(previous: Compared, own: Compared, noise: Noise) -> ActivationDiff | No
     seen = Accumulation(facts, Plan(theirs.prompts, theirs.settings))
     has_logits = all(r.output is not None and r.output.kind == "next_token" for r in (ours, theirs))
     seen.take(
-        pair
-        for pair in pairs_of(previous.rows, own.rows, facts.sites)
-        if has_logits or pair.site != "logits"
+        pair for pair in pairs_of(previous.rows, own.rows, facts.sites) if has_logits or pair.site != "logits"
     )
     if theirs.settings.noise_floor:
         seen.noise, seen.margin_noise = noise.trials, noise.margin
