@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from lazarus.recordings import BFloat16Bits, Recording
     from lazarus.result_classes import ActivationDiff, Comparison, Series, WeightDiff, load_result
     from lazarus.results import Estimate
-    from lazarus.trajectory import series
+    from lazarus.trajectory import estimate_series, series
     from lazarus.weights import weight_diff
 
 __all__ = [
@@ -60,6 +60,7 @@ __all__ = [
     "conclude",
     "estimate_record",
     "estimate_run",
+    "estimate_series",
     "iter_state_pairs",
     "load_result",
     "record",
@@ -85,6 +86,7 @@ _HOMES = {
     "BFloat16Bits": "lazarus.recordings",
     "Recording": "lazarus.recordings",
     "Series": "lazarus.result_classes",
+    "estimate_series": "lazarus.trajectory",
     "series": "lazarus.trajectory",
     "ActivationDiff": "lazarus.result_classes",
     "Comparison": "lazarus.result_classes",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,6 +23,7 @@ from lazarus.models import (
     estimate,
     fits_surely,
     free_bytes,
+    kind_of,
     load_base,
     load_beside,
     load_one,
@@ -189,10 +190,7 @@ def load_stand_ins(
         DeviceError: there is no room for a few blocks.
     """
     options = _load_options(chosen, device)
-    named = [parse_model(str(m)) if isinstance(m, str | Path) else m for m in models]
-    references = [model for model in named if isinstance(model, ModelReference)]
-    if len(references) < len(models):
-        raise UsageError("an estimate is of models that are not loaded: give them by their names.")
+    references = _named(models)
     first, second = references[0], references[-1]
     streams = chosen.memory == "stream"
     if chosen.memory == "auto":
@@ -203,6 +201,26 @@ def load_stand_ins(
     if len(references) > 1:
         each = stand_in_pair(first, second, options, clock, whole=whole)
     return StandIns(page(each, clock) if streams else each, streams)
+
+
+def kind_beside(base: Model, member: Model, chosen: Options, device: torch.device) -> tuple[Hashable, int]:
+    """Return what is equal for models that take the same beside base, and the bytes of a model's files.
+
+    Raises:
+        UsageError: a model is in memory.
+        ModelError: it cannot be opened.
+    """
+    first, second = _named((base, member))
+    return kind_of(second, first, _load_options(chosen, device))
+
+
+def _named(models: Sequence[Model]) -> list[ModelReference]:
+    """Return the models of an estimate."""
+    named = [parse_model(str(m)) if isinstance(m, str | Path) else m for m in models]
+    references = [model for model in named if isinstance(model, ModelReference)]
+    if len(references) < len(models):
+        raise UsageError("an estimate is of models that are not loaded: give them by their names.")
+    return references
 
 
 def pick_device(name: str, rank: Rank) -> torch.device:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from lazarus.cli import arguments as a
 from lazarus.cli.app import introspect
 from lazarus.cli.imports import heavy_imports
-from lazarus.cli.output import check_outputs, leads, print_and_save, shows_progress
+from lazarus.cli.output import check_outputs, leads, print_and_save, print_estimate, shows_progress
 from lazarus.cli.reporting import reported
 from lazarus.options import SeriesOptions
 
@@ -20,6 +21,7 @@ def series(
     prompts: a.PromptsOrRecorded = None,
     output: a.Outputs = None,
     *,
+    estimate: a.Estimate = False,
     quiet: a.Quiet = False,
     debug: a.Debug = False,
     **options: Any,
@@ -52,7 +54,12 @@ def series(
         with heavy_imports():
             show = shows_progress(quiet, debug)
             from lazarus.console import SeriesObserver
+            from lazarus.trajectory import estimate_series
             from lazarus.trajectory import series as run
+
+        if estimate:
+            print_estimate(partial(estimate_series, base, finetuned, found, **options))
+            return
 
         with SeriesObserver(show=show, prints=leads(), saves=bool(output)) as observer:
             result = run(base, finetuned, found, observer=observer, **options)

@@ -13,6 +13,7 @@ underneath.py  the model that an adapter stands on
 in_memory.py   a model that the caller has in memory
 whole.py       what a model does when it first runs as a whole, done once
 sharing.py     a second checkpoint over the first one's weights: only what differs is read
+kinds.py       models that take the same beside a base
 stand_ins.py   models of random weights, for estimates; of one that is paged, stand_in_pager.py;
                skipping.py counts the blocks that do not run
 paging.py      a pair that is read block by block; pager.py does the reading, layout.py says of what and when,
@@ -45,6 +46,7 @@ from lazarus.models.design import same_design
 from lazarus.models.effective import Effective, Parts, effective_tensors, unwrapped
 from lazarus.models.equality import Equality, has_non_finite, same_bits
 from lazarus.models.in_memory import wrap_model
+from lazarus.models.kinds import kind_of
 from lazarus.models.layout import is_hollow
 from lazarus.models.load import LoadedModel, Weights, load_base, load_beside, load_one, load_pair
 from lazarus.models.opening import LoadOptions
@@ -96,6 +98,7 @@ __all__ = [
     "give_back",
     "has_non_finite",
     "is_hollow",
+    "kind_of",
     "load_base",
     "load_beside",
     "load_one",

@@ -19,10 +19,10 @@ def same_design(base: PreTrainedModel, finetuned: PreTrainedModel) -> bool:
 
 def same_config(base: PretrainedConfig, finetuned: PretrainedConfig) -> bool:
     """Return whether two configurations are equal in all that shapes the computation."""
-    return _shaping(base) == _shaping(finetuned)
+    return shaping(base) == shaping(finetuned)
 
 
-def _shaping(config: PretrainedConfig) -> dict[str, Any]:
+def shaping(config: PretrainedConfig) -> dict[str, Any]:
     """Return the entries of a configuration that shape the computation; None counts as absent."""
     # From the attributes: `to_dict` makes plain dicts of the configurations inside, of what is stored alone.
     inside = {name: value for name, value in vars(config).items() if isinstance(value, PretrainedConfig)}
@@ -32,4 +32,4 @@ def _shaping(config: PretrainedConfig) -> dict[str, Any]:
         if name not in _INERT and name not in inside and value is not None
     }
     not_stored = {name: getattr(config, name, None) for name in _NOT_STORED}
-    return {**entries, **not_stored, **{name: _shaping(value) for name, value in inside.items()}}
+    return {**entries, **not_stored, **{name: shaping(value) for name, value in inside.items()}}

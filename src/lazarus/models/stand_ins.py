@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,14 +21,14 @@ from transformers import PreTrainedModel
 
 from lazarus import _transformers
 from lazarus.errors import DeviceError, UnsupportedModelError
-from lazarus.models.adapter_files import WEIGHTS
 from lazarus.models.adapters import share_storage
 from lazarus.models.anatomy import dissect
-from lazarus.models.checkpoint import Conversion, build_empty, find_files
+from lazarus.models.checkpoint import Conversion, build_empty
 from lazarus.models.design import same_config
 from lazarus.models.faults import translated
 from lazarus.models.gguf.header import StoredArray
 from lazarus.models.gguf.tensors import stored_dtype
+from lazarus.models.kinds import bytes_of_adapters, file_bytes
 from lazarus.models.layout import places_of
 from lazarus.models.load import LoadedModel, Weights, build, check_report, finish, same_attention
 from lazarus.models.opening import LoadOptions, Opened, open_to_load, stored_weights
@@ -171,7 +170,6 @@ class _Begun:
         loaded = finish(reference, self.weights, options)
         if not whole:
             skip_blocks(loaded.anatomy.blocks, clock, _n_run(_largest(loaded.anatomy.blocks)))
-        files = [path for each in reference.adapters if (path := each.file(WEIGHTS)) is not None]
         seconds = self.seconds + time.perf_counter() - started
         return StandIn(
             model=loaded,
@@ -180,7 +178,7 @@ class _Begun:
             opening_seconds=seconds,
             seconds_a_byte=self.seconds_a_byte,
             is_over=self.is_over,
-            adapter_bytes=sum(Path(path).stat().st_size for path in files),
+            adapter_bytes=bytes_of_adapters(reference),
         )
 
 
@@ -221,14 +219,9 @@ def _is_alike(base: Weights, other: Weights) -> bool:
 
 
 def _size(opened: Opened, model: PreTrainedModel, blocks: Sequence[nn.Module], options: LoadOptions) -> Size:
-    dtypes = set()
-    if opened.gguf is not None:
-        files = sum(tensor.n_bytes for tensor in opened.gguf.file.tensors.values())
-    else:
-        found = find_files(opened.source, opened.config, opened.model_class)
-        files = sum(Path(path).stat().st_size for path in found)
-        if opened.codes is None:
-            dtypes = {weight.dtype for weight in stored_weights(opened).values()}
+    dtypes, files = set(), file_bytes(opened)
+    if opened.gguf is None and opened.codes is None:
+        dtypes = {weight.dtype for weight in stored_weights(opened).values()}
     plain = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}.get(model.dtype)
     is_mapped = dtypes == {plain} and options.device.type == "cpu"
     return Size(n_bytes(model), tuple(n_bytes(block) for block in blocks), files, is_mapped)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import msgspec
 from msgspec import Meta
 
 from lazarus.results.rows import Record
@@ -21,7 +22,10 @@ class Estimate(Record, frozen=True, kw_only=True):
 
     command: str
     base: str
-    finetuned: Annotated[str | None, Meta(description="null where one model runs alone")]
+    finetuned: Annotated[str | None, Meta(description="null where one model runs alone, and of a series")]
+    members: Annotated[list[str], Meta(description="of a series; else none")] = msgspec.field(
+        default_factory=list
+    )
     mode: Annotated[
         Literal["resident", "stream"], Meta(description="both models in memory, or a block of each at a time")
     ]
@@ -35,7 +39,14 @@ class Estimate(Record, frozen=True, kw_only=True):
         int, Meta(description="of the files of the weights; what is read twice counts twice")
     ]
     bytes_written: Annotated[
-        int, Meta(description="of a recording, without logits and what is inside blocks")
+        int,
+        Meta(
+            description="of a recording, without logits and what is inside blocks; of the compared rows of a "
+            "series"
+        ),
+    ] = 0
+    rows_read: Annotated[
+        int, Meta(description="bytes of the compared rows of a series, each time that they are read")
     ] = 0
     peak_bytes: Annotated[
         int, Meta(description="the largest resident set of the process, files that are mapped included")

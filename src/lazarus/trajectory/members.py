@@ -18,6 +18,12 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _LISTED = 3
 
 
+def listed(members: Model | Sequence[Model]) -> Sequence[Model]:
+    """Return members as a sequence: one model is one of length 1."""
+    is_one = isinstance(members, str | Path) or not isinstance(members, Sequence)
+    return [members] if is_one else members  # type: ignore[list-item, return-value]
+
+
 def expand(values: Sequence[Model]) -> list[Model]:
     """Return the models that values stand for, in their order: globs in natural order, braces as written.
 

@@ -37,9 +37,12 @@ class RowWriter:
         self._owners: dict[Site, list[Tensor]] = defaultdict(list)
         self._n_pieces: dict[Site, int] = defaultdict(int)
         self._n_logits_bytes = 0
+        self.n_bytes = 0
+        """of all rows that it was given"""
 
     def take(self, site: Site, prompts: Tensor, rows: Tensor) -> None:
         """Take in rows of a site: [rows, width], and whose they are."""
+        self.n_bytes += rows.numel() * rows.element_size()
         if site == _LOGITS:
             self._n_logits_bytes += rows.numel() * rows.element_size()
             if self._n_logits_bytes > MOST_LOGITS_BYTES:
@@ -98,6 +101,18 @@ class KeptRows:
         # Batches come in an order of their own.
         order = np.argsort(owners, kind="stable")
         return owners[order], rows[order]
+
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of each site, with whose the rows are."""
+        found: dict[str, int] = defaultdict(int)
+        for name, spec in self._reader.specs.items():
+            found[name.rpartition("/")[0]] += spec.n_bytes
+        return found
+
+    @property
+    def n_rows(self) -> int:
+        """Return how many rows there are of a site."""
+        return self._reader.specs[f"embedding/{_PROMPTS}"].shape[0]
 
     @cached_property
     def _reader(self) -> TensorReader:

@@ -38,7 +38,7 @@ from lazarus.results import (
 from lazarus.shards import WorkFolder
 from lazarus.trajectory.distances import Distances, Floats, turns
 from lazarus.trajectory.findings import Seen, find
-from lazarus.trajectory.members import expand
+from lazarus.trajectory.members import expand, listed
 from lazarus.trajectory.pairwise import Compared, Pairwise
 from lazarus.trajectory.rows import add_distances
 
@@ -127,7 +127,7 @@ def series(
             "the members one by one with activation-diff."
         )
     names = list(members) if isinstance(members, Mapping) else None
-    models = list(members.values()) if isinstance(members, Mapping) else expand(_listed(members))
+    models = list(members.values()) if isinstance(members, Mapping) else expand(listed(members))
     sides = opened(base), [opened(member) for member in models]
     found = _prompts(prompts, chosen, any(isinstance(s, Recording) for s in (sides[0], *sides[1])))
     watcher = _OfPairs(observer or _Silence(), len(sides[1]))
@@ -242,11 +242,6 @@ class _Run:
         if len(known) < len(found) or len({sizes.shape for sizes in known}) > 1:
             return None
         return np.stack(known)
-
-
-def _listed(members: Model | Sequence[Model]) -> Sequence[Model]:
-    is_one = isinstance(members, str | Path) or not isinstance(members, Sequence)
-    return [members] if is_one else members  # type: ignore[list-item, return-value]
 
 
 def _called(compared: Compared, name: str) -> Compared:

@@ -19,7 +19,8 @@ def text(found: Estimate) -> str:
 
 
 def _lines(found: Estimate) -> Iterator[str]:
-    models = found.base if found.finetuned is None else f"{found.base} and {found.finetuned}"
+    others = _counted(len(found.members), "member") if found.members else found.finetuned
+    models = found.base if others is None else f"{found.base} and {others}"
     yield f"An estimate for {models}: nothing was run."
     yield ""
     threads = f", {_counted(found.n_threads, 'thread')}" if found.device == "cpu" else ""
@@ -35,6 +36,8 @@ def _lines(found: Estimate) -> Iterator[str]:
     }
     if found.bytes_written:
         rows["Write"] = f"{_scaled(found.bytes_written, _BYTES)} of hidden states"
+    if found.rows_read:
+        rows["Write"] += f", read again as {_scaled(found.rows_read, _BYTES)}"
     if found.device_bytes is not None:
         rows["GPU memory"] = _scaled(found.device_bytes, _BYTES)
     for name, told in rows.items():
