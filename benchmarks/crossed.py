@@ -233,7 +233,7 @@ def report(results: Results) -> str:
     by_factor = _rows(results, [(name, _differs_in(names)) for name, names in kinds])
     cells = list(itertools.product(SUBJECTS, DTYPES))
     by_model = _rows(results, [(f"{subject}, {dtype}", _is_of(subject, dtype)) for subject, dtype in cells])
-    head = ("pairs", "identical", "within noise", "changed", "largest multiple of the floor")
+    head = ("pairs", "identical", "within noise", "changed", "largest multiple of the floor, states")
     return "\n\n".join([told, table(("what differs", *head), by_factor), table(("model", *head), by_model)])
 
 
