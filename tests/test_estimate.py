@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,22 @@ from typer.testing import CliRunner
 
 from factories import perturbed, save_model, tiny_llama, tiny_tokenizer
 from layouts import save_adapter, save_gguf
-from lazarus import Estimate, activation_diff, estimate_record, estimate_run, record
+from lazarus import Estimate, activation_diff, estimate_record, estimate_run, estimate_series, record, series
 from lazarus.activation.measure import Job
 from lazarus.activation.prepare import prepare
 from lazarus.activation.run import Silence, given_for
 from lazarus.cli import app
+from lazarus.engine import KeptStates, SpillBuffer
 from lazarus.errors import PositionError, UnsupportedModelError, UsageError
 from lazarus.estimating import Size, extrapolated, spread_out
+from lazarus.loading import kind_beside
 from lazarus.models import Clock
 from lazarus.models.skipping import skip_blocks
 from lazarus.options import Options
 from lazarus.ranks import Rank
+from lazarus.recordings import TensorReader
 from lazarus.render.base import estimates
+from lazarus.trajectory.rows import KeptRows
 from packed import quantised_copy
 
 TEXTS = ["Hello, how are you?", "What is AI?", "The answer is 42.", "Calculate 2 + 2.", "Write", "Paris " * 4]
@@ -248,6 +253,83 @@ def test_a_recording_is_estimated(options: dict[str, Any], pair: tuple[Path, Pat
         assert found.bytes_written == sum(rows.nbytes for rows in states)
 
 
+def test_what_llama_cpp_takes_is_not_estimated(pair: tuple[Path, Path]) -> None:
+    with pytest.raises(UsageError, match="what llama.cpp takes is not known"):
+        estimate_record(pair[0], PROMPTS, runtime="llama.cpp")
+
+
+# --- a series -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"position": "all", "batch_tokens": 64}, {"position": "mean"}, {"memory": "stream"}],
+    ids=["by default", "every token", "the mean", "streamed"],
+)
+def test_a_series_is_estimated(
+    options: dict[str, Any], pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [*PROMPTS, PROMPTS[0]]  # a repeat has rows of its own, and does not run
+    members = [pair[1], pair[0], pair[1]]
+    found = estimate_series(pair[0], members, prompts, **options)
+    one = estimate_series(pair[0], members[:1], prompts, **options)
+    assert found.members == list(map(str, members))
+    assert found.finetuned is None
+    assert one.n_tokens == found.n_tokens
+    assert one.n_batches == found.n_batches
+    read = list[int]()
+    at = KeptRows.at
+
+    def counted(self: KeptRows, site: Any) -> Any:
+        read.append(self.sizes().get(str(site), 0))
+        return at(self, site)
+
+    monkeypatch.setattr(KeptRows, "at", counted)
+    series(pair[0], members, prompts, work_dir=str(tmp_path / "work"), **options)
+    files = [TensorReader(path).specs for path in (tmp_path / "work").glob("*.safetensors")]
+    assert len(files) == 4
+    assert found.bytes_written == sum(spec.n_bytes for specs in files for spec in specs.values())
+    assert found.rows_read == sum(read)
+    if "memory" in options:
+        assert found.bytes_read == pytest.approx(3 * one.bytes_read, rel=0.01)
+    else:
+        sizes = [(folder / "model.safetensors").stat().st_size for folder in pair]
+        # A member that is base is over its very files.
+        assert found.bytes_read == sizes[0] + 2 * sizes[1]
+        assert found.flops < 2 * one.flops + one.flops / 2  # base runs once
+
+
+def test_operations_of_a_member_alone_are_those_that_it_takes(pair: tuple[Path, Path]) -> None:
+    one, two = (estimate_series(pair[0], [pair[1]] * n, PROMPTS) for n in (1, 2))
+    _, prepared = counted(*pair)
+    kept = KeptStates(SpillBuffer(2**30))
+    job = Job(prepared.pair, replace(prepared.run, noise_floor=False), lambda _: None, kept=kept)
+    list(job.run_all())
+    with FlopCounterMode(display=False) as counter:
+        list(job.run_all())
+    assert two.flops - one.flops == counter.get_total_flops() > 0
+
+
+def test_members_of_a_kind_are_measured_once(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """And an adapter is another kind than a checkpoint: all of its blocks run, beside base's rows."""
+    save_adapter(tmp_path / "adapter", pair[0], LoraConfig(r=4, target_modules=["q_proj"]))
+    sizes = [pair[0] / "model.safetensors", tmp_path / "adapter" / "adapter_model.safetensors"]
+    options, device = Options(), torch.device("cpu")
+    (first, n_bytes), (second, _), (third, of_adapter) = (
+        kind_beside(pair[0], member, options, device) for member in (pair[1], pair[1], tmp_path / "adapter")
+    )
+    assert first == second != third
+    assert (n_bytes, of_adapter) == ((pair[1] / "model.safetensors").stat().st_size, sizes[1].stat().st_size)
+    found = estimate_series(pair[0], [tmp_path / "adapter"] * 2, PROMPTS)
+    assert found.bytes_read == sizes[0].stat().st_size + 2 * sizes[1].stat().st_size
+
+
+def test_a_series_with_a_recording_is_not_estimated(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    record(pair[0], PROMPTS[:2], tmp_path / "recording")
+    with pytest.raises(UsageError, match="one of these is a recording"):
+        estimate_series(pair[0], [pair[1], tmp_path / "recording"], PROMPTS[:2])
+
+
 # --- the command --------------------------------------------------------------------------------
 
 
@@ -290,6 +372,19 @@ def test_the_command_record_is_estimated_and_makes_no_folder(pair: tuple[Path, P
     assert done.output.startswith(f"An estimate for {pair[0]}: nothing was run.")
     assert re.search(r"^Write +[\d.]+ kB of hidden states", done.output, flags=re.MULTILINE)
     assert not folder.exists()
+
+
+def test_the_command_series_is_estimated(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    words = ["introspect", "series", "-b", pair[0], "-f", pair[1], "-f", pair[0], "-p", "Hello,What is AI"]
+    work = tmp_path / "work"
+    done = CliRunner().invoke(app, [*map(str, words), "--work-dir", str(work), "--expect-path", "--estimate"])
+    assert done.exit_code == 0, done.output
+    assert done.output.startswith(f"An estimate for {pair[0]} and 2 members: nothing was run.")
+    assert re.search(r"^Write +[\d.]+ kB of hidden states, read again as [\d.]+ kB", done.output, re.MULTILINE)
+    for name in ("loading", "passes and metrics", "steps", "distances"):
+        assert re.search(rf"^ +{name} +[\d.]+ (s|min)", done.output, flags=re.MULTILINE), name
+    assert "Note: --work-dir is in it as a run that begins anew" in done.output
+    assert not work.exists()
 
 
 def test_a_wrong_output_is_refused_before_anything_is_estimated(pair: tuple[Path, Path]) -> None:
