@@ -1,6 +1,6 @@
 """Estimates held against runs: `python -m benchmarks.estimates [--rounds N] [--only NAME ...]`.
 
-Each run is estimated (`activation-diff --estimate`) and then done, each in a process of its own, by turns.
+Each run is estimated (`activation-diff --estimate`, or that of `series`) and then done, each in a process of its own, by turns.
 A figure is what was estimated over what it took: seconds of the process, and the peak of its memory as the
 kernel reports it. The models are SmolLM2-135M and its fine-tune, and the pair that ships. This module imports
 no torch, because a process inherits the peak memory of the one that starts it.
@@ -31,15 +31,16 @@ from lazarus.demo import FINETUNED as DEMO_FINETUNED
 RESULTS = places.ROOT / "benchmarks" / "results" / "estimates.json"
 DOCS = places.ROOT / "docs" / "benchmarks.md"
 DEMO, REAL = (DEMO_BASE, DEMO_FINETUNED), (places.BASE, places.finetuned())
-RUNS: dict[str, tuple[tuple[Path, Path], int, tuple[str, ...]]] = {
+RUNS: dict[str, tuple[tuple[Path, ...], int, tuple[str, ...]]] = {
     "the demo pair, 8 prompts": (DEMO, 8, ()),
     "20 prompts": (REAL, 20, ()),
     "200 prompts, bfloat16": (REAL, 200, ("--dtype", "bfloat16")),
     "100 prompts, --position all --localize": (REAL, 100, ("--position", "all", "--localize")),
     "100 prompts, --memory stream": (REAL, 100, ("--memory", "stream")),
     "200 prompts": (REAL, 200, ()),
+    "100 prompts, a series of 3 models": ((*REAL, REAL[1], REAL[1]), 100, ()),
 }
-"""name → the two models, how many prompts, and the options"""
+"""name → base and the other model, or those of a series; how many prompts, and the options"""
 TIME_WITHIN, MEMORY_WITHIN = 0.25, 0.15
 MARKS = "<!-- estimates: begin -->", "<!-- estimates: end -->"
 _SCALES = {"bytes": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
@@ -104,7 +105,9 @@ def one_round(
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as prompts:
         prompts.writelines(texts)
         prompts.flush()
-        words = ["introspect", "activation-diff", "-b", str(models[0]), "-f", str(models[1])]
+        base, *others = map(str, models)
+        words = ["introspect", "activation-diff" if len(others) == 1 else "series", "-b", base]
+        words += [word for other in others for word in ("-f", other)]
         words += ["-p", f"@{prompts.name}", *options]
         start = [sys.executable, "-c", BY_PROCESSOR] if of_processor else python_module("lazarus")
         environment = {**ENVIRONMENT, **({"OMP_NUM_THREADS": "1"} if of_processor else {})}

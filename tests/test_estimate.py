@@ -263,8 +263,8 @@ def test_what_llama_cpp_takes_is_not_estimated(pair: tuple[Path, Path]) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"position": "all", "batch_tokens": 64}, {"position": "mean"}, {"memory": "stream"}],
-    ids=["by default", "every token", "the mean", "streamed"],
+    [{}, {"position": "all", "batch_tokens": 64}, {"memory": "stream"}],
+    ids=["by default", "every token", "streamed"],
 )
 def test_a_series_is_estimated(
     options: dict[str, Any], pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -291,7 +291,7 @@ def test_a_series_is_estimated(
     assert found.bytes_written == sum(spec.n_bytes for specs in files for spec in specs.values())
     assert found.rows_read == sum(read)
     if "memory" in options:
-        assert found.bytes_read == pytest.approx(3 * one.bytes_read, rel=0.01)
+        assert 2 * one.bytes_read < found.bytes_read < 3 * one.bytes_read  # base runs beside each
     else:
         sizes = [(folder / "model.safetensors").stat().st_size for folder in pair]
         # A member that is base is over its very files.
@@ -380,7 +380,9 @@ def test_the_command_series_is_estimated(pair: tuple[Path, Path], tmp_path: Path
     done = CliRunner().invoke(app, [*map(str, words), "--work-dir", str(work), "--expect-path", "--estimate"])
     assert done.exit_code == 0, done.output
     assert done.output.startswith(f"An estimate for {pair[0]} and 2 members: nothing was run.")
-    assert re.search(r"^Write +[\d.]+ kB of hidden states, read again as [\d.]+ kB", done.output, re.MULTILINE)
+    assert re.search(
+        r"^Write +[\d.]+ kB of hidden states, read again as [\d.]+ kB", done.output, re.MULTILINE
+    )
     for name in ("loading", "passes and metrics", "steps", "distances"):
         assert re.search(rf"^ +{name} +[\d.]+ (s|min)", done.output, flags=re.MULTILINE), name
     assert "Note: --work-dir is in it as a run that begins anew" in done.output

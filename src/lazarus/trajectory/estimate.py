@@ -183,6 +183,8 @@ def _rows_read(each: Sequence[_Kind]) -> int:
 
 def _remarks(each: Sequence[_Kind], chosen: SeriesOptions) -> Iterator[str]:
     yield from dict.fromkeys(remark for kind in each for remark in kind.full.remarks)
+    if len(each) > 1:
+        yield "the memory is that of one pair: what the allocator keeps of members before it comes on top"
     if chosen.work_dir is not None:
         yield f"{option('work_dir')} is in it as a run that begins anew"
     if any(kind.logits_bytes >= MOST_LOGITS_BYTES for kind in each):
