@@ -1,4 +1,4 @@
-"""Estimates: what a run would take, measured on stand-ins for its models (`models/stand_ins.py`).
+"""Estimates: what a run would take, measured on stand-ins for its models (`lazarus.models`).
 
 sampling.py   a few of the batches run, and tell what all of them take
 flops.py      floating-point operations of a pass, as a function of the shape of its batch

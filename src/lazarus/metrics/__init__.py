@@ -6,6 +6,7 @@ cka.py         similarity of two models of any widths, on one row a prompt
 outcomes.py    the next tokens that two models both have, and those that one alone has
 experts.py     the experts that two routers pick: how far they agree
 output.py      a pair of next-token distributions → how far apart they are
+top.py         the same where one of them is known by its likeliest tokens alone
 scores.py      a pair of scores or embeddings → how far apart they are; which labels are the same
 mining.py      the tokens that a fine-tune raises or lowers most, over all positions
 rounding.py    a stored tensor held against base + update, rounded to its dtype
