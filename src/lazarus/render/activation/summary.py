@@ -147,6 +147,8 @@ def _blocks(record: ActivationDiffRecord) -> list[str]:
     changed = sorted((c for c in changes if c[1] > 0), key=lambda change: -change[1])
     if not changed:
         why = "every block's own change is noise" if n_noise else "no block's own output changes"
+        if record.summary.verdict == "changed" and record.settings.position not in ("all", "mean"):
+            why += " at the compared tokens: --position all looks at every one"
         return [f"Blocks that did it: none, {why}"]
     named = ", ".join(f"{layer} ({short(value)})" for layer, value in changed[:BLOCKS_NAMED])
     others = len(changed) - BLOCKS_NAMED
