@@ -254,7 +254,7 @@ def test_a_recording_is_estimated(options: dict[str, Any], pair: tuple[Path, Pat
 
 
 def test_what_llama_cpp_takes_is_not_estimated(pair: tuple[Path, Path]) -> None:
-    with pytest.raises(UsageError, match="what llama.cpp takes is not known"):
+    with pytest.raises(UsageError, match=r"what llama\.cpp takes is not known"):
         estimate_record(pair[0], PROMPTS, runtime="llama.cpp")
 
 

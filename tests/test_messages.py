@@ -20,11 +20,11 @@ from lazarus.cli import app
 from lazarus.errors import LazarusError, PromptTooLongError, UsageError
 from lazarus.messages import CAUSE, END, START, in_flags, option
 from lazarus.notes import Note, Notes
-from lazarus.options import CompareOptions, Options, WeightOptions
+from lazarus.options import CompareOptions, Options, RecordOptions, SeriesOptions, WeightOptions
 from lazarus.options.option import described
 
 SOURCE = Path(lazarus.__file__).parent
-KINDS = (Options, WeightOptions, CompareOptions)
+KINDS = (Options, WeightOptions, RecordOptions, SeriesOptions, CompareOptions)
 NAMES = sorted({name for kind in KINDS for name in described(kind)})
 FLAGS = {found.flag for kind in KINDS for found in described(kind).values()} | {"--debug"}
 

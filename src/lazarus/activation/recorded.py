@@ -127,7 +127,7 @@ def _compare_two(given: Given, base: Recording, finetuned: Recording, watcher: O
     """Compare two recordings: nothing runs."""
     options = given.options
     if options.localize or given.prompts.prompts:
-        what = option("localize", True) if options.localize else option("prompts")
+        what = option("localize", True) if options.localize else "reading prompts"
         raise UsageError(
             f"{what} needs a model, and both are recordings: no block runs, and no tokenizer. Leave it out, "
             "or name the model that one of them is of.",

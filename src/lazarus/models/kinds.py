@@ -9,10 +9,10 @@ from lazarus.models.adapter_files import WEIGHTS
 from lazarus.models.checkpoint import find_files
 from lazarus.models.design import shaping
 from lazarus.models.faults import translated
-from lazarus.models.load import adapter_of, source_under
 from lazarus.models.opening import LoadOptions, Opened, open_to_load
 from lazarus.models.reference import ModelReference, adapter_base
 from lazarus.models.stored import read_headers
+from lazarus.models.underneath import adapter_of, source_under
 
 _SETTINGS = "adapter_config.json"
 

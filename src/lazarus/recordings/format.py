@@ -74,7 +74,9 @@ class RecordedPrompt(Record, frozen=True, kw_only=True):
     ] = None
     response: Annotated[
         list[tuple[int, int]] | None,
-        Meta(description="tokens that `--position response` compares: from, and up to but not including"),
+        Meta(
+            description="tokens of the responses, and the one before each: from, and up to but not including"
+        ),
     ] = None
 
     @property

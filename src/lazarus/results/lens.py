@@ -28,8 +28,8 @@ class LensLayer(Record, frozen=True, kw_only=True):
     top: Annotated[
         list[LensToken],
         Meta(
-            description="the most probable tokens, settings.top_k of them; none if the logits are not finite, "
-            "or the layer was not recorded"
+            description="the most probable tokens, settings.top_k of them; none if the logits are not "
+            "finite, or the layer was not recorded"
         ),
     ]
 
