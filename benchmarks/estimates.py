@@ -1,10 +1,9 @@
 """Estimates held against runs: `python -m benchmarks.estimates [--rounds N] [--only NAME ...]`.
 
-Each run is estimated (`activation-diff --estimate`, or that of `series`) and then done, each in a process of
-its own, by turns.
-A figure is what was estimated over what it took: seconds of the process, and the peak of its memory as the
-kernel reports it. The models are SmolLM2-135M and its fine-tune, and the pair that ships. This module imports
-no torch, because a process inherits the peak memory of the one that starts it.
+Each run is estimated (`--estimate` of `activation-diff` or `series`) and then done, each in a process of its
+own, by turns. A figure is what was estimated over what it took: seconds of the process, and the peak of its
+memory as the kernel reports it. The models are SmolLM2-135M and its fine-tune, and the pair that ships. This
+module imports no torch, because a process inherits the peak memory of the one that starts it.
 """
 
 from __future__ import annotations

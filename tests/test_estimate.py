@@ -26,7 +26,7 @@ from lazarus.activation.prepare import prepare
 from lazarus.activation.run import Silence, given_for
 from lazarus.cli import app
 from lazarus.engine import KeptStates, SpillBuffer
-from lazarus.errors import PositionError, UnsupportedModelError, UsageError
+from lazarus.errors import PositionError, PromptsError, UnsupportedModelError, UsageError
 from lazarus.estimating import Size, extrapolated, spread_out
 from lazarus.loading import kind_beside
 from lazarus.models import Clock
@@ -328,6 +328,8 @@ def test_a_series_with_a_recording_is_not_estimated(pair: tuple[Path, Path], tmp
     record(pair[0], PROMPTS[:2], tmp_path / "recording")
     with pytest.raises(UsageError, match="one of these is a recording"):
         estimate_series(pair[0], [pair[1], tmp_path / "recording"], PROMPTS[:2])
+    with pytest.raises(PromptsError, match="No prompt"):
+        estimate_series(pair[0], [pair[1]], None)
 
 
 # --- the command --------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from lazarus.recordings import Recording
 from lazarus.results import Estimate, EstimatedPart
 from lazarus.trajectory.members import expand, listed
 from lazarus.trajectory.rows import MOST_LOGITS_BYTES
+from lazarus.trajectory.run import given_prompts
 from lazarus.trajectory.trial import Added, SeriesTrial
 
 
@@ -77,15 +78,16 @@ def estimate_series(
     """
     chosen = SeriesOptions.make(**options)
     models = list(members.values()) if isinstance(members, Mapping) else expand(listed(members))
-    if prompts is None or any(isinstance(opened(model), Recording) for model in (base, *models)):
+    if any(isinstance(opened(model), Recording) for model in (base, *models)):
         raise UsageError(
             "an estimate is of models that run, and one of these is a recording: its states are read. Leave "
             "the recordings out."
         )
+    found = given_prompts(prompts, chosen, has_recording=False)
     kinds: dict[Hashable, _Kind] = {}
     each, sizes = list[_Kind](), list[int]()
     for member in models:
-        given = given_for((base, member), prompts, tokenizer, Rank(), chosen.of_pair())
+        given = given_for((base, member), found, tokenizer, Rank(), chosen.of_pair())
         kind, n_bytes = kind_beside(base, member, given.options, given.device)
         if kind not in kinds:
             kinds[kind] = _measured(given, base, member)

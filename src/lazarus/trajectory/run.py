@@ -129,7 +129,9 @@ def series(
     names = list(members) if isinstance(members, Mapping) else None
     models = list(members.values()) if isinstance(members, Mapping) else expand(listed(members))
     sides = opened(base), [opened(member) for member in models]
-    found = _prompts(prompts, chosen, any(isinstance(s, Recording) for s in (sides[0], *sides[1])))
+    found = given_prompts(
+        prompts, chosen, has_recording=any(isinstance(s, Recording) for s in (sides[0], *sides[1]))
+    )
     watcher = _OfPairs(observer or _Silence(), len(sides[1]))
     with _folder(chosen) as folder, Pairwise(sides[0], watcher, folder) as pairwise:
         run = _Run(chosen, pairwise, folder, tokenizer)
@@ -256,8 +258,14 @@ def _named(side: Side) -> Model:
     return side.path if isinstance(side, Recording) else side
 
 
-def _prompts(prompts: Prompts | None, chosen: SeriesOptions, has_recording: bool) -> PromptList | None:
-    """Return the prompts; None for those of a recording."""
+def given_prompts(
+    prompts: Prompts | None, chosen: SeriesOptions, *, has_recording: bool
+) -> PromptList | None:
+    """Return the prompts; None for those of a recording.
+
+    Raises:
+        PromptsError: there are none.
+    """
     if prompts is not None:
         return make_prompts(prompts, no_split=chosen.no_split, responses=chosen.position == "response")
     if not has_recording:
