@@ -6,7 +6,7 @@ from lazarus.render.activation.scores import OUTPUTS, score_line
 from lazarus.render.activation.series import LayerSeries, measured
 from lazarus.render.activation.summary import BLOCKS_NAMED, units, verdict
 from lazarus.render.base.frame import Answer
-from lazarus.render.base.words import short
+from lazarus.render.base.words import counted, short
 from lazarus.results import ActivationDiffRecord, Output, Scores, differing
 from lazarus.results import told as outside
 
@@ -53,7 +53,8 @@ def _where(record: ActivationDiffRecord) -> Answer:
         return _where_by_cka(record, question, series)
     if not found.max_divergence:
         return Answer(question, "Nowhere", f"The divergence is exactly 0 at {_every(len(record.layers))}.")
-    reason = f"Divergence {short(found.max_divergence)} there, the largest of {_count(len(record.layers))}."
+    n_layers = counted(len(record.layers), "layer")
+    reason = f"Divergence {short(found.max_divergence)} there, the largest of {n_layers}."
     if found.onset_layer is not None:
         reason += f" The models part at layer {found.onset_layer}."
     return Answer(question, f"Layer {found.most_divergent_layer}", reason)
@@ -64,7 +65,9 @@ def _where_by_cka(record: ActivationDiffRecord, question: str, series: LayerSeri
     if not known:
         return Answer(question, "Not known", "The states could not be compared; see the notes.")
     value, layer = min(known)
-    return Answer(question, f"Layer {layer}", f"CKA {short(value)} there, the least of {_count(len(known))}.")
+    return Answer(
+        question, f"Layer {layer}", f"CKA {short(value)} there, the least of {counted(len(known), 'layer')}."
+    )
 
 
 def _which_block(record: ActivationDiffRecord) -> Answer:
@@ -85,7 +88,7 @@ def _which_block(record: ActivationDiffRecord) -> Answer:
     if not known[block]:
         return Answer(question, "None", f"The local change is exactly 0 in {_every(len(known), 'block')}.")
     changed = sum(value > 0 for layer, value in known.items() if layer not in noise)
-    blocks = _count(len(known), "block")
+    blocks = counted(len(known), "block")
     reason = f"Local change {short(known[block])}, the largest; {changed} of {blocks} changed."
     if is_quantised:
         ranked = sorted(known, key=lambda layer: -known[layer])[1:BLOCKS_NAMED]
@@ -123,10 +126,6 @@ def _to_scores(record: ActivationDiffRecord, output: Output, scores: Scores) -> 
     if not scores.relative_l2:
         return Answer(question, "No", "They are the same." if scores.relative_l2 == 0 else reason)
     return Answer(question, f"By {short(scores.relative_l2)} of their size", reason)
-
-
-def _count(number: int, noun: str = "layer") -> str:
-    return f"1 {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _every(number: int, noun: str = "layer") -> str:

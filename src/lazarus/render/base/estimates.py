@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lazarus.messages import in_flags
+from lazarus.render.base.words import counted
 from lazarus.results import Estimate
 
 _BYTES = ("bytes", "kB", "MB", "GB", "TB")
@@ -19,16 +20,16 @@ def text(found: Estimate) -> str:
 
 
 def _lines(found: Estimate) -> Iterator[str]:
-    others = _counted(len(found.members), "member") if found.members else found.finetuned
+    others = counted(len(found.members), "member") if found.members else found.finetuned
     models = found.base if others is None else f"{found.base} and {others}"
     yield f"An estimate for {models}: nothing was run."
     yield ""
-    threads = f", {_counted(found.n_threads, 'thread')}" if found.device == "cpu" else ""
+    threads = f", {counted(found.n_threads, 'thread')}" if found.device == "cpu" else ""
     memory = f"{_scaled(found.peak_bytes, _BYTES)} at its peak, with files that are mapped"
     rows = {
         "Mode": f"{found.mode}: {_MODES[found.mode]}, in {found.dtype} on {found.device}{threads}",
-        "Prompts": f"{_counted(found.n_prompts, 'prompt')}, {_counted(found.n_tokens, 'token')}, in "
-        f"{_counted(found.n_batches, 'batch', 'batches')}",
+        "Prompts": f"{counted(found.n_prompts, 'prompt')}, {counted(found.n_tokens, 'token')}, in "
+        f"{counted(found.n_batches, 'batch', 'batches')}",
         "Read": f"{_scaled(found.bytes_read, _BYTES)} of weights",
         "Memory": memory,
         "Computation": _scaled(found.flops, _FLOPS),
@@ -68,7 +69,3 @@ def _scaled(number: float, units: tuple[str, ...]) -> str:
     while number >= 1000 and index < len(units) - 1:
         number, index = number / 1000, index + 1
     return f"{number:.3g} {units[index]}"
-
-
-def _counted(number: int, one: str, many: str | None = None) -> str:
-    return f"{number:,} {one if number == 1 else many or one + 's'}"

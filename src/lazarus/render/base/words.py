@@ -15,6 +15,11 @@ def saved(path: str) -> str:
     return f"Results saved to: {path}"
 
 
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """Return a number and its noun: `1 tensor`, `272 tensors`."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def times(ratio: float) -> str:
     """Return a ratio with no more digits than the noise has, which is another one on another machine."""
     most = next((limit for limit in (1000, 100, 10) if ratio > limit), None)

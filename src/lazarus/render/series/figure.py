@@ -15,6 +15,7 @@ from lazarus.render.base.figure import (
     new_figure,
     write_picture,
 )
+from lazarus.render.base.words import counted
 from lazarus.render.series.grid import distances, divergences, labels
 from lazarus.render.series.plots import places
 from lazarus.render.series.summary import kl
@@ -42,8 +43,8 @@ def compose(record: SeriesRecord, figure: Figure) -> Axes:
     draw_distances(record, axes[0, 1])
     draw_curve(record, axes[1, 0], "kl")
     draw_curve(record, axes[1, 1], "distance")
-    count = len(record.members)
-    title = f"{count} model{'' if count == 1 else 's'} against {drawable(record.base.id, NAME_CHARACTERS)}"
+    models = counted(len(record.members), "model")
+    title = f"{models} against {drawable(record.base.id, NAME_CHARACTERS)}"
     figure.suptitle(title, x=0.01, ha="left", fontsize="medium", parse_math=False)
     found: Axes = axes[0, 0]
     return found

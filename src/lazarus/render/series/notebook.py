@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from lazarus.render.base.escape import escaped
 from lazarus.render.base.figure import WIDTH_INCHES
 from lazarus.render.base.notebook import MOST_ROWS_OPEN, Row, number, picture, template
+from lazarus.render.base.words import counted
 from lazarus.render.series.figure import HEIGHT_INCHES, compose
 from lazarus.render.series.summary import GLOSSARY, headline, kl, summary_lines, verdict
 from lazarus.results import SeriesMember, SeriesRecord
@@ -27,10 +28,10 @@ def to_html(record: SeriesRecord) -> str:
         compose(record, figure)
         figure.suptitle("")  # the names stand above it already
 
-    count = len(record.members)
+    models = counted(len(record.members), "model")
     return template().render(
         base=escaped(record.base.id),
-        finetuned=f"{count} model{'' if count == 1 else 's'}",
+        finetuned=models,
         verdict=headline(record),
         verdict_class="none" if record.findings else "changed",
         lines=summary_lines(record),
@@ -39,7 +40,7 @@ def to_html(record: SeriesRecord) -> str:
         rows=[_row(record, member) for member in record.members],
         most_rows_open=MOST_ROWS_OPEN,
         what="Model",
-        told=f"{count} model{'' if count == 1 else 's'}",
+        told=models,
         marked="divergence",
         threshold=f"{record.settings.threshold:g}",
         notes=[escaped(note) for note in record.notes],

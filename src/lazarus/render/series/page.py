@@ -9,7 +9,7 @@ import msgspec
 from lazarus.render.base.cells import Heading, Row, Table, cell, plain, run_tables
 from lazarus.render.base.escape import escaped
 from lazarus.render.base.frame import Answer, Kit, unsaid, write_page
-from lazarus.render.base.words import short
+from lazarus.render.base.words import counted, short
 from lazarus.render.series import grid, plots
 from lazarus.render.series.summary import GLOSSARY, headline, kl, name, summary_lines, verdict, was_looked_at
 from lazarus.results import SeriesMember, SeriesRecord
@@ -33,7 +33,7 @@ def _context(record: SeriesRecord) -> dict[str, Any]:
     return {
         "command": "series",
         "record": record,
-        "names": (escaped(record.base.id), f"{n_members} model{'' if n_members == 1 else 's'}"),
+        "names": (escaped(record.base.id), counted(n_members, "model")),
         "verdict": "none" if record.findings else "changed",
         "headline": headline(record),
         "answers": [_when(record), _where(record), _as_named(record)],

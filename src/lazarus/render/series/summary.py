@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lazarus.render.base.escape import escaped
-from lazarus.render.base.words import short
+from lazarus.render.base.words import counted, short
 from lazarus.results import METRICS, SERIES_METRICS, SeriesMember, SeriesRecord, differing
 
 GLOSSARY = {name: METRICS[name] for name in ("divergence", "kl_base_finetuned")} | SERIES_METRICS
@@ -63,8 +63,8 @@ def headline(record: SeriesRecord) -> str:
     told = f"{n_changed} of {len(record.members)} models changed"
     if not was_looked_at(record):
         return f"{told}."
-    n_findings = len(record.findings)
-    return f"{told}; {n_findings or 'no'} finding{'' if n_findings == 1 else 's'}."
+    found = counted(len(record.findings), "finding") if record.findings else "no findings"
+    return f"{told}; {found}."
 
 
 def _largest_step(record: SeriesRecord) -> list[str]:
@@ -88,5 +88,5 @@ def _onset(record: SeriesRecord) -> list[str]:
 
 def _what_was_compared(record: SeriesRecord) -> str:
     n_prompts, settings = len(record.prompts), record.settings
-    prompts = f"{n_prompts} prompt{'' if n_prompts == 1 else 's'}"
+    prompts = counted(n_prompts, "prompt")
     return f"Compared: {prompts}, position {settings.position}, {settings.dtype} on {settings.device}"

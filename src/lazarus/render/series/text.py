@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lazarus.render.base.escape import escaped
-from lazarus.render.base.words import loading
+from lazarus.render.base.words import counted, loading
 from lazarus.render.series.summary import kl, summary_lines, verdict
 from lazarus.results import SeriesMember, SeriesRecord
 
@@ -13,7 +13,7 @@ RULE = "-" * 80
 
 def comparing(n_members: int, n_prompts: int) -> str:
     """Return how many models are compared, and on how many prompts."""
-    return f"Comparing {_counted(n_members, 'model')}\nTesting {_counted(n_prompts, 'prompt')}"
+    return f"Comparing {counted(n_members, 'model')}\nTesting {counted(n_prompts, 'prompt')}"
 
 
 def table(record: SeriesRecord) -> str:
@@ -41,7 +41,3 @@ def _row(record: SeriesRecord, member: SeriesMember) -> str:
     nats = float("nan") if nats is None else nats
     name = escaped(member.model.id)
     return f"{name:<40} {divergence:>10.4f} {layer:>6} {nats:>10.4f}    {verdict(record, member)}"
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from lazarus.render.base.escape import escaped
 from lazarus.render.base.frame import Answer
-from lazarus.render.base.words import short
+from lazarus.render.base.words import counted, short
 from lazarus.render.weights.grid import kind_of, pooled_change
-from lazarus.render.weights.summary import counted, cut, differ, spectra, update, verdict, without_counterpart
+from lazarus.render.weights.summary import cut, differ, spectra, update, verdict, without_counterpart
 from lazarus.results import TensorRecord, WeightDiffRecord, differing
 from lazarus.results import told as outside
 

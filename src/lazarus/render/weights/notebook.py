@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from lazarus.render.base.escape import escaped
 from lazarus.render.base.notebook import MARK, MOST_ROWS_OPEN, Row, number, picture, template
+from lazarus.render.base.words import counted
 from lazarus.render.weights.figure import Map, compose, figure_size
-from lazarus.render.weights.summary import counted, place, summary_lines, verdict
+from lazarus.render.weights.summary import place, summary_lines, verdict
 from lazarus.render.weights.table import most_changed_first, shown_names, value_of
 from lazarus.results import TensorRecord, WeightDiffRecord
 from lazarus.results.weight_glossary import WEIGHT_METRICS

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from lazarus.render.base.escape import escaped
-from lazarus.render.base.words import short
+from lazarus.render.base.words import counted, short
 from lazarus.results import Spectrum, TensorRecord, UnmatchedTensor, WeightDiffRecord, differing, told
 
 MOST_LINES = 8
@@ -90,11 +90,6 @@ def cut(name: str) -> str:
 def without_counterpart(count: int) -> str:
     """Return how many tensors could not be compared, or not in full."""
     return f"{counted(count, 'tensor')} {'has' if count == 1 else 'have'} no counterpart of the same shape"
-
-
-def counted(number: int, noun: str) -> str:
-    """A number and its noun: `1 tensor`, `272 tensors`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def n_elements(row: TensorRecord) -> int:

@@ -9,7 +9,8 @@ from typing import IO, Any
 from lazarus.render.base.cells import shown
 from lazarus.render.base.escape import code, escaped
 from lazarus.render.base.rows import Kind
-from lazarus.render.weights.summary import counted, shape_text, summary_lines
+from lazarus.render.base.words import counted
+from lazarus.render.weights.summary import shape_text, summary_lines
 from lazarus.results import Quantisation, Spectrum, TensorRecord, WeightDiffRecord
 from lazarus.results.weight_glossary import WEIGHT_METRICS
 
