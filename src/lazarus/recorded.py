@@ -8,13 +8,17 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from lazarus.errors import PromptTooLongError, TokenizerMismatchError
 from lazarus.loading import Model
 from lazarus.models import LoadedModel, load_tokenizer, tokenizer_digest
 from lazarus.notes import Notes
 from lazarus.prompts import Prompt
 from lazarus.reading import Reading, check_vocabulary
-from lazarus.recordings import RecordedPrompt, Recording, is_recording
+from lazarus.recordings import Array, BFloat16Bits, RecordedPrompt, Recording, is_recording
 from lazarus.results import ModelInfo, NotCompared
 from lazarus.tokens import OnlyIds, TokenizedPrompt, encode, listed
 
@@ -97,6 +101,13 @@ def as_reading(recording: Recording, tokenizer: Any) -> Reading:
     tokenized = [_tokenized(prompt) for prompt in recording.prompts]
     prompts = [_prompt(prompt, tokenizer) for prompt in recording.prompts]
     return Reading(prompts, tokenized, tokenized, (tokenizer, tokenizer), "ids")
+
+
+def as_array(rows: Tensor) -> Array:
+    """Return rows as recordings hold them; bfloat16, which NumPy lacks, by its bits."""
+    if rows.dtype == torch.bfloat16:
+        return BFloat16Bits(rows.contiguous().view(torch.int16).numpy().view(np.uint16))
+    return rows.numpy()
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> tuple[int, int | None, int | None] | None:

@@ -14,27 +14,26 @@ import transformers
 from jaxtyping import Float
 from torch import Tensor
 
-from lazarus.activation.llama_cpp import RUNTIME, prompts_to_record, record_in_llama_cpp
+from lazarus.activation.llama_cpp import position_to_record, prompts_to_record, record_in_llama_cpp
 from lazarus.activation.measure import Job, Part, note_reused, shared_parts
 from lazarus.activation.prepare import Observer, Prepared, prepare_alone, read_asked, take_up
 from lazarus.activation.recorded_rows import RECORDED_COMPONENTS
 from lazarus.activation.run import Prompts, Silence, given_for
-from lazarus.engine import check_positions
 from lazarus.facts import ComponentSite
 from lazarus.loading import Model
 from lazarus.metrics import AccumulatorState, TopTokens
 from lazarus.models import LoadedModel, tokenizer_digest
 from lazarus.notes import Notes
-from lazarus.options import RecordArguments, RecordOptions, parse_position
+from lazarus.options import RecordArguments, RecordOptions
 from lazarus.provenance import environment
 from lazarus.ranks import Rank, find_rank
 from lazarus.reading import Reading
+from lazarus.recorded import as_array
 from lazarus.recordings import (
     LOGITS,
     TOP_IDS,
     TOP_LOGPROBS,
     Array,
-    BFloat16Bits,
     Contents,
     RecordedModel,
     RecordedTokenizer,
@@ -47,9 +46,10 @@ from lazarus.recordings import (
     site_name,
     write_manifest,
 )
+from lazarus.recordings.llama_cpp import RUNTIME
 from lazarus.shards import Shard as Work
 from lazarus.shards import WorkFolder, run_shards, states
-from lazarus.sites import Position, StatePair, tokens_of
+from lazarus.sites import StatePair, tokens_of
 
 MOST_BYTES = 2**30
 """From so many bytes on, a recording of a model in memory goes into another file."""
@@ -125,7 +125,7 @@ class Capture:
         self._prepared, self._options, self._path = prepared, options, path
         self._notes = Notes(prepared.notes)
         pair = prepared.pair if options.logits else prepared.pair.without_output()
-        self._run = replace(prepared.run, position=self._position())
+        self._run = replace(prepared.run, position=position_to_record(options, prepared.reading))
         self.job = Job(pair, self._run, watcher.advanced)
         watcher.running(self.job.whole.n_tokens)
 
@@ -194,7 +194,7 @@ class Capture:
     def _arrays(self, name: str, rows: Tensor) -> dict[str, Array]:
         """Return the rows of a site as they are written; of logits, the likeliest tokens."""
         if name != LOGITS or not self._options.top_k:
-            return {name: _array(rows)}
+            return {name: as_array(rows)}
         top = TopTokens.of(rows, self._options.top_k)
         return {TOP_IDS: top.ids.int().numpy(), TOP_LOGPROBS: top.logprobs.numpy()}
 
@@ -230,14 +230,6 @@ class Capture:
         )
         write_manifest(self._path, contents)
 
-    def _position(self) -> Position:
-        """Return which tokens are kept."""
-        if self._options.position == "all":
-            return "every"
-        position = parse_position(self._options.position)
-        check_positions(position, [len(prompt.ids) for prompt in self._prepared.reading.base], Notes())
-        return position
-
     def _n_kept(self, prompt: int) -> int:
         return len(tokens_of(self._prepared.reading.base[prompt], self._run.position))
 
@@ -260,13 +252,6 @@ def _by_prompt(pair: StatePair) -> Iterator[tuple[int, Float[Tensor, "rows width
     """Yield the rows of each prompt of a pair."""
     prompts, counts = torch.unique_consecutive(pair.prompts, return_counts=True)
     yield from zip(prompts.tolist(), torch.split(pair.base.cpu(), counts.tolist()), strict=True)
-
-
-def _array(rows: Float[Tensor, "rows width"]) -> Array:
-    """Return rows as NumPy has them; bfloat16 by its bits."""
-    if rows.dtype == torch.bfloat16:
-        return BFloat16Bits(rows.contiguous().view(torch.int16).numpy().view(np.uint16))
-    return rows.numpy()
 
 
 def _runtime(prepared: Prepared) -> Runtime:

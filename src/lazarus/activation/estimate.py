@@ -11,7 +11,6 @@ from typing import Any, Unpack
 import torch
 
 from lazarus.activation.flops import flops_of_run
-from lazarus.activation.llama_cpp import RUNTIME
 from lazarus.activation.measure import FEWER_IF_STREAMED
 from lazarus.activation.record_trial import RecordTrial
 from lazarus.activation.run import Prompts, given_for
@@ -25,6 +24,7 @@ from lazarus.options import OptionArguments, Options, RecordArguments, RecordOpt
 from lazarus.ranks import Rank
 from lazarus.recorded import opened
 from lazarus.recordings import Recording
+from lazarus.recordings.llama_cpp import RUNTIME
 from lazarus.results import Estimate, EstimatedPart
 from lazarus.shards import FEWEST_SHARDS
 

@@ -22,9 +22,9 @@ from lazarus.notes import Notes
 from lazarus.options import RecordOptions, parse_position
 from lazarus.reading import Reading
 from lazarus.recordings import LlamaCppOptions, RecordedPrompt, Recording, record_gguf
+from lazarus.recordings.llama_cpp import RUNTIME
 from lazarus.sites import Position, tokens_of
 
-RUNTIME = "llama.cpp"
 _DEFAULTS = RecordOptions()
 _OF_TRANSFORMERS = ("sites", "dtype", "batch_tokens", "memory", "dequantize", "layers_path", "work_dir")
 
@@ -48,7 +48,7 @@ def record_in_llama_cpp(
     empty = _empty(source, trust_remote_code=chosen.trust_remote_code)
     watcher.testing(given.prompts.prompts)
     reading = read_asked(given, (empty, empty), notes)
-    prompts = prompts_to_record(reading, _position(chosen, reading))
+    prompts = prompts_to_record(reading, position_to_record(chosen, reading))
     watcher.running(sum(len(prompt.ids) for prompt in prompts))
     how = LlamaCppOptions(
         n_gpu_layers=0 if given.device.type == "cpu" else -1,
@@ -85,6 +85,19 @@ def _empty(source: Source, *, trust_remote_code: bool) -> LoadedModel:
     return LoadedModel(source.name, "gguf", model, dissect(model), source, tokenizer_sources=(source,))
 
 
+def position_to_record(chosen: RecordOptions, reading: Reading) -> Position:
+    """Return which tokens of each prompt are recorded.
+
+    Raises:
+        PositionError: a prompt has no such token.
+    """
+    if chosen.position == "all":
+        return "every"
+    position = parse_position(chosen.position)
+    check_positions(position, [len(prompt.ids) for prompt in reading.base], Notes())
+    return position
+
+
 def prompts_to_record(reading: Reading, position: Position) -> Sequence[RecordedPrompt]:
     """Return what a recording says of each prompt, and of which of its tokens it has states."""
     return [
@@ -114,11 +127,3 @@ def _check_options(chosen: RecordOptions) -> None:
             f"llama.cpp runs this one. Leave it out, or {option('runtime')}.",
             option=given[0],
         )
-
-
-def _position(chosen: RecordOptions, reading: Reading) -> Position:
-    if chosen.position == "all":
-        return "every"
-    position = parse_position(chosen.position)
-    check_positions(position, [len(prompt.ids) for prompt in reading.base], Notes())
-    return position

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lazarus.facts import ComponentSite, Site
-from lazarus.recordings import BFloat16Bits, TensorReader, TensorWriter
+from lazarus.recorded import as_array
+from lazarus.recordings import TensorReader, TensorWriter
 from lazarus.sites import StatePair
 from lazarus.trajectory.distances import Distances, squared_distance
 
@@ -76,7 +77,7 @@ class RowWriter:
     def _flush(self, site: Site) -> None:
         if self._waiting[site]:
             rows = torch.cat(self._waiting.pop(site))
-            self._writer.put(f"{site}/{self._n_pieces[site]}", _array(rows))
+            self._writer.put(f"{site}/{self._n_pieces[site]}", as_array(rows))
             self._n_pieces[site] += 1
 
 
@@ -156,10 +157,3 @@ def add_distances(distances: Distances, kept: list[KeptRows]) -> None:
                 distances.put(site, (index, place), squared_distance(own[1], theirs[1]))
             if not index and np.isnan(distances.scale[number]):
                 distances.scale[number] = squared_distance(theirs[1], np.zeros_like(theirs[1]))
-
-
-def _array(rows: Tensor) -> NDArray[np.floating] | BFloat16Bits:
-    if rows.dtype == torch.bfloat16:
-        return BFloat16Bits(rows.contiguous().view(torch.int16).numpy().view(np.uint16))
-    found: NDArray[np.floating] = rows.numpy()
-    return found
