@@ -456,12 +456,54 @@ def test_neither_writing_nor_reading_needs_torch(tmp_path: Path) -> None:
         ({"resid_post.0": np.zeros((3, 5), np.float32)}, r"\[3, 4\] is needed"),
         ({"resid_post.0": np.zeros((3, 4), np.int8)}, "int8"),
         ({"layer_3": np.zeros((3, 4), np.float32)}, "'layer_3' is no site"),
+        ({"resid_post.1": np.zeros((3, 4), np.float32)}, "has resid_post.1, and its model 1 blocks"),
+        ({"resid_post.0": np.zeros((3, 4), np.int64)}, "type I64"),
+        ({"logits": np.zeros((3, 0), np.float32)}, r"\[3, 1\] is needed"),
+        ({"logits": np.zeros((), np.float32)}, r"\[3, 1\] is needed"),
+        ({"top_ids": np.zeros((3, 2), np.int32)}, "belong together"),
+        (
+            {"top_ids": np.zeros((3, 2), np.int32), "top_logprobs": np.zeros((3, 2))},
+            "one for all other tokens are needed: 3",
+        ),
     ],
 )
 def test_states_that_do_not_fit_are_refused_as_they_are_added(tmp_path: Path, states: Any, told: str) -> None:
     writer = Recording.create(tmp_path / "r", model="m", n_layers=1, hidden_size=4)
     with pytest.raises(UsageError, match=told):
         writer.add([1, 2, 3], states)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        {"ids": []},
+        {"ids": [1, -2]},
+        {"ids": [1, 2**31]},
+        {"positions": [1, 0]},
+        {"positions": [0, 0]},
+        {"positions": [0, 2]},
+        {"positions": []},
+        {"text": "\ud800"},
+    ],
+    ids=str,
+)
+def test_a_prompt_that_could_not_be_read_back_is_refused_as_it_is_added(
+    tmp_path: Path, prompt: dict[str, Any]
+) -> None:
+    writer = Recording.create(tmp_path / "r", model="m", n_layers=1, hidden_size=4)
+    states = {"resid_post.0": np.zeros((2, 4), np.float32)}
+    with pytest.raises(UsageError, match="prompt 0: "):
+        writer.add(**({"ids": [1, 2], "states": states} | prompt))
+
+
+def test_what_was_added_stays_when_the_caller_writes_over_it(tmp_path: Path) -> None:
+    buffer = np.zeros((1, 4), np.float32)
+    with Recording.create(tmp_path / "r", model="m", n_layers=1, hidden_size=4) as writer:
+        for i in range(3):
+            buffer[:] = i
+            writer.add([1], {"resid_post.0": buffer})
+    found = Recording.open(tmp_path / "r")
+    assert [found.rows(i, "resid_post.0")[0, 0] for i in range(3)] == [0, 1, 2]
 
 
 def test_every_prompt_has_the_same_sites(tmp_path: Path) -> None:
@@ -529,6 +571,22 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "no checksum, a file elsewhere": (
         edited(lambda r: (r.update(checksum=None), r["shards"][0].update(file="../00000.safetensors"))),
         "not in its folder",
+    ),
+    "no checksum, a file that no system has": (
+        edited(lambda r: (r.update(checksum=None), r["shards"][0].update(file="a\0b"))),
+        "not in its folder",
+    ),
+    "no checksum, more sites than blocks": (
+        edited(lambda r: (r.update(checksum=None), r["sites"].append("resid_post.9"))),
+        "has resid_post.9, and its model",
+    ),
+    "no checksum, a response elsewhere": (
+        edited(lambda r: (r.update(checksum=None), r["prompts"][0].update(response=[[2, 2]]))),
+        "its response is not among its",
+    ),
+    "no checksum, an id that is none": (
+        edited(lambda r: (r.update(checksum=None), r["prompts"][0].update(ids=[1, 2, 2**40]))),
+        "no recording, or a damaged one",
     ),
     "no checksum, more tokens": (
         edited(lambda r: (r.update(checksum=None), r["prompts"][0].update(ids=[1, 2, 3, 4]))),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 
@@ -11,13 +13,17 @@ import msgspec
 from msgspec import Meta
 
 from lazarus.errors import RecordingError
-from lazarus.recordings.sites import KNOWN_SITE
+from lazarus.recordings.sites import KNOWN_SITE, TOP_IDS, TOP_LOGPROBS
 from lazarus.results import write_json
 from lazarus.results.rows import Record
 
 MANIFEST = "recording.json"
 FORMAT = "lazarus-recording"
 FORMAT_VERSION = 1
+_FILE = re.compile(r"(?!\.\.?$)[^/\\\0]+")
+"""a file of its own folder"""
+_MOST = 2**31 - 1
+"""the largest token id"""
 
 
 class RecordedModel(Record, frozen=True, kw_only=True):
@@ -67,7 +73,7 @@ class RecordedPrompt(Record, frozen=True, kw_only=True):
     text: Annotated[str | None, Meta(description="as the user gave it; null where only ids are known")] = None
     rendered: Annotated[str | None, Meta(description="what a chat template made of it")] = None
     group: str | None = None
-    ids: Annotated[list[Annotated[int, Meta(ge=0)]], Meta(min_length=1)]
+    ids: Annotated[list[Annotated[int, Meta(ge=0, le=_MOST)]], Meta(min_length=1)]
     positions: Annotated[
         list[Annotated[int, Meta(ge=0)]] | None,
         Meta(description="the tokens of which there are states, ascending; null for all"),
@@ -187,14 +193,30 @@ def _contradiction(found: Contents) -> str | None:
     held = sorted(index for shard in found.shards for index in shard.prompts)
     if held != list(range(len(found.prompts))):
         return f"its files hold {len(held)} prompts, and it lists {len(found.prompts)}, or not the same ones"
-    bad = [shard.file for shard in found.shards if Path(shard.file).name != shard.file or not shard.file]
+    why = contradiction_of_sites(found.sites, found.model.n_layers)
+    if why is not None:
+        return why
+    bad = [shard.file for shard in found.shards if not _FILE.fullmatch(shard.file)]
     if bad:
         return f"a file that is not in its folder: {bad[0]!r}"
-    return next((why for prompt in found.prompts if (why := _bad_prompt(prompt, found.positions))), None)
+    return next((why for prompt in found.prompts if (why := bad_prompt(prompt, found.positions))), None)
 
 
-def _bad_prompt(prompt: RecordedPrompt, positions: str) -> str | None:
+def contradiction_of_sites(sites: Sequence[str], n_layers: int) -> str | None:
+    """Return why these cannot be the sites of a model of so many blocks, as a clause; None where they can."""
+    beyond = [site for site in sites if int(site.partition(".")[2] or 0) >= n_layers]
+    if beyond:
+        return f"it has {beyond[0]}, and its model {n_layers} blocks, counted from 0"
+    if len({TOP_IDS, TOP_LOGPROBS} & set(sites)) == 1:
+        return f"it has one of {TOP_IDS} and {TOP_LOGPROBS}, which belong together"
+    return None
+
+
+def bad_prompt(prompt: RecordedPrompt, positions: str = "compared") -> str | None:
+    """Return what a prompt says that cannot be, as a clause; None where it is sound."""
     kept, n_tokens = prompt.positions, len(prompt.ids)
+    if any(not 0 <= start < stop <= n_tokens for start, stop in prompt.response or ()):
+        return f"prompt {prompt.index}: its response is not among its {n_tokens} tokens"
     if kept is None:
         return None
     if kept != sorted(set(kept)) or not kept or kept[-1] >= n_tokens:

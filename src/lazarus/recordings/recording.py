@@ -23,11 +23,13 @@ from lazarus.recordings.format import (
     RecordedTokenizer,
     Runtime,
     Shard,
+    bad_prompt,
+    contradiction_of_sites,
     decode,
     write,
 )
-from lazarus.recordings.sites import KNOWN_SITE, TOP_IDS, in_stream
-from lazarus.recordings.tensors import PART, Array, Spec, TensorReader, TensorWriter
+from lazarus.recordings.sites import KNOWN_SITE, TOP_IDS, TOP_LOGPROBS, in_stream
+from lazarus.recordings.tensors import PART, Array, BFloat16Bits, Spec, TensorReader, TensorWriter
 
 SHARD_BYTES = 2**28
 """From so many bytes on, prompts that are added go into another file."""
@@ -187,6 +189,11 @@ class Recording:
             which = "lacks" if odd in wanted else "has beside what recording.json lists"
             raise RecordingError(f"{path}: it {which} the tensor {odd!r}. {_AGAIN}")
         widths = {site: specs[f"{shard.prompts[0]}/{site}"].shape[-1:] for site in sites}
+        if TOP_IDS in widths and widths[TOP_LOGPROBS] != (widths[TOP_IDS][0] + 1,):
+            raise RecordingError(
+                f"{path}: {TOP_IDS} and {TOP_LOGPROBS} are {list(widths[TOP_IDS])} and "
+                f"{list(widths[TOP_LOGPROBS])} wide, and the latter has one column more. {_AGAIN}"
+            )
         for index in shard.prompts:
             n_kept = len(self.contents.prompts[index].kept)
             for site in sites:
@@ -198,12 +205,12 @@ class Recording:
         spec, site = specs[name], name.partition("/")[2]
         is_stream = in_stream(site)
         width = self.contents.model.hidden_size if is_stream else expected[-1]
-        if spec.shape != (expected[0], width):
+        if spec.shape != (expected[0], width) or not width:
             raise RecordingError(
                 f"{path}: {name} has the shape {list(spec.shape)}, and {[expected[0], width]} is expected: "
                 f"[tokens kept, {'hidden' if is_stream else 'width'}]. {_AGAIN}"
             )
-        if (spec.dtype[0] == "I") != (site == TOP_IDS):
+        if spec.is_whole != (site == TOP_IDS):
             raise RecordingError(f"{path}: {name} is of type {spec.dtype}. {_AGAIN}")
 
 
@@ -221,6 +228,7 @@ class RecordingWriter:
         self._shards: list[Shard] = []
         self._sites: list[str] = []
         self._waiting: dict[str, Array] = {}
+        self._widths: dict[str, int] = {}
         self._n_waiting = 0
         """how many of the last prompts are in memory"""
 
@@ -250,18 +258,21 @@ class RecordingWriter:
             SaveError: the disk gave out.
         """
         index = len(self._prompts)
-        kept = None if positions is None or len(positions) == len(ids) else [int(p) for p in positions]
-        prompt = RecordedPrompt(
-            index=index,
-            text=text,
-            rendered=rendered,
-            group=group,
-            ids=[int(i) for i in ids],
-            positions=kept,
+        kept = None if positions is None else [int(p) for p in positions]
+        prompt = _checked(
+            RecordedPrompt(
+                index=index,
+                text=text,
+                rendered=rendered,
+                group=group,
+                ids=[int(i) for i in ids],
+                positions=None if kept == list(range(len(ids))) else kept,
+            )
         )
         self._check_states(prompt, states)
         self._prompts.append(prompt)
-        self._waiting |= {f"{index}/{site}": array for site, array in states.items()}
+        # Copied: a runtime may hand out the same buffer for every prompt.
+        self._waiting |= {f"{index}/{site}": _copied(array) for site, array in states.items()}
         self._n_waiting += 1
         if sum(Spec.of(array).n_bytes for array in self._waiting.values()) >= SHARD_BYTES:
             self._flush()
@@ -323,18 +334,55 @@ class RecordingWriter:
             raise UsageError(
                 f"prompt {prompt.index}: every prompt has the same sites, and not all have {odd!r}."
             )
-        model, n_kept = self._about.model, len(prompt.kept)
+        why = contradiction_of_sites(self._sites, self._about.model.n_layers)
+        if why is not None:
+            raise UsageError(f"prompt {prompt.index}: {why}.")
         for site, array in states.items():
             try:
-                shape = Spec.of(array).shape
+                spec = Spec.of(array)
             except (TypeError, AttributeError) as error:
                 raise UsageError(f"prompt {prompt.index}, {site}: {error}.") from error
-            width = model.hidden_size if in_stream(site) else shape[-1]
-            if shape != (n_kept, width):
-                raise UsageError(
-                    f"prompt {prompt.index}, {site}: an array of shape {list(shape)}, and "
-                    f"[{n_kept}, {width}] is needed: a row a token."
-                )
+            self._check_spec(prompt, site, spec)
+        if TOP_IDS in states and self._widths[TOP_LOGPROBS] != self._widths[TOP_IDS] + 1:
+            raise UsageError(
+                f"prompt {prompt.index}, {TOP_LOGPROBS}: {self._widths[TOP_LOGPROBS]} columns, and those of "
+                f"{TOP_IDS} and one for all other tokens are needed: {self._widths[TOP_IDS] + 1}."
+            )
+
+    def _check_spec(self, prompt: RecordedPrompt, site: str, spec: Spec) -> None:
+        n_kept, hidden = len(prompt.kept), self._about.model.hidden_size
+        # The first prompt tells what width is not the residual stream's.
+        width = (
+            hidden if in_stream(site) else self._widths.get(site, spec.shape[-1] if spec.shape else 1) or 1
+        )
+        if spec.shape != (n_kept, width):
+            raise UsageError(
+                f"prompt {prompt.index}, {site}: an array of shape {list(spec.shape)}, and "
+                f"[{n_kept}, {width}] is needed: a row a token."
+            )
+        if spec.is_whole != (site == TOP_IDS):
+            raise UsageError(f"prompt {prompt.index}, {site}: an array of type {spec.dtype}.")
+        self._widths[site] = width
+
+
+def _checked(prompt: RecordedPrompt) -> RecordedPrompt:
+    """Return a prompt, as it will be read back.
+
+    Raises:
+        UsageError: it cannot be written, or would be refused.
+    """
+    try:
+        found = msgspec.json.decode(msgspec.json.encode(prompt), type=RecordedPrompt)
+    except (msgspec.MsgspecError, UnicodeEncodeError, TypeError) as error:
+        raise UsageError(f"prompt {prompt.index}: {error}.") from error
+    why = bad_prompt(found)
+    if why is not None:
+        raise UsageError(f"{why}.")
+    return found
+
+
+def _copied(array: Array) -> Array:
+    return BFloat16Bits(array.bits.copy()) if isinstance(array, BFloat16Bits) else array.copy()
 
 
 def make_folder(folder: str | Path, *, taken_up: bool = False) -> Path:

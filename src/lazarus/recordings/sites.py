@@ -14,7 +14,7 @@ TOP_IDS, TOP_LOGPROBS = "top_ids", "top_logprobs"
 The log-probabilities have one more column, for all other tokens together.
 """
 KNOWN_SITE = re.compile(
-    r"embedding|final_norm|logits|top_ids|top_logprobs|(resid_post|attn_out|mlp_out|router|experts)\.\d+"
+    r"embedding|final_norm|logits|top_ids|top_logprobs|(resid_post|attn_out|mlp_out|router|experts)\.[0-9]{1,6}"
 )
 
 

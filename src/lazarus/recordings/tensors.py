@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -70,6 +71,11 @@ class Spec:
         return cls(_NAMES[array.dtype.name], array.shape)
 
     @property
+    def is_whole(self) -> bool:
+        """Return whether it is of whole numbers."""
+        return self.dtype in ("I64", "I32")
+
+    @property
     def n_bytes(self) -> int:
         """The size of the data."""
         return prod(self.shape) * _HELD_AS[self.dtype].itemsize
@@ -129,11 +135,14 @@ class TensorWriter:
             self._stream.close()
             self._part.replace(self._path)
         except OSError as error:
+            self.discard()
             raise self._fault(error) from error
 
     def discard(self) -> None:
         """Remove what was written."""
-        self._stream.close()
+        # On a full disk the rest of the buffer cannot be written, and need not be.
+        with suppress(OSError):
+            self._stream.close()
         self._part.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
