@@ -238,6 +238,33 @@ def test_a_run_that_was_interrupted_goes_on(run: Path, tmp_path: Path, found: Se
         series(run / "base", names, PROMPTS[:2], work_dir=str(tmp_path / "work"))
 
 
+def test_of_recordings_nothing_is_taken_from_an_earlier_run(run: Path, tmp_path: Path) -> None:
+    names = [str(run / f"checkpoint-{step}") for step in (500, 600, 700)]
+    recorded = [tmp_path / f"{i}" for i in range(3)]
+    for name, folder in zip(names, recorded, strict=True):
+        record(name, PROMPTS, folder)
+    work = str(tmp_path / "work")
+    for base in recorded[:2]:
+        found = series(base, [recorded[2]], work_dir=work)
+        assert found.record.distances == series(base, [recorded[2]]).record.distances
+        assert found.members == series(base, [recorded[2]]).members
+    mixed = series(run / "base", [recorded[2], *names[:2]], PROMPTS, work_dir=work)
+    assert mixed.members == series(run / "base", [recorded[2], *names[:2]], PROMPTS).members
+    with pytest.raises(UsageError, match="recording before it"):
+        series(run / "base", [recorded[0], *names[:2]], PROMPTS, work_dir=work)
+
+
+def test_a_model_of_more_tokens_is_not_base(run: Path, tmp_path: Path) -> None:
+    base = tiny_llama()
+    save_model(tmp_path / "padded", base, tiny_tokenizer())
+    torch.manual_seed(1)
+    base.resize_token_embeddings(320, mean_resizing=False)
+    save_model(tmp_path / "longer", base, tiny_tokenizer())
+    found = series(tmp_path / "padded", str(tmp_path / "longer"), PROMPTS)
+    assert found.members[0].distance == 0
+    assert (found.members[0].summary.verdict, found.findings) == ("changed", [])
+
+
 def test_a_result_is_saved_read_back_and_held_against_gates(found: Series, tmp_path: Path) -> None:
     found.save(tmp_path / "series.json")
     again = load_result(tmp_path / "series.json")

@@ -52,7 +52,12 @@ def seen(states: Floats, sizes: Floats | None = None) -> Seen:
     """What findings are made of, for models without outputs."""
     names = [f"step-{100 * (i + 1)}" for i in range(len(states) - 1)]
     members: Any = [
-        SimpleNamespace(model=SimpleNamespace(id=name), step=step, output=None)
+        SimpleNamespace(
+            model=SimpleNamespace(id=name),
+            step=step,
+            output=None,
+            summary=SimpleNamespace(verdict="identical"),
+        )
         for name, step in zip(names, steps_of(names), strict=True)
     ]
     return Seen("base", members, distances(states), sizes)

@@ -53,7 +53,8 @@ def _original(group: Sequence[int], last: int) -> int:
 def _of_same(seen: Seen, group: Sequence[int]) -> SeriesFinding:
     members = [place - 1 for place in group if place]
     last = len(seen.members) - 1
-    told = "the same states and outputs, bit for bit"
+    has_output = all(seen.members[member].output is not None for member in members)
+    told = f"the same states{' and outputs' if has_output else ''}, bit for bit"
     if group[0] == 0:
         text = f"{_names(seen, members)} {_give(members)} {told}, as base, {seen.base}"
         return SeriesFinding(kind="same_as_base", members=members, text=text)

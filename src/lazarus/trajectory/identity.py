@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from lazarus.results import Output, SeriesMember
+from lazarus.results import SeriesMember
 from lazarus.trajectory.distances import Distances
 
 MOVES = 0.1
@@ -31,11 +31,10 @@ def groups_of_same(distances: Distances, members: Sequence[SeriesMember]) -> lis
 
     Base is place 0. What is not known is not the same.
     """
-    outputs = [None, *(member.output for member in members)]
     same = (distances.squared == 0).all(0)
     groups: list[list[int]] = []
     for place in range(distances.n_models):
-        found = next((g for g in groups if same[g[0], place] and _alike(outputs, g[0], place)), None)
+        found = next((g for g in groups if same[g[0], place] and _alike(members, g[0], place)), None)
         if found is None:
             groups.append([place])
         else:
@@ -43,12 +42,11 @@ def groups_of_same(distances: Distances, members: Sequence[SeriesMember]) -> lis
     return [group for group in groups if len(group) > 1]
 
 
-def _alike(outputs: Sequence[Output | None], one: int, other: int) -> bool:
-    """Return whether two models' outputs, held against base's, are the same."""
-    if one == 0:  # base itself
-        found = outputs[other]
-        return found is None or found.logits_relative_l2 == 0
-    return outputs[one] == outputs[other]
+def _alike(members: Sequence[SeriesMember], one: int, other: int) -> bool:
+    """Return whether two models' outputs, held against base's, are the same as far as they are known."""
+    if one == 0:  # base itself: its verdict sees tokens of which only one vocabulary knows, too
+        return members[other - 1].summary.verdict == "identical"
+    return members[one - 1].output == members[other - 1].output
 
 
 def shared_starts(distances: Distances, places: Sequence[int]) -> list[SharedStart]:

@@ -57,6 +57,8 @@ class Pairwise:
         self._kept: KeptStates | None = None
         self._noise = Noise()
         self.base_rows = KeptRows(folder / BASE_FILE)
+        self._has_base_rows = False
+        """whether these are of this run; a folder may hold those of another one"""
 
     def __enter__(self) -> Pairwise:
         return self
@@ -97,6 +99,11 @@ class Pairwise:
                     diff = self._compare_live(prepared, base, finetuned)
         return Compared(diff, rows)
 
+    def done(self, diff: ActivationDiff, number: int) -> Compared:
+        """Return a member that an earlier part of this run has compared."""
+        self._has_base_rows = True
+        return Compared(diff, self.rows_of(number))
+
     def against(self, previous: Compared, own: Compared) -> ActivationDiff | None:
         """Compare a member with the one before it, by their rows; None where the shapes differ.
 
@@ -128,13 +135,14 @@ class Pairwise:
     @contextmanager
     def _writers(self, rows: KeptRows) -> Iterator[tuple[RowWriter | None, RowWriter]]:
         """Open the file of a member's rows, and of base's where there is none yet; whole or not at all."""
-        base = None if self.base_rows.path.exists() else RowWriter(self.base_rows.path)
+        base = None if self._has_base_rows else RowWriter(self.base_rows.path)
         finetuned = RowWriter(rows.path)
         try:
             yield base, finetuned
             for writer in (base, finetuned):
                 if writer is not None:
                     writer.close()
+            self._has_base_rows = True
         except BaseException:
             for writer in (base, finetuned):
                 if writer is not None:

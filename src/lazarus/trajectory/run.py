@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from lazarus.activation import Prompts
-from lazarus.activation.prepare import take_up
+from lazarus.activation.prepare import Prepared, take_up
 from lazarus.activation.run import given_for
 from lazarus.errors import PromptsError, UsageError
 from lazarus.loading import Model, Role
@@ -149,33 +149,49 @@ class _Run:
     ) -> None:
         self._options, self._pairwise, self._folder = options, pairwise, folder
         self._tokenizer = tokenizer
+        self._sides: list[Side] = []
         self._compared: list[Compared] = []
         self._previous: list[ActivationDiff | None] = []
 
     def take(self, number: int, base: Side, member: Side, prompts: PromptList | None) -> None:
         """Compare the next member with base, and with the one before it; or read what is done already."""
         chosen = self._options
+        self._sides.append(member)
         given = given_for((_named(base), _named(member)), prompts, self._tokenizer, Rank(), chosen.of_pair())
         prepared = self._pairwise.prepare(given, member)
         saved = self._folder / f"{number:05d}.json"
+        step = saved.with_suffix(".previous.json")
         if chosen.work_dir is not None and prepared is not None:
-            work = WorkFolder.open(str(self._folder / f"{number:05d}"), Rank())
-            held = replace(prepared, given=replace(prepared.given, folder=work))
-            take_up(held, prepared.run, {"noise": str(not chosen.no_noise_floor)})
+            self._take_up(number, prepared)
             if saved.exists():
-                self._compared.append(Compared(ActivationDiff.load(saved), self._pairwise.rows_of(number)))
-                step = saved.with_suffix(".previous.json")
+                self._compared.append(self._pairwise.done(ActivationDiff.load(saved), number))
                 self._previous.append(ActivationDiff.load(step) if step.exists() else None)
                 return
+        # What is there is of an earlier run, or of a part of this one; of a recording nothing is kept.
+        for file in (saved, step):
+            file.unlink(missing_ok=True)
         own = self._pairwise.compare(given, member, prepared, number)
         before = self._compared[-1] if self._compared else None
         against = self._pairwise.against(before, own) if before else None
-        if chosen.work_dir is not None:
+        if chosen.work_dir is not None and prepared is not None:
             if against is not None:
-                against.save(saved.with_suffix(".previous.json"))
+                against.save(step)
             own.diff.save(saved)
         self._compared.append(own)
         self._previous.append(against)
+
+    def _take_up(self, number: int, prepared: Prepared) -> None:
+        """Take up what is done of a live member.
+
+        Raises:
+            UsageError: the folder belongs to another run.
+        """
+        work = WorkFolder.open(str(self._folder / f"{number:05d}"), Rank())
+        held = replace(prepared, given=replace(prepared.given, folder=work))
+        # Its step is from the member before it, which may have no folder of its own.
+        before = self._sides[number - 1] if number else None
+        recorded = {"recording before it": before.digest()} if isinstance(before, Recording) else {}
+        take_up(held, prepared.run, {"noise": str(not self._options.no_noise_floor)} | recorded)
 
     def conclude(self, names: Sequence[str] | None = None) -> Series:
         """Return the result; `names` are what the members are called, where not by what they were named."""
