@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 import subprocess
 import sys
@@ -285,6 +286,9 @@ def test_another_recording_of_base_is_noise(tmp_path: Path) -> None:
         # The floor is a multiple of the difference between the two recordings of base.
         difference = compare(base, again, TEXTS).layers[2].relative_l2
         assert found.layers[2].noise_floor == pytest.approx(1.75 * difference, rel=1e-9)  # type: ignore[operator]
+    for itself in ("b", "f"):
+        with pytest.raises(UsageError, match="is itself compared"):
+            compare(tmp_path / "b", tmp_path / "f", noise_from=str(tmp_path / itself))
 
 
 def test_the_noise_of_two_models_is_not_taken_from_a_recording(tmp_path: Path) -> None:
@@ -398,12 +402,47 @@ def test_what_needs_weights_is_refused(tmp_path: Path) -> None:
     recorded(tiny_llama(num_hidden_layers=2), tmp_path / "short")
     with pytest.raises(ShapeMismatchError, match="4 blocks of 32 features and 2 of 32"):
         compare(model, tmp_path / "short", localize=True)
-    assert [layer.finetuned_layer for layer in compare(model, tmp_path / "short").layers] == [
-        None,
-        0,
-        None,
-        1,
-    ][:0] or True
+    matched = [layer.finetuned_layer for layer in compare(model, tmp_path / "short").layers]
+    assert matched == [None, 0, 1, 1]
+    with pytest.raises(UsageError, match="lets each model read the text"):
+        compare(model, tmp_path / "r", align="text")
+
+
+def test_responses_that_were_not_recorded_cannot_be_compared(tmp_path: Path) -> None:
+    model = tiny_llama()
+    recorded(model, tmp_path / "r")
+    with pytest.raises(PositionError, match="does not tell where the response of prompt 0 is"):
+        compare(model, tmp_path / "r", position="response")
+
+
+@pytest.mark.parametrize(
+    ("output", "told"),
+    [
+        ({"logits": np.zeros((2, 320), np.float32)}, "has 320 next tokens"),
+        ({"top_ids": np.full((2, 1), 310, np.int32), "top_logprobs": np.full((2, 2), -0.7)}, "token 310"),
+        ({"top_ids": np.full((2, 1), -1, np.int32), "top_logprobs": np.full((2, 2), -0.7)}, "token -1"),
+    ],
+    ids=["logits", "beyond", "below"],
+)
+def test_next_tokens_of_another_vocabulary_are_refused(tmp_path: Path, output: Any, told: str) -> None:
+    for name, next_tokens in (("r", output), ("whole", {"logits": np.zeros((2, 300), np.float32)})):
+        with Recording.create(tmp_path / name, model="m", n_layers=4, hidden_size=32) as recording:
+            recording.add([1, 2], {"resid_post.0": np.ones((2, 32), np.float32)} | next_tokens)
+    for other in (tiny_llama(), tmp_path / "whole"):
+        with pytest.raises(RecordingError, match=f"{told}.*two vocabularies"):
+            compare(other, tmp_path / "r")
+
+
+def test_another_recording_in_the_same_place_is_another_run(tmp_path: Path) -> None:
+    base, work = tiny_llama(), str(tmp_path / "work")
+    recorded(perturbed(base), tmp_path / "r")
+    compare(base, tmp_path / "r", work_dir=work)
+    manifest = (tmp_path / "r" / "recording.json").read_bytes()
+    shutil.rmtree(tmp_path / "r")
+    recorded(perturbed(base, seed=2), tmp_path / "r")
+    assert (tmp_path / "r" / "recording.json").read_bytes() == manifest
+    with pytest.raises(UsageError, match="another run"):
+        compare(base, tmp_path / "r", work_dir=work)
 
 
 # The format

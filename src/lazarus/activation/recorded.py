@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import msgspec
 
@@ -58,6 +60,13 @@ def compare_recorded(given: Given, base: Side, finetuned: Side, watcher: Observe
                 "name the model.",
                 option=name,
             )
+    if given.options.align == "text":
+        raise UsageError(
+            f"{option('align', 'text')} lets each model read the text with its own tokenizer, and beside a "
+            "recording the other side reads its ids. Leave it out, or name the model.",
+            option="align",
+        )
+    _check_noise(given, [side for side in (base, finetuned) if isinstance(side, Recording)])
     if isinstance(base, Recording) and isinstance(finetuned, Recording):
         return _compare_two(given, base, finetuned, watcher)
     if isinstance(base, Recording):
@@ -102,9 +111,11 @@ def _compare_prepared(
     settings = msgspec.structs.replace(prepared.plan.settings, noise_floor=has_noise, localize=localize)
     plan = replace(prepared.plan, repeats=None, settings=settings, traced=run.traced)
     seen = Accumulation(facts, plan)
-    take_up(prepared, run, {"recording": recording.digest()})
-    states = rows.every if localize else None
     noise = _noise_rows(given, facts, reading, run.position)
+    # The same path may hold other recordings at other times.
+    digests = {"recording": recording.digest()} | ({"noise": noise.recording.digest()} if noise else {})
+    take_up(prepared, run, digests)
+    states = rows.every if localize else None
     pair = prepared.pair if rows.has_output else prepared.pair.without_output()
     paired = Pairing(facts, rows, not is_base, run.repeats, noise if is_base else None)
     job = Job(pair, run, watcher.advanced, states, lambda found: given.tap(paired(found)))
@@ -171,6 +182,22 @@ def _compare_two(given: Given, base: Recording, finetuned: Recording, watcher: O
     note_outside(facts.base.info.not_compared, facts.finetuned.info.not_compared, notes)
     reader, chooses = TokenReader(reading, position), options.token_prompts == "auto"
     return conclude(seen, about=About(notes=notes, reader=reader, chooses_prompts=chooses))
+
+
+def _check_noise(given: Given, recordings: Sequence[Recording]) -> None:
+    """Refuse noise that is what is compared: the difference would be its own measure, or nothing would be.
+
+    Raises:
+        UsageError: `noise_from` is one of the recordings that are compared.
+    """
+    named = given.options.noise_from
+    path = None if named is None else Path(named).expanduser().resolve()
+    if any(recording.path.resolve() == path for recording in recordings):
+        raise UsageError(
+            f"{option('noise_from', named)} is itself compared, and the noise is measured from a second "
+            "recording of base. Record base once more, and name that.",
+            option="noise_from",
+        )
 
 
 def _noise_rows(given: Given, facts: PairFacts, reading: Reading, position: Position) -> RecordedRows | None:

@@ -29,7 +29,10 @@ def read_recorded(recording: Recording, model: LoadedModel, given: Given, notes:
         check_same_ids(recording, [prompt.ids for prompt in reading.base], "the prompts that were given")
         return reading
     trusts = given.options.trust_remote_code
-    return read_brought(recording, model, given.tokenizer, notes, trust_remote_code=trusts)
+    reading = read_brought(recording, model, given.tokenizer, notes, trust_remote_code=trusts)
+    if given.options.position == "response":
+        _check_responses(recording, reading)
+    return reading
 
 
 def compared(recording: Recording, reading: Reading, position: Position) -> list[list[int]]:
@@ -38,14 +41,10 @@ def compared(recording: Recording, reading: Reading, position: Position) -> list
     Raises:
         PositionError: it has not, or responses are compared and it does not tell where they are.
     """
+    if position == "response":
+        _check_responses(recording, reading)
     found = []
     for prompt, recorded in zip(reading.base, recording.prompts, strict=True):
-        if position == "response" and not prompt.response:
-            raise PositionError(
-                f"{recording.name} does not tell where the response of prompt {prompt.index} is. Record it "
-                f"with {option('position', 'response')}, or choose another {option('position')}.",
-                option="position",
-            )
         tokens = list(tokens_of(prompt, position))
         missing = sorted(set(tokens) - set(recorded.kept))
         if missing:
@@ -58,6 +57,16 @@ def compared(recording: Recording, reading: Reading, position: Position) -> list
             )
         found.append(tokens)
     return found
+
+
+def _check_responses(recording: Recording, reading: Reading) -> None:
+    for prompt in reading.base:
+        if not prompt.response:
+            raise PositionError(
+                f"{recording.name} does not tell where the response of prompt {prompt.index} is. Record it "
+                f"with {option('position', 'response')}, or choose another {option('position')}.",
+                option="position",
+            )
 
 
 def check_same_ids(recording: Recording, ids: Sequence[Sequence[int]], other: str) -> None:

@@ -11,7 +11,9 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from lazarus.activation.repeats import Repeats
+from lazarus.errors import RecordingError
 from lazarus.facts import ComponentName, ComponentSite, PairFacts, Site
+from lazarus.messages import option
 from lazarus.metrics import TopTokens, compare_top
 from lazarus.recordings import LOGITS, TOP_IDS, TOP_LOGPROBS, Recording, site_name
 from lazarus.sites import StatePair
@@ -57,6 +59,23 @@ class RecordedRows:
     def top(self, places: Sequence[tuple[int, slice]]) -> TopTokens:
         """Return the likeliest tokens in their place."""
         return TopTokens(self._at(places, TOP_IDS).long(), self._at(places, TOP_LOGPROBS))
+
+    def check_tokens(self, recorded: Tensor | TopTokens, n_tokens: int) -> None:
+        """Refuse next tokens of another vocabulary than the other side's.
+
+        Raises:
+            RecordingError: they are not the `n_tokens` of the other side, or not among them.
+        """
+        if isinstance(recorded, Tensor):
+            told = None if recorded.shape[1] == n_tokens else f"{recorded.shape[1]} next tokens"
+        else:
+            odd = recorded.ids[(recorded.ids < 0) | (recorded.ids >= n_tokens)]
+            told = f"the next token {int(odd[0])}" if len(odd) else None
+        if told is not None:
+            raise RecordingError(
+                f"{self.recording.name} has {told}, and the other side {n_tokens} next tokens: they are of "
+                f"two vocabularies. Record without {option('logits', True)}: then states alone are compared."
+            )
 
     def _at(self, places: Sequence[tuple[int, slice]], name: str) -> Tensor:
         # Where states are averaged, the head reads the last token.
@@ -148,9 +167,12 @@ class Pairing:
             again = self.noise.logits(places).to(pair.base.device)
             yield StatePair("logits", pair.prompts, pair.base, again, trial=0)
         if self.rows.has(LOGITS):
-            yield self._joined("logits", pair.prompts, pair.base, self.rows.logits(places), None)
+            recorded = self.rows.logits(places)
+            self.rows.check_tokens(recorded, pair.base.shape[1])
+            yield self._joined("logits", pair.prompts, pair.base, recorded, None)
         elif self.rows.has(TOP_IDS):
             top, live = self.rows.top(places), pair.base.cpu()
+            self.rows.check_tokens(top, live.shape[1])
             values = compare_top(top, live) if self.is_base else compare_top(live, top)
             yield replace(pair, compared=values)
 
@@ -207,6 +229,10 @@ def _output(base: RecordedRows, finetuned: RecordedRows, prompt: int, trial: int
     n_rows = 1 if base.average else len(base.tokens[prompt])
     place, owner = [(prompt, slice(0, n_rows))], torch.full((n_rows,), prompt)
     ours, theirs = (side.logits(place) if side.has(LOGITS) else side.top(place) for side in (base, finetuned))
+    if isinstance(ours, Tensor):
+        finetuned.check_tokens(theirs, ours.shape[1])
+    elif isinstance(theirs, Tensor):
+        base.check_tokens(ours, theirs.shape[1])
     if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
         return StatePair("logits", owner, ours, theirs, trial=trial)
     nothing = torch.empty(n_rows, 0)

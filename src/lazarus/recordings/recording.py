@@ -168,8 +168,14 @@ class Recording:
         )
 
     def digest(self) -> str:
-        """Return the SHA-256 of recording.json, which names the recording."""
-        return hashlib.sha256(self.path.joinpath(MANIFEST).read_bytes()).hexdigest()
+        """Return what names the recording: a SHA-256 of recording.json, and of when its files changed.
+
+        Another recording of the same model, of other weights, may have the very same recording.json.
+        """
+        found = hashlib.sha256(self.path.joinpath(MANIFEST).read_bytes())
+        for shard in self.contents.shards:
+            found.update(f"{shard.file} {self.path.joinpath(shard.file).stat().st_mtime_ns}".encode())
+        return found.hexdigest()
 
     def _reader(self, shard: Shard) -> TensorReader:
         if shard.file not in self._readers:
