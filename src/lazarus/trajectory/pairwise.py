@@ -18,7 +18,7 @@ from lazarus.engine import KeptStates, SpillBuffer
 from lazarus.errors import NoDataError
 from lazarus.facts import ModelFacts, PairFacts
 from lazarus.loading import BaseKeeper
-from lazarus.models import free_bytes
+from lazarus.models import free_bytes, give_back
 from lazarus.recorded import Side
 from lazarus.recordings import Recording
 from lazarus.result_classes import ActivationDiff
@@ -78,6 +78,7 @@ class Pairwise:
         """
         if isinstance(self._base, Recording) or isinstance(member, Recording):
             return None
+        give_back()  # what the member before this one took
         return prepare(given, self._base, member, self._watcher, self._load)
 
     def compare(self, given: Given, member: Side, prepared: Prepared | None, number: int) -> Compared:
