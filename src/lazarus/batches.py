@@ -49,6 +49,11 @@ class TokenBatch:
         """The tokens of each row, padding included."""
         return max(self.lengths) + self.extra_padding
 
+    @property
+    def n_padded(self) -> int:
+        """The tokens of all rows, padding included."""
+        return len(self.members) * self.padded_length
+
     def padded(self) -> tuple[Int[Tensor, "batch time"], Int[Tensor, "batch time"]]:
         """Input ids and attention mask, padded on the right."""
         lengths = self.lengths

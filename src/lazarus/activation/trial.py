@@ -16,7 +16,7 @@ from lazarus.activation.accumulation import Accumulation
 from lazarus.activation.measure import Job, Part
 from lazarus.activation.prepare import Given, Prepared, learn_models, read_asked
 from lazarus.activation.run import conclude_run
-from lazarus.batches import BatchPair, TokenBatch
+from lazarus.batches import BatchPair
 from lazarus.engine import KEPT_SHARE, ModelPair, Runner
 from lazarus.estimating import Sampled, Size, extrapolated, reset_peak, spread_out
 from lazarus.loading import Model, load_stand_ins
@@ -77,7 +77,7 @@ class Trial(ABC, Generic[S]):
         sides = [
             [each.base] if self.pair.is_alone else [each.base, each.finetuned] for each in self.work.batches
         ]
-        self.sizes = [Size(sum(map(padded, batches))) for batches in sides]
+        self.sizes = [Size(sum(batch.n_padded for batch in batches)) for batches in sides]
         self.order = spread_out(self.sizes)
         """that in which batches run here"""
         self.learnt_bytes, self.run_bytes = self.bytes_read, 0
@@ -162,20 +162,20 @@ class Trial(ABC, Generic[S]):
         chosen = [self.work.batches[i] for i in indices]
         alone = self.pair.is_alone
         return sum(
-            ours * padded(each.base) + (0 if alone else theirs * padded(each.finetuned)) for each in chosen
+            ours * each.base.n_padded + (0 if alone else theirs * each.finetuned.n_padded) for each in chosen
         )
 
     def time_base(self) -> None:
         """Measure passes of base alone, on the largest batch, and tell what all of them take."""
         batches = [each.base for each in self.work.batches]
-        largest = max(batches, key=padded)
+        largest = max(batches, key=lambda batch: batch.n_padded)
         runner = Runner(self.pair.base, self.pair.base_conventions)
         runner.begin(largest, "last")
         started = self.clock.now()
         runner.run(largest, "last")
         seconds = self.clock.now() - started
-        costs = [Size(padded(batch)).cost for batch in batches]
-        self.found.base_passes = seconds * sum(costs) / Size(padded(largest)).cost
+        costs = [Size(batch.n_padded).cost for batch in batches]
+        self.found.base_passes = seconds * sum(costs) / Size(largest.n_padded).cost
 
     def _resident(self, seen: S) -> Sampled:
         """Run batches until the time is up."""
@@ -186,17 +186,16 @@ class Trial(ABC, Generic[S]):
             if time.perf_counter() > until:
                 raise _EnoughError
 
-        chosen = [self.work.batches[i] for i in self.order]
         with suppress(_EnoughError):
-            self.take(seen, Part(chosen, []), advanced)
+            self.take(seen, self._part(self.order), advanced)
         taken = [end - start for start, end in pairwise(ends)]
         return extrapolated(self.sizes, dict(zip(self.order, taken, strict=False)))
 
     def _streamed(self, seen: S) -> Sampled:
         """Run one batch and then a few, block by block: what is read once, and what each takes."""
         few, alone = self.order[:N_STREAMED], self.order[:2][-1:]
-        once, before = self._stream(self.begin(), alone), self.bytes_read
-        several = self._stream(seen, few)
+        once, before = self._seconds(self.begin(), self._part(alone)), self.bytes_read
+        several = self._seconds(seen, self._part(few))
         self.run_bytes = self.bytes_read - before
         costs = [sum(self.sizes[i].cost for i in indices) for indices in (alone, few, self.order)]
         if costs[1] == costs[0]:
@@ -210,9 +209,14 @@ class Trial(ABC, Generic[S]):
         found = [pager for pager in pagers if isinstance(pager, StandInPager)]
         return sum(pager.reading_seconds(i) for pager in found for i in range(pager.n_blocks))
 
-    def _stream(self, seen: S, indices: Sequence[int]) -> float:
+    def _part(self, indices: Sequence[int]) -> Part:
+        """Return these batches, without noise."""
+        return Part([self.work.batches[i] for i in indices], [])
+
+    def _seconds(self, into: S, part: Part) -> float:
+        """Run a part of the work, and return its time."""
         started = self.clock.now()
-        self.take(seen, Part([self.work.batches[i] for i in indices], []), lambda _: None)
+        self.take(into, part, lambda _: None)
         return self.clock.now() - started
 
     def _noise(self) -> float:
@@ -225,17 +229,12 @@ class Trial(ABC, Generic[S]):
             else BatchPair.of(sample, reading.finetuned, reading.pad_ids[1])
         )
         if self.pair.streams:
-            without, with_it = (self._seconds(Part(pairs, noise)) for noise in ([], sample))
+            without, with_it = (self._seconds(self.begin(), Part(pairs, noise)) for noise in ([], sample))
             return max(0.0, with_it - without)
         ends = [self.clock.now()]
         self.take(self.begin(), Part(pairs, sample), lambda _: ends.append(self.clock.now()))
         # Each batch of both models is followed by its noise.
         return sum(end - start for start, end in list(pairwise(ends))[1::2])
-
-    def _seconds(self, part: Part) -> float:
-        started = self.clock.now()
-        self.take(self.begin(), part, lambda _: None)
-        return self.clock.now() - started
 
 
 class DiffTrial(Trial[Accumulation]):
@@ -256,8 +255,3 @@ class DiffTrial(Trial[Accumulation]):
     def conclude(self, into: Accumulation) -> None:
         """Make the result, but for an attribution."""
         conclude_run(self.prepared, into, None, (Notes(), Notes()))
-
-
-def padded(batch: TokenBatch) -> int:
-    """Return how many tokens of a batch run, padding included."""
-    return len(batch.members) * batch.padded_length

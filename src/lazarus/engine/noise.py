@@ -45,7 +45,7 @@ class NoisePlan:
         """Return how often the prompts of a batch are run at once, within the tokens of one batch."""
         if self.padding == "one_by_one":
             return 1
-        room = self.batch_tokens // (len(batch.members) * batch.padded_length)
+        room = self.batch_tokens // batch.n_padded
         wanted = max(self._copies_of_few, 2 if self.among_others else 1)
         return max(1, min(wanted, room))
 

@@ -60,8 +60,8 @@ class Pass:
     @property
     def state_bytes(self) -> int:
         """The size of one hidden state a token, padding included."""
-        n_tokens = len(self.batch.members) * self.batch.padded_length
-        return int(n_tokens * self.runner.conventions.width * self.runner.model.model.dtype.itemsize)
+        itemsize = self.runner.model.model.dtype.itemsize
+        return int(self.batch.n_padded * self.runner.conventions.width * itemsize)
 
     def step(self, index: int, around: AbstractContextManager[Any] = NOTHING) -> Step:
         """Run block `index`, with something around it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -17,7 +18,7 @@ _RESET_PEAK = "5"
 
 
 def reset_peak(device: torch.device) -> bool:
-    """Forget the peak until now, of this process and of a GPU; returns whether the system can do that."""
+    """Forget the peak until now, of this process and of a GPU; return whether the system can do that."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     try:
@@ -29,14 +30,11 @@ def reset_peak(device: torch.device) -> bool:
 
 def peak_bytes() -> int:
     """Return the peak of the memory that this process has held: its resident set, with pages of files."""
-    try:
+    with suppress(OSError):  # no Linux
         lines = _STATUS.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT
-    told = next((line for line in lines if line.startswith("VmHWM:")), None)
-    if told is None:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT
-    return int(told.split()[1]) * 1024
+        if told := next((line for line in lines if line.startswith("VmHWM:")), None):
+            return int(told.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT
 
 
 def device_peak(device: torch.device) -> int | None:

@@ -21,7 +21,7 @@ from lazarus.options.common import Dequantize, Device, Dtype, LayersPath, TrustR
 from lazarus.options.option import COMPARE, READ, RUN, Checked, Option
 
 _POSITIONS = ("all", "last", "response")
-RUNTIMES = ("transformers", "llama.cpp")
+_RUNTIMES = ("transformers", "llama.cpp")
 
 
 def _check_position(name: str, position: str | int) -> None:
@@ -83,7 +83,7 @@ Runtime = Annotated[
         "What runs the model; llama.cpp runs a .gguf file as it is, by llama-cpp-python.",
         RUN,
         "transformers|llama.cpp",
-        check=partial(check_choice, choices=RUNTIMES),
+        check=partial(check_choice, choices=_RUNTIMES),
     ),
 ]
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from lazarus.errors import RecordingError, UsageError
 from lazarus.recordings.recording import Recording
 from lazarus.recordings.tensors import Array, BFloat16Bits, TensorReader
+from lazarus.results import natural
 
 LAYER = "{layer}"
 
@@ -81,20 +82,10 @@ def prompts_in(source: str | Path | Sequence[str | Path]) -> list[Path]:
             raise UsageError(f"{within}: no such folder. Name the one that holds the prompts' arrays.")
         entries = (path for path in within.iterdir() if not path.name.startswith("."))
         found = [path for path in entries if path.is_dir() or path.suffix in (".safetensors", ".npz")]
-        found.sort(key=in_order)
+        found.sort(key=lambda path: natural(path.name))
     if not found:
         raise UsageError(f"{source}: no prompt is there: no .safetensors or .npz file, and no folder.")
     return found
-
-
-def in_order(path: Path) -> list[tuple[int, str]]:
-    """Return the key by which names sort as they are counted: request-2 before request-10.
-
-    >>> sorted([Path("10-a"), Path("9-b")], key=in_order)[0].name
-    '9-b'
-    """
-    parts = re.split(r"(\d+)", path.name)
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
 
 def read_arrays(path: Path) -> dict[str, Array]:

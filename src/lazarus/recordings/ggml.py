@@ -34,7 +34,8 @@ ENTERS_THE_FIRST_BLOCK = (
 BLOCK_OUTPUT = "l_out-"
 OTHERS = {"result_norm": FINAL_NORM, "result_output": LOGITS}
 
-Array = NDArray[np.float32]
+Rows = NDArray[np.float32]
+"""[tokens, width]"""
 
 
 class Taps:
@@ -46,14 +47,14 @@ class Taps:
         self._sites = dict.fromkeys(ENTERS_THE_FIRST_BLOCK, EMBEDDING) | self._blocks
         self._sites |= {name: site for name, site in OTHERS.items() if logits or site != LOGITS}
         self._n_rows = 0
-        self._read: dict[str, Array] = {}
+        self._read: dict[str, Rows] = {}
         self.callback = library.ggml_backend_sched_eval_callback(self._evaluated)
 
     def begin(self, n_rows: int) -> None:
         """Forget what was read; the next run has so many tokens."""
         self._n_rows, self._read = n_rows, {}
 
-    def found(self, path: Path, architecture: str) -> dict[str, Array]:
+    def found(self, path: Path, architecture: str) -> dict[str, Rows]:
         """Return what was read, in the order of the model.
 
         Raises:

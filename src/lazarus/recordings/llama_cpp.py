@@ -25,7 +25,7 @@ from lazarus.errors import (
     WeightsError,
 )
 from lazarus.recordings.format import RecordedPrompt
-from lazarus.recordings.ggml import PACKAGE, Array, Taps, imported, quiet
+from lazarus.recordings.ggml import PACKAGE, Rows, Taps, imported, quiet
 from lazarus.recordings.recording import Recording
 from lazarus.recordings.sites import LOGITS, TOP_IDS, TOP_LOGPROBS
 
@@ -112,7 +112,7 @@ def record_gguf(
     return Recording.open(folder)
 
 
-def likeliest(logits: Array, k: int) -> dict[str, NDArray[Any]]:
+def likeliest(logits: Rows, k: int) -> dict[str, NDArray[Any]]:
     """Return the likeliest tokens of each row, and their log-probabilities; last, that of all others."""
     exact = logits.astype(np.float64)
     exact -= exact.max(axis=1, keepdims=True)
@@ -292,7 +292,7 @@ class Context:
         with quiet():
             self.model.library.llama_free(self.handle)
 
-    def run(self, ids: Sequence[int]) -> dict[str, Array]:
+    def run(self, ids: Sequence[int]) -> dict[str, Rows]:
         """Run one prompt alone; return [tokens, width] of every site.
 
         Raises:

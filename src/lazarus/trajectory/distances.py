@@ -62,10 +62,6 @@ class Distances:
         first: NDArray[np.int64] = np.cumprod(self.squared == 0, axis=0).sum(0)
         return first
 
-    def of(self, models: Sequence[int]) -> Distances:
-        """Return the distances of these models alone, in this order; base must be the first."""
-        return Distances(self.sites, self.squared[:, models][:, :, models], self.scale)
-
 
 def squared_distance(one: NDArray[np.floating], other: NDArray[np.floating]) -> float:
     """Return Σ(x − y)² in float64: exactly 0 only of equal states, NaN where one is not finite.

@@ -105,7 +105,6 @@ def series(
         members: the models in their order, each as for `activation_diff`. A text may be a glob
             (`run/checkpoint-*`, in natural order) or hold alternatives (`org/model@{step1000,step2000}`).
             A mapping says what each is called, as models in memory have no names.
-            A mapping says what each is called, as models in memory have no names.
         prompts: as for `activation_diff`.
         tokenizer: the tokenizer of models in memory, or a folder or Hub id that holds it.
         observer: is told how far the series has come.
