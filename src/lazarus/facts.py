@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from lazarus.notes import Notes
 from lazarus.results import ModelInfo
 
 ComponentName = Literal["attn_out", "mlp_out", "router", "experts"]
@@ -79,6 +80,32 @@ class PairShape(ABC):
         """Every site of the residual stream, in the order in which the states reach it."""
         sites: list[Site] = ["embedding", *range(self.n_layers[0])]
         return [*sites, "final_norm"] if self.have_final_norm else sites
+
+    def note_shapes(self, names: tuple[str, str], notes: Notes) -> None:
+        """Note what two models of different shape cannot be asked."""
+        ours, theirs = self.n_layers
+        if ours != theirs:
+            notes.add(
+                "depths-differ",
+                f"{names[0]} has {ours} layers, {names[1]} has {theirs}: they are matched by relative depth "
+                "(finetuned_layer in JSON)",
+            )
+        if not self.same_width:
+            notes.add(
+                "widths-differ",
+                f"residual streams of {self.widths[0]} and {self.widths[1]} features have no cosine: CKA is "
+                "given instead",
+            )
+
+
+def note_dtypes(names: tuple[str, str], dtypes: tuple[str, str], notes: Notes) -> None:
+    """Note that two models ran in different dtypes."""
+    if dtypes[0] != dtypes[1]:
+        notes.add(
+            "run-dtypes",
+            f"{names[0]} ran in {dtypes[0]}, {names[1]} in {dtypes[1]}: part of the divergence is the "
+            "rounding of the narrower type",
+        )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import msgspec
 
 from lazarus.activation.limits import ranges
 from lazarus.errors import RecordingError, ShapeMismatchError
-from lazarus.facts import ModelFacts, PairFacts
+from lazarus.facts import ModelFacts, PairFacts, note_dtypes
 from lazarus.messages import option
 from lazarus.metrics import FEWEST_FOR_CKA
 from lazarus.notes import Notes
@@ -101,22 +101,5 @@ def note_recorded(recording: Recording, facts: PairFacts, notes: Notes, *, compo
             "outcome for all others, so KL and JS divergence are at least what is given, and logits have no "
             "distance",
         )
-    ours, theirs = facts.base.info.run_dtype, facts.finetuned.info.run_dtype
-    if ours != theirs:
-        notes.add(
-            "run-dtypes",
-            f"{facts.names[0]} ran in {ours}, {facts.names[1]} in {theirs}: part of the divergence is the "
-            "rounding of the narrower type",
-        )
-    if facts.n_layers[0] != facts.n_layers[1]:
-        notes.add(
-            "depths-differ",
-            f"{facts.names[0]} has {facts.n_layers[0]} layers, {facts.names[1]} has {facts.n_layers[1]}: "
-            "they are matched by relative depth (finetuned_layer in JSON)",
-        )
-    if not facts.same_width:
-        notes.add(
-            "widths-differ",
-            f"residual streams of {facts.widths[0]} and {facts.widths[1]} features have no cosine: CKA is "
-            "given instead",
-        )
+    note_dtypes(facts.names, (facts.base.info.run_dtype, facts.finetuned.info.run_dtype), notes)
+    facts.note_shapes(facts.names, notes)

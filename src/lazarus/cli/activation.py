@@ -44,14 +44,14 @@ def activation_diff(
     """
     with reported(debug):
         from lazarus.options import check_token_prompts
-        from lazarus.prompts import check_chats, check_responses, parse_prompts
+        from lazarus.prompts import check_chats, check_responses, parse_prompts, prompt_files
         from lazarus.recordings import check_brought
 
         # Made to be checked, before torch is imported.
         Options(**options)
         output = (output or []) if leads() else []
         check_brought(prompts, (base, finetuned))
-        files = [value[1:] for value in prompts or () if value[:1] == "@" and value[:2] != "@@"]
+        files = prompt_files(prompts or ())
         check_outputs(output, "activation-diff", [*files, options["chat_template"], base, finetuned])
         responses = options["position"] == "response"
         found = None

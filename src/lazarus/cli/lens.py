@@ -36,14 +36,14 @@ def compare(
     lazarus introspect compare -m1 org/base -m2 org/tuned -p "The answer is" --track 42 -o lens.html
     """
     with reported(debug):
-        from lazarus.prompts import check_chats, parse_prompts
+        from lazarus.prompts import check_chats, parse_prompts, prompt_files
         from lazarus.recordings import check_brought
         from lazarus.render.lens import text
 
         # Made to be checked, before torch is imported.
         CompareOptions(**options)
         check_brought(prompt, (model1, model2))
-        files = [value[1:] for value in prompt or () if value[:1] == "@" and value[:2] != "@@"]
+        files = prompt_files(prompt or ())
         output = (output or []) if leads() else []
         check_outputs(output, "compare", [*files, options["chat_template"], model1, model2])
         found = None

@@ -36,13 +36,13 @@ def series(
     lazarus introspect series -b org/base -f "run/checkpoint-*" -p @prompts.txt -o series.html
     """
     with reported(debug):
-        from lazarus.prompts import check_chats, check_responses, parse_prompts
+        from lazarus.prompts import check_chats, check_responses, parse_prompts, prompt_files
         from lazarus.render.series import text
 
         # Made to be checked, before torch is imported.
         SeriesOptions(**options)
         values = prompts or []
-        files = [value[1:] for value in values if value[:1] == "@" and value[:2] != "@@"]
+        files = prompt_files(values)
         output = (output or []) if leads() else []
         check_outputs(output, "series", [*files, options["chat_template"], base, *finetuned])
         found = None

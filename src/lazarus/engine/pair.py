@@ -14,7 +14,7 @@ from lazarus.engine.probe import Conventions, learn, passes_go_on
 from lazarus.engine.score_heads import ScoreHead
 from lazarus.engine.scored import Scored, find_scored
 from lazarus.errors import ShapeMismatchError
-from lazarus.facts import ComponentName, ComponentSite, PairShape
+from lazarus.facts import ComponentName, ComponentSite, PairShape, note_dtypes
 from lazarus.messages import option
 from lazarus.models import LoadedModel, shared_blocks
 from lazarus.models import same_design as have_same_design
@@ -119,12 +119,8 @@ class ModelPair(PairShape):
     def note_run(self, longest: int, notes: Notes) -> None:
         """Note what a reader must know of how the two models run, with prompts of up to `longest` tokens."""
         notes.extend([*self.base_conventions.notes, *self.finetuned_conventions.notes])
-        if self.base.run_dtype != self.finetuned.run_dtype:
-            notes.add(
-                "run-dtypes",
-                f"{self.base.name} ran in {self.base.run_dtype}, {self.finetuned.name} in "
-                f"{self.finetuned.run_dtype}: part of the divergence is the rounding of the narrower type",
-            )
+        names = self.base.name, self.finetuned.name
+        note_dtypes(names, (self.base.run_dtype, self.finetuned.run_dtype), notes)
         padding = self.padding(longest)
         if padding != "right":
             how = "one at a time" if padding == "one_by_one" else "with others of their length"
@@ -141,7 +137,7 @@ class ModelPair(PairShape):
                 "a pass of this architecture cannot go on after a block that ran before, so prompts ran "
                 "batch by batch, and each batch read all weights",
             )
-        self._note_shapes(notes)
+        self.note_shapes(names, notes)
         if self.scored is not None:
             self.scored.note(longest, notes)
 
@@ -160,22 +156,6 @@ class ModelPair(PairShape):
         if pager is None or self.align != "ids" or not self.same_design:
             return 0
         return sum(1 for _ in takewhile(pager.same_as_base, range(pager.n_blocks)))
-
-    def _note_shapes(self, notes: Notes) -> None:
-        """Note what two models of different shape cannot be asked."""
-        ours, theirs = self.n_layers
-        if ours != theirs:
-            notes.add(
-                "depths-differ",
-                f"{self.base.name} has {ours} layers, {self.finetuned.name} has {theirs}: they are matched "
-                "by relative depth (finetuned_layer in JSON)",
-            )
-        if not self.same_width:
-            notes.add(
-                "widths-differ",
-                f"residual streams of {self.widths[0]} and {self.widths[1]} features have no cosine: CKA is "
-                "given instead",
-            )
 
 
 def learn_pair(

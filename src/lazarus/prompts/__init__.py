@@ -17,7 +17,7 @@ from lazarus.prompts.prompt import (
     check_prompts,
     check_responses,
 )
-from lazarus.prompts.typed import make_prompts, parse_prompts
+from lazarus.prompts.typed import make_prompts, parse_prompts, prompt_files
 
 __all__ = [
     "ASSISTANT",
@@ -29,5 +29,6 @@ __all__ = [
     "check_responses",
     "make_prompts",
     "parse_prompts",
+    "prompt_files",
     "texts_of",
 ]

@@ -33,7 +33,7 @@ def parse_prompts(values: Sequence[str], *, no_split: bool = False, responses: b
     if sum(value == "@-" for value in values) > 1:
         raise PromptsError("-p @- is given twice, and standard input can be read once. Give it once.")
     for value in values:
-        if value.startswith("@") and not value.startswith("@@"):
+        if _is_file(value):
             found.prompts += read_file(value[1:], found.notes, responses=responses)
         elif no_split:
             found.prompts.append(Prompt(value.removeprefix("@") if value[:2] == "@@" else value))
@@ -44,6 +44,19 @@ def parse_prompts(values: Sequence[str], *, no_split: bool = False, responses: b
         raise PromptsError(f"No prompt: -p {given} holds none. {EXAMPLE}")
     check_prompts(found.prompts)
     return found
+
+
+def prompt_files(values: Sequence[str]) -> list[str]:
+    """Return the files that `-p` values name; `-` is standard input.
+
+    >>> prompt_files(["Hello", "@prompts.txt", "@@literal", "@-"])
+    ['prompts.txt', '-']
+    """
+    return [value[1:] for value in values if _is_file(value)]
+
+
+def _is_file(value: str) -> bool:
+    return value.startswith("@") and not value.startswith("@@")
 
 
 def make_prompts(
