@@ -47,7 +47,7 @@ from lazarus.recordings import (
     write_manifest,
 )
 from lazarus.recordings.llama_cpp import RUNTIME
-from lazarus.shards import Shard as Work
+from lazarus.shards import Shard as RunShard
 from lazarus.shards import WorkFolder, run_shards, states
 from lazarus.sites import StatePair, tokens_of
 
@@ -154,12 +154,12 @@ class Capture:
     def _shared(self, folder: WorkFolder) -> list[Written]:
         """Write files that the folder of the run keeps count of, by however many processes."""
         parts = shared_parts(self.job, folder)
-        shards = [Work(i, part.prompts, part.n_tokens) for i, part in enumerate(parts)]
+        shards = [RunShard(i, part.prompts, part.n_tokens) for i, part in enumerate(parts)]
         for shard in shards:
             if not self._file(shard.number).exists():
                 folder.forget(shard.number)
 
-        def run_shard(shard: Work) -> AccumulatorState:
+        def run_shard(shard: RunShard) -> AccumulatorState:
             return self.write(parts[shard.number], shard.number).state()
 
         n_before = run_shards(folder, shards, run_shard, self.job.advanced)

@@ -1,4 +1,4 @@
-"""What activation_diff and record would take: their own code on stand-ins for models, on a few batches."""
+"""Estimates of activation_diff and record: their own code on stand-ins for models, on a few batches."""
 
 from __future__ import annotations
 

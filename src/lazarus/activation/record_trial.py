@@ -18,13 +18,13 @@ from lazarus.options import RecordOptions
 
 
 class _Forwarding(Silence):
-    """An observer that hands on which batches are done, to whoever asks at the time."""
+    """An observer that passes on which batches are done."""
 
     def __init__(self) -> None:
         self.told: Callable[[int], None] = super().advanced
 
     def advanced(self, n_tokens: int) -> None:
-        """Hand it on."""
+        """Tell whoever asks at the time that so many tokens are done."""
         self.told(n_tokens)
 
 
@@ -58,7 +58,7 @@ class RecordTrial(Trial[Capture]):
         into.write(part, next(self._numbers))
 
     def kept_bytes(self, into: Capture) -> int:
-        """Return that nothing is kept."""
+        """Return 0: all states go to files."""
         return 0
 
     def conclude(self, into: Capture) -> None:

@@ -31,7 +31,7 @@ def forced(
     given: GivenStates,
     only: int | None = None,
 ) -> Iterator[None]:
-    """While the model runs a batch, give each of its blocks, or only one, the states of another run.
+    """Give each block of a model, or only one, the states of another run, while it runs a batch.
 
     Block i gets those after block i − 1, and the first one those that enter it. What a model makes of its
     token ids besides, such as masks and positions, it makes as ever; so it does of padding.

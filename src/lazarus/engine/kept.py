@@ -12,7 +12,7 @@ from lazarus.sites import Position
 
 
 class KeptStates:
-    """What base made of each batch. Batches that it has not seen run, and are kept."""
+    """Base's rows of the batches that have run. A batch that is not among them runs, and is kept."""
 
     def __init__(self, buffer: SpillBuffer) -> None:
         """Take the buffer that they wait in."""
@@ -21,7 +21,7 @@ class KeptStates:
         self._n_conditions = 0
 
     def under(self, condition: object) -> bool:
-        """Say how base runs from here on; returns whether that is how it ran before.
+        """Set how base runs from here on; return whether that is how it ran before.
 
         States of another condition, such as another kernel of attention, are not used.
         """

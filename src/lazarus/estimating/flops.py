@@ -31,11 +31,11 @@ class PassFlops:
     coefficients: tuple[int, ...]
 
     def at(self, n_rows: int, n_tokens: int) -> int:
-        """Return those of a batch of so many prompts of so many tokens, padding included."""
+        """Return the operations of a batch of `n_rows` prompts, each padded to `n_tokens` tokens."""
         return sum(c * t for c, t in zip(self.coefficients, _terms(n_rows, n_tokens), strict=True))
 
     def of(self, batches: Sequence[TokenBatch]) -> int:
-        """Return those of all these batches."""
+        """Return the operations of these batches."""
         return sum(self.at(len(batch.members), batch.padded_length) for batch in batches)
 
 
@@ -75,7 +75,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.total = 0
 
     def get_total_flops(self) -> int:
-        """Return all that were counted."""
+        """Return the operations counted so far."""
         return self.total
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

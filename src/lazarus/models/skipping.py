@@ -27,7 +27,7 @@ class Counter(Protocol):
     """An object that counts floating-point operations, such as torch's FlopCounterMode."""
 
     def get_total_flops(self) -> int:
-        """Return all that were counted until now."""
+        """Return the operations counted so far."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The pager of a model that stands in for one which is read block by block: it reads nothing, and counts."""
+"""The pager of a stand-in for a model that is read block by block: it counts, and reads nothing."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class StandInPager(Pager):
         return self._standing.size.blocks[index]
 
     def reading_seconds(self, index: int) -> float:
-        """Return what reading a block takes."""
+        """Return the seconds that reading a block takes."""
         return self._stored(self.block_bytes(index)) * self._standing.seconds_a_byte
 
     def same_as_base(self, index: int) -> bool:
@@ -52,7 +52,7 @@ class StandInPager(Pager):
         return bool(self.same) and self.same[index]
 
     def has_weights_of(self, other: Pager) -> bool | None:
-        """Return that they are others, which the first tensors tell: those outside of the blocks."""
+        """Return False, as the first tensors that a run reads would tell: those outside of the blocks."""
         for pager in (self, other):
             assert isinstance(pager, StandInPager)
             pager.load_head()
@@ -84,7 +84,7 @@ class StandInPager(Pager):
         """Do nothing."""
 
     def is_table(self, tensor: Tensor) -> bool:
-        """Return that there are none."""
+        """Return False: nothing stays on disk."""
         return False
 
     def _load_now(self, index: int) -> None:
@@ -94,7 +94,7 @@ class StandInPager(Pager):
 
     @cached_property
     def _looking_seconds(self) -> float:
-        """What looking through a byte takes."""
+        """Return the seconds a byte that looking for what is not finite takes."""
         started, parameters = time.perf_counter(), list(self.blocks[0].parameters())
         for parameter in parameters:
             has_non_finite(parameter)

@@ -76,16 +76,16 @@ class StandIn:
     held: int
     """what the stand-in itself holds in memory"""
     opening_seconds: float
-    """what loading took here, without reading weights"""
+    """the seconds that loading took here, without reading weights"""
     seconds_a_byte: float
-    """what reading a stored byte takes here, and making an element of it"""
+    """the seconds that reading a stored byte takes here, and making elements of it"""
     is_over: bool = False
     """whether it loads over the other model, of one design"""
     adapter_bytes: int = 0
 
     @property
     def loading_seconds(self) -> float:
-        """Return what loading the model takes."""
+        """Return the seconds that loading the model takes."""
         return self.opening_seconds + self.size.files * self.seconds_a_byte
 
 
@@ -275,7 +275,7 @@ def _fill(model: PreTrainedModel, blocks: Sequence[nn.Module], device: torch.dev
 
 
 class _Plan:
-    """Which tensors of blocks are one: those of the same name in blocks of the same shapes."""
+    """The tensors of blocks that are one: those of the same name in blocks of the same shapes."""
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         self.keys: dict[int, Any] = {}

@@ -114,7 +114,7 @@ class RecordOptions(Checked):
     work_dir: WorkDir = None
 
     def of_pair(self) -> Options:
-        """The same for whatever loads a model and reads prompts: it is both of the two."""
+        """Return the options of activation-diff for a pair in which this model is both of the two."""
         return Options(
             # What activation-diff compares by default has no bearing on what is kept of each prompt.
             position=self.position if self.position == "response" else "all",

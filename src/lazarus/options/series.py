@@ -103,7 +103,7 @@ class SeriesOptions(Checked):
         self.of_pair()
 
     def of_pair(self) -> Options:
-        """The same for each member against base; the gates are held over the whole series.
+        """Return the options of activation-diff for each member against base.
 
         Raises:
             UsageError: as of activation-diff.

@@ -38,7 +38,7 @@ _GGML_TYPES: dict[str, int] = {"float32": 0, "float16": 1}
 
 @dataclass(frozen=True)
 class LlamaCppOptions:
-    """How llama.cpp runs a file; the defaults are its own."""
+    """Settings with which llama.cpp runs a file; the defaults are its own."""
 
     cache_dtype: CacheType = "float16"
     """the type of cached keys and values"""

@@ -59,7 +59,7 @@ class Spec:
 
     @classmethod
     def of(cls, array: Array) -> Spec:
-        """Return those of an array.
+        """Return the dtype and the shape of an array.
 
         Raises:
             TypeError: a recording holds no array of this dtype.
@@ -77,7 +77,7 @@ class Spec:
 
     @property
     def n_bytes(self) -> int:
-        """The size of the data."""
+        """Return the size of the data."""
         return prod(self.shape) * _HELD_AS[self.dtype].itemsize
 
 
@@ -195,7 +195,7 @@ class TensorReader:
 
     @property
     def specs(self) -> Mapping[str, Spec]:
-        """The dtype and shape of each tensor."""
+        """Return the dtype and the shape of each tensor."""
         return {name: spec for name, (spec, _) in self._places.items()}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:

@@ -108,7 +108,7 @@ def _layer(states: Array, place: int) -> Array:
 
 
 def _refuse_empty_rows(path: Path, found: dict[str, Array]) -> None:
-    """A residual stream is never zero after a block: such a row was never computed."""
+    """Refuse rows of zeros: a residual stream is never zero after a block, so these were not computed."""
     for site, rows in found.items():
         empty = ~_bits(rows).any(axis=1)
         if site != EMBEDDING and empty.any():

@@ -110,7 +110,7 @@ class Series(Result[SeriesRecord]):
 
     @property
     def findings(self) -> list[SeriesFinding]:
-        """What the models show together: copies, members out of order, a change of the training."""
+        """Findings on the models together: copies, members out of order, a change of the training."""
         return self.record.findings
 
     @property

@@ -1,4 +1,4 @@
-"""What a series would take: the estimate of a pair for each kind of member, and what the others add."""
+"""Estimates of series: that of a pair for each kind of member, and what the others add."""
 
 from __future__ import annotations
 

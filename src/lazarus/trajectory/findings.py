@@ -16,7 +16,7 @@ MOST_NAMED = 6
 
 @dataclass(frozen=True)
 class Seen:
-    """All that findings are made of."""
+    """The members of a series and the distances between them, from which findings are made."""
 
     base: str
     """base's name"""

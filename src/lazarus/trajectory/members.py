@@ -64,7 +64,9 @@ def _globbed(name: str) -> list[Model]:
     if found:
         return list(found)
     others = (
-        f" (only {', '.join(sorted(everything)[:_LISTED])}: no folder, and no .gguf)" if everything else ""
+        f" (only {', '.join(sorted(everything)[:_LISTED])}: no folder, .gguf or .safetensors file)"
+        if everything
+        else ""
     )
     raise UsageError(
         f"{option('finetuned', name)}: no model matches{others}. Write a pattern that does, as in "

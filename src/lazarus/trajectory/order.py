@@ -44,8 +44,8 @@ class Reordered:
 def find_order(distances: Distances, places: Sequence[int]) -> Reordered | None:
     """Look for members that are out of order among these places, in the order given, base not among them.
 
-    None where there are none, or too few members to tell. The last two cannot be told apart if they are
-    swapped: a shorter way may be one that turns back.
+    Return None where there are none, or too few members to tell. Whether the last two are swapped cannot be
+    told: a shorter way may be one that turns back.
     """
     if len(places) < FEWEST_FOR_ORDER:
         return None

@@ -25,7 +25,7 @@ from lazarus.result_classes import ActivationDiff
 from lazarus.sites import StatePair
 from lazarus.trajectory.rows import KeptRows, RowWriter, pairs_of, tapped
 
-KEPT_SHARE = 16
+BASE_SHARE = 16
 """Base's rows may take one part in so many of the free memory; the others wait in files."""
 BASE_FILE = "base.safetensors"
 
@@ -117,7 +117,7 @@ class Pairwise:
     ) -> ActivationDiff:
         run, seen = prepared.run, Accumulation(prepared.facts, prepared.plan)
         if self._kept is None:
-            buffer = SpillBuffer(free_bytes(prepared.given.device) // KEPT_SHARE)
+            buffer = SpillBuffer(free_bytes(prepared.given.device) // BASE_SHARE)
             self._kept = KeptStates(self._stack.enter_context(buffer))
         # Another pair may need another kernel or other batches: then base runs once more.
         is_known = self._kept.under(condition(prepared))

@@ -67,7 +67,7 @@ class _Silence:
     def advanced(self, n_members: int) -> None: ...
 
 
-class _OfPairs:
+class _PairObserver:
     """Tells the observer of a series what the pairs in it tell: base, and the prompts, once."""
 
     def __init__(self, watcher: SeriesObserver, n_members: int) -> None:
@@ -131,7 +131,7 @@ def series(
     found = given_prompts(
         prompts, chosen, has_recording=any(isinstance(s, Recording) for s in (sides[0], *sides[1]))
     )
-    watcher = _OfPairs(observer or _Silence(), len(sides[1]))
+    watcher = _PairObserver(observer or _Silence(), len(sides[1]))
     with _folder(chosen) as folder, Pairwise(sides[0], watcher, folder) as pairwise:
         run = _Run(chosen, pairwise, folder, tokenizer)
         for number, member in enumerate(sides[1]):

@@ -18,7 +18,7 @@ from lazarus.loading import Model
 from lazarus.models import Clock, free_bytes
 from lazarus.notes import Notes
 from lazarus.trajectory.distances import Distances
-from lazarus.trajectory.pairwise import KEPT_SHARE, Compared, Noise, can_keep, condition, spread, step
+from lazarus.trajectory.pairwise import BASE_SHARE, Compared, Noise, can_keep, condition, spread, step
 from lazarus.trajectory.rows import MOST_LOGITS_BYTES, KeptRows, RowWriter, add_distances
 
 
@@ -89,7 +89,7 @@ class SeriesTrial(Trial[Taken]):
     def kept_bytes(self, into: Taken) -> int:
         """Return the size of the sums, and of base's rows, as far as they wait in memory."""
         sums = sum(array.nbytes for array in into.seen.state().values())
-        room = free_bytes(self.given.device) // KEPT_SHARE
+        room = free_bytes(self.given.device) // BASE_SHARE
         return sums + (min(into.base.n_bytes, room) if self.keeps else 0)
 
     def conclude(self, into: Taken) -> None:
@@ -99,7 +99,7 @@ class SeriesTrial(Trial[Taken]):
 
     def run(self) -> None:
         """Run some batches with base, then these without it, and what is made of their rows."""
-        with SpillBuffer(free_bytes(self.given.device) // KEPT_SHARE) as buffer:
+        with SpillBuffer(free_bytes(self.given.device) // BASE_SHARE) as buffer:
             self._kept = KeptStates(buffer) if self.keeps else None
             try:
                 super().run()
