@@ -286,6 +286,9 @@ def test_another_recording_of_base_is_noise(tmp_path: Path) -> None:
         # The floor is a multiple of the difference between the two recordings of base.
         difference = compare(base, again, TEXTS).layers[2].relative_l2
         assert found.layers[2].noise_floor == pytest.approx(1.75 * difference, rel=1e-9)  # type: ignore[operator]
+    recorded(again, tmp_path / "last", position="last")
+    found = compare(base, tmp_path / "f", noise_from=str(tmp_path / "last"), localize=True)
+    assert found.layers[2].local is not None
     for itself in ("b", "f"):
         with pytest.raises(UsageError, match="is itself compared"):
             compare(tmp_path / "b", tmp_path / "f", noise_from=str(tmp_path / itself))

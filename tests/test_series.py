@@ -254,6 +254,15 @@ def test_of_recordings_nothing_is_taken_from_an_earlier_run(run: Path, tmp_path:
         series(run / "base", [recorded[0], *names[:2]], PROMPTS, work_dir=work)
 
 
+def test_rounding_to_another_type_is_no_change_of_a_member(run: Path, tmp_path: Path) -> None:
+    record(run / "base", PROMPTS, tmp_path / "r", dtype="bfloat16")
+    found = series(run / "base", [tmp_path / "r", run / "base"], PROMPTS)
+    assert [member.summary.verdict for member in found.members] == ["identical", "identical"]
+    assert found.members[1].previous is not None
+    assert found.members[1].previous.verdict is None
+    assert any("ran in bfloat16 and float32" in note for note in found.notes)
+
+
 def test_a_model_of_more_tokens_is_not_base(run: Path, tmp_path: Path) -> None:
     base = tiny_llama()
     save_model(tmp_path / "padded", base, tiny_tokenizer())

@@ -123,7 +123,7 @@ def _compare_prepared(
     if noise is not None and not is_base:
         seen.take(recorded_pairs(facts, rows, noise, lambda _: None, trial=0))
     if facts.replays and has_noise:
-        again = noise.every if noise else None
+        again = noise.every if noise and noise.has_every_state(facts) else None
         seen.take(local_noise(job, recording.contents.model.run_dtype, again))
     run.note(notes)
     note_recorded(recording, facts, notes, components=given.options.sites == "all")

@@ -15,7 +15,7 @@ from lazarus.errors import RecordingError
 from lazarus.facts import ComponentName, ComponentSite, PairFacts, Site
 from lazarus.messages import option
 from lazarus.metrics import TopTokens, compare_top
-from lazarus.recordings import LOGITS, TOP_IDS, TOP_LOGPROBS, Recording, site_name
+from lazarus.recordings import FINAL_NORM, LOGITS, TOP_IDS, TOP_LOGPROBS, Recording, site_name
 from lazarus.sites import StatePair
 
 PROMPTS_AT_ONCE = 64
@@ -90,6 +90,11 @@ class RecordedRows:
         # Only what lies between the first and the last of them is read.
         found = torch.from_numpy(self.recording.rows(prompt, name, places[0], places[-1] + 1))
         return found[[place - places[0] for place in places]]
+
+    def has_every_state(self, facts: PairFacts) -> bool:
+        """Return whether there are states of every token before and after each block."""
+        names = [site_name(site) for site in facts.sites if site != FINAL_NORM]
+        return self.recording.contents.positions == "all" and all(map(self.has, names))
 
     def every(self, prompt: int, site: Site) -> Float[Tensor, "tokens width"]:
         """Return the states of all tokens of a prompt at a site."""

@@ -143,7 +143,8 @@ def _without_batch(array: NDArray[Any]) -> NDArray[Any]:
 
 def width(array: Array) -> int:
     """Return the length of the last axis."""
-    return int((array.bits if isinstance(array, BFloat16Bits) else array).shape[-1])
+    shape = (array.bits if isinstance(array, BFloat16Bits) else array).shape
+    return int(shape[-1]) if shape else 1
 
 
 def dtype_name(array: Array) -> str:

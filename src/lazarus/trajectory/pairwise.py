@@ -162,7 +162,8 @@ def step(previous: Compared, own: Compared, noise: Noise) -> ActivationDiff | No
     seen.take(
         pair for pair in pairs_of(previous.rows, own.rows, facts.sites) if has_logits or pair.site != "logits"
     )
-    if theirs.settings.noise_floor:
+    # Of two types of the run, one member's rounding is not that of the trials.
+    if theirs.settings.noise_floor and ours.finetuned.run_dtype == theirs.finetuned.run_dtype:
         seen.noise, seen.margin_noise = noise.trials, noise.margin
     try:
         return conclude(seen)

@@ -333,6 +333,13 @@ def _notes(diffs: Sequence[ActivationDiff], members: Sequence[SeriesMember]) -> 
         for note in notes_of(diff.note_codes, diff.notes):
             is_common = counts[note.text] == len(diffs) or name in note.text
             notes.extend([note if is_common else replace(note, text=f"{name}: {note.text}")])
+    dtypes = sorted({member.model.run_dtype for member in members})
+    if len(dtypes) > 1:
+        notes.add(
+            "run-dtypes",
+            f"the members ran in {' and '.join(dtypes)}: part of the distances between them is the rounding "
+            "of the narrower type",
+        )
     steps = [member.step for member in members if member.step is not None]
     if steps != sorted(steps):
         notes.add(
