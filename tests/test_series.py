@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from factories import perturbed, save_model, tiny_llama, tiny_tokenizer
-from lazarus import ActivationDiff, Series, activation_diff, load_result, record, series
+from lazarus import ActivationDiff, Recording, Series, activation_diff, load_result, record, series
 from lazarus.engine.runner import Runner
 from lazarus.errors import GateNotMetError, PromptsError, UsageError
 
@@ -252,6 +252,18 @@ def test_of_recordings_nothing_is_taken_from_an_earlier_run(run: Path, tmp_path:
     assert mixed.members == series(run / "base", [recorded[2], *names[:2]], PROMPTS).members
     with pytest.raises(UsageError, match="recording before it"):
         series(run / "base", [recorded[0], *names[:2]], PROMPTS, work_dir=work)
+
+
+def test_distances_do_not_depend_on_a_recording_that_lacks_layers(run: Path, tmp_path: Path) -> None:
+    names = [str(run / "checkpoint-500"), str(run / "checkpoint-600")]
+    whole = record(names[0], PROMPTS, tmp_path / "whole")
+    with Recording.create(tmp_path / "part", model="m", n_layers=4, hidden_size=32) as part:
+        for prompt in whole.prompts:
+            part.add(prompt.ids, {"resid_post.1": whole.rows(prompt.index, "resid_post.1")})
+    found = series(run / "base", [tmp_path / "part", *names], PROMPTS)
+    expected = series(run / "base", names, PROMPTS)
+    assert [member.distance for member in found.members[1:]] == [m.distance for m in expected.members]
+    assert found.members[0].distance is None
 
 
 def test_rounding_to_another_type_is_no_change_of_a_member(run: Path, tmp_path: Path) -> None:

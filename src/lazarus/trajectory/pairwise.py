@@ -16,7 +16,7 @@ from lazarus.activation.repeats import Repeats
 from lazarus.activation.run import concluded
 from lazarus.engine import KeptStates, SpillBuffer
 from lazarus.errors import NoDataError
-from lazarus.facts import ModelFacts, PairFacts
+from lazarus.facts import ModelFacts, PairFacts, Site
 from lazarus.loading import BaseKeeper
 from lazarus.models import free_bytes, give_back
 from lazarus.recorded import Side
@@ -58,7 +58,7 @@ class Pairwise:
         self._noise = Noise()
         self.base_rows = KeptRows(folder / BASE_FILE)
         self._has_base_rows = False
-        """whether these are of this run; a folder may hold those of another one"""
+        """whether these are all there, and of this run: a folder may hold those of another one"""
 
     def __enter__(self) -> Pairwise:
         return self
@@ -98,6 +98,11 @@ class Pairwise:
             else:
                 with given.running():
                     diff = self._compare_live(prepared, base, finetuned)
+        if base is not None:
+            self.base_rows = KeptRows(self.base_rows.path)
+            # A recording may lack sites: then a later member tells base's rows there.
+            everywhere: list[Site] = ["embedding", *range(diff.record.base.n_layers)]
+            self._has_base_rows = all(map(self.base_rows.has, everywhere))
         return Compared(diff, rows)
 
     def done(self, diff: ActivationDiff, number: int) -> Compared:
@@ -143,7 +148,6 @@ class Pairwise:
             for writer in (base, finetuned):
                 if writer is not None:
                     writer.close()
-            self._has_base_rows = True
         except BaseException:
             for writer in (base, finetuned):
                 if writer is not None:

@@ -94,7 +94,7 @@ class KeptRows:
             RecordingError: the file was damaged since it was written.
         """
         reader = self._reader
-        if f"{site}/{_PROMPTS}" not in reader.specs:
+        if not self.has(site):
             return None
         owners = reader.read(f"{site}/{_PROMPTS}")
         n_pieces = sum(name.startswith(f"{site}/") for name in reader.specs) - 1
@@ -114,6 +114,10 @@ class KeptRows:
     def n_rows(self) -> int:
         """Return how many rows there are of a site."""
         return self._reader.specs[f"embedding/{_PROMPTS}"].shape[0]
+
+    def has(self, site: Site) -> bool:
+        """Return whether there are rows of a site."""
+        return f"{site}/{_PROMPTS}" in self._reader.specs
 
     @cached_property
     def _reader(self) -> TensorReader:
