@@ -294,6 +294,16 @@ def test_another_recording_of_base_is_noise(tmp_path: Path) -> None:
             compare(tmp_path / "b", tmp_path / "f", noise_from=str(tmp_path / itself))
 
 
+def test_rounding_to_another_type_is_no_verdict(tmp_path: Path) -> None:
+    model = tiny_llama()
+    recorded(tiny_llama().to(torch.bfloat16), tmp_path / "r")
+    found = compare(model, tmp_path / "r", localize=True)
+    assert found.summary.verdict is None
+    assert notes_of(found, "run-dtypes")
+    # What a block may differ by is known: its states are rounded to the type of the recording.
+    assert all(layer.local is not None and layer.local.noise_floor for layer in found.layers)
+
+
 def test_the_noise_of_two_models_is_not_taken_from_a_recording(tmp_path: Path) -> None:
     recorded(tiny_llama(), tmp_path / "b")
     with pytest.raises(UsageError, match="neither model is one"):

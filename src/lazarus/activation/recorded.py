@@ -35,7 +35,7 @@ from lazarus.notes import Notes
 from lazarus.options import EACH_TOKEN, parse_position
 from lazarus.provenance import environment
 from lazarus.reading import Reading
-from lazarus.recorded import Side, as_reading, dtype_beside
+from lazarus.recorded import Side, as_reading, dtype_beside, how_recorded
 from lazarus.recordings import Recording
 from lazarus.result_classes import ActivationDiff
 from lazarus.results import note_outside
@@ -102,8 +102,9 @@ def _compare_prepared(
     sides = (live, recorded) if is_base else (recorded, live)
     facts = PairFacts(*sides, replays=localize and is_base)
     check_recorded(facts, recording, len(reading.prompts), localize=localize)
-    # The noise is base's own, so it is known where base runs.
-    has_noise = prepared.run.noise_floor and is_base and facts.same_width
+    # The noise is base's own, so it is known where base runs; rounding to another type is no part of it.
+    measures = prepared.run.noise_floor and is_base and facts.same_width
+    has_noise = measures and live.info.run_dtype == recorded.info.run_dtype
     # Blocks run on the states of each prompt, and a recording has its own for each.
     run = replace(prepared.run, noise_floor=has_noise, localize=False, each_runs=localize)
     average = run.position == "mean"
@@ -111,7 +112,7 @@ def _compare_prepared(
     settings = msgspec.structs.replace(prepared.plan.settings, noise_floor=has_noise, localize=localize)
     plan = replace(prepared.plan, repeats=None, settings=settings, traced=run.traced)
     seen = Accumulation(facts, plan)
-    noise = _noise_rows(given, facts, reading, run.position)
+    noise = _noise_rows(given, facts, reading, run.position, notes)
     # The same path may hold other recordings at other times.
     digests = {"recording": recording.digest()} | ({"noise": noise.recording.digest()} if noise else {})
     take_up(prepared, run, digests)
@@ -122,9 +123,10 @@ def _compare_prepared(
     notes.extend(measure(job, given.folder, seen, watcher.running))
     if noise is not None and not is_base:
         seen.take(recorded_pairs(facts, rows, noise, lambda _: None, trial=0))
-    if facts.replays and has_noise:
+    if facts.replays and measures:
         again = noise.every if noise and noise.has_every_state(facts) else None
-        seen.take(local_noise(job, recording.contents.model.run_dtype, again))
+        sampled = replace(job, plan=replace(run, noise_floor=True))
+        seen.take(local_noise(sampled, recording.contents.model.run_dtype, again))
     run.note(notes)
     note_recorded(recording, facts, notes, components=given.options.sites == "all")
     note_outside(facts.base.info.not_compared, facts.finetuned.info.not_compared, notes)
@@ -173,7 +175,7 @@ def _compare_two(given: Given, base: Recording, finetuned: Recording, watcher: O
     seen = Accumulation(facts, _plan(given, reading, run, facts))
     watcher.running(sum(len(prompt.ids) for prompt in reading.base))
     seen.take(given.tap(recorded_pairs(facts, sides[0], sides[1], watcher.advanced)))
-    noise = _noise_rows(given, facts, reading, position)
+    noise = _noise_rows(given, facts, reading, position, notes)
     if noise is not None:
         seen.take(recorded_pairs(facts, sides[0], noise, lambda _: None, trial=0))
     run.note(notes)
@@ -200,7 +202,9 @@ def _check_noise(given: Given, recordings: Sequence[Recording]) -> None:
         )
 
 
-def _noise_rows(given: Given, facts: PairFacts, reading: Reading, position: Position) -> RecordedRows | None:
+def _noise_rows(
+    given: Given, facts: PairFacts, reading: Reading, position: Position, notes: Notes
+) -> RecordedRows | None:
     """Open the other recording of base, from which the noise is measured; None where none is given.
 
     Raises:
@@ -219,6 +223,8 @@ def _noise_rows(given: Given, facts: PairFacts, reading: Reading, position: Posi
             "one of the same model.",
             option="noise_from",
         )
+    told = f"{how_recorded(found)}; what it differs from base by is taken for noise"
+    notes.add("recorded", told, model=found.name)
     return RecordedRows(found, compared(found, reading, position), average=position == "mean")
 
 
