@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -137,15 +138,17 @@ class Capture:
             "into": str(self._path.resolve()),
         }
         take_up(self._prepared, self._run, into)
-        try:
+        with ExitStack() as undo:
+            if folder is None:  # else what is done is kept
+                undo.callback(self._remove)
             found = self._alone() if folder is None else self._shared(folder)
             self._conclude(found)
-        except BaseException:
-            if folder is None:  # else what is done is kept
-                for file in self._path.iterdir():
-                    file.unlink()
-            raise
+            undo.pop_all()
         return Recording.open(self._path)
+
+    def _remove(self) -> None:
+        for file in self._path.iterdir():
+            file.unlink()
 
     def _alone(self) -> list[Written]:
         parts = self.job.whole.cut(1 if self.job.pair.streams else self._n_files())

@@ -73,14 +73,20 @@ def compare(
     if any(isinstance(side, Recording) for side in sides):
         return compare_recorded(sides, AskedOfRecording(found, chosen, tokenizer, device), watcher)
     assert found is not None  # no recording brings one
-    of_pair = _of_pair(chosen, found.prompts[0])
-    template = read_template(of_pair)
-    helps = less_memory(chosen.dtype, device, can_stream=False)
-    notes = Notes(found.notes)
+    asked = Asked(found.prompts, tokenizer, read_template(_of_pair(chosen, found.prompts[0])))
+    return _compare_live((model1, model2), asked, chosen, watcher, Notes(found.notes))
+
+
+def _compare_live(
+    named: tuple[Model, Model], asked: Asked, chosen: CompareOptions, watcher: Observer, notes: Notes
+) -> Comparison:
+    """Compare two models that run."""
+    prompt, device = asked.prompts[0], pick_device(chosen.device, Rank())
+    of_pair, helps = _of_pair(chosen, prompt), less_memory(chosen.dtype, device, can_stream=False)
     with MemoryFaults(helps):
-        models = load_models((model1, model2), of_pair, device, watcher.loading, notes)
+        models = load_models(named, of_pair, device, watcher.loading, notes)
     with MemoryFaults([*helps, "a shorter prompt"]):
-        reading = read_prompts(models, Asked(found.prompts, tokenizer, template), of_pair, notes)
+        reading = read_prompts(models, asked, of_pair, notes)
         conventions = _learn(models, reading)
         _note_other_ids(reading, notes)
         if chosen.at == "parting":
@@ -88,7 +94,7 @@ def compare(
         lenses = _look(models, conventions, reading, watcher)
         broken = [note_of_weights(m, names) for m in models if (names := broken_weights(m))]
         notes.extend(broken)
-        return Comparison(make_record(lenses, LensFacts(found.prompts[0].text, chosen, device), notes))
+        return Comparison(make_record(lenses, LensFacts(prompt.text, chosen, device), notes))
 
 
 def _note_other_ids(reading: Reading, notes: Notes) -> None:

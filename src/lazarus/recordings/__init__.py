@@ -2,6 +2,7 @@
 
 format.py      recording.json: its records, its JSON Schema, what is refused of it
 tensors.py     the tensors of a safetensors file, written in any order and read one at a time
+folder.py      the folder that holds both
 recording.py   `Recording`: write one prompt by prompt, or open one and read its rows
 sites.py       what the sites of a recording are called
 llama_cpp.py   GGUF files run by llama.cpp, by the package llama-cpp-python (ggml.py reads its tensors)
@@ -10,6 +11,7 @@ arrays.py      npy, npz and safetensors files of other programs
 """
 
 from lazarus.recordings.arrays import from_arrays
+from lazarus.recordings.folder import make_folder, write_manifest
 from lazarus.recordings.format import (
     FORMAT_VERSION,
     MANIFEST,
@@ -27,8 +29,6 @@ from lazarus.recordings.recording import (
     RecordingWriter,
     check_brought,
     is_recording,
-    make_folder,
-    write_manifest,
 )
 from lazarus.recordings.sites import EMBEDDING, FINAL_NORM, LOGITS, TOP_IDS, TOP_LOGPROBS, ordered, site_name
 from lazarus.recordings.tensors import Array, BFloat16Bits, TensorReader, TensorWriter

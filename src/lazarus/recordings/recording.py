@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,8 +11,9 @@ from typing import Any, Self
 import msgspec
 from numpy.typing import NDArray
 
-from lazarus.errors import PromptsError, RecordingError, SaveError, UsageError
+from lazarus.errors import PromptsError, RecordingError, UsageError
 from lazarus.prompts import EXAMPLE
+from lazarus.recordings.folder import make_folder, write_manifest
 from lazarus.recordings.format import (
     MANIFEST,
     Contents,
@@ -26,10 +25,9 @@ from lazarus.recordings.format import (
     bad_prompt,
     contradiction_of_sites,
     decode,
-    write,
 )
 from lazarus.recordings.sites import KNOWN_SITE, TOP_IDS, TOP_LOGPROBS, in_stream
-from lazarus.recordings.tensors import PART, Array, BFloat16Bits, Spec, TensorReader, TensorWriter
+from lazarus.recordings.tensors import Array, BFloat16Bits, Spec, TensorReader, TensorWriter
 
 SHARD_BYTES = 2**28
 """From so many bytes on, prompts that are added go into another file."""
@@ -220,7 +218,6 @@ class Recording:
             raise RecordingError(f"{path}: {name} is of type {spec.dtype}. {_AGAIN}")
 
 
-_OURS = r"\d{5}\.safetensors(\.part)?"
 _AGAIN = "Record again, or copy the file again."
 
 
@@ -389,52 +386,3 @@ def _checked(prompt: RecordedPrompt) -> RecordedPrompt:
 
 def _copied(array: Array) -> Array:
     return BFloat16Bits(array.bits.copy()) if isinstance(array, BFloat16Bits) else array.copy()
-
-
-def make_folder(folder: str | Path, *, taken_up: bool = False) -> Path:
-    """Make the folder of a recording; one that is `taken_up` may hold files of tensors.
-
-    Raises:
-        UsageError: it holds something, or cannot be made.
-    """
-    path = Path(folder).expanduser()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        held = sorted(entry.name for entry in path.iterdir())
-        held = [name for name in held if not (taken_up and re.fullmatch(_OURS, name))]
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"{path}: cannot be written: {reason}. Choose another folder.") from error
-    if held:
-        raise UsageError(
-            f"{path}: the folder of a recording is empty at first, and this one holds {held[0]!r}. Name "
-            "another one."
-        )
-    return path
-
-
-def write_manifest(path: Path, contents: Contents) -> None:
-    """Write recording.json, whole or not at all.
-
-    Raises:
-        SaveError: the disk gave out.
-    """
-
-    def save(part: Path) -> None:
-        with part.open("wb") as stream:
-            write(contents, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-
-    _replace(path / MANIFEST, save)
-
-
-def _replace(path: Path, save: Callable[[Path], None]) -> None:
-    # By the process: several that share a run write the same.
-    part = path.with_name(f"{path.name}.{os.getpid()}{PART}")
-    try:
-        save(part)
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise SaveError(f"{path}: cannot be written: {error.strerror or error}. Make room there.") from error

@@ -18,7 +18,7 @@ class EstimatedPart(Record, frozen=True, kw_only=True):
 
 
 class Estimate(Record, frozen=True, kw_only=True):
-    """What a run would take on this machine."""
+    """The cost of a run on this machine, not yet run."""
 
     command: str
     base: str

@@ -70,7 +70,7 @@ class SiteRecord(Measures, frozen=True, kw_only=True):
 
 
 class ComponentRecord(Record, frozen=True, kw_only=True):
-    """What is inside a block: what a sublayer adds to the residual stream, or what its router says."""
+    """A component of a block: what a sublayer adds to the residual stream, or what its router says."""
 
     layer: Layer
     name: Literal["attn_out", "mlp_out", "router"]

@@ -68,8 +68,6 @@ def estimate_series(
 
     Args:
         base: as for `series`, and so are `members`, `prompts`, `tokenizer` and `options`; no model in memory.
-        members: the same.
-        prompts: the same.
         start_seconds: as for `estimate_run`.
 
     Raises:

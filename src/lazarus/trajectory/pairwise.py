@@ -143,16 +143,14 @@ class Pairwise:
         """Open the file of a member's rows, and of base's where there is none yet; whole or not at all."""
         base = None if self._has_base_rows else RowWriter(self.base_rows.path)
         finetuned = RowWriter(rows.path)
-        try:
+        writers = [finetuned] if base is None else [base, finetuned]
+        with ExitStack() as undo:
+            for writer in writers:
+                undo.callback(writer.discard)
             yield base, finetuned
-            for writer in (base, finetuned):
-                if writer is not None:
-                    writer.close()
-        except BaseException:
-            for writer in (base, finetuned):
-                if writer is not None:
-                    writer.discard()
-            raise
+            for writer in writers:
+                writer.close()
+            undo.pop_all()
 
 
 def step(previous: Compared, own: Compared, noise: Noise) -> ActivationDiff | None:

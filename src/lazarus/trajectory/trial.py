@@ -24,7 +24,7 @@ from lazarus.trajectory.rows import MOST_LOGITS_BYTES, KeptRows, RowWriter, add_
 
 @dataclass
 class Taken:
-    """What a member and base gave: sums, and rows in files."""
+    """The sums that a member and base gave, and their rows in files."""
 
     seen: Accumulation
     base: RowWriter
@@ -34,7 +34,7 @@ class Taken:
 
 @dataclass(frozen=True)
 class Added:
-    """What a member adds to a series that is under way, in seconds and operations, beside its loading."""
+    """The seconds and operations that a member adds to a series under way, beside its loading."""
 
     passes: float
     flops: int
