@@ -74,7 +74,8 @@ class RecordedRows:
         if told is not None:
             raise RecordingError(
                 f"{self.recording.name} has {told}, and the other side {n_tokens} next tokens: they are of "
-                f"two vocabularies. Record without {option('logits', True)}: then states alone are compared."
+                f"two vocabularies. Record without {option('logits', True)}: then states alone are compared.",
+                option="logits",
             )
 
     def _at(self, places: Sequence[tuple[int, slice]], name: str) -> Tensor:
