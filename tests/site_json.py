@@ -54,6 +54,7 @@ MEANINGS = {
     "CheckpointInfo.kind": "what the name stood for",
     "layers_path": "where the blocks were said to be",
     "seed": "of every random choice",
+    "no_digests": "whether the SHA-256 of the models' files was left out",
     "trust_remote_code": "whether the models' own Python code was allowed",
     "ActivationDiffRecord.base": "the base model, as it was run",
     "ActivationDiffRecord.finetuned": "the fine-tuned model, as it was run",
@@ -202,6 +203,7 @@ _NO_SPECTRUM = "without `--spectrum`, or where no matrix changed"
 _NO_LOGITS = "the logits are not finite there"
 
 NULL_WHEN = {
+    "ReadFile.sha256": "`no_digests` is set, or the file changed after it had been read",
     "quantisation": "both are quantised, or neither, or an adapter is on one",
     "relative_error": "the other tensor is all zero, or not finite",
     "nearest_relative_error": "its codes are floats, its blocks are very large, or as `relative_error`",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import fields
 from functools import cache
 from typing import Any
@@ -216,12 +216,15 @@ def load_config(device: torch.device, dtype: Any, plan: Mapping[str, Any], mappi
     )
 
 
-def put_into(model: PreTrainedModel, tensors: Mapping[str, Any], config: Any) -> Any:
-    """Put what these stored tensors make into a model, and return transformers' report."""
+def put_into(model: PreTrainedModel, tensors: Mapping[str, Any], config: Any, *, shows_bar: bool) -> Any:
+    """Put what these stored tensors make into a model, and return transformers' report.
+
+    With `shows_bar` transformers draws its bar, unless its bars are switched off.
+    """
     from transformers.core_model_loading import convert_and_load_state_dict_in_model as convert
 
     no_plan = {"tp_plan": None} if "tp_plan" in inspect.signature(convert).parameters else {}  # until 5.12
-    with _without_bars():
+    with nullcontext() if shows_bar else _without_bars():
         report, _ = convert(model, dict(tensors), config, **no_plan)
     return report
 

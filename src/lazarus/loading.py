@@ -286,4 +286,11 @@ def _load_options(options: Options, device: torch.device) -> LoadOptions:
         dtype = torch.float32 if device.type == "cpu" else None
     else:
         dtype = getattr(torch, options.dtype)
-    return LoadOptions(dtype, device, options.trust_remote_code, options.layers_path, options.dequantize)
+    return LoadOptions(
+        dtype,
+        device,
+        options.trust_remote_code,
+        options.layers_path,
+        options.dequantize,
+        digests=not options.no_digests,
+    )

@@ -64,6 +64,8 @@ CODES = {
     "it makes ready may not be.",
     "own-code": "A model has Python code of its own: its tensors are named by their keys alone.",
     "no-layers": "The blocks of a model were not found: no tensor of it is in a layer.",
+    "files-changed": "Files of a model changed after they had been read: what is there now is not what was "
+    "compared.",
     # How the models ran
     "weights-dequantised": "The weights of a quantised checkpoint were dequantised as they were read, and "
     "the model ran on them: what its format does to activations was not applied.",

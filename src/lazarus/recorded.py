@@ -57,6 +57,7 @@ def recorded_info(recording: Recording, not_compared: Sequence[NotCompared] = ()
         attention=model.attention,
         adapter=model.adapter,
         not_compared=list(not_compared),
+        files=model.files or [],
         runtime=str(recording.contents.runtime),
     )
 

@@ -204,6 +204,7 @@ class Capture:
     def _conclude(self, found: Sequence[Written]) -> None:
         prepared, info = self._prepared, self._prepared.facts.base.info
         self._run.note(self._notes)
+        files = prepared.pair.base.files.told(self._notes)
         conventions, tokenizer = prepared.pair.base_conventions, prepared.reading.tokenizers[0]
         shards = [
             Shard(file=self._file(number).name, prompts=written.prompts, n_bytes=written.n_bytes)
@@ -222,6 +223,7 @@ class Capture:
                 adapter=info.adapter,
                 causal=conventions.causal,
                 layer_norm=prepared.facts.base.uses_layer_norm,
+                files=files,
             ),
             runtime=_runtime(prepared),
             tokenizer=RecordedTokenizer(sha256=tokenizer_digest(tokenizer)),

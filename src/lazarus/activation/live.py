@@ -26,15 +26,24 @@ def pair_facts(pair: ModelPair, scope: Scope) -> PairFacts:
     return PairFacts(base, finetuned, pair.align, pair.why_no_scores)
 
 
-def with_broken_weights(pair: ModelPair, facts: PairFacts, notes: Notes) -> PairFacts:
-    """Return the facts with the weights that hold NaN or infinity as not compared, and note these.
+def facts_after(pair: ModelPair, facts: PairFacts, breaks: Notes, notes: Notes) -> PairFacts:
+    """Return the facts with what is known after the run alone, and note it.
 
-    Of models that are read block by block they are known after the run.
+    These are the files that both were read from, and the weights that hold NaN or infinity, which are not
+    compared: models that are read block by block are read while they run.
+
+    Raises:
+        WeightsError: a file changed while it was read, or is not what the Hub says.
     """
-    parts = broken_parts(pair, facts.names, notes)
+    parts = broken_parts(pair, facts.names, breaks)
+    files = [model.files.told(notes) for model in (pair.base, pair.finetuned)]
     base, finetuned = (
-        replace(side, info=msgspec.structs.replace(side.info, not_compared=[*side.info.not_compared, *more]))
-        for side, more in zip((facts.base, facts.finetuned), parts, strict=True)
+        replace(
+            side, info=msgspec.structs.replace(info, not_compared=[*info.not_compared, *more], files=read)
+        )
+        for side, info, more, read in zip(
+            (facts.base, facts.finetuned), (facts.base.info, facts.finetuned.info), parts, files, strict=True
+        )
     )
     return replace(facts, base=base, finetuned=finetuned)
 

@@ -350,6 +350,7 @@ def _settings(given: Given, pair: ModelPair, run: RunPlan) -> Settings:
         layers_path=options.layers_path,
         seed=options.seed,
         trust_remote_code=options.trust_remote_code,
+        no_digests=options.no_digests,
         work_dir=options.work_dir,
         token_prompts=options.token_prompts if run.position in EACH_TOKEN else None,
     )

@@ -15,7 +15,7 @@ from lazarus.activation.accumulation import Accumulation, Plan
 from lazarus.activation.attributed import Attributed
 from lazarus.activation.attribution import attribute
 from lazarus.activation.breaks import note_breaks
-from lazarus.activation.live import weight_facts, with_broken_weights
+from lazarus.activation.live import facts_after, weight_facts
 from lazarus.activation.measure import Job, measure
 from lazarus.activation.mined import mined_tokens
 from lazarus.activation.prepare import Given, Observer, Prepared, prepare, take_up
@@ -218,7 +218,7 @@ def conclude_run(
     """Return the result of what was accumulated: `told` are the notes, and those on states not finite."""
     given, pair, reading, layers = prepared.given, prepared.pair, prepared.reading, prepared.readout_layers
     notes, breaks = told
-    seen.facts = with_broken_weights(pair, seen.facts, breaks)
+    seen.facts = facts_after(pair, seen.facts, breaks, notes)
     note_breaks(pair, seen, reading, breaks)
     text_of = partial(token_text, reading.tokenizers[0])
     about = About(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
+import msgspec
+
 from lazarus.engine import Conventions, find_break
 from lazarus.lens.lens import Lens
 from lazarus.lens.reading import read_layers
@@ -63,4 +65,5 @@ def look_at(
     notes = Notes(conventions.notes)
     logits = read_layers(model, conventions, prompt.ids, advanced, notes)
     vocabulary = Vocabulary(tokenizer, logits.shape[-1])
-    return Lens(model.info(conventions.n_layers), why_not_finite, vocabulary, prompt, logits, notes)
+    info = msgspec.structs.replace(model.info(conventions.n_layers), files=model.files.told(notes))
+    return Lens(info, why_not_finite, vocabulary, prompt, logits, notes)

@@ -3,12 +3,15 @@
 reference.py   what a MODEL names: a Hub id, a folder, a GGUF file, an adapter, MODEL+ADAPTER
 gguf/          GGUF files: their parts, their settings, their tensors
 opening.py     a checkpoint's configuration, model class and dtype, before any weight is read
+inside.py      which files of a folder may be read
+files.py       the files that a model is read from, and whether they change; digests.py has their SHA-256
 stored.py      the tensors of safetensors files: where they are, reading them, and whether two are the same
 checkpoint.py  how transformers makes parameters of a checkpoint's stored tensors
 wrappers.py    what a wrapper has put around the names of a checkpoint's tensors
 contents.py    what a folder holds besides the weights that are read
 quantised/     quantised checkpoints: what they claim, and their weights decoded as they are read
 load.py        from that name to weights in memory, each set of weights once
+loaded.py      a model in memory, with all that is asked of it
 underneath.py  the model that an adapter stands on
 in_memory.py   a model that the caller has in memory
 whole.py       what a model does when it first runs as a whole, done once
@@ -48,7 +51,8 @@ from lazarus.models.equality import Equality, has_non_finite, same_bits
 from lazarus.models.in_memory import wrap_model
 from lazarus.models.kinds import kind_of
 from lazarus.models.layout import is_hollow
-from lazarus.models.load import LoadedModel, Weights, load_base, load_beside, load_one, load_pair
+from lazarus.models.load import Weights, load_base, load_beside, load_one, load_pair
+from lazarus.models.loaded import LoadedModel
 from lazarus.models.opening import LoadOptions
 from lazarus.models.outside import Beside, Compared, find_beside, find_outside
 from lazarus.models.pager import Pager

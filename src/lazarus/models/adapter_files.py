@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lazarus.errors import AdapterError, WeightsError
 from lazarus.models.contents import Unread
 from lazarus.models.faults import translated
+from lazarus.models.files import ReadFiles
 from lazarus.models.fitting import OUTER
 from lazarus.models.reference import Source, adapter_settings
+from lazarus.models.stored import read_headers
 from lazarus.notes import Notes
 
 WEIGHTS = "adapter_model.safetensors"
@@ -50,7 +51,7 @@ def read_adapter(adapter: Source, model: PreTrainedModel, notes: Notes) -> Adapt
             "code when they are read and are refused: save it again as safetensors."
         )
     with translated(adapter.name):
-        stored = load_file(path, device=str(model.device))
+        stored = {key: each.read().to(model.device) for key, each in read_headers([path]).items()}
     named = {_peft_name(key, stored): key for key in stored}
     tensors = _once(model, {name: stored[key] for name, key in named.items()})
     _check_saved(adapter, tensors, [path for path, _ in model.named_modules()])
@@ -58,6 +59,18 @@ def read_adapter(adapter: Source, model: PreTrainedModel, notes: Notes) -> Adapt
     _note_prefix(adapter, named, notes)
     _note_others(adapter, folder, notes)
     return AdapterFiles(folder, tensors, tensors.keys() == stored.keys(), _unread(adapter))
+
+
+def files_of_adapter(adapter: Source) -> ReadFiles:
+    """Return the files of an adapter, by names that begin with that of its folder."""
+    folder, prefix = Path(adapter.path), f"{Path(adapter.path).name}/"
+    files = ReadFiles(adapter.name)
+    for name in ("adapter_config.json", WEIGHTS):
+        if (path := adapter.file(name)) is not None:
+            folder = Path(path).parent
+            files.add(folder, [path], prefix)
+    files.add_settings(folder, prefix)
+    return files
 
 
 def _peft_name(key: str, stored: Mapping[str, Tensor]) -> str:

@@ -8,8 +8,9 @@ transformers collects its pieces, and sources, which are the keys of these piece
 from __future__ import annotations
 
 import copy
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 
 from lazarus import _transformers
 from lazarus.models.faults import ConversionError
+from lazarus.models.inside import check_plain
 from lazarus.models.quantised import Weight
 from lazarus.models.reference import Source
 from lazarus.models.stored import TORCH_DTYPES
@@ -29,12 +31,26 @@ def find_files(source: Source, config: Any, model_class: Any, *, pickled: bool =
     """Return the safetensors files that `from_pretrained` of the model class would read.
 
     Files on the Hub are fetched. With `pickled`, a checkpoint that has none gives its .bin files.
+
+    Raises:
+        WeightsError: config.json or an index names what is no file of weights in its folder.
     """
     where = {"revision": source.revision, "subfolder": source.subfolder}
-    explicit = source.weights_file or getattr(config, "transformers_weights", None)
+    chosen = getattr(config, "transformers_weights", None)
+    if chosen is not None:
+        check_plain(source.name, [str(chosen).removesuffix(".index.json")], ".safetensors", "config.json")
+    explicit = source.weights_file or chosen
     files = _transformers.checkpoint_files(source.path, where, explicit, pickled=pickled)
+    _check_found(source, files, pickled=pickled)
     more = [source.file(name) for name in getattr(type(config), "extra_files", ())]
     return list(dict.fromkeys([*files, *(path for path in more if path is not None)]))
+
+
+def _check_found(source: Source, files: Sequence[str], *, pickled: bool) -> None:
+    """Refuse files that are not in one folder, or of which an index of safetensors names another kind."""
+    ending = os.path.splitext(files[0])[1] if files and pickled else ".safetensors"
+    folder = os.path.dirname(files[0]) if files else ""
+    check_plain(source.name, [os.path.relpath(file, folder) for file in files], ending, "its index")
 
 
 def build_empty(kind: type[PreTrainedModel], config: Any, files: list[str], dtype: Any) -> PreTrainedModel:
@@ -149,7 +165,7 @@ class Conversion:
         self.sources = self._keys.sources
         self.wrappers: Wrappers = self._keys.wrappers
 
-    def convert(self, model: PreTrainedModel, keys: Iterable[str]) -> Any:
+    def convert(self, model: PreTrainedModel, keys: Iterable[str], *, shows_bar: bool = False) -> Any:
         """Read these tensors and put what they make into the model, in new Parameters.
 
         Returns transformers' report. Give all sources of a target, or none of them.
@@ -158,7 +174,8 @@ class Conversion:
             ConversionError: they do not make what the model wants.
         """
         strip = self.wrappers.strip
-        return self._into(model, {strip(key): _Lazy(self.stored[key]) for key in keys}, self.device)
+        tensors = {strip(key): _Lazy(self.stored[key]) for key in keys}
+        return self._into(model, tensors, self.device, shows_bar=shows_bar)
 
     def check(self, model: PreTrainedModel) -> Any:
         """Put empty parameters of the dtype and shape that the checkpoint makes into an empty model.
@@ -203,8 +220,15 @@ class Conversion:
     def _load_config(self, device: torch.device) -> Any:
         return _transformers.load_config(device, self.dtype, self._dtype_plan, self._keys.mapping)
 
-    def _into(self, model: PreTrainedModel, tensors: Mapping[str, Any], device: torch.device) -> Any:
-        report = _transformers.put_into(model, tensors, self._load_config(device))
+    def _into(
+        self,
+        model: PreTrainedModel,
+        tensors: Mapping[str, Any],
+        device: torch.device,
+        *,
+        shows_bar: bool = False,
+    ) -> Any:
+        report = _transformers.put_into(model, tensors, self._load_config(device), shows_bar=shows_bar)
         if report.conversion_errors:
             raise ConversionError.of(report.conversion_errors)
         return report

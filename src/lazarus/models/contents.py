@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from lazarus.errors import WeightsError
+from lazarus.models.inside import check_plain
 from lazarus.models.reference import ADAPTER_FILES, INDEX, WEIGHTS, Source
 from lazarus.models.stored import StoredTensor, read_headers, same_elements
 from lazarus.notes import Note
@@ -64,7 +65,8 @@ def look_for_weights(source: Source) -> None:
     folder = Path(source.path, source.subfolder)
     if source.kind != "folder":
         return
-    _check_index(source, folder / INDEX)
+    named = source.weights_file or ""
+    _check_index(source, folder / (named if named.endswith(".index.json") else INDEX))
     if source.weights_file or any(folder.glob("pytorch_model*.bin*")):
         return
     found = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in ADAPTER_FILES)
@@ -91,9 +93,10 @@ def _check_index(source: Source, path: Path) -> None:
         return  # reported where it is read
     if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
         raise WeightsError(
-            f"{source.name}: {INDEX} has no weight_map, which says in which file each tensor is. Fetch it "
-            "again."
+            f"{source.name}: {path.name} has no weight_map, which says in which file each tensor is. Fetch "
+            "it again."
         )
+    check_plain(source.name, index["weight_map"], ".safetensors", path.name)
 
 
 def survey(source: Source, read: Sequence[str]) -> Contents:

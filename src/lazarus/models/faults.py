@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from lazarus.blame import Translated, is_out_of_memory
 from lazarus.errors import ModelError, ModelNotFoundError, UnsupportedModelError, WeightsError
 from lazarus.messages import CAUSE, option
+from lazarus.models.files import FileChangedError, NotAFileError
 
 
 class ConversionError(RuntimeError):
@@ -111,6 +112,16 @@ _KNOWN = (
         (SafetensorError, struct.error, "GGUF magic", "cannot reshape array"),
         WeightsError,
         "the weights cannot be read: {text}. A file is damaged or cut short: fetch it again.",
+    ),
+    _Known(
+        (FileChangedError,),
+        WeightsError,
+        "{text}, so what was read may be of two states. Run again when nothing writes there.",
+    ),
+    _Known(
+        (NotAFileError,),
+        WeightsError,
+        "{text}. Put the file itself there.",
     ),
     _Known(
         (FileNotFoundError,),
@@ -235,4 +246,8 @@ def _of_the_files(name: str, error: BaseException) -> ModelError:
 
 def one_line(error: BaseException) -> str:
     """Return what an error says, on one line and without its full stop."""
-    return " ".join(str(error).split()).rstrip(".")
+    # What str() makes of it begins with a number, and quotes the name.
+    text = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.strerror}: {error.filename}"
+    return " ".join(text.split()).rstrip(".")

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from lazarus.errors import UnsupportedModelError
 from lazarus.models.adapters import refuse_virtual, share_storage
 from lazarus.models.anatomy import dissect
-from lazarus.models.load import LoadedModel
+from lazarus.models.loaded import LoadedModel
 from lazarus.models.whole import run_once_whole
 from lazarus.notes import Notes
 

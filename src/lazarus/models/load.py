@@ -3,89 +3,33 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lazarus import _transformers
 from lazarus.errors import UnsupportedModelError, WeightsError
 from lazarus.messages import option
+from lazarus.models.adapter_files import files_of_adapter
 from lazarus.models.adapters import Adapted, put_all_on, share_storage
-from lazarus.models.anatomy import Anatomy, dissect
+from lazarus.models.anatomy import dissect
 from lazarus.models.checkpoint import Conversion, build_empty, find_files
-from lazarus.models.contents import Unread
 from lazarus.models.design import same_config
 from lazarus.models.faults import translated
 from lazarus.models.formats import refuse_empty
 from lazarus.models.gguf.tensors import load as load_gguf
+from lazarus.models.loaded import LoadedModel
 from lazarus.models.opening import LoadOptions, Opened, open_to_load, stored_dtype, stored_weights, where
 from lazarus.models.pager import Pager
-from lazarus.models.quantised import Codes
 from lazarus.models.reference import ModelReference, Source, adapter_base
 from lazarus.models.sharing import load_over
 from lazarus.models.underneath import adapter_of, note_base, source_under
 from lazarus.models.whole import is_hooked, run_once_whole
 from lazarus.models.wrappers import may_be_wrapped, refuse_unmerged
-from lazarus.notes import Note, Notes
-from lazarus.results import ModelInfo, NotCompared
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model in memory with its parts named."""
-
-    name: str
-    kind: Literal["hub", "folder", "gguf", "adapter", "loaded"]
-    model: PreTrainedModel
-    anatomy: Anatomy
-    source: Source | None = None
-    tokenizer_sources: tuple[Source, ...] = ()
-    adapter: str | None = None
-    left_out: Mapping[str, Tensor] = field(default_factory=dict)
-    """what an adapter brings and the model has no place for"""
-    revision: str | None = None
-    stored_dtype: str | None = None
-    notes: tuple[Note, ...] = ()
-    codes: Codes | None = None
-    """the quantisation of its weights, where they are decoded as they are read"""
-    pager: Pager | None = None
-    """reads its blocks when they are needed; None where all of it is in memory"""
-    unread: tuple[Unread, ...] = ()
-    """other sets of weights in its folder"""
-    untaken: Mapping[str, Any] = field(default_factory=dict)
-    """settings of its GGUF file that it runs without"""
-    missing: frozenset[str] = frozenset()
-    """its tensors that no file holds"""
-
-    @property
-    def run_dtype(self) -> str:
-        """Return the dtype in which it runs, such as `float32`."""
-        return str(self.model.dtype).removeprefix("torch.")
-
-    @property
-    def device(self) -> torch.device:
-        """Return where it runs."""
-        return self.model.device if self.pager is None else self.pager.device
-
-    def info(self, n_layers: int, not_compared: Sequence[NotCompared] = ()) -> ModelInfo:
-        """Describe it as it was run, for a result: with its number of blocks, and what was not compared."""
-        return ModelInfo(
-            id=self.name,
-            revision=self.revision,
-            kind=self.kind,
-            architecture=type(self.model).__name__,
-            n_layers=n_layers,
-            hidden_size=self.anatomy.hidden_size,
-            stored_dtype=self.stored_dtype,
-            run_dtype=self.run_dtype,
-            attention=getattr(self.model.config, "_attn_implementation", None),
-            adapter=self.adapter,
-            not_compared=list(not_compared),
-        )
+from lazarus.notes import Notes
 
 
 @dataclass
@@ -170,8 +114,68 @@ def load_one(reference: ModelReference, options: LoadOptions) -> LoadedModel:
 
 def _load(opened: Opened, options: LoadOptions) -> Weights:
     """Load one checkpoint in evaluation mode, refusing one whose weights are not all there."""
-    if (found := _load_unusual(opened, options)) is not None:
-        return found
+    kind = _class_to_convert(opened)
+    weights = _load_by_transformers(opened, options) if kind is None else _convert(opened, kind, options)
+    check_report(weights, options)
+    model, stack = weights.model, dissect(weights.model, options.layers_path).stack
+    # Before the pass, because a hook that makes weights ready may take itself off.
+    weights.is_changed = is_hooked(model, stack)
+    run_once_whole(model, stack, opened.source.name, weights.notes)
+    model.requires_grad_(requires_grad=False)  # what a quantiser has unpacked is new
+    return weights
+
+
+def _class_to_convert(opened: Opened) -> type[PreTrainedModel] | None:
+    """Return the class whose parameters are made here of what is stored; None for `from_pretrained`.
+
+    `from_pretrained` knows quantisers and models with code of their own. It would misread a checkpoint whose
+    names carry a wrapper's prefix, whose file of weights was named, or beside which there is an adapter: it
+    would put that on.
+
+    Raises:
+        UnsupportedModelError: only `from_pretrained` can load it, and would misread it.
+    """
+    source = opened.source
+    if opened.gguf is not None:
+        return None
+    kind: type[PreTrainedModel] | None = _transformers.registered_class(opened.model_class, opened.config)
+    by_itself = kind is None or opened.quantised
+    if not by_itself and _transformers.can_convert():
+        return kind
+    must = (
+        source.weights_file is not None
+        or source.file("adapter_config.json") is not None
+        or opened.codes is not None
+    )
+    if must and by_itself:
+        raise UnsupportedModelError(
+            f"{source.name}: a {'quantised model' if opened.quantised else 'model with its own code'} is "
+            "read from a folder that holds nothing else. Move it into a folder of its own."
+        )
+    if by_itself or kind is None:
+        return None
+    with translated(source.name):
+        if must or may_be_wrapped(stored_weights(opened), kind.base_model_prefix):
+            raise UnsupportedModelError(
+                f"{source.name}: its tensors have other names than transformers reads by itself. "
+                f"{_transformers.NEEDS_CONVERTING}"
+            )
+    return None
+
+
+def _convert(opened: Opened, kind: type[PreTrainedModel], options: LoadOptions) -> Weights:
+    """Make a model of what is stored, tensor by tensor, as a model that is read block by block is made."""
+    source = opened.source
+    with translated(source.name):
+        model, conversion = build(opened, kind, options)
+        report = conversion.finish(model, conversion.convert(model, conversion.stored, shows_bar=True))
+    weights = Weights(opened, model.eval().requires_grad_(requires_grad=False), report)
+    conversion.wrappers.note(source.name, conversion.stored, weights.notes)
+    return weights
+
+
+def _load_by_transformers(opened: Opened, options: LoadOptions) -> Weights:
+    """Load a checkpoint by `from_pretrained`, or a GGUF file by its rules."""
     source, arguments = opened.source, where(opened.source, options)
     if options.device.type != "cpu":
         arguments["device_map"] = {"": options.device}
@@ -191,6 +195,7 @@ def _load(opened: Opened, options: LoadOptions) -> Weights:
                 ignore_mismatched_sizes=True,  # the report names them; transformers' own error does not
                 **arguments,
             )
+    _unmap(model)
     weights = Weights(opened, model.eval().requires_grad_(requires_grad=False), report)
     if opened.quantised and options.dtype is not None:
         weights.notes.add(
@@ -198,55 +203,19 @@ def _load(opened: Opened, options: LoadOptions) -> Weights:
             f"{source.name} is quantised and runs in its own type: {option('dtype')} did not apply to it",
             model=source.name,
         )
-    check_report(weights, options)
-    stack = dissect(model, options.layers_path).stack
-    # Before the pass, because a hook that makes weights ready may take itself off.
-    weights.is_changed = is_hooked(model, stack)
-    run_once_whole(model, stack, source.name, weights.notes)
-    model.requires_grad_(requires_grad=False)  # what a quantiser has unpacked is new
     return weights
 
 
-def _load_unusual(opened: Opened, options: LoadOptions) -> Weights | None:
-    """Load a checkpoint that `from_pretrained` would misread; None where it does not.
+def _unmap(model: PreTrainedModel) -> None:
+    """Take a model's tensors off the files that they are mapped from.
 
-    That is one whose names carry a wrapper's prefix, whose file of weights was named, or beside which there
-    is an adapter: `from_pretrained` would put it on.
-
-    Raises:
-        UnsupportedModelError: only `from_pretrained` can load it, and would misread it.
+    A file that is cut short while it is mapped kills the process that looks at it, without a word.
     """
-    source, kind = opened.source, _transformers.registered_class(opened.model_class, opened.config)
-    if source.gguf_file:
-        return None
-    must = (
-        source.weights_file is not None
-        or source.file("adapter_config.json") is not None
-        or opened.codes is not None
-    )
-    if kind is None or opened.quantised:
-        if must:
-            raise UnsupportedModelError(
-                f"{source.name}: a {'quantised model' if opened.quantised else 'model with its own code'} is "
-                "read from a folder that holds nothing else. Move it into a folder of its own."
-            )
-        return None
-    with translated(source.name):
-        if not must and not may_be_wrapped(stored_weights(opened), kind.base_model_prefix):
-            return None
-        if not _transformers.can_convert():
-            raise UnsupportedModelError(
-                f"{source.name}: its tensors have other names than transformers reads by itself. "
-                f"{_transformers.NEEDS_CONVERTING}"
-            )
-        model, conversion = build(opened, kind, options)
-        if not must and not conversion.wrappers:
-            return None
-        report = conversion.finish(model, conversion.convert(model, conversion.stored))
-    weights = Weights(opened, model.eval().requires_grad_(requires_grad=False), report)
-    conversion.wrappers.note(source.name, conversion.stored, weights.notes)
-    check_report(weights, options)
-    return weights
+    memory: dict[int, Tensor] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device.type == "cpu" and tensor.untyped_storage().filename is not None:
+            own = memory.setdefault(tensor.data_ptr(), tensor.data.clone())
+            tensor.data = own
 
 
 def build(
@@ -364,10 +333,12 @@ def same_attention(base: PreTrainedModel, finetuned: PreTrainedModel, notes: Not
 
 def finish(reference: ModelReference, weights: Weights, options: LoadOptions) -> LoadedModel:
     """Put the adapter on, if there is one, and name the parts."""
-    notes, sources = Notes(), [weights.source]
+    notes, sources, files = Notes(), [weights.source], weights.opened.files
     weights.opened.note(notes)
     notes.extend(weights.notes)
     adapted = Adapted(weights.model, "", {})
+    for adapter in reference.adapters:  # before they are read
+        files = files.joined(files_of_adapter(adapter))
     if reference.adapters:
         adapted = put_all_on(weights.model, reference.adapters, notes)
         for each in reference.adapters:
@@ -391,5 +362,6 @@ def finish(reference: ModelReference, weights: Weights, options: LoadOptions) ->
         untaken=weights.opened.untaken,
         missing=frozenset(weights.report["missing_keys"]),
         unread=(*weights.opened.contents.unread, *adapted.unread),
+        files=files,
         notes=tuple(notes),
     )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from lazarus.messages import option
 from lazarus.models.checkpoint import find_files
 from lazarus.models.contents import NOTHING_BESIDE, Contents, look_for_weights, survey
 from lazarus.models.faults import translated
+from lazarus.models.files import ReadFiles
 from lazarus.models.formats import check_folder
 from lazarus.models.gguf.opening import OpenedGguf, open_gguf, usual_type
 from lazarus.models.gguf.parts import read_files
@@ -64,6 +66,7 @@ class LoadOptions:
     trust_remote_code: bool = False
     layers_path: str | None = None
     dequantize: str = "auto"
+    digests: bool = True
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class Opened:
     codes: Codes | None = None
     """the quantisation of its weights, where they are decoded as they are read"""
     contents: Contents = NOTHING_BESIDE
+    files: ReadFiles = field(default_factory=lambda: ReadFiles(""))
+    """what of it is read, as it was before that"""
 
     @property
     def untaken(self) -> Mapping[str, Any]:
@@ -125,11 +130,16 @@ def open_checkpoint(source: Source, options: LoadOptions) -> Opened:
     """
     if source.gguf_file:
         gguf = open_gguf(source)
-        return Opened(source, gguf.config, _model_class(gguf.config), quantised=False, gguf=gguf)
+        files = ReadFiles(source.name, hashed=options.digests)
+        files.add(Path(gguf.file.paths[0]).parent, gguf.file.paths)
+        return Opened(source, gguf.config, _model_class(gguf.config), quantised=False, gguf=gguf, files=files)
     check_folder(source)
     with translated(source.name):
+        files = ReadFiles(source.name, hashed=options.digests)
+        if (found := source.file("config.json")) is not None:
+            files.add_settings(Path(found).parent)
         config = AutoConfig.from_pretrained(source.path, **where(source, options))
-        return Opened(source, config, _model_class(config), claimed_method(config) is not None)
+        return Opened(source, config, _model_class(config), claimed_method(config) is not None, files=files)
 
 
 def where(source: Source, options: LoadOptions) -> dict[str, Any]:
@@ -180,6 +190,7 @@ def find_weights(opened: Opened, *, pickled: bool = False) -> tuple[Opened, list
     look_for_weights(source)
     with translated(source.name):
         files = find_files(source, opened.config, opened.model_class, pickled=pickled)
+        opened.files.add(os.path.dirname(files[0]), files)
         opened = replace(opened, contents=survey(source, files))
         if not all(file.endswith(".safetensors") for file in files):
             return opened, files

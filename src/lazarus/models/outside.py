@@ -24,7 +24,7 @@ from lazarus.models.embedders import embedder_parts
 from lazarus.models.equality import same_bits
 from lazarus.models.faults import translated
 from lazarus.models.gguf.tensors import read_unplaced
-from lazarus.models.load import LoadedModel
+from lazarus.models.loaded import LoadedModel
 from lazarus.models.quantised import CodedTensor, Weight, same_weights
 from lazarus.models.reference import Source
 from lazarus.models.settings import settings_that_differ

@@ -20,7 +20,8 @@ from lazarus.models.anatomy import dissect
 from lazarus.models.checkpoint import Conversion, find_files
 from lazarus.models.faults import translated
 from lazarus.models.fitting import find_fit
-from lazarus.models.load import LoadedModel, Weights, build, check_report, finish, same_attention
+from lazarus.models.load import Weights, build, check_report, finish, same_attention
+from lazarus.models.loaded import LoadedModel
 from lazarus.models.opening import LoadOptions, Opened, open_checkpoint, open_to_load
 from lazarus.models.pager import Pager
 from lazarus.models.reference import ModelReference, Source, adapter_base, adapter_settings

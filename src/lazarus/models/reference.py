@@ -15,6 +15,7 @@ from lazarus import _transformers
 from lazarus.errors import AdapterError, ModelError, ModelNotFoundError
 from lazarus.models.faults import translated
 from lazarus.models.gguf.choice import files_on_hub, first_part, only_gguf
+from lazarus.models.inside import check_files
 
 Kind = Literal["hub", "folder", "gguf"]
 
@@ -43,6 +44,13 @@ class Source:
     subfolder: str = ""
     weights_file: str | None = None
     """the file of weights, or their index, that was named; None where transformers' rule chooses it"""
+
+    def __post_init__(self) -> None:
+        if os.path.isabs(self.subfolder) or ".." in Path(self.subfolder).parts:
+            raise ModelError(
+                f"{self.name}: modules.json names the folder {self.subfolder!r:.80}, and its modules are in "
+                "folders of its own. Fetch the model again."
+            )
 
     @property
     def place(self) -> tuple[str, str | None, str]:
@@ -216,6 +224,7 @@ def _source(name: str) -> Source:
         # The whole path: transformers looks for a bare name in the current folder before any other.
         return Source(name, "gguf", str(path.parent), gguf_file=first_part(str(path.absolute())))
     if path is not None:
+        check_files(name, path)
         return _gguf_of(_transformer_of(Source(name, "folder", str(path))))
     if (file := _HUB_FILE.fullmatch(name)) is not None:
         return Source(name, "gguf", file[1], _pinned(file[1], file[2]), gguf_file=first_part(file[3]))
@@ -270,6 +279,7 @@ def _of_file(name: str, path: Path) -> Source:
             f"{name}: one shard of several. Name their index: {Path(name).parent}/{shard[1]}"
             ".safetensors.index.json"
         )
+    check_files(name, path.parent)
     return Source(name, "folder", str(path.parent), weights_file=path.name)
 
 

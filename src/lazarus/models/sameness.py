@@ -15,7 +15,7 @@ from lazarus.models.adapted import (
 )
 from lazarus.models.design import same_design
 from lazarus.models.equality import Equality, every, is_one, same_bits
-from lazarus.models.load import LoadedModel
+from lazarus.models.loaded import LoadedModel
 
 _SMALL_BYTES = 2**16
 """up to here buffers are compared by their bits"""

@@ -30,7 +30,8 @@ from lazarus.models.gguf.header import StoredArray
 from lazarus.models.gguf.tensors import stored_dtype
 from lazarus.models.kinds import bytes_of_adapters, file_bytes
 from lazarus.models.layout import places_of
-from lazarus.models.load import LoadedModel, Weights, build, check_report, finish, same_attention
+from lazarus.models.load import Weights, build, check_report, finish, same_attention
+from lazarus.models.loaded import LoadedModel
 from lazarus.models.opening import LoadOptions, Opened, open_to_load, stored_weights
 from lazarus.models.reference import ModelReference, Source, adapter_base
 from lazarus.models.room import free_bytes

@@ -6,13 +6,15 @@ import io
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from lazarus.models.files import Identity, same_file
 
 TORCH_DTYPES = {
     "F64": torch.float64,
@@ -50,6 +52,23 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int
     n_bytes: int
+    identity: Identity | None = field(default=None, repr=False, compare=False)
+    """of the file, when its header was read; None where no file is meant"""
+
+    def open(self) -> io.FileIO:
+        """Open the file, unbuffered: bytes go straight into a tensor's memory.
+
+        Raises:
+            FileChangedError: it is not the file whose header was read.
+            OSError: it is missing.
+        """
+        file = io.FileIO(self.path)
+        try:
+            same_file(self.path, file.fileno(), self.identity)
+        except OSError:
+            file.close()
+            raise
+        return file
 
     def read(self) -> Tensor:
         """Return the tensor in its stored dtype.
@@ -59,14 +78,13 @@ class StoredTensor:
         then sums differ in the last bit.
 
         Raises:
-            OSError: the file is missing or too short.
+            OSError: the file is missing or too short, or has changed.
         """
         memory = torch.empty(self.n_bytes + 2 * _ALIGNMENT, dtype=torch.uint8)
         # A mapping begins at a page, so its view is aligned as `start` is.
         shift = (self.start - memory.data_ptr()) % _ALIGNMENT
         taken = memory[shift : shift + self.n_bytes]
-        # Unbuffered: the bytes go straight into the tensor's memory.
-        with Path(self.path).open("rb", buffering=0) as file:
+        with self.open() as file:
             file.seek(self.start)
             _fill(memoryview(taken.numpy().data), file)
         return taken.view(TORCH_DTYPES[self.dtype]).view(self.shape)
@@ -77,21 +95,24 @@ def read_headers(files: Sequence[str]) -> dict[str, StoredTensor]:
 
     Raises:
         SafetensorError: a file is damaged or cut short.
-        OSError: a file is missing.
+        OSError: a file is missing, or is no file.
     """
     stored: dict[str, StoredTensor] = {}
     for path in files:
+        identity = Identity.of(path)  # first: to open a pipe would wait for whoever writes to it
         # The header is read twice: safe_open checks it, but does not say at which byte a tensor begins.
         with safe_open(path, framework="pt"):  # it checks the header against the file
             pass
         with Path(path).open("rb") as file:
+            same_file(path, file.fileno(), identity)
             n_header = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(n_header))
         for key, entry in header.items():
             if key != "__metadata__":
                 begin, end = entry["data_offsets"]
                 shape = tuple(entry["shape"])
-                stored[key] = StoredTensor(path, entry["dtype"], shape, 8 + n_header + begin, end - begin)
+                place = 8 + n_header + begin
+                stored[key] = StoredTensor(path, entry["dtype"], shape, place, end - begin, identity)
     return stored
 
 
@@ -138,13 +159,13 @@ def _alike(
 
     `units` are the sizes in bytes of what both have the same number of: elements, or single bytes.
     """
-    with Path(one.path).open("rb") as ours, Path(other.path).open("rb") as theirs:
+    with one.open() as ours, other.open() as theirs:
         ours.seek(one.start)
         theirs.seek(other.start)
         left, size = one.n_bytes // units[0], _PREFIX
         while left:
             size = min(size, left)
-            parts = ours.read(size * units[0]), theirs.read(size * units[1])
+            parts = _read(ours, size * units[0]), _read(theirs, size * units[1])
             for stored, part, unit in zip((one, other), parts, units, strict=True):
                 if len(part) < size * unit:  # two files that end too soon are not the same for that
                     raise OSError(f"{stored.path}: cut short")
@@ -152,6 +173,15 @@ def _alike(
                 return False
             left, size = left - size, _CHUNK
     return True
+
+
+def _read(file: io.FileIO, n_bytes: int) -> bytes:
+    """Return the next bytes; fewer where the file ends."""
+    parts = []
+    while n_bytes and (part := file.read(n_bytes)):
+        parts.append(part)
+        n_bytes -= len(part)
+    return b"".join(parts)
 
 
 def _fill(memory: memoryview, file: io.FileIO) -> None:
@@ -168,12 +198,12 @@ def read_rows(stored: StoredTensor, rows: Sequence[int]) -> Tensor:
     """Return some rows of a stored matrix, [rows, columns], in its stored dtype."""
     n_bytes = stored.n_bytes // stored.shape[0]
     taken = bytearray()
-    with Path(stored.path).open("rb") as file:
+    with stored.open() as file:
         # Rows that follow each other have one difference to their index, and are read in one go.
         for _, run in groupby(enumerate(rows), key=lambda item: item[1] - item[0]):  # neighbours at once
             wanted = [row for _, row in run]
             file.seek(stored.start + wanted[0] * n_bytes)
-            part = file.read(len(wanted) * n_bytes)
+            part = _read(file, len(wanted) * n_bytes)
             if len(part) < len(wanted) * n_bytes:
                 raise OSError(f"{stored.path}: cut short")
             taken += part

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lazarus.errors import UsageError
 from lazarus.models.faults import translated
-from lazarus.models.load import LoadedModel
+from lazarus.models.loaded import LoadedModel
 from lazarus.models.reference import Source, parse_model
 
 TOKENIZER_FILES = (

@@ -16,6 +16,7 @@ from lazarus.options.common import (
     Dtype,
     Expectation,
     LayersPath,
+    NoDigests,
     OnlyCompared,
     Seed,
     TrustRemoteCode,
@@ -214,6 +215,7 @@ class Options(Checked):
     layers_path: LayersPath = None
     seed: Seed = 0
     trust_remote_code: TrustRemoteCode = False
+    no_digests: NoDigests = False
     work_dir: WorkDir = None
 
     def __post_init__(self) -> None:
@@ -275,6 +277,7 @@ class OptionArguments(TypedDict, total=False):
     layers_path: LayersPath
     seed: Seed
     trust_remote_code: TrustRemoteCode
+    no_digests: NoDigests
     work_dir: WorkDir
 
 

@@ -48,6 +48,9 @@ LayersPath = Annotated[
 ]
 Seed = Annotated[int, Option("Of every random choice.", RUN, "N", check=check_seed)]
 TrustRemoteCode = Annotated[bool, Option("Allow a model's own Python code.", RUN)]
+NoDigests = Annotated[
+    bool, Option("Do not compute the SHA-256 of the models' files, which the result lists.", RUN)
+]
 OnlyCompared = Annotated[
     bool,
     Option("Gates look at what was compared, and not at what else the two checkpoints hold.", COMPARE),

@@ -13,7 +13,7 @@ from lazarus.errors import UsageError
 from lazarus.messages import option
 from lazarus.options.activation import Options
 from lazarus.options.checks import check_choice, check_count
-from lazarus.options.common import Dequantize, Device, Dtype, LayersPath, Seed, TrustRemoteCode
+from lazarus.options.common import Dequantize, Device, Dtype, LayersPath, NoDigests, Seed, TrustRemoteCode
 from lazarus.options.option import COMPARE, READ, Checked, Option
 
 READ_AT = ("last", "parting")
@@ -71,6 +71,7 @@ class CompareOptions(Checked):
     layers_path: LayersPath = None
     seed: Seed = 0
     trust_remote_code: TrustRemoteCode = False
+    no_digests: NoDigests = False
 
     def of_pair(self) -> Options:
         """The same for whatever loads two models and reads a prompt: model 1 is base, model 2 fine-tuned."""
@@ -85,6 +86,7 @@ class CompareOptions(Checked):
             layers_path=self.layers_path,
             seed=self.seed,
             trust_remote_code=self.trust_remote_code,
+            no_digests=self.no_digests,
         )
 
 
@@ -102,6 +104,7 @@ class CompareArguments(TypedDict, total=False):
     layers_path: LayersPath
     seed: Seed
     trust_remote_code: TrustRemoteCode
+    no_digests: NoDigests
 
 
 def parse_track(given: str | Sequence[str] | None) -> list[str] | None:

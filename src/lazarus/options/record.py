@@ -17,7 +17,7 @@ from lazarus.options.activation import (
     WorkDir,
 )
 from lazarus.options.checks import check_choice
-from lazarus.options.common import Dequantize, Device, Dtype, LayersPath, TrustRemoteCode
+from lazarus.options.common import Dequantize, Device, Dtype, LayersPath, NoDigests, TrustRemoteCode
 from lazarus.options.option import COMPARE, READ, RUN, Checked, Option
 
 _POSITIONS = ("all", "last", "response")
@@ -111,6 +111,7 @@ class RecordOptions(Checked):
     dequantize: Dequantize = "auto"
     layers_path: LayersPath = None
     trust_remote_code: TrustRemoteCode = False
+    no_digests: NoDigests = False
     work_dir: WorkDir = None
 
     def of_pair(self) -> Options:
@@ -131,6 +132,7 @@ class RecordOptions(Checked):
             dequantize=self.dequantize,
             layers_path=self.layers_path,
             trust_remote_code=self.trust_remote_code,
+            no_digests=self.no_digests,
             work_dir=self.work_dir,
         )
 
@@ -153,4 +155,5 @@ class RecordArguments(TypedDict, total=False):
     dequantize: Dequantize
     layers_path: LayersPath
     trust_remote_code: TrustRemoteCode
+    no_digests: NoDigests
     work_dir: WorkDir

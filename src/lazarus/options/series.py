@@ -24,6 +24,7 @@ from lazarus.options.common import (
     Dtype,
     Expectation,
     LayersPath,
+    NoDigests,
     OnlyCompared,
     Seed,
     TrustRemoteCode,
@@ -96,6 +97,7 @@ class SeriesOptions(Checked):
     layers_path: LayersPath = None
     seed: Seed = 0
     trust_remote_code: TrustRemoteCode = False
+    no_digests: NoDigests = False
     work_dir: WorkDir = None
 
     def __post_init__(self) -> None:
@@ -133,4 +135,5 @@ class SeriesArguments(TypedDict, total=False):
     layers_path: LayersPath
     seed: Seed
     trust_remote_code: TrustRemoteCode
+    no_digests: NoDigests
     work_dir: WorkDir

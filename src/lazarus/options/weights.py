@@ -9,6 +9,7 @@ from lazarus.options.checks import check_change
 from lazarus.options.common import (
     Expectation,
     LayersPath,
+    NoDigests,
     OnlyCompared,
     Seed,
     TrustRemoteCode,
@@ -63,6 +64,7 @@ class WeightOptions(Checked):
     seed: Seed = 0
     allow_pickle: AllowPickle = False
     trust_remote_code: TrustRemoteCode = False
+    no_digests: NoDigests = False
 
 
 class WeightArguments(TypedDict, total=False):
@@ -77,3 +79,4 @@ class WeightArguments(TypedDict, total=False):
     seed: Seed
     allow_pickle: AllowPickle
     trust_remote_code: TrustRemoteCode
+    no_digests: NoDigests

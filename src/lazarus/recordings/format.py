@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from lazarus.errors import RecordingError
 from lazarus.recordings.sites import KNOWN_SITE, TOP_IDS, TOP_LOGPROBS
-from lazarus.results import write_json
+from lazarus.results import ReadFile, write_json
 from lazarus.results.rows import Record
 
 MANIFEST = "recording.json"
@@ -44,6 +44,8 @@ class RecordedModel(Record, frozen=True, kw_only=True):
     layer_norm: Annotated[
         bool | None, Meta(description="whether its norms subtract the mean over features")
     ] = None
+    # Left out where it is not known, so that the checksum of older recordings holds.
+    files: Annotated[list[ReadFile], Meta(description="what it was read from")] | UnsetType = UNSET
 
 
 class Runtime(Record, frozen=True, kw_only=True):

@@ -52,7 +52,7 @@ from lazarus.results.measured import (
     TokenChoice,
     TokenTrace,
 )
-from lazarus.results.outside import BROKEN, SETTING, NotCompared, differing, note_outside, told
+from lazarus.results.outside import BROKEN, SETTING, NotCompared, ReadFile, differing, note_outside, told
 from lazarus.results.records import (
     SCHEMA_VERSION,
     ActivationDiffRecord,
@@ -131,6 +131,7 @@ __all__ = [
     "Predecessor",
     "PromptRecord",
     "Quantisation",
+    "ReadFile",
     "Readout",
     "ReadoutToken",
     "Restored",

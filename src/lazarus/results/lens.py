@@ -83,6 +83,7 @@ class LensSettings(Record, frozen=True, kw_only=True):
     layers_path: str | None
     seed: int
     trust_remote_code: bool
+    no_digests: bool = False
     dequantize: str = "auto"
     at: str = "last"
 

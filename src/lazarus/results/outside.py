@@ -30,6 +30,17 @@ class NotCompared(Record, frozen=True, kw_only=True):
     ]
 
 
+class ReadFile(Record, frozen=True, kw_only=True):
+    """A file that a model was read from."""
+
+    name: Annotated[str, Meta(description="its name in the model's folder; of an adapter's, after its own")]
+    bytes: Annotated[int, Meta(ge=0, description="its size")]
+    sha256: Annotated[
+        str | None,
+        Meta(description="the SHA-256 of its bytes; null with no_digests, and where it has changed"),
+    ]
+
+
 def differing(*sides: Sequence[NotCompared]) -> list[NotCompared]:
     """Return the parts in which the two models differ, or may differ, each once."""
     found = {part.what: part for parts in sides for part in parts if part.differs is not False}

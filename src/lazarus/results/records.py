@@ -17,7 +17,7 @@ from lazarus.results.measured import (
     SiteRecord,
     TokenTrace,
 )
-from lazarus.results.outside import NotCompared
+from lazarus.results.outside import NotCompared, ReadFile
 from lazarus.results.rows import Layer, Record, ResultRows
 
 SCHEMA_VERSION: Literal["1.0"] = "1.0"
@@ -47,6 +47,9 @@ class ModelInfo(Record, frozen=True, kw_only=True):
     adapter: Annotated[str | None, Meta(description="adapter, and its type, if there is one")]
     not_compared: Annotated[
         list[NotCompared], Meta(description="what it holds besides what was compared")
+    ] = field(default_factory=list)
+    files: Annotated[
+        list[ReadFile], Meta(description="what it was read from; empty for a model in memory and a recording")
     ] = field(default_factory=list)
     runtime: Annotated[
         str | None, Meta(description="of a recording: the software that ran it; null where it ran here")
@@ -79,6 +82,7 @@ class Settings(Record, frozen=True, kw_only=True):
     layers_path: str | None
     seed: int
     trust_remote_code: bool
+    no_digests: bool = False
     work_dir: str | None = None
     token_prompts: str | None = None
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, field
 
-from lazarus.results.outside import NotCompared
+from lazarus.results.outside import NotCompared, ReadFile
 from lazarus.results.records import Environment, Tool
 from lazarus.results.rows import Layer, Record
 from lazarus.results.weight_glossary import WEIGHT_METRICS
@@ -31,6 +31,9 @@ class CheckpointInfo(Record, frozen=True, kw_only=True):
     not_compared: Annotated[
         list[NotCompared], Meta(description="what it holds besides what was compared")
     ] = field(default_factory=list)
+    files: Annotated[
+        list[ReadFile], Meta(description="what it was read from; empty for a model in memory and a recording")
+    ] = field(default_factory=list)
 
 
 class WeightSettings(Record, frozen=True, kw_only=True):
@@ -45,6 +48,7 @@ class WeightSettings(Record, frozen=True, kw_only=True):
     seed: int
     allow_pickle: bool
     trust_remote_code: bool
+    no_digests: bool = False
 
 
 class Spectrum(Record, frozen=True, kw_only=True):

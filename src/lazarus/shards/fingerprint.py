@@ -7,14 +7,12 @@ import json
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from lazarus.models import LoadedModel, Source
-from lazarus.models.gguf.parts import read_files
+from lazarus.models import LoadedModel
 from lazarus.options import Options
 from lazarus.tokens import TokenizedPrompt
 from lazarus.version import __version__
@@ -27,15 +25,13 @@ _WITHOUT_EFFECT = {
     "fail_above",
     "expect",
     "trust_remote_code",
+    "no_digests",
     "work_dir",
     "chat_template",
     "no_split",
     "truncate",
 }
 """Options that change no hidden state, or only through ids, device and dtype, which are compared."""
-_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json", "*.py")
-_OF_EMBEDDERS = ("modules.json", "*/config.json", "*/*.safetensors")
-"""files of the modules of a sentence-transformers model, from its root"""
 _DIGITS = 16
 
 
@@ -74,27 +70,10 @@ def _of_model(model: LoadedModel) -> dict[str, Any]:
     if not model.tokenizer_sources:
         return {**found, "weights": _hash_of_weights(model)}
     for source in model.tokenizer_sources:
-        found |= _files_of(source)
-    return found
-
-
-def _files_of(source: Source) -> dict[str, Any]:
-    """Return size and time of change of the files of a local model, or the commit of one on the Hub."""
-    if source.is_on_hub:
-        return {f"commit of {source.name}": source.revision}
-    if source.gguf_file:
-        paths = [Path(path) for path in read_files(source).paths]
-    else:
-        root, folder = Path(source.path), Path(source.path, source.subfolder)
-        paths = sorted(path for pattern in _PATTERNS for path in folder.glob(pattern))
-        if (root / "modules.json").exists():
-            paths += sorted(path for pattern in _OF_EMBEDDERS for path in root.glob(pattern))
-    # A module has a name like the model's, in a folder of its own.
-    stats = {path.relative_to(source.path).as_posix(): path.stat() for path in paths}
-    return {
-        f"{name} of {source.name}": f"{found.st_size} bytes, changed at {found.st_mtime_ns} ns"
-        for name, found in stats.items()
-    }
+        if source.is_on_hub:
+            found[f"commit of {source.name}"] = source.revision
+    # By their contents: in an image of a container, files of one size and time may be two.
+    return found | {f"{name} of {model.name}": digest for name, digest in model.files.digests().items()}
 
 
 def _hash_of_weights(model: LoadedModel) -> str:

@@ -99,8 +99,7 @@ def read_checkpoint(source: Source, options: WeightOptions, notes: Notes) -> Che
     Raises:
         ModelError: its configuration or its files cannot be read, or its weights are refused.
     """
-    is_trusted = options.trust_remote_code
-    structure = learn_structure(source, options.layers_path, notes, trust_remote_code=is_trusted)
+    structure = learn_structure(source, options, notes)
     unread: tuple[Unread, ...] = ()
     if source.gguf_file:
         stored, made = _read_gguf(structure)

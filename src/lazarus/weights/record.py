@@ -13,6 +13,7 @@ from torch import nn
 from lazarus import provenance
 from lazarus.errors import NoDataError
 from lazarus.models import Beside, ModelReference, find_beside
+from lazarus.models.files import ReadFiles
 from lazarus.notes import Notes
 from lazarus.options import WeightOptions
 from lazarus.results import (
@@ -60,6 +61,8 @@ class NamedCheckpoint:
     reference: ModelReference
     checkpoint: Checkpoint
     adapter: str | None
+    files: ReadFiles
+    """what both were read from"""
 
 
 def assemble(
@@ -98,8 +101,8 @@ def assemble(
         command="weight-diff",
         tool=provenance.tool(),
         created=provenance.now(),
-        base=_info(base, ours),
-        finetuned=_info(finetuned, theirs),
+        base=_info(base, ours, notes),
+        finetuned=_info(finetuned, theirs, notes),
         settings=WeightSettings(**asdict(options)),
         environment=provenance.environment(torch.device("cpu")),
         layers=_layers(rows, measured),
@@ -299,7 +302,7 @@ def _note_by_number(matched: Matched, rows: Sequence[TensorRecord], notes: Notes
         notes.add("rows-by-number", f"{told}: {matched.by_number}")
 
 
-def _info(side: NamedCheckpoint, outside: Sequence[NotCompared]) -> CheckpointInfo:
+def _info(side: NamedCheckpoint, outside: Sequence[NotCompared], notes: Notes) -> CheckpointInfo:
     checkpoint, source = side.checkpoint, side.checkpoint.source
     kind: Literal["hub", "folder", "gguf", "adapter"] = "adapter" if side.adapter else source.kind
     return CheckpointInfo(
@@ -314,4 +317,5 @@ def _info(side: NamedCheckpoint, outside: Sequence[NotCompared]) -> CheckpointIn
         stored_dtype=checkpoint.stored_dtype,
         adapter=side.adapter,
         not_compared=list(outside),
+        files=side.files.told(notes),
     )

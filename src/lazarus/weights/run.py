@@ -14,6 +14,8 @@ import torch
 
 from lazarus.errors import UsageError, WeightsError
 from lazarus.models import ModelReference, Source, parse_model
+from lazarus.models.adapter_files import files_of_adapter
+from lazarus.models.faults import one_line
 from lazarus.models.reference import adapter_base
 from lazarus.models.underneath import adapter_of, note_base, source_under
 from lazarus.notes import Notes
@@ -96,8 +98,8 @@ def weight_diff(
         measured = _measure(matched.rows, chosen, watcher)
     except OSError as error:
         raise WeightsError(
-            f"{base} and {finetuned}: a file could not be read on the way: {error.strerror or error}. It was "
-            "moved or cut short since the run began: fetch the model again."
+            f"{base} and {finetuned}: a file could not be read on the way: {one_line(error)}. It was moved "
+            "or written to since the run began: run again when nothing writes there."
         ) from error
     return WeightDiff(assemble(sides, matched, measured, chosen, notes))
 
@@ -136,13 +138,16 @@ def _open_pair(
 def _side(reference: ModelReference, checkpoint: Checkpoint, notes: Notes) -> NamedCheckpoint:
     """Return one of the two, with its adapters if there are any."""
     names, on_bases = [], Notes()
-    changed = checkpoint
+    changed, files = checkpoint, checkpoint.structure.opened.files
     for adapter in reference.adapters:
+        files = files.joined(files_of_adapter(adapter))
         changed, told = put_adapter(changed, adapter, notes)
         names.append(told)
         note_base(adapter, checkpoint.source, on_bases)
     notes.extend(on_bases)
-    return NamedCheckpoint(reference, changed, " + ".join(names) or None)
+    if files.hashed:
+        files.start_hashing()
+    return NamedCheckpoint(reference, changed, " + ".join(names) or None, files)
 
 
 def _tokenizers(side: NamedCheckpoint) -> list[Source]:

@@ -15,6 +15,7 @@ from lazarus.models.faults import translated
 from lazarus.models.opening import Opened, open_checkpoint
 from lazarus.names.components import Namer, Part, name_by_path
 from lazarus.notes import Notes
+from lazarus.options import WeightOptions
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,20 @@ class Structure:
         return self.namer.parts(path, shape)
 
 
-def learn_structure(
-    source: Source, layers_path: str | None, notes: Notes, *, trust_remote_code: bool
-) -> Structure:
+def learn_structure(source: Source, chosen: WeightOptions, notes: Notes) -> Structure:
     """Build the empty model of a checkpoint and find its blocks.
 
     Raises:
         ModelError: its configuration cannot be read or used, or `layers_path` is no list of blocks.
     """
-    options = LoadOptions(None, torch.device("meta"), trust_remote_code, layers_path)
+    layers_path = chosen.layers_path
+    options = LoadOptions(
+        None,
+        torch.device("meta"),
+        chosen.trust_remote_code,
+        layers_path,
+        digests=not chosen.no_digests,
+    )
     opened = open_checkpoint(source, options)
     opened.note(notes)
     with translated(source.name):

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -138,7 +137,7 @@ class _FileRows:
         # A complex element is two real ones, and the layout counts these.
         self.dtype = view.torch_dtype.to_real() if view.torch_dtype.is_complex else view.torch_dtype
         self.taken = self.across = torch.empty(0, dtype=self.dtype)
-        self.file = Path(view.stored.path).open("rb", buffering=0)  # noqa: SIM115  closed by __exit__
+        self.file = view.stored.open()  # closed by __exit__
 
     def __enter__(self) -> _FileRows:
         return self

@@ -5,7 +5,6 @@ It is read here because the package gguf makes an array of every token of the vo
 
 from __future__ import annotations
 
-import mmap
 import os
 import struct
 from collections.abc import Mapping
@@ -13,12 +12,13 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lazarus.errors import UnsupportedModelError, WeightsError
+from lazarus.models.files import Identity, same_file
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -45,12 +45,23 @@ class StoredArray:
     shape: tuple[int, ...]
     start: int
     n_bytes: int
-    mapped: NDArray[np.uint8] = field(repr=False, compare=False)
-    """the whole file"""
+    path: str = field(repr=False, compare=False)
+    identity: Identity = field(repr=False, compare=False)
+    """of the file, when its header was read"""
 
     def data(self) -> NDArray[Any]:
-        """Return what is stored, mapped: elements where numpy has their dtype, else rows of bytes."""
-        raw = self.mapped[self.start : self.start + self.n_bytes]
+        """Return what is stored: elements where numpy has their dtype, else rows of bytes.
+
+        It is read and not mapped: a mapped file that is cut short kills the process that looks at it.
+
+        Raises:
+            OSError: the file is missing or too short, or has changed.
+        """
+        with open(self.path, "rb", buffering=0) as file:
+            same_file(self.path, file.fileno(), self.identity)
+            raw = np.fromfile(file, np.uint8, self.n_bytes, offset=self.start)
+        if len(raw) < self.n_bytes:
+            raise OSError(f"{self.path}: cut short")
         if (plain := _numpy_types().get(self.kind)) is not None:
             typed: NDArray[Any] = raw.view(plain)
             return typed.reshape(self.shape)
@@ -84,11 +95,10 @@ def read_header(name: str, path: str) -> Header:
         UnsupportedModelError: it is of a version, a byte order or a ggml type that is not read.
         OSError: it cannot be opened.
     """
-    found, file = Path(path).stat(), Path(path).name
+    identity, file = Identity.of(path), Path(path).name
     name = name if name.endswith(file) else f"{name}: {file}"
     try:
-        # Size and time are for the cache alone: a file that was written again is read again.
-        return _read(name, os.path.abspath(path), found.st_size, found.st_mtime_ns)
+        return _read(name, os.path.abspath(path), identity)
     except (ValueError, struct.error) as error:
         raise WeightsError(
             f"{name}: the weights cannot be read: {error}. The file is damaged or cut short: fetch it again."
@@ -96,22 +106,22 @@ def read_header(name: str, path: str) -> Header:
 
 
 @lru_cache(maxsize=64)
-def _read(name: str, path: str, n_bytes: int, _changed: int) -> Header:
+def _read(name: str, path: str, identity: Identity) -> Header:
     with Path(path).open("rb") as file:
+        same_file(path, file.fileno(), identity)
         if file.read(4) != _MAGIC:
             raise WeightsError(
                 f"{name}: not a GGUF file: it does not begin with `GGUF`. It is damaged, or another file "
                 "under that name: fetch it again."
             )
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            return _parse(name, path, _Bytes(mapped, n_bytes))
+        return _parse(name, path, _Bytes(file, identity.n_bytes), identity)
 
 
 @dataclass
 class _Bytes:
     """The bytes of a header, read from the front."""
 
-    mapped: mmap.mmap
+    file: BinaryIO
     n_bytes: int
     place: int = 4
 
@@ -129,7 +139,9 @@ class _Bytes:
         if self.place + length > self.n_bytes:
             raise ValueError(f"its header goes on after the last of its {self.n_bytes} bytes")
         self.place += length
-        return self.mapped[self.place - length : self.place]
+        if len(found := self.file.read(length)) < length:
+            raise ValueError("it was cut short while it was read")
+        return found
 
     def value(self, kind: int) -> Any:
         """Read a value of metadata."""
@@ -154,7 +166,7 @@ class _Bytes:
         return float(str(np.float32(number))) if kind == _FLOAT32 else number
 
 
-def _parse(name: str, path: str, file: _Bytes) -> Header:
+def _parse(name: str, path: str, file: _Bytes, identity: Identity) -> Header:
     (version,) = file.numbers("I")
     # A small number whose bytes are in the other order has its low half empty.
     if version & 0xFFFF == 0:
@@ -187,14 +199,12 @@ def _parse(name: str, path: str, file: _Bytes) -> Header:
         raise ValueError(f"its general.alignment is {alignment!r}")
     # Offsets count from the end of the header, rounded up to the alignment.
     begin = -(-file.place // alignment) * alignment
-    # A mapping of its own, because the one of the header is closed when it has been read.
-    mapped = np.memmap(path, mode="r", dtype=np.uint8)
     tensors = {}
     for tensor, (kind, shape, start) in listed.items():
         known, n_bytes = _type_of(name, tensor, kind, shape)
         if begin + start + n_bytes > file.n_bytes:
             raise ValueError(f"{tensor} ends at byte {begin + start + n_bytes}, the file at {file.n_bytes}")
-        tensors[tensor] = StoredArray(known, shape, begin + start, n_bytes, mapped)
+        tensors[tensor] = StoredArray(known, shape, begin + start, n_bytes, path, identity)
     return Header(path, metadata, tensors)
 
 

@@ -1,0 +1,95 @@
+"""Which files of a folder may be read: regular ones, in the folder itself, under plain names.
+
+A folder may come from a stranger. A link in it can lead to any file of whoever compares it, and an index can
+name one; what was read would then stand in a message or in a result.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from huggingface_hub import constants
+
+from lazarus.errors import ModelError, WeightsError
+
+FOLLOW_LINKS = "LAZARUS_FOLLOW_LINKS"
+"""the environment variable that allows links out of a folder, where it is 1"""
+_READ = {".bin", ".gguf", ".jinja", ".json", ".model", ".py", ".safetensors", ".tiktoken", ".txt"}
+"""endings of the files that a loader reads"""
+_OF_TOKENIZERS = "additional_chat_templates"
+
+
+def check_files(name: str, folder: Path) -> None:
+    """Refuse a folder of which a file that a loader may read is none, or leads out of it.
+
+    Links into the Hub's cache are followed: the cache itself is made of them.
+
+    Raises:
+        ModelError: it says which file, and where it leads.
+    """
+    root = os.path.realpath(folder)
+    has_modules = (folder / "modules.json").exists()
+    for entry in _entries(folder, has_modules=has_modules):
+        try:
+            found = os.stat(entry.path)
+        except OSError:
+            continue  # a link that leads nowhere is missed where it is needed
+        if stat.S_ISDIR(found.st_mode):
+            continue
+        if not stat.S_ISREG(found.st_mode):
+            raise ModelError(
+                f"{name}: {entry.name} is a device or a pipe, and no file. Put the file itself there."
+            )
+        place = os.path.realpath(entry.path)
+        if place != entry.path and not _may_lead(root, place):
+            raise ModelError(
+                f"{name}: {entry.name} is a link out of this folder, to {place}. In a stranger's folder it "
+                "could show a file of yours. Put a copy of that file there, or allow such links with "
+                f"{FOLLOW_LINKS}=1."
+            )
+
+
+def check_plain(
+    name: str, listed: Mapping[object, object] | Iterable[object], ending: str, what: str
+) -> None:
+    """Refuse names of files that are no plain names with an ending, such as an index may hold.
+
+    Raises:
+        WeightsError: it says which one, and `what` lists it.
+    """
+    for each in set(listed.values() if isinstance(listed, Mapping) else listed):
+        is_plain = isinstance(each, str) and each == os.path.basename(each) and "\\" not in each
+        if not is_plain or not str(each).endswith(ending):
+            raise WeightsError(
+                f"{name}: {what} names {each!r:.80}, and a file of weights has a plain name that ends with "
+                f"{ending}. Fetch it again, or load the model where you trust it and write it again with "
+                "save_pretrained."
+            )
+
+
+def _entries(folder: Path, *, has_modules: bool) -> Iterator[os.DirEntry[str]]:
+    """Yield what a folder holds that a loader may read; with modules, what their folders hold as well."""
+    with os.scandir(folder) as found:
+        entries = list(found)
+    for entry in entries:
+        if os.path.splitext(entry.name)[1].lower() in _READ:
+            yield entry
+        elif entry.name == _OF_TOKENIZERS or has_modules:
+            if entry.is_symlink() and not _may_lead(os.path.realpath(folder), os.path.realpath(entry.path)):
+                continue
+            if entry.is_dir():
+                yield from _entries(Path(entry.path), has_modules=False)
+
+
+def _may_lead(root: str, place: str) -> bool:
+    """Return whether a link from a folder may lead to a place."""
+    # In a snapshot of a cache that was moved, links lead to the blobs beside it.
+    blobs = os.path.join(os.path.dirname(os.path.dirname(root)), "blobs")
+    is_snapshot = os.path.basename(os.path.dirname(root)) == "snapshots"
+    allowed = [root, os.path.realpath(constants.HF_HUB_CACHE), *([blobs] if is_snapshot else [])]
+    return os.environ.get(FOLLOW_LINKS) == "1" or any(
+        os.path.commonpath([each, place]) == each for each in allowed
+    )
