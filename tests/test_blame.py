@@ -148,7 +148,7 @@ def test_a_torch_function_that_a_hook_of_ours_misuses_is_ours() -> None:
         linear(torch.zeros(1, 2))
 
 
-def _refuse(error: Exception) -> LazarusError:
+def _refuse(error: BaseException) -> LazarusError:
     return UnsupportedModelError(str(error))
 
 

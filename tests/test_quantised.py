@@ -118,7 +118,7 @@ def test_a_claim_may_be_in_a_file_of_its_own(file: str, folders: tuple[Path, Pat
         assert result.summary.verdict != "identical"
     assert lazarus.weight_diff(codes, codes).summary.verdict == "identical"
     (codes / file).write_text("[4", encoding="utf-8")
-    with pytest.raises(WeightsError, match=rf"{file}: is damaged: .*\. Fetch the model again\."):
+    with pytest.raises(WeightsError, match=rf"{file}: cannot be read: no JSON: .*\. Fetch the model again\."):
         compare(folders[0], codes)
 
 

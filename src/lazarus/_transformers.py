@@ -105,6 +105,15 @@ def has_causal_class(config: Any) -> bool:
     return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
+def is_model_class(found: object) -> bool:
+    """Return whether an attribute of transformers is a class of models that can be run."""
+    from transformers import PreTrainedModel
+
+    is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
+    # A base class has torch's own `forward`, which says that there is none.
+    return is_model and getattr(found, "forward", None) is not PreTrainedModel.forward
+
+
 def empty_model(kind: type[PreTrainedModel], config: Any, files: list[str], dtype: Any) -> PreTrainedModel:
     """Build a model on no device, as `from_pretrained` does before it reads weights.
 

@@ -44,7 +44,7 @@ class Translated:
     """
 
     where: str
-    tell: Callable[[Exception], LazarusError]
+    tell: Callable[[BaseException], LazarusError]
     also_from_ours: tuple[type[Exception], ...] = ()
 
     def __enter__(self) -> None: ...
@@ -52,7 +52,7 @@ class Translated:
     def __exit__(
         self, _kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        if not isinstance(error, Exception) or isinstance(error, LazarusError | Warning):
+        if error is None or isinstance(error, LazarusError | Warning) or not is_a_fault(error):
             return
         if is_out_of_memory(error):
             error.add_note(self.where)
@@ -80,6 +80,14 @@ class MemoryFaults:
     ) -> None:
         if isinstance(error, Exception) and is_out_of_memory(error):
             raise DeviceError(out_of_memory(error, self.helps)) from error
+
+
+def is_a_fault(error: BaseException) -> bool:
+    """Return whether an exception tells of a fault, and not that somebody wants to stop.
+
+    A library in Rust, such as tokenizers, panics with an exception that is no `Exception`.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def out_of_memory(error: BaseException, helps: Sequence[str]) -> str:
@@ -118,6 +126,14 @@ def is_ours(error: BaseException) -> bool:
     """
     owners = list(_owners(error))
     return all(owners) or any(_from_a_hook(each) for each in _chain(error))
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an error says, on one line and without its full stop."""
+    text = str(error)
+    if isinstance(error, OSError) and error.filename is not None:  # str() begins it with a number
+        text = f"{error.strerror}: {error.filename}"
+    return " ".join(text.split()).rstrip(".")
 
 
 def raised_at(error: BaseException) -> str:

@@ -44,7 +44,7 @@ def mark_responses(
         ids = prompt.ids[: len(prompt.ids) - n_after]
         own = []
         for span in spans:
-            with TokenizerFaults(prompt.index, prompt.index):
+            with TokenizerFaults.of(prompt.index, prompt.index):
                 beginnings = encode(tokenizer, [text[:edge] for edge in span], special=responses.special)
             (start, _), (end, is_whole) = (
                 _n_within(tokenizer, ids, beginning[: len(beginning) - n_after]) for beginning in beginnings

@@ -13,7 +13,8 @@ from types import TracebackType
 from typing import Any, Literal
 
 from lazarus._transformers import byte_alphabet
-from lazarus.errors import PromptDataError, PromptTooLongError, TokenizerMismatchError
+from lazarus.blame import is_a_fault, is_ours, is_out_of_memory, one_line
+from lazarus.errors import LazarusError, PromptDataError, PromptTooLongError, TokenizerMismatchError
 from lazarus.messages import option
 from lazarus.notes import Notes
 from lazarus.prompts import Prompt
@@ -186,7 +187,7 @@ def _encode(
     indices = range(len(texts)) if indices is None else indices
     for start in range(0, len(indices), PORTION):
         portion = indices[start : start + PORTION]
-        with TokenizerFaults(portion[0], portion[-1]):
+        with TokenizerFaults.of(portion[0], portion[-1]):
             yield from encode(tokenizer, texts.some(portion), special=texts.special, most=most)
 
 
@@ -220,23 +221,31 @@ def _cut_at_the_end(tokenizer: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class TokenizerFaults:
-    """A tokenizer reads the prompts from `first` to `last`."""
+    """A call of a tokenizer, for `what`: some prompts, or a token that is shown."""
 
-    first: int
-    last: int
+    what: str
+
+    @classmethod
+    def of(cls, first: int, last: int) -> TokenizerFaults:
+        """Return the context of a call for the prompts from `first` to `last`."""
+        return cls(f"Prompt {first}" if first == last else f"Prompts {first} to {last}")
 
     def __enter__(self) -> None: ...
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
+        if error is None or isinstance(error, LazarusError) or not is_a_fault(error):
+            return
         if kind is Exception:  # what tokenizers, written in Rust, raises; no except clause can name it
-            which = (
-                f"Prompt {self.first}" if self.first == self.last else f"Prompts {self.first} to {self.last}"
-            )
             raise PromptDataError(
-                f"{which}: the tokenizer fails: {error}. It has no token for a part of the text: leave "
+                f"{self.what}: the tokenizer fails: {error}. It has no token for a part of the text: leave "
                 "the prompt out, or mend tokenizer.json."
+            ) from error
+        if not isinstance(error, Exception) or not (is_out_of_memory(error) or is_ours(error)):
+            raise PromptDataError(
+                f"{self.what}: the tokenizer fails: {type(error).__name__}: {one_line(error)}. Mend its "
+                "files, or fetch them again."
             ) from error
 
 
@@ -328,10 +337,11 @@ def token_text(tokenizer: Any, token_id: int) -> str:
     Such a token decodes to the replacement character, and so do all the others; the vocabulary may spell it
     as another token reads.
     """
-    text = str(tokenizer.decode([token_id]))
-    if "\ufffd" not in text:
-        return text
-    spelled = str(tokenizer.convert_ids_to_tokens(token_id))
+    with TokenizerFaults(f"Token {token_id}"):
+        text = str(tokenizer.decode([token_id]))
+        if "\ufffd" not in text:
+            return text
+        spelled = str(tokenizer.convert_ids_to_tokens(token_id))
     alphabet = byte_alphabet()
     if not alphabet.keys() >= set(spelled):
         return spelled

@@ -17,6 +17,7 @@ from bad_input import (
     prompts,
     saved,
     siblings,
+    strangers,
 )
 from bad_input.kind import BadInput, compare
 from bad_input.outcome import Outcome, alone, here, observe
@@ -35,6 +36,7 @@ SUBJECTS: dict[str, tuple[BadInput, ...]] = {
     "A GGUF file": ggufs.KINDS,
     "Adapters": adapters.KINDS,
     "Tokenizers": pairs.TOKENIZERS,
+    "Files that attack": strangers.KINDS,
     "The pair": pairs.KINDS,
     "weight-diff": siblings.WEIGHT_DIFF,
     "compare": siblings.COMPARE,

@@ -19,7 +19,7 @@ from factories import tiny_llama
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def _lora(folder: Path, model: PreTrainedModel | None = None, **settings: Any) -> Path:
+def lora(folder: Path, model: PreTrainedModel | None = None, **settings: Any) -> Path:
     """A LoRA adapter for the model, saved as `adapter` with `base` as the model that it names."""
     config = LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **settings})
     wrapped = get_peft_model(model or tiny_llama(), config)
@@ -29,17 +29,17 @@ def _lora(folder: Path, model: PreTrainedModel | None = None, **settings: Any) -
 
 
 def _for_a_wider_model(folder: Path) -> list[str]:
-    _lora(folder, tiny_llama(hidden_size=48))
+    lora(folder, tiny_llama(hidden_size=48))
     return compare(f="adapter")
 
 
 def _for_other_modules(folder: Path) -> list[str]:
-    change_json(_lora(folder) / CONFIG, target_modules=["c_attn"])
+    change_json(lora(folder) / CONFIG, target_modules=["c_attn"])
     return compare(f="adapter")
 
 
 def _for_more_layers(folder: Path) -> list[str]:
-    _lora(folder, tiny_llama(num_hidden_layers=6))
+    lora(folder, tiny_llama(num_hidden_layers=6))
     return compare(f="adapter")
 
 
@@ -50,56 +50,56 @@ def _prompt_tuning(folder: Path) -> list[str]:
 
 
 def _pickled(folder: Path) -> list[str]:
-    adapter = _lora(folder)
+    adapter = lora(folder)
     torch.save(load_file(adapter / WEIGHTS), adapter / "adapter_model.bin")
     (adapter / WEIGHTS).unlink()
     return compare(f="adapter")
 
 
 def _cut_short(folder: Path) -> list[str]:
-    weights = _lora(folder) / WEIGHTS
+    weights = lora(folder) / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-100])
     return compare(f="adapter")
 
 
 def _config_broken(folder: Path) -> list[str]:
-    (_lora(folder) / CONFIG).write_text('{"peft_type": "LO', encoding="utf-8")
+    (lora(folder) / CONFIG).write_text('{"peft_type": "LO', encoding="utf-8")
     return compare(f="adapter")
 
 
 def _of_an_unknown_type(folder: Path) -> list[str]:
-    change_json(_lora(folder) / CONFIG, peft_type="LORA9")
+    change_json(lora(folder) / CONFIG, peft_type="LORA9")
     return compare(f="adapter")
 
 
 def _on_an_adapter(folder: Path) -> list[str]:
-    _lora(folder)
+    lora(folder)
     return compare(f="adapter+adapter")
 
 
 def _on_both_sides(folder: Path) -> list[str]:
-    _lora(folder)
+    lora(folder)
     return compare(b="adapter", f="adapter")
 
 
 def _without_its_base(folder: Path) -> list[str]:
-    change_json(_lora(folder) / CONFIG, base_model_name_or_path=None)
+    change_json(lora(folder) / CONFIG, base_model_name_or_path=None)
     return compare(b="adapter")
 
 
 def _whose_base_is_gone(folder: Path) -> list[str]:
-    change_json(_lora(folder) / CONFIG, base_model_name_or_path="/models/gone")
+    change_json(lora(folder) / CONFIG, base_model_name_or_path="/models/gone")
     return compare(b="adapter")
 
 
 def _beside_its_model(folder: Path) -> list[str]:
-    _lora(folder)
+    lora(folder)
     shutil.copytree(folder / "base", folder / "adapter", dirs_exist_ok=True)
     return compare(f="adapter")
 
 
 def _good(folder: Path) -> list[str]:
-    _lora(folder)
+    lora(folder)
     return compare(f="adapter")
 
 

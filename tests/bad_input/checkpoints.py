@@ -172,7 +172,7 @@ KINDS = (
         "shard index broken",
         "a sharded checkpoint whose index is cut short",
         _sharded(overwrite("model.safetensors.index.json", '{"metadata": {')),
-        ("sharded", "not JSON", '{"metadata": {', "fetch it again"),
+        ("sharded/model.safetensors.index.json", "no JSON", "line 1, column 15", "Fetch it again"),
     ),
     BadInput(
         "tensor missing",

@@ -96,7 +96,7 @@ TOKENIZERS = (
         "tokenizer broken",
         "a `tokenizer.json` that is cut short",
         damaged(overwrite("tokenizer.json", '{"version": "1.')),
-        ("damaged (tokenizer)", "not JSON", '{"version": "1.', "fetch it again"),
+        ("damaged/tokenizer.json", "no JSON", "line 1, column 13", "fetch it again"),
     ),
     BadInput(
         "tokenizer of an unknown kind",

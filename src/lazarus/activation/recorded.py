@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import msgspec
 
@@ -29,6 +28,7 @@ from lazarus.activation.result import About, conclude
 from lazarus.activation.runplan import RunPlan
 from lazarus.errors import RecordingError, UsageError
 from lazarus.facts import PairFacts
+from lazarus.foreign import user_path
 from lazarus.loading import Model, Role
 from lazarus.messages import option
 from lazarus.notes import Notes
@@ -193,7 +193,7 @@ def _check_noise(given: Given, recordings: Sequence[Recording]) -> None:
         UsageError: `noise_from` is one of the recordings that are compared.
     """
     named = given.options.noise_from
-    path = None if named is None else Path(named).expanduser().resolve()
+    path = None if named is None else user_path(named).resolve()
     if any(recording.path.resolve() == path for recording in recordings):
         raise UsageError(
             f"{option('noise_from', named)} is itself compared, and the noise is measured from a second "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -45,9 +44,10 @@ def show(
     """
     with reported(debug):
         from lazarus.errors import UsageError
+        from lazarus.foreign import user_path
         from lazarus.result_classes import load_result
 
-        found: Any = load_result(Path(result).expanduser())
+        found: Any = load_result(user_path(result))
         check_outputs(output or [], found.record.command, [result])
         if not found.has_gates:
             if (threshold, fail_above, expect, only_compared) != (None, None, None, False):

@@ -122,7 +122,7 @@ class PathRunner:
         is_parted = not by_outputs.faults and not _wrong(by_outputs.found, exact)
         return Contributions(changes, model, one_by_one=not is_parted)
 
-    def _told(self, error: Exception) -> UnsupportedModelError:
+    def _told(self, error: BaseException) -> UnsupportedModelError:
         return UnsupportedModelError(
             f"{self.path.model.name}: its backward pass does not run: {one_line(error)}. Leave "
             f"{option('attribute')} out.",

@@ -118,7 +118,7 @@ def _run_on(pair: ModelPair, index: int, args: Sequence[Any], kwargs: Mapping[st
     """Return what the fine-tuned model's block makes of the arguments of base's."""
     where = f"{option('localize')}: block {index} of {pair.finetuned.name}"
 
-    def tell(error: Exception) -> UnsupportedModelError:
+    def tell(error: BaseException) -> UnsupportedModelError:
         return UnsupportedModelError(
             f"{where} does not run on the states of {pair.base.name}: {one_line(error)}. Leave "
             f"{option('localize')} out for this pair.",

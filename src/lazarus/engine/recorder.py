@@ -132,7 +132,7 @@ def calling(model: LoadedModel, shape: Sequence[int]) -> Translated:
     return Translated(where, partial(_told, model, where))
 
 
-def _told(model: LoadedModel, where: str, error: Exception) -> LazarusError:
+def _told(model: LoadedModel, where: str, error: BaseException) -> LazarusError:
     text = one_line(error) or type(error).__name__
     if any(sign in text for sign in _NO_OPERATOR):
         if model.device.type != "cpu":

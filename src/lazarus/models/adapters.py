@@ -14,10 +14,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lazarus.blame import one_line
 from lazarus.errors import AdapterError, MissingPackageError, ModelError
 from lazarus.models.adapter_files import AdapterFiles, read_adapter
 from lazarus.models.contents import Unread
-from lazarus.models.faults import one_line, translated
+from lazarus.models.faults import translated
 from lazarus.models.fitting import OUTER, Fit, adjust, find_fit, owner_of, resize
 from lazarus.models.reference import Source, adapter_settings
 from lazarus.notes import Notes

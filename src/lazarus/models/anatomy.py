@@ -103,7 +103,7 @@ def _text_stack(model: PreTrainedModel) -> nn.Module:
     return found
 
 
-def _told(model: PreTrainedModel, error: Exception) -> BlocksNotFoundError:
+def _told(model: PreTrainedModel, error: BaseException) -> BlocksNotFoundError:
     return BlocksNotFoundError(
         f"{type(model).__name__}: its own code cannot name its text stack: {error}. It cannot be compared "
         "layer by layer."

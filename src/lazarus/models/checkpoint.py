@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from string import digits
 from typing import Any
 
 import torch
@@ -62,14 +62,19 @@ def build_empty(kind: type[PreTrainedModel], config: Any, files: list[str], dtyp
     return _transformers.empty_model(kind, copy.deepcopy(config), files, dtype)
 
 
-def natural_key(key: str) -> list[tuple[bool, str, int]]:
+def natural_key(key: str) -> list[tuple[bool, str, int, str]]:
     """Return a sort key that compares the digits in names as numbers: layer 2 comes before layer 10.
 
     >>> sorted(["h.10.w", "h.2.w", "h.w"], key=natural_key)
     ['h.2.w', 'h.10.w', 'h.w']
     """
-    parts = (re.fullmatch(r"(.*?)(\d*)", part, re.DOTALL) for part in key.split("."))
-    return [(bool(part[1]), part[1], int(part[2] or -1)) for part in parts if part is not None]
+    found = []
+    for part in key.split("."):
+        before = part.rstrip(digits)
+        number = part[len(before) :].lstrip("0")
+        # Of two numbers the one with more digits is larger. Python reads none of more than 4,300.
+        found.append((bool(before), before, len(number) if part != before else -1, number))
+    return found
 
 
 class KeyMap:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from lazarus.errors import WeightsError
+from lazarus.foreign import UnreadableError, content, decoded, read_json
 from lazarus.models.inside import check_plain
 from lazarus.models.reference import ADAPTER_FILES, INDEX, WEIGHTS, Source
 from lazarus.models.stored import StoredTensor, read_headers, same_elements
@@ -87,10 +87,7 @@ def _check_index(source: Source, path: Path) -> None:
     """Refuse an index that is none, before another library reads it."""
     if not path.is_file():
         return
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return  # reported where it is read
+    index = read_json(path, WeightsError, "Fetch it again.")
     if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
         raise WeightsError(
             f"{source.name}: {path.name} has no weight_map, which says in which file each tensor is. Fetch "
@@ -141,8 +138,8 @@ def _sets(folder: Path, others: Iterable[str], read: set[str]) -> Iterator[Unrea
     left = [name for name in others if name.endswith(".safetensors") and not _SHARD.search(name)]
     for index in sorted(folder.glob("*.safetensors.index.json")):
         try:
-            files = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            files = {*decoded(content(index))["weight_map"].values()}
+        except (UnreadableError, TypeError, KeyError, AttributeError):
             continue  # it is not read, and what its files are nobody says
         if not files <= read:
             left = [name for name in left if name not in files]

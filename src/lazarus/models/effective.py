@@ -93,7 +93,7 @@ def _with_update(layer: nn.Module, attribute: str, tensor: Tensor) -> Parts:
     return tensor, before - first, size if len(adapters) > 1 else None
 
 
-def _refusal(error: Exception) -> AdapterError:
+def _refusal(error: BaseException) -> AdapterError:
     return AdapterError(f"PEFT does not merge it: {error}")
 
 

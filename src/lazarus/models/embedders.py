@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lazarus.errors import ModelError
+from lazarus.foreign import read_json
 from lazarus.models.faults import translated
-from lazarus.models.reference import Source
+from lazarus.models.reference import Source, read_modules
 from lazarus.models.stored import read_headers, same_elements
 from lazarus.results import NotCompared
 
@@ -73,25 +73,22 @@ def _modules(source: Source) -> dict[str, _Module]:
     if listed is None:
         return {}
     found = {}
-    for entry in _json(root, listed):
-        path, kind = str(entry.get("path", "")), str(entry.get("type", "")).rpartition(".")[2]
+    for path, module in read_modules(listed):
+        kind = module.rpartition(".")[2]
         if not path or path == source.subfolder or kind == "Transformer":
             continue
         folder = replace(root, subfolder=path)
         config = folder.file("config.json")
         weights = next(filter(None, map(folder.file, _WEIGHTS)), None)
-        found[path] = _Module(f"{kind} module ({path})", config and _json(root, config), weights)
+        found[path] = _Module(f"{kind} module ({path})", config and _json(config), weights)
     for name in _SETTINGS:
         if (config := root.file(name)) is not None:
-            found[name] = _Module(name, _json(root, config))
+            found[name] = _Module(name, _json(config))
     return found
 
 
-def _json(source: Source, path: str) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{source.name}: {path} is no JSON: {error}. Fetch the model again.") from error
+def _json(path: str) -> Any:
+    return read_json(path, ModelError, "Fetch the model again.")
 
 
 def _differ(one: _Module, other: _Module) -> bool | None:

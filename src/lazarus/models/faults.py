@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import pickle
+import re
 import struct
 import traceback
 from collections.abc import Iterator, Mapping
@@ -22,7 +23,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 
-from lazarus.blame import Translated, is_out_of_memory
+from lazarus.blame import Translated, is_out_of_memory, one_line
 from lazarus.errors import ModelError, ModelNotFoundError, UnsupportedModelError, WeightsError
 from lazarus.messages import CAUSE, option
 from lazarus.models.files import FileChangedError, NotAFileError
@@ -136,6 +137,9 @@ _KNOWN = (
     ),
 )
 
+_QUOTED = re.compile(r'(?:string|variant|field) (?:"(?:[^"\\\\]|\\\\.)*"|`[^`]*`)')
+"""what serde, the reader of JSON of the package tokenizers, quotes of a file"""
+
 _OF_FILES = (
     ConversionError,
     OSError,
@@ -164,7 +168,7 @@ def translated(name: str) -> Translated:
     return Translated(f"loading {name}", partial(_told, name), _OF_FILES)
 
 
-def _told(name: str, error: Exception) -> ModelError:
+def _told(name: str, error: BaseException) -> ModelError:
     if (found := _conversion_error(error)) is not None:
         # transformers collects whatever a conversion raises, and a lack of memory is no fault of the files.
         if is_out_of_memory(found):
@@ -177,7 +181,7 @@ def _told(name: str, error: Exception) -> ModelError:
     return _of_the_files(name, error)
 
 
-def _conversion_error(error: Exception) -> ConversionError | None:
+def _conversion_error(error: BaseException) -> ConversionError | None:
     """Return what transformers says in a report of its own, which the exception only names."""
     if "during automatic conversion of the weights" not in str(error):
         return None
@@ -229,10 +233,11 @@ def _of_the_files(name: str, error: BaseException) -> ModelError:
         return ModelError(
             f"{name}: no room on the disk for it: {text}. Make room, or set HF_HOME to a larger disk."
         )
-    if isinstance(error, JSONDecodeError):  # it does not say which file
-        text += f" of the one that begins with {error.doc[:30]!r}"
+    if isinstance(error, JSONDecodeError):  # the file may be a link to a secret: nothing of it is quoted
+        text = f"{error.msg.rstrip(': ')} (line {error.lineno}, column {error.colno})"
     # The tokenizers library, in Rust, raises bare Exceptions.
     if type(error) is Exception:
+        text = _QUOTED.sub("a text", text)
         return ModelError(
             f"{name}: tokenizer.json cannot be read: {text}. It is damaged, or newer than the package "
             "tokenizers here: fetch it again, or upgrade that package."
@@ -242,12 +247,3 @@ def _of_the_files(name: str, error: BaseException) -> ModelError:
             told = known.sentence.format(text=text, first_sentence=text.partition(". ")[0])
             return known.kind(f"{name}: {told}", option=known.option)
     return ModelError(f"{name}: transformers cannot load it: {text}. {option(CAUSE)} shows where it failed.")
-
-
-def one_line(error: BaseException) -> str:
-    """Return what an error says, on one line and without its full stop."""
-    # What str() makes of it begins with a number, and quotes the name.
-    text = str(error)
-    if isinstance(error, OSError) and error.filename is not None:
-        text = f"{error.strerror}: {error.filename}"
-    return " ".join(text.split()).rstrip(".")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable
 from pathlib import Path
 
+from lazarus.errors import AdapterError
+from lazarus.foreign import read_text
 from lazarus.models.adapter_files import WEIGHTS
 from lazarus.models.checkpoint import find_files
 from lazarus.models.design import shaping
@@ -35,7 +37,7 @@ def kind_of(reference: ModelReference, base: ModelReference, options: LoadOption
                 sorted((name, str(each.dtype), tuple(each.shape)) for name, each in headers.items())
             )
         adapters = [Path(path) for each in reference.adapters if (path := each.file(_SETTINGS))]
-        settings = tuple(path.read_text(encoding="utf-8") for path in adapters)
+        settings = tuple(read_text(path, AdapterError, "Fetch the adapter again.") for path in adapters)
     own = base.model or adapter_base(adapter_of(base))
     is_over = source.place == own.place
     n_bytes = bytes_of_adapters(reference) + (0 if is_over else file_bytes(opened))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from lazarus import _transformers
 from lazarus.errors import UnsupportedModelError, WeightsError
+from lazarus.foreign import read_json
 from lazarus.messages import option
 from lazarus.models.checkpoint import find_files
 from lazarus.models.contents import NOTHING_BESIDE, Contents, look_for_weights, survey
@@ -132,14 +132,18 @@ def open_checkpoint(source: Source, options: LoadOptions) -> Opened:
         gguf = open_gguf(source)
         files = ReadFiles(source.name, hashed=options.digests)
         files.add(Path(gguf.file.paths[0]).parent, gguf.file.paths)
-        return Opened(source, gguf.config, _model_class(gguf.config), quantised=False, gguf=gguf, files=files)
+        return Opened(
+            source, gguf.config, _model_class(gguf.config, source), quantised=False, gguf=gguf, files=files
+        )
     check_folder(source)
     with translated(source.name):
         files = ReadFiles(source.name, hashed=options.digests)
         if (found := source.file("config.json")) is not None:
             files.add_settings(Path(found).parent)
         config = AutoConfig.from_pretrained(source.path, **where(source, options))
-        return Opened(source, config, _model_class(config), claimed_method(config) is not None, files=files)
+        return Opened(
+            source, config, _model_class(config, source), claimed_method(config) is not None, files=files
+        )
 
 
 def where(source: Source, options: LoadOptions) -> dict[str, Any]:
@@ -153,12 +157,23 @@ def where(source: Source, options: LoadOptions) -> dict[str, Any]:
     return arguments
 
 
-def _model_class(config: Any) -> Any:
-    """Return the model class that a checkpoint names, in which every one of its tensors has a place."""
-    for name in config.architectures or ():
+def _model_class(config: Any, source: Source) -> Any:
+    """Return the model class that a checkpoint names, in which every one of its tensors has a place.
+
+    Raises:
+        UnsupportedModelError: it names something else of transformers.
+    """
+    named = config.architectures or ()
+    for name in named if isinstance(named, list | tuple) else (named,):
         # A model with code of its own may name a class that transformers does not have.
-        if (own := getattr(transformers, name, None)) is not None:
-            return own
+        if (own := getattr(transformers, str(name), None)) is None:
+            continue
+        if not _transformers.is_model_class(own):
+            raise UnsupportedModelError(
+                f"{source.name}: config.json names the architecture {name!r:.60}, which is no model class of "
+                "transformers. Write the class that the weights are of, or fetch config.json again."
+            )
+        return own
     remote = getattr(config, "auto_map", None) or {}
     if _transformers.has_causal_class(config) or "AutoModelForCausalLM" in remote:
         return AutoModelForCausalLM
@@ -217,10 +232,10 @@ def _claiming(opened: Opened) -> Opened:
     settings = settings and {"quant_method": "compressed-tensors", **settings}
     for name, method in _CLAIMED_BY.items():
         if not settings and (path := opened.source.file(name)) is not None:
-            try:
-                settings = {"quant_method": method, **json.loads(Path(path).read_text(encoding="utf-8"))}
-            except (ValueError, TypeError) as error:
-                raise WeightsError(f"{path}: is damaged: {error}. Fetch the model again.") from error
+            found = read_json(path, WeightsError, "Fetch the model again.")
+            if not isinstance(found, dict):
+                raise WeightsError(f"{path}: is damaged: it holds no JSON object. Fetch the model again.")
+            settings = {"quant_method": method, **found}
     if not settings:
         return opened
     config = copy.deepcopy(opened.config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from transformers.utils.hub import cached_file
 
 from lazarus import _transformers
 from lazarus.errors import AdapterError, ModelError, ModelNotFoundError
+from lazarus.foreign import read_json, user_path
 from lazarus.models.faults import translated
 from lazarus.models.gguf.choice import files_on_hub, first_part, only_gguf
 from lazarus.models.inside import check_files
@@ -151,13 +151,22 @@ def adapter_settings(adapter: Source) -> dict[str, object]:
     path = adapter.file("adapter_config.json")
     if path is None:
         raise AdapterError(f"{adapter.name}: no adapter_config.json there. Name a PEFT adapter.")
-    try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path}: cannot be read: {error}. Fetch the adapter again.") from error
+    settings = read_json(path, AdapterError, "Fetch the adapter again.")
     if not isinstance(settings, dict):
         raise AdapterError(f"{path}: holds no JSON object. Fetch the adapter again.")
     return settings
+
+
+def read_modules(listed: str) -> list[tuple[str, str]]:
+    """Return the folder and the type of each module of a sentence-transformers model, by its `modules.json`.
+
+    Raises:
+        ModelError: the file cannot be read, or is no list of modules.
+    """
+    modules = read_json(listed, ModelError, "Fetch the model again.")
+    if not isinstance(modules, list) or not all(isinstance(each, dict) for each in modules):
+        raise ModelError(f"{listed}: is no list of modules. Fetch the model again.")
+    return [(str(each.get("path", "")), str(each.get("type", ""))) for each in modules]
 
 
 def _parts(name: str) -> list[str] | None:
@@ -287,21 +296,15 @@ def _transformer_of(source: Source) -> Source:
     """Return the transformer of a sentence-transformers folder, which may be in a folder of its own."""
     if source.file("config.json") or not (listed := source.file("modules.json")):
         return source
-    try:
-        modules = json.loads(Path(listed).read_text(encoding="utf-8"))
-        folders = [m["path"] for m in modules if str(m.get("type", "")).endswith("Transformer")]
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ModelError(
-            f"{source.name}: its modules.json is no list of modules: {error}. Fetch the model again."
-        ) from error
+    folders = [path for path, kind in read_modules(listed) if kind.endswith("Transformer")]
     return replace(source, subfolder=folders[0]) if folders else source
 
 
 def _on_disk(name: str) -> Path | None:
-    path = Path(name).expanduser()
+    path = user_path(name)
     try:
         return path if name and path.exists() else None
-    except OSError:  # a name that is too long for a path is none
+    except (OSError, ValueError):  # a name that is too long for a path is none
         return None
 
 

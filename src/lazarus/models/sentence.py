@@ -6,10 +6,8 @@ runs alone: nothing is padding.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lazarus.models.reference import Source
+from lazarus.errors import ModelError
+from lazarus.foreign import UnreadableError, content, decoded
+from lazarus.models.reference import Source, read_modules
 
 _ORDER = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 """the modes of pooling in the order in which a model that has several puts them together"""
@@ -72,28 +72,34 @@ def read_embedder(source: Source | None, dtype: torch.dtype, device: torch.devic
     root = replace(source, subfolder="")
     if (listed := root.file("modules.json")) is None:
         return None
-    modules = [(str(entry.get("type", "")), str(entry.get("path", ""))) for entry in _json(listed)]
-    kinds = [kind.rpartition(".")[2] for kind, _ in modules]
+    try:
+        modules = read_modules(listed)
+    except ModelError as error:
+        raise NotReadError(f"{listed} is no list of modules") from error
+    kinds = [kind.rpartition(".")[2] for _, kind in modules]
     if kinds[:2] != ["Transformer", "Pooling"] or not all(
-        k.startswith("sentence_transformers.") for k, _ in modules
+        k.startswith("sentence_transformers.") for _, k in modules
     ):
-        raise NotReadError(f"its modules are {', '.join(kind for kind, _ in modules) or 'none'}")
+        raise NotReadError(f"its modules are {', '.join(kind for _, kind in modules) or 'none'}")
     steps = [
         _step(kind, replace(root, subfolder=path), dtype, device)
-        for kind, (_, path) in zip(kinds[2:], modules[2:], strict=True)
+        for kind, (path, _) in zip(kinds[2:], modules[2:], strict=True)
     ]
     settings = root.file("sentence_bert_config.json")
     own = _json(settings) if settings else {}
     if own.get("do_lower_case"):
         raise NotReadError("it makes lower case of its prompts")
-    return Embedder(_modes(replace(root, subfolder=modules[1][1])), steps, own.get("max_seq_length"))
+    return Embedder(_modes(replace(root, subfolder=modules[1][0])), steps, own.get("max_seq_length"))
 
 
-def _json(path: str) -> Any:
+def _json(path: str) -> Mapping[str, Any]:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = decoded(content(path))
+    except UnreadableError as error:
         raise NotReadError(f"{path} is no JSON") from error
+    if not isinstance(found, dict):
+        raise NotReadError(f"{path} is no JSON object")
+    return found
 
 
 def _settings(folder: Source, known: set[str]) -> Mapping[str, Any]:

@@ -10,7 +10,9 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lazarus.errors import UsageError
+from lazarus.bounds import MOST_VOCABULARY_BYTES
+from lazarus.errors import ModelError, UsageError
+from lazarus.foreign import read_json
 from lazarus.models.faults import translated
 from lazarus.models.loaded import LoadedModel
 from lazarus.models.reference import Source, parse_model
@@ -24,6 +26,11 @@ TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
     "tekken.json",
+)
+_JSON_FILES = (
+    *(name for name in TOKENIZER_FILES if name.endswith(".json")),
+    "added_tokens.json",
+    "special_tokens_map.json",
 )
 
 
@@ -104,5 +111,27 @@ def _load(source: Source, trust_remote_code: bool) -> Any:
         where["gguf_file"] = source.gguf_file
     if source.subfolder:
         where["subfolder"] = source.subfolder
-    with translated(f"{source.name} (tokenizer)"):
-        return AutoTokenizer.from_pretrained(source.path, **where)
+    name = f"{source.name} (tokenizer)"
+    try:
+        with translated(name):
+            found = AutoTokenizer.from_pretrained(source.path, **where)
+    except ModelError:
+        _check_files(source)  # transformers does not say which of the files is at fault
+        raise
+    if not isinstance(found, PreTrainedTokenizerBase) or not isinstance(found.model_max_length, int | float):
+        raise ModelError(
+            f"{name}: tokenizer_config.json names no tokenizer (tokenizer_class), or its model_max_length is "
+            "no number. Fetch the file again."
+        )
+    return found
+
+
+def _check_files(source: Source) -> None:
+    """Refuse a tokenizer of which a file is no JSON.
+
+    Raises:
+        ModelError: it names the file, and where in it the fault is.
+    """
+    for name in _JSON_FILES if not source.gguf_file else ():
+        if (path := source.file(name)) is not None:
+            read_json(path, ModelError, "It is damaged or cut short: fetch it again.", MOST_VOCABULARY_BYTES)

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lazarus.blame import Translated
+from lazarus.blame import Translated, one_line
 from lazarus.errors import UnsupportedModelError
-from lazarus.models.faults import one_line
 from lazarus.notes import Notes
 
 _N_TOKENS = 4
@@ -34,7 +33,7 @@ def run_once_whole(model: PreTrainedModel, stack: nn.Module, name: str, notes: N
     if model.config.is_encoder_decoder or not is_hooked(model, stack):
         return
 
-    def tell(error: Exception) -> UnsupportedModelError:
+    def tell(error: BaseException) -> UnsupportedModelError:
         return UnsupportedModelError(one_line(error) or type(error).__name__)
 
     ids = torch.zeros(1, _N_TOKENS, dtype=torch.long, device=model.device)

@@ -19,7 +19,7 @@ from lazarus.names.parts import Take
 from lazarus.names.roles import Block, component_of, head, outside, own_name
 
 _BLOCK_PATH = re.compile(
-    r"(?:(?P<before>.*?)\.)?(?:layers|layer|h|blocks|block)\.(?P<layer>\d+)\.(?P<inside>.+)"
+    r"(?:(?P<before>.*?)\.)?(?:layers|layer|h|blocks|block)\.(?P<layer>\d{1,9})\.(?P<inside>.+)"
 )
 _OTHER_STACK = re.compile(r"vision|visual|image|audio|speech|mtp|nextn")
 

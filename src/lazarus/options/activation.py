@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, TypedDict
 
 from lazarus.errors import UsageError
+from lazarus.foreign import UnreadableError, as_text, content, user_path
 from lazarus.messages import option
 from lazarus.options.checks import check_bound, check_choice, check_count, check_named
 from lazarus.options.common import (
@@ -291,17 +292,10 @@ def read_template(options: Options) -> str | None:
     if path is None:
         return None
     try:
-        return path.expanduser().read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
+        return as_text(content(user_path(path)))
+    except UnreadableError as error:
         raise UsageError(
-            f"{option('chat_template', path)}: not UTF-8: byte 0x{error.object[error.start]:02x} at position "
-            f"{error.start}. Convert the file to UTF-8.",
-            option="chat_template",
-        ) from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(
-            f"{option('chat_template', path)}: cannot be read: {reason}. Write none, base or finetuned (in "
+            f"{option('chat_template', path)}: cannot be read: {error}. Write none, base or finetuned (in "
             "compare: model1 or model2), or the path of a Jinja template.",
             option="chat_template",
         ) from error

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lazarus.errors import MissingPackageError, PromptsError
+from lazarus.foreign import user_path
 from lazarus.notes import Notes
 from lazarus.prompts.prompt import Prompt
 from lazarus.prompts.rows import FIELDS, from_row, note_counted, parse_json
@@ -75,7 +76,7 @@ def read_file(name: str, notes: Notes, *, responses: bool = False) -> list[Promp
 def _read(name: str) -> str:
     """The file's text, or standard input's for `-`; a byte order mark is dropped."""
     try:
-        raw = _standard_input() if name == "-" else Path(name).expanduser().read_bytes()
+        raw = _standard_input() if name == "-" else _content(user_path(name))
     except IsADirectoryError as error:
         raise PromptsError(f"-p @{name}: this is a folder. Name a file in it.") from error
     except (OSError, ValueError) as error:
@@ -96,6 +97,13 @@ def _read(name: str) -> str:
             f"-p @{name}, line {line}: a NUL character: the file is binary, or UTF-16. Convert it to UTF-8."
         )
     return text
+
+
+def _content(path: Path) -> bytes:
+    # A pipe may be meant, as in <(zcat prompts.gz); a device such as /dev/zero has no end.
+    if path.is_char_device() and not path.samefile("/dev/stdin"):
+        raise ValueError("it is a device")
+    return path.read_bytes()
 
 
 def _standard_input() -> bytes:
@@ -202,7 +210,7 @@ def _parquet_rows(name: str) -> Rows:
             "`pip install 'lazarus-introspect[parquet]'`."
         ) from error
     try:
-        rows = pyarrow.parquet.read_table(Path(name).expanduser()).to_pylist()
+        rows = pyarrow.parquet.read_table(user_path(name)).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise PromptsError(

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lazarus.errors import RecordingError, UsageError
+from lazarus.foreign import user_path
 from lazarus.recordings.recording import Recording
 from lazarus.recordings.tensors import Array, BFloat16Bits, TensorReader
 from lazarus.results import natural
@@ -75,9 +76,9 @@ def prompts_in(source: str | Path | Sequence[str | Path]) -> list[Path]:
         UsageError: there are none.
     """
     if not isinstance(source, str | Path):
-        found = [Path(path).expanduser() for path in source]
+        found = [user_path(path) for path in source]
     else:
-        within = Path(source).expanduser()
+        within = user_path(source)
         if not within.is_dir():
             raise UsageError(f"{within}: no such folder. Name the one that holds the prompts' arrays.")
         entries = (path for path in within.iterdir() if not path.name.startswith("."))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lazarus.errors import SaveError, UsageError
+from lazarus.foreign import user_path
 from lazarus.recordings.format import MANIFEST, Contents, write
 from lazarus.recordings.tensors import PART
 
@@ -20,7 +21,7 @@ def make_folder(folder: str | Path, *, taken_up: bool = False) -> Path:
     Raises:
         UsageError: it holds something, or cannot be made.
     """
-    path = Path(folder).expanduser()
+    path = user_path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
         held = sorted(entry.name for entry in path.iterdir())

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from lazarus.errors import RecordingError
+from lazarus.foreign import read_bytes
 from lazarus.recordings.sites import KNOWN_SITE, TOP_IDS, TOP_LOGPROBS
 from lazarus.results import ReadFile, write_json
 from lazarus.results.rows import Record
@@ -142,12 +143,7 @@ def decode(path: Path) -> Contents:
     Raises:
         RecordingError: it is no recording, of a later version, or damaged.
     """
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise RecordingError(
-            f"{path}: cannot be read: {error.strerror or error}. Name a folder that holds {MANIFEST}."
-        ) from error
+    text = read_bytes(path, RecordingError, f"Name a folder that holds {MANIFEST}.", None)
     try:
         head = msgspec.json.decode(text, type=_Head)
         if head.format == FORMAT and head.version > FORMAT_VERSION:

@@ -24,6 +24,7 @@ from lazarus.errors import (
     UsageError,
     WeightsError,
 )
+from lazarus.foreign import user_path
 from lazarus.recordings.format import RecordedPrompt
 from lazarus.recordings.ggml import PACKAGE, Rows, Taps, imported, quiet
 from lazarus.recordings.recording import Recording
@@ -91,7 +92,7 @@ def record_gguf(
         UsageError: the folder holds something, or an id is not in the vocabulary.
     """
     options = options or LlamaCppOptions()
-    with Model(Path(path).expanduser(), options) as model:
+    with Model(user_path(path), options) as model:
         read = [model.read(index, prompt) for index, prompt in enumerate(prompts)]
         writer = Recording.create(folder, **model.about(), notes=[*options.notes, *model.notes(read)])
         with writer, Context(model, max((len(prompt.ids) for prompt in read), default=1)) as context:

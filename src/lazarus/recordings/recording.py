@@ -12,6 +12,7 @@ import msgspec
 from numpy.typing import NDArray
 
 from lazarus.errors import PromptsError, RecordingError, UsageError
+from lazarus.foreign import user_path
 from lazarus.prompts import EXAMPLE
 from lazarus.recordings.folder import make_folder, write_manifest
 from lazarus.recordings.format import (
@@ -35,7 +36,7 @@ SHARD_BYTES = 2**28
 
 def is_recording(path: str | Path) -> bool:
     """Return whether a path is a folder with a recording.json."""
-    return Path(path).expanduser().joinpath(MANIFEST).is_file()
+    return user_path(path).joinpath(MANIFEST).is_file()
 
 
 def check_brought(prompts: object | None, models: Sequence[object]) -> None:
@@ -68,7 +69,7 @@ class Recording:
         Raises:
             RecordingError: it is no recording, of a later version of the format, damaged, or cut short.
         """
-        path = Path(folder).expanduser()
+        path = user_path(folder)
         found = cls(path, decode(path / MANIFEST))
         for shard in found.contents.shards:
             found._check(shard)

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lazarus.errors import RecordingError, SaveError
+from lazarus.foreign import decoded
 
 _HELD_AS: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -174,6 +175,8 @@ class TensorReader:
         """
         self._path = path
         try:
+            if path.exists() and not path.is_file():
+                raise self._fault("it is no regular file, but a folder, a device or a pipe")
             with path.open("rb") as stream:
                 size = os.fstat(stream.fileno()).st_size
                 length = int.from_bytes(stream.read(8), "little")
@@ -220,10 +223,10 @@ class TensorReader:
 
     def _entries(self, header: bytes) -> dict[str, tuple[Spec, int, int]]:
         try:
-            found = json.loads(header)
+            found = decoded(header)
             found.pop("__metadata__", None)
             return {name: _entry(entry) for name, entry in found.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._fault(f"its header is damaged: {error}") from error
 
     def _fault(self, why: str) -> RecordingError:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lazarus.errors import MissingPackageError, ResultFileError
+from lazarus.foreign import read_bytes
 from lazarus.render import save
 from lazarus.results import read_json
 
@@ -95,10 +96,9 @@ def read_record(path: str | Path) -> Any:
     Raises:
         ResultFileError: it cannot be read, or is no result of this schema version.
     """
+    text = read_bytes(path, ResultFileError, "Check the path.", None)
     try:
-        return read_json(Path(path).read_bytes())
-    except OSError as error:
-        raise ResultFileError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
+        return read_json(text)
     except ResultFileError as error:
         raise ResultFileError(f"{path}: {error.marked}") from error
 

@@ -81,7 +81,7 @@ def read_json(text: bytes) -> Any:
             if why := contradiction(found):
                 raise ResultFileError(f"{why}. The file was changed: give it as lazarus saved it.")
             return found
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise ResultFileError(
             f"not a result of schema version {SCHEMA_VERSION}: {error}. Give a file that lazarus saved with "
             "-o FILE.json."

@@ -98,8 +98,9 @@ def natural(name: str) -> list[tuple[int, int, str]]:
     >>> sorted(["step1000", "step200", "step30"], key=natural)
     ['step30', 'step200', 'step1000']
     """
-    parts = re.split(r"(\d+)", name)
-    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts]
+    parts = [(part.lstrip("0"), part) for part in re.split(r"(\d+)", name)]
+    # Of two numbers the one with more digits is larger. Python reads none of more than 4,300.
+    return [(1, len(number), number) if part.isdecimal() else (0, 0, part) for number, part in parts]
 
 
 def steps_of(names: Sequence[str]) -> list[int | None]:

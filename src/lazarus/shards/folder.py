@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from lazarus.errors import SaveError, UsageError
+from lazarus.foreign import UnreadableError, content, decoded, user_path
 from lazarus.messages import option
 from lazarus.metrics import AccumulatorState
 from lazarus.ranks import Rank
@@ -51,7 +52,7 @@ class WorkFolder:
         Raises:
             UsageError: it cannot be written, holds what is not ours, or its manifest cannot be read.
         """
-        folder = cls(Path(path).expanduser(), rank)
+        folder = cls(user_path(path), rank)
         try:
             folder._check_place()
         except (OSError, ValueError) as error:  # ValueError: a null byte in the path
@@ -147,12 +148,12 @@ class WorkFolder:
 
     def _read_manifest(self) -> dict[str, Any]:
         try:
-            found = json.loads(self._manifest.read_text(encoding="utf-8"))
+            found = decoded(content(self._manifest))
             kinds = {"fingerprint": dict, "most_shards": int}
             if all(isinstance(found[name], kind) for name, kind in kinds.items()):
                 return dict(found)
             fault: object = "it is not what lazarus writes"
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (UnreadableError, KeyError, TypeError) as error:
             fault = error
         raise UsageError(f"{self._named}: {MANIFEST} cannot be read: {fault}. {_ADVICE}", option="work_dir")
 

@@ -17,6 +17,7 @@ from lazarus.activation import Prompts
 from lazarus.activation.prepare import Prepared, take_up
 from lazarus.activation.run import given_for
 from lazarus.errors import PromptsError, UsageError
+from lazarus.foreign import user_path
 from lazarus.loading import Model, Role
 from lazarus.messages import option
 from lazarus.notes import Notes, notes_of
@@ -299,7 +300,7 @@ def _folder(chosen: SeriesOptions) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="lazarus-") as folder:
             yield Path(folder)
         return
-    path = Path(chosen.work_dir).expanduser()
+    path = user_path(chosen.work_dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:

@@ -17,11 +17,12 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lazarus.blame import one_line
 from lazarus.errors import ModelError, UnsupportedModelError
 from lazarus.models import Source
 from lazarus.models.adapters import put_on, rewriting_start
 from lazarus.models.equality import is_one
-from lazarus.models.faults import one_line, translated
+from lazarus.models.faults import translated
 from lazarus.models.layout import hollow, is_hollow
 from lazarus.models.reference import adapter_settings
 from lazarus.names.components import Place

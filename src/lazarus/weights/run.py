@@ -12,10 +12,10 @@ from typing import Literal, Protocol, Unpack, runtime_checkable
 
 import torch
 
+from lazarus.blame import one_line
 from lazarus.errors import UsageError, WeightsError
 from lazarus.models import ModelReference, Source, parse_model
 from lazarus.models.adapter_files import files_of_adapter
-from lazarus.models.faults import one_line
 from lazarus.models.reference import adapter_base
 from lazarus.models.underneath import adapter_of, note_base, source_under
 from lazarus.notes import Notes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lazarus.errors import ModelError
+from lazarus.foreign import UnreadableError, decoded
 from lazarus.messages import in_flags
 from lazarus.models import Source
 from lazarus.models.tokenizer import TOKENIZER_FILES, first_tokenizer
@@ -120,13 +120,13 @@ def _files(sources: Sequence[Source]) -> dict[str, Any]:
 
 
 def _content(name: str, path: str) -> Any:
-    content = Path(path).read_bytes()
+    found = Path(path).read_bytes()
     if name != _CONFIG:
-        return content
+        return found
     try:
-        settings = json.loads(content)
-    except ValueError:
-        return content
+        settings = decoded(found)
+    except UnreadableError:
+        return found
     if not isinstance(settings, dict):
-        return content
+        return found
     return {key: value for key, value in settings.items() if key not in _NOT_OF_TOKENS}

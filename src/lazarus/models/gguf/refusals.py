@@ -12,7 +12,7 @@ import numpy as np
 from lazarus.errors import UnsupportedModelError, WeightsError
 from lazarus.models.gguf.parts import Gguf
 
-_BLOCK = re.compile(r"(?:enc\.)?blk\.(\d+)\.")
+_BLOCK = re.compile(r"(?:enc\.)?blk\.(\d{1,9})\.")
 
 
 @dataclass(frozen=True)

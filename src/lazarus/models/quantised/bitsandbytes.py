@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lazarus.errors import UnsupportedModelError
+from lazarus.foreign import decoded
 from lazarus.models.quantised.coded import CodedTensor, Precision, damaged
 from lazarus.models.quantised.finding import FLOATS, Checkpoint
 from lazarus.models.stored import StoredTensor
@@ -155,7 +156,7 @@ def _state(stored: StoredTensor, key: str) -> dict[str, Any]:
         WeightsError: it is no JSON.
     """
     try:
-        found: dict[str, Any] = json.loads(bytes(stored.read().numpy()))
+        found: dict[str, Any] = decoded(bytes(stored.read().numpy()))
     except ValueError as error:
         raise damaged(stored.path, key, "its quant_state is no JSON") from error
     return found

@@ -14,7 +14,6 @@ github.com/pytorch/pytorch), because those of ROCm have the same shape.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -25,6 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lazarus.errors import UnsupportedModelError
+from lazarus.foreign import decoded
 from lazarus.models.quantised.blocks import Blocks
 from lazarus.models.quantised.coded import CodedTensor, Precision, damaged
 from lazarus.models.quantised.finding import FLOATS, Checkpoint
@@ -177,7 +177,7 @@ def _described(checkpoint: Checkpoint) -> dict[str, Mapping[str, Any]]:
         with safe_open(path, framework="pt") as file:
             header: Mapping[str, str] = file.metadata() or {}
         try:
-            entries = {key: json.loads(header[key]) for key in json.loads(header.get("tensor_names", "[]"))}
+            entries = {key: decoded(header[key]) for key in decoded(header.get("tensor_names", "[]"))}
             found |= {key: entry for key, entry in entries.items() if entry["_type"] != "Tensor"}
         except (KeyError, TypeError, ValueError) as error:
             raise damaged(path, "what its header describes", "that is not as torchao writes it") from error

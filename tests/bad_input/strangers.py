@@ -1,0 +1,151 @@
+"""Files that a stranger made to break what reads them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bad_input.adapters import CONFIG, lora
+from bad_input.kind import BadInput, Prepare, change_json, compare, damaged, overwrite, typed
+
+DEEP = "[" * 200_000
+CATASTROPHIC = "^(([a-z])+.)+[A-Z]([a-z])+$"
+
+
+def config(file: str = "config.json", **changes: Any) -> Callable[[Path], None]:
+    """A damage: these values stand in one of the model's files."""
+    return lambda model: change_json(model / file, **changes)
+
+
+def adapter(b: str = "base", f: str = "adapter", **changes: Any) -> Prepare:
+    """An adapter whose configuration says this."""
+
+    def prepare(folder: Path) -> list[str]:
+        change_json(lora(folder) / CONFIG, **changes)
+        return compare(b=b, f=f)
+
+    return prepare
+
+
+def _deep_adapter(folder: Path) -> list[str]:
+    (lora(folder) / CONFIG).write_text(DEEP, encoding="utf-8")
+    return compare(f="adapter")
+
+
+def _deep_result(folder: Path) -> list[str]:
+    head = '{"schema_version": "1.0", "command": "compare", "tool": {"name": "a", "version": "b"}, "x":'
+    (folder / "saved.json").write_text(head + DEEP, encoding="utf-8")
+    return ["show", "saved.json"]
+
+
+def _deep_modules(model: Path) -> None:
+    (model / "config.json").unlink()
+    (model / "modules.json").write_text(DEEP, encoding="utf-8")
+
+
+def _pipe(folder: Path) -> list[str]:
+    os.mkfifo(folder / "saved.json")
+    return ["show", "saved.json"]
+
+
+def _normalizer(**normalizer: Any) -> Callable[[Path], None]:
+    return lambda model: change_json(model / "tokenizer.json", normalizer=normalizer)
+
+
+KINDS = (
+    BadInput(
+        "brackets in an adapter",
+        "an `adapter_config.json` of 200,000 brackets",
+        _deep_adapter,
+        ("adapter/adapter_config.json", "cannot be read", "brackets", "Fetch the adapter again"),
+    ),
+    BadInput(
+        "brackets in modules.json",
+        "a `modules.json` of 200,000 brackets",
+        damaged(_deep_modules),
+        ("damaged/modules.json", "cannot be read", "brackets", "Fetch the model again"),
+    ),
+    BadInput(
+        "brackets in a result",
+        "a saved result with 200,000 brackets",
+        _deep_result,
+        ("saved.json", "not a result"),
+        exit_code=2,
+    ),
+    BadInput(
+        "device as a result",
+        "`lazarus show /dev/zero`",
+        lambda _: ["show", "/dev/zero"],
+        ("/dev/zero", "cannot be read", "a device", "Check the path"),
+        exit_code=2,
+    ),
+    BadInput(
+        "pipe as a result",
+        "`lazarus show` of a named pipe to which nobody writes",
+        _pipe,
+        ("saved.json", "cannot be read", "a pipe", "Check the path"),
+        exit_code=2,
+    ),
+    BadInput(
+        "device of prompts",
+        "`-p @/dev/zero`",
+        typed(p="@/dev/zero"),
+        ("-p @/dev/zero", "it is a device", "Check the path"),
+        exit_code=2,
+    ),
+    BadInput(
+        "home of nobody",
+        "`lazarus show ~nobody99/x.json`",
+        lambda _: ["show", "~nobody99/x.json"],
+        ("~nobody99/x.json", "No such file", "Check the path"),
+        exit_code=2,
+    ),
+    BadInput(
+        "base of an adapter in the home of nobody",
+        "an adapter whose base is `~nobody99/x`",
+        adapter(base_model_name_or_path="~nobody99/x", b="adapter", f="base"),
+        ("adapter", "~nobody99/x", "no such folder", "MODEL+adapter"),
+    ),
+    BadInput(
+        "architecture that is no model",
+        "a `config.json` whose `architectures` names `Trainer`",
+        damaged(config(architectures=["Trainer"])),
+        ("damaged", "config.json names the architecture 'Trainer'", "no model class", "fetch config.json"),
+    ),
+    BadInput(
+        "architecture that is a base class",
+        "a `config.json` whose `architectures` names `PreTrainedModel`",
+        damaged(config(architectures=["PreTrainedModel"])),
+        ("damaged", "config.json names the architecture 'PreTrainedModel'", "no model class"),
+    ),
+    BadInput(
+        "tokenizer that is a model",
+        "a `tokenizer_config.json` whose `tokenizer_class` is `LlamaForCausalLM`",
+        damaged(config("tokenizer_config.json", tokenizer_class="LlamaForCausalLM")),
+        ("damaged (tokenizer)", "tokenizer_config.json names no tokenizer", "Fetch the file again"),
+    ),
+    BadInput(
+        "length that is no number",
+        "a `tokenizer_config.json` whose `model_max_length` is a text",
+        damaged(config("tokenizer_config.json", model_max_length="x")),
+        ("damaged (tokenizer)", "model_max_length is no number", "Fetch the file again"),
+    ),
+    BadInput(
+        "normalizer that gives up",
+        "a `tokenizer.json` with a regular expression that does not end",
+        damaged(
+            _normalizer(type="Replace", pattern={"Regex": CATASTROPHIC}, content="x"),
+            b="damaged",
+            p="a" * 120,
+        ),
+        ("Prompt 0", "the tokenizer fails", "retry-limit-in-match over", "fetch them again"),
+    ),
+    BadInput(
+        "secret for a tokenizer",
+        "a `tokenizer.json` that holds something else",
+        damaged(overwrite("tokenizer.json", "hf_AbCdEf")),
+        ("damaged/tokenizer.json", "no JSON: Expecting value (line 1, column 1)", "fetch it again"),
+    ),
+)
