@@ -17,6 +17,25 @@ MOST_NESTED = 100
 """brackets within brackets in JSON: no file of a checkpoint has twenty, and copying them is recursive"""
 
 
+MOST_LAYERS = 1000
+"""of a model with fewer tensors than that: each is a module tree, and the deepest published has 126"""
+MOST_EXPERTS = 8192
+"""of a block with fewer tensors than that: the most published is 2,048, which may be stored as one tensor"""
+MOST_LABELS = 2**20
+"""of a classifier: transformers makes a dictionary of them, and the most published is 21,843"""
+MOST_SIZE = 2**20
+"""of a dimension that the files could not hold: what has no more elements than this is made at once"""
+
+MOST_RANK = 1024
+"""of an adapter whose tensors are smaller than that"""
+MOST_NAMES = 1000
+"""in a list of an adapter's modules, each of which is compared with every module of the model"""
+MOST_PISSA_ITERATIONS = 100
+"""of its singular value decomposition: PEFT advises 4 to 16"""
+SECONDS_OF_PATTERNS = 10
+"""for all patterns in an adapter's configuration: those of published ones take milliseconds"""
+
+
 def exceeds(found: float, most: float) -> bool:
     """Return whether a number is above a limit that is not lifted."""
     return found > most and not lifted()

@@ -109,6 +109,42 @@ KINDS = (
         ("adapter", "~nobody99/x", "no such folder", "MODEL+adapter"),
     ),
     BadInput(
+        "code for an adapter",
+        "an adapter with a `megatron_config`",
+        adapter(megatron_config={}, megatron_core="evil"),
+        ("adapter/adapter_config.json", "megatron_config", "Python code", "Take it out"),
+    ),
+    BadInput(
+        "rank that no tensor has",
+        "an adapter with `r` of a million",
+        adapter(r=10**6),
+        ("adapter", "sets r to 1000000", "more than 1024 rows or columns", "LAZARUS_NO_LIMITS=1"),
+    ),
+    BadInput(
+        "rank of a pattern that no tensor has",
+        "an adapter with a million in its `rank_pattern`",
+        adapter(rank_pattern={"q_proj": 10**6}),
+        ("adapter", "sets rank_pattern['q_proj'] to 1000000", "LAZARUS_NO_LIMITS=1"),
+    ),
+    BadInput(
+        "layers without end",
+        "an adapter whose `layer_replication` makes 16,000 layers",
+        adapter(layer_replication=[[0, 4]] * 4000),
+        ("adapter", "layer_replication", "makes 16000 layers", "the limit is 1000", "LAZARUS_NO_LIMITS=1"),
+    ),
+    BadInput(
+        "iterations without end",
+        "an adapter whose `init_lora_weights` is `pissa_niter_99999999`",
+        adapter(init_lora_weights="pissa_niter_99999999"),
+        ("adapter/adapter_config.json", "99999999 iterations of PiSSA", "100", "LAZARUS_NO_LIMITS=1"),
+    ),
+    BadInput(
+        "modules that are no names",
+        "an adapter whose `modules_to_save` holds a list",
+        adapter(modules_to_save=[["lm_head"]]),
+        ("adapter/adapter_config.json", "modules_to_save is no list of names", "Fetch the adapter again"),
+    ),
+    BadInput(
         "architecture that is no model",
         "a `config.json` whose `architectures` names `Trainer`",
         damaged(config(architectures=["Trainer"])),

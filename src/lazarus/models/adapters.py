@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from lazarus.blame import one_line
 from lazarus.errors import AdapterError, MissingPackageError, ModelError
 from lazarus.models.adapter_files import AdapterFiles, read_adapter
+from lazarus.models.adapter_limits import check_sizes, patterns_within_time, reduce_names
 from lazarus.models.contents import Unread
 from lazarus.models.faults import translated
 from lazarus.models.fitting import OUTER, Fit, adjust, find_fit, owner_of, resize
@@ -110,9 +111,10 @@ def put_on(model: PreTrainedModel, adapter: Source, notes: Notes, name: str = "d
     kind = settings.get("peft_type")
     _check_type(peft, adapter, kind)
     files = read_adapter(adapter, model, notes)
+    check_sizes(adapter.name, settings, [tuple(tensor.shape) for tensor in files.tensors.values()])
     fit = find_fit(adapter.name, model, files.tensors)
     _note_fit(adapter, model, fit, notes)
-    with _fitted(adapter, model), translated(adapter.name):
+    with _fitted(adapter, model), translated(adapter.name), patterns_within_time(adapter.name):
         wrapped, report = _inject(peft, model, (adapter, name), (fit, files))
     _check_placed(adapter, model, report)
     commit = f", commit {adapter.revision}" if adapter.revision else ""
@@ -181,6 +183,7 @@ def _inject(
     if fit.n_rows is not None:
         resize(model, fit.n_rows)
     adjust(config, fit, (path for path, _ in model.named_modules()))
+    reduce_names(config, (path for path, _ in model.named_modules()))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # one adapter is on another
         # By default PEFT would cast an adapter in float16 or bfloat16 to float32.

@@ -13,6 +13,7 @@ from transformers.utils.hub import cached_file
 from lazarus import _transformers
 from lazarus.errors import AdapterError, ModelError, ModelNotFoundError
 from lazarus.foreign import read_json, user_path
+from lazarus.models.adapter_limits import check_settings
 from lazarus.models.faults import translated
 from lazarus.models.gguf.choice import files_on_hub, first_part, only_gguf
 from lazarus.models.inside import check_files
@@ -154,6 +155,7 @@ def adapter_settings(adapter: Source) -> dict[str, object]:
     settings = read_json(path, AdapterError, "Fetch the adapter again.")
     if not isinstance(settings, dict):
         raise AdapterError(f"{path}: holds no JSON object. Fetch the adapter again.")
+    check_settings(path, settings)
     return settings
 
 
