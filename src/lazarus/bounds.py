@@ -26,6 +26,11 @@ MOST_LABELS = 2**20
 MOST_SIZE = 2**20
 """of a dimension that the files could not hold: what has no more elements than this is made at once"""
 
+MOST_STRINGS = 2**22
+"""in a list of texts of a GGUF file, which are read one by one: the largest vocabularies have a million"""
+MOST_ENTRIES = 2**17
+"""tensors, or keys of metadata, of a GGUF file: those with the most experts have 50,000"""
+
 MOST_RANK = 1024
 """of an adapter whose tensors are smaller than that"""
 MOST_NAMES = 1000

@@ -115,6 +115,36 @@ KINDS = (
         ("adapter/adapter_config.json", "megatron_config", "Python code", "Take it out"),
     ),
     BadInput(
+        "layers that no tensor is of",
+        "a `config.json` with a billion layers",
+        damaged(config(num_hidden_layers=10**9)),
+        ("damaged/config.json", "num_hidden_layers is 1000000000", "limit is 100000", "LAZARUS_NO_LIMITS=1"),
+    ),
+    BadInput(
+        "layers that few tensors are of",
+        "a `config.json` with 2,000 layers, and a tenth as many tensors",
+        damaged(config(num_hidden_layers=2000)),
+        ("damaged/config.json", "num_hidden_layers is 2000", "limit is 1000", "tensors are stored"),
+    ),
+    BadInput(
+        "labels without number",
+        "a `config.json` with a hundred million labels",
+        damaged(config(num_labels=10**8)),
+        ("damaged/config.json", "num_labels is 100000000", "limit is 1048576", "LAZARUS_NO_LIMITS=1"),
+    ),
+    BadInput(
+        "size that the files do not hold",
+        "a `config.json` whose text model has an `intermediate_size` of 10^12",
+        damaged(config(text_config={"intermediate_size": 10**12})),
+        ("damaged/config.json", "text_config.intermediate_size is 1000000000000", "bytes are stored"),
+    ),
+    BadInput(
+        "experts that no tensor is of",
+        "a `config.json` with a million experts",
+        damaged(config(num_local_experts=10**6)),
+        ("damaged/config.json", "num_local_experts is 1000000", "limit is 8192", "tensors are stored"),
+    ),
+    BadInput(
         "rank that no tensor has",
         "an adapter with `r` of a million",
         adapter(r=10**6),

@@ -30,10 +30,12 @@ chat_forms.py  the other forms in which templates take a chat
 turns.py       where the responses are in that
 adapters.py    PEFT adapters, and two module trees over one storage
 adapter_files.py  what the folder of an adapter holds: its tensors by PEFT's names, and what else
+adapter_limits.py  what an adapter's configuration may ask of PEFT
 fitting.py     where an adapter's tensors belong on a model of another class
 effective.py   the tensors that it computes with: base and what its adapters add
 adapted.py     what an adapter has put on a model, and whether it changes anything
 formats.py     folders that hold a model in a form that is not read
+plausible.py   settings that ask for more than the files could hold
 faults.py      the faults of the libraries below, put as what to do about them
 settings.py    the settings in which two configurations differ
 outside.py     what two checkpoints hold besides what is compared

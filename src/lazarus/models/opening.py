@@ -27,6 +27,7 @@ from lazarus.models.files import ReadFiles
 from lazarus.models.formats import check_folder
 from lazarus.models.gguf.opening import OpenedGguf, open_gguf, usual_type
 from lazarus.models.gguf.parts import read_files
+from lazarus.models.plausible import check_config, check_weights
 from lazarus.models.quantised import (
     UNKNOWN,
     CodedTensor,
@@ -136,6 +137,7 @@ def open_checkpoint(source: Source, options: LoadOptions) -> Opened:
             source, gguf.config, _model_class(gguf.config, source), quantised=False, gguf=gguf, files=files
         )
     check_folder(source)
+    check_config(source)
     with translated(source.name):
         files = ReadFiles(source.name, hashed=options.digests)
         if (found := source.file("config.json")) is not None:
@@ -210,6 +212,7 @@ def find_weights(opened: Opened, *, pickled: bool = False) -> tuple[Opened, list
         if not all(file.endswith(".safetensors") for file in files):
             return opened, files
         stored = read_headers(files)
+    check_weights(source, stored)
     if opened.quantised and is_left_over(stored):
         config = copy.deepcopy(opened.config)
         # With the claim in it, `from_pretrained` would read plain weights as codes of a quantiser.

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from lazarus.bounds import MOST_ENTRIES, MOST_STRINGS, exceeds
 from lazarus.errors import UnsupportedModelError, WeightsError
 from lazarus.models.files import Identity, same_file
 
@@ -26,6 +27,8 @@ _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _FLOAT32 = 6
 _LONGEST = 4096
+_DIMENSIONS = 4
+"""of a tensor, at most: as ggml has them"""
 _ALIGNMENT = 32
 
 
@@ -155,6 +158,10 @@ class _Bytes:
                 return [self.value(kind) for _ in range(length)]
             if kind in _SCALARS:
                 self.skip(length * struct.calcsize(f"<{_SCALARS[kind]}"))
+            elif exceeds(length, MOST_STRINGS):
+                raise ValueError(
+                    f"its metadata has a list of {length} texts, and the limit is {MOST_STRINGS}"
+                )
             # Strings have their lengths before them, so that they can only be skipped one by one.
             for _ in range(0 if kind in _SCALARS else length):
                 self.value(kind)
@@ -180,20 +187,14 @@ def _parse(name: str, path: str, file: _Bytes, identity: Identity) -> Header:
             "model again with a newer llama.cpp."
         )
     n_tensors, n_keys = file.numbers("QQ")
+    if exceeds(max(n_tensors, n_keys), MOST_ENTRIES):
+        raise ValueError(f"it has {n_tensors} tensors and {n_keys} keys, and the limit is {MOST_ENTRIES}")
     metadata: dict[str, Any] = {}
     for _ in range(n_keys):
         key = file.text()
         (kind,) = file.numbers("I")
         metadata[key] = file.value(kind)
-    listed: dict[str, tuple[int, tuple[int, ...], int]] = {}
-    for _ in range(n_tensors):
-        tensor = file.text()
-        (n_dimensions,) = file.numbers("I")
-        shape = file.numbers(f"{n_dimensions}Q")[::-1]  # ggml has the fastest dimension first
-        kind, start = file.numbers("IQ")
-        if tensor in listed:
-            raise ValueError(f"it holds two tensors {tensor}")
-        listed[tensor] = kind, shape, start
+    listed = _listed(file, n_tensors)
     alignment = metadata.get("general.alignment", _ALIGNMENT)
     if not isinstance(alignment, int) or alignment <= 0:
         raise ValueError(f"its general.alignment is {alignment!r}")
@@ -206,6 +207,22 @@ def _parse(name: str, path: str, file: _Bytes, identity: Identity) -> Header:
             raise ValueError(f"{tensor} ends at byte {begin + start + n_bytes}, the file at {file.n_bytes}")
         tensors[tensor] = StoredArray(known, shape, begin + start, n_bytes, path, identity)
     return Header(path, metadata, tensors)
+
+
+def _listed(file: _Bytes, n_tensors: int) -> dict[str, tuple[int, tuple[int, ...], int]]:
+    """Read the type, the shape and the start of each tensor."""
+    listed: dict[str, tuple[int, tuple[int, ...], int]] = {}
+    for _ in range(n_tensors):
+        tensor = file.text()
+        (n_dimensions,) = file.numbers("I")
+        if n_dimensions > _DIMENSIONS:
+            raise ValueError(f"a tensor of {n_dimensions} dimensions, and ggml has {_DIMENSIONS}")
+        shape = file.numbers(f"{n_dimensions}Q")[::-1]  # ggml has the fastest dimension first
+        kind, start = file.numbers("IQ")
+        if tensor in listed:
+            raise ValueError(f"it holds two tensors {tensor}")
+        listed[tensor] = kind, shape, start
+    return listed
 
 
 def _type_of(name: str, tensor: str, kind: int, shape: tuple[int, ...]) -> tuple[Any, int]:

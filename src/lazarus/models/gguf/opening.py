@@ -16,6 +16,7 @@ from lazarus.models.faults import translated
 from lazarus.models.gguf.parts import Gguf, read_files
 from lazarus.models.gguf.refusals import refuse_other_kinds, refuse_other_sizes, refuse_unreadable_types
 from lazarus.models.gguf.settings import read_config
+from lazarus.models.plausible import check_sizes
 from lazarus.models.reference import Source
 from lazarus.notes import Note, Notes
 
@@ -46,6 +47,9 @@ def open_gguf(source: Source) -> OpenedGguf:
             "`pip install 'lazarus-introspect[gguf]'`."
         ) from error
     file = read_files(source)
+    own = {key: value for key, value in file.metadata.items() if key.startswith(file.key(""))}
+    n_bytes = sum(tensor.n_bytes for tensor in file.tensors.values())
+    check_sizes(file.name, own, len(file.tensors), n_bytes)
     refuse_other_kinds(file)
     refuse_unreadable_types(file)
     refuse_other_sizes(file)
