@@ -49,7 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 SLOW = {
     "architectures", "attribution", "bad_input", "claims", "commands", "compat", "contents", "demo", "docs",
-    "estimate", "fitting", "gguf", "integrations", "lens_cli", "lens_report_browser", "loading",
+    "endings", "estimate", "fitting", "gguf", "hostile_text", "integrations", "lens_cli", "lens_report_browser", "loading",
     "model_rounding", "noise", "notebook", "outside", "prefix", "quantised", "repeats", "report",
     "report_browser", "sameness", "shards", "show", "site", "ties", "weight_rounding",
     "weights_report_browser",

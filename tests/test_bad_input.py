@@ -105,20 +105,21 @@ def check(kind: BadInput, outcome: Outcome) -> None:
     assert outcome.touched == kind.saves
 
 
-def test_ctrl_c_in_a_process_of_its_own(make_folder: MakeFolder) -> None:
+@pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_in_a_process_of_its_own(number: str, code: int, make_folder: MakeFolder) -> None:
     folder = make_folder()
     os.mkfifo(folder / "prompts.txt")
     command = [sys.executable, "-m", "lazarus", *compare(p="@prompts.txt")]
     with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as process:
         try:
             pipe = _once_it_is_read(folder / "prompts.txt", process)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(getattr(signal, number))
             # Python sees a signal that comes just before a read once the read is over: end it.
             os.close(pipe)
             _, stderr = process.communicate(timeout=30)
         finally:
             process.kill()
-    assert (process.returncode, stderr) == (130, "Interrupted.\n")
+    assert (process.returncode, stderr) == (code, "Interrupted.\n")
 
 
 def _once_it_is_read(fifo: Path, process: subprocess.Popen[str]) -> int:

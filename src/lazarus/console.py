@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Literal, Self
 
-import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -27,6 +26,7 @@ from lazarus.render.base.escape import escaped
 from lazarus.render.lens import text as lens_text
 from lazarus.render.series import text as series_text
 from lazarus.render.weights import text as weight_text
+from lazarus.terminal import say
 
 
 class _Console:
@@ -45,6 +45,9 @@ class _Console:
             *counts,
             TimeRemainingColumn(),
             console=Console(stderr=True),
+            # What is printed meanwhile goes through the guarded streams, and not through rich.
+            redirect_stdout=False,
+            redirect_stderr=False,
             transient=True,
             disable=not show,
         )
@@ -72,7 +75,7 @@ class _Console:
         if not self._prints:
             return
         try:
-            typer.echo(lines)
+            say(lines)
         except OSError:
             if not self._saves:
                 raise

@@ -29,6 +29,7 @@ reported.
 | 2 | the command line is wrong, prompts or a saved result cannot be read, or an output cannot be written |
 | 3 | a gate (`--fail-above`, `--expect`) was not met; the results are saved first |
 | 130 | interrupted (Ctrl-C) |
+| 143, 129 | ended by SIGTERM or SIGHUP; nothing is left behind, as after Ctrl-C |
 
 Options, prompts and outputs are checked before a model is loaded. A failed run leaves no file behind, and an
 older file at the path of an output stays as it was.

@@ -9,6 +9,7 @@ record.py      record
 saved.py       show and schema: what was saved
 arguments.py   the options as a user types them
 imports.py     torch and transformers, as fast as they go
+endings.py     the signals that end a command
 output.py      outputs that are checked first and saved last
 reporting.py   how a command ends
 """

@@ -3,15 +3,48 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from lazarus.cli.reporting import unexpected
+from lazarus.cli.endings import ended_by_signals
+from lazarus.cli.reporting import told_of_disk, unexpected
+from lazarus.render.base.escape import escaped
+from lazarus.terminal import drop_unwritten, guard_streams, say
 from lazarus.version import __version__
+
+# typer shows this one itself. Its module is another one in each version, and its name is not.
+_KINDS: dict[str, type[Exception]] = {kind.__name__: kind for kind in typer.BadParameter.__mro__}
+_Mistyped = _KINDS["UsageError"]
+
+
+class _Group(TyperGroup):
+    """Escapes what typer's own errors quote of the command line: rich writes them past the guard."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        with _quoted():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _quoted():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _quoted() -> Iterator[None]:
+    try:
+        yield
+    except _Mistyped as error:
+        error.message = escaped(error.message)  # type: ignore[attr-defined]
+        raise
+
 
 app = typer.Typer(
     name="lazarus",
+    cls=_Group,
     help="Compare two language models from the inside.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -24,7 +57,7 @@ app.add_typer(introspect, name="introspect")
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"lazarus {__version__}")
+        say(f"lazarus {__version__}")
         raise typer.Exit
 
 
@@ -40,12 +73,15 @@ def _root(
 
 def main() -> None:
     """The console script."""
-    for stream in (sys.stdout, sys.stderr):
-        # A console that cannot encode a character gets its escape instead of an exception.
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    guard_streams()
     try:
-        app()
+        with ended_by_signals():
+            app()
+    except OSError as error:
+        if not told_of_disk(error):
+            raise
+        sys.exit(1)
     finally:
+        drop_unwritten()
         if sys.excepthook is not sys.__excepthook__:  # typer sets its own; --debug wants Python's
             sys.excepthook = unexpected

@@ -6,10 +6,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import typer
-
 from lazarus.cli.reporting import tell
 from lazarus.errors import LazarusError
+from lazarus.terminal import say
 
 
 def check_outputs(outputs: Sequence[str], command: str, inputs: Sequence[str]) -> None:
@@ -56,13 +55,13 @@ def print_estimate(estimate: Callable[..., Any]) -> None:
     from lazarus.estimating import since_start
     from lazarus.render.base import estimates
 
-    typer.echo(estimates.text(estimate(start_seconds=since_start())))
+    say(estimates.text(estimate(start_seconds=since_start())))
 
 
 def _print(text: str) -> OSError | None:
     """Print, and return what kept it from being printed."""
     try:
-        typer.echo(text)
+        say(text)
     except OSError as error:
         return error
     return None

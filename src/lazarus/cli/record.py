@@ -14,6 +14,8 @@ from lazarus.cli.imports import heavy_imports
 from lazarus.cli.output import leads, print_estimate, shows_progress
 from lazarus.cli.reporting import reported
 from lazarus.options import RecordOptions
+from lazarus.render.base.escape import escaped
+from lazarus.terminal import say
 
 RecordedModel = Annotated[
     str, typer.Option("-m", "--model", metavar="MODEL", help="Model: Hub id, folder, .gguf, MODEL+ADAPTER.")
@@ -69,4 +71,4 @@ def record(
         with RecordObserver(show=show, prints=leads(), saves=True) as observer:
             recording = run(model, found, output, observer=observer, **options)
         if leads():
-            typer.echo(f"\n{recording.summary()}\nRecording saved to: {Path(output)}")
+            say(f"\n{recording.summary()}\nRecording saved to: {escaped(str(Path(output)))}")

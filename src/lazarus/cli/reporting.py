@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import signal
 import sys
 import tempfile
 import traceback
@@ -17,6 +18,8 @@ import typer
 from lazarus.blame import MemoryFaults, raised_at, raised_in
 from lazarus.errors import LazarusError
 from lazarus.messages import in_flags
+from lazarus.render.base.escape import escaped
+from lazarus.terminal import STANDARD_OUTPUT, say
 
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
@@ -34,29 +37,33 @@ def reported(debug: bool) -> Iterator[None]:
             yield
     except LazarusError as error:
         if debug:
-            traceback.print_exc()
+            say(traceback.format_exc(), to_errors=True)
         tell(error)
         raise typer.Exit(error.exit_code) from error
     except OSError as error:
-        if error.errno not in _DISK_FAULTS:
+        if not told_of_disk(error):
             raise
-        what = error.filename or "a file"
-        # typer prints for us, so a fault that it raises is one of standard output.
-        if raised_in(error) == "typer":
-            what, advice = "standard output", "Make room, or send it elsewhere."
-        else:
-            advice = "Make room on its disk, and run again."
-        typer.echo(f"Error: {what} cannot be written: {error.strerror}. {advice}", err=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
-        typer.echo("Interrupted.", err=True)
-        # 128 and the number of SIGINT, as shells have it.
-        raise typer.Exit(130) from error
+        say("Interrupted.", to_errors=True)
+        raise typer.Exit(getattr(error, "exit_code", 128 + signal.SIGINT)) from error
 
 
 def tell(error: LazarusError) -> None:
     """Print an error, with options as they are typed."""
-    typer.echo(f"Error: {in_flags(error.marked)}", err=True)
+    say(f"Error: {escaped(in_flags(error.marked))}", to_errors=True)
+
+
+def told_of_disk(error: OSError) -> bool:
+    """Print an error of a file, or of standard output, that cannot be written; return whether it is one."""
+    is_closed = (error.filename, error.errno) == (STANDARD_OUTPUT, errno.EBADF)
+    if error.errno not in _DISK_FAULTS and not is_closed:
+        return False
+    what, advice = error.filename or "a file", "Make room on its disk, and run again."
+    if what == STANDARD_OUTPUT:
+        advice = "It is closed." if is_closed else "Make room, or send it elsewhere."
+    say(f"Error: {escaped(str(what))} cannot be written: {error.strerror}. {advice}", to_errors=True)
+    return True
 
 
 def unexpected(kind: type[BaseException], error: BaseException, _traceback: TracebackType | None) -> None:
@@ -67,8 +74,10 @@ def unexpected(kind: type[BaseException], error: BaseException, _traceback: Trac
     text = " ".join(str(error).split())
     theirs = raised_in(error) not in ("lazarus", "")
     whose = "Lazarus did not foresee it" if theirs else "This is a fault of lazarus"
-    sys.stderr.write(
-        f"Error: unexpected {kind.__name__}: {text} ({raised_at(error)}). {whose}: {_keep_trace(error)}.\n"
+    say(
+        f"Error: unexpected {kind.__name__}: {escaped(text)} ({raised_at(error)}). "
+        f"{whose}: {_keep_trace(error)}.",
+        to_errors=True,
     )
 
 

@@ -13,6 +13,7 @@ from lazarus.cli.app import app
 from lazarus.cli.output import check_outputs, print_and_save
 from lazarus.cli.reporting import reported
 from lazarus.commands import commands
+from lazarus.terminal import say
 
 RECORDING = "recording"
 
@@ -75,4 +76,4 @@ def schema(
     from lazarus.results import json_schema
 
     found = recording_schema() if str(command) == RECORDING else json_schema(str(command))
-    typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+    say(json.dumps(found, indent=2, ensure_ascii=False))

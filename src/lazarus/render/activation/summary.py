@@ -32,7 +32,8 @@ def summary_lines(record: ActivationDiffRecord) -> list[str]:
     ]
     spare = MOST_LINES - len(lines) - 1
     lines += _spread(record)[: max(0, spare)]
-    return [*lines, _what_was_compared(record)]
+    # At the end, so that no field of a result can add a line of its own.
+    return [escaped(line) for line in (*lines, _what_was_compared(record))]
 
 
 def verdict(record: ActivationDiffRecord) -> str:

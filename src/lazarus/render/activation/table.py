@@ -8,7 +8,7 @@ from typing import IO, Any
 import numpy as np
 
 from lazarus.render.activation.summary import summary_lines
-from lazarus.render.base.escape import escaped
+from lazarus.render.base.markdown import code, ending, page, prose
 from lazarus.render.base.rows import Kind
 from lazarus.results import METRICS, ActivationDiffRecord, LayerRecord, ResultRows
 
@@ -37,19 +37,17 @@ def write_markdown(record: ActivationDiffRecord, stream: IO[bytes]) -> None:
     names = shown_names(record)
     head = ["Layer", *(METRICS[name].heading for name in names), ""]
     lines = [
-        f"# `{record.base.id}` against `{record.finetuned.id}`",
+        f"# {code(record.base.id)} against {code(record.finetuned.id)}",
         "",
-        f"{len(record.prompts)} prompts, position {record.settings.position}, "
-        f"{record.settings.dtype}; `***` marks a divergence above {record.settings.threshold:g}.",
+        f"{len(record.prompts)} prompts, position {prose(str(record.settings.position))}, "
+        f"{prose(record.settings.dtype)}; `***` marks a divergence above {record.settings.threshold:g}.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---:|" * (len(head) - 1) + "---|",
         *(_markdown_row(layer, names) for layer in record.layers),
     ]
-    lines += ["", *(f"- {line}" for line in summary_lines(record))]
-    if record.notes:
-        lines += ["", "Notes:", "", *(f"- {escaped(note)}" for note in record.notes)]
-    stream.write(("\n".join(lines) + "\n").encode())
+    lines += ["", *ending(summary_lines(record), record.notes)]
+    stream.write(page(lines))
 
 
 def shown_names(record: ActivationDiffRecord) -> list[str]:

@@ -1,6 +1,7 @@
 """The parts that the renderers of all commands share.
 
 escape.py    text that stays on its line, whatever is in it
+markdown.py  text in Markdown that stays text
 words.py     lines and numbers that every command writes alike
 rows.py      rows as CSV and Parquet
 figure.py    how every figure looks, and how it is written

@@ -12,9 +12,15 @@ import numpy as np
 Kind = Literal["int64", "float64", "string", "bool_"]
 """the names of Arrow's types"""
 
+_FORMULAS = tuple("=+-@\t\r\uff1d\uff0b\uff0d\uff20")
+"""how a cell begins that a spreadsheet takes for a formula (OWASP, CSV injection); four are full-width"""
+
 
 def write_csv(columns: Mapping[str, Any], stream: IO[bytes]) -> None:
-    """Write columns of one length, RFC 4180, in UTF-8; a value that there is none of, or NaN, is empty."""
+    """Write columns of one length, RFC 4180, in UTF-8; a value that there is none of, or NaN, is empty.
+
+    An apostrophe stands before a text that a spreadsheet would run as a formula.
+    """
     # UTF-8 has no bytes for half a surrogate pair, which is written out.
     text = io.TextIOWrapper(
         stream, encoding="utf-8", errors="backslashreplace", newline="", write_through=True
@@ -45,6 +51,8 @@ def _written(value: Any) -> Any:
         value = value.item()
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, str):
+        return f"'{value}" if value.startswith(_FORMULAS) else value
     # Only NaN is not equal to itself.
     return "" if value is None or value != value else value
 

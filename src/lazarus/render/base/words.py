@@ -12,7 +12,7 @@ def loading(role: str, name: str) -> str:
 
 def saved(path: str) -> str:
     """The line that tells where a result is."""
-    return f"Results saved to: {path}"
+    return f"Results saved to: {escaped(path)}"
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:

@@ -20,7 +20,7 @@ def summary_lines(record: CompareRecord) -> list[str]:
     What their distance means where the vocabularies differ is among the record's notes.
     """
     lines = [place_read(record), first_choices(record), parting(record), by_layers(record)]
-    return [line for line in lines if line]
+    return [escaped(line) for line in lines if line]
 
 
 def place_read(record: CompareRecord) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import IO, Any
 
-from lazarus.render.base.escape import code, escaped
+from lazarus.render.base.markdown import code, ending, page
 from lazarus.render.base.rows import Kind
 from lazarus.render.lens.summary import last_choice, names, summary_lines, title
 from lazarus.render.lens.text import emergence
@@ -60,11 +59,9 @@ def write_markdown(record: CompareRecord, stream: IO[bytes]) -> None:
         "",
         *_table("| Token | Model | Emergence | Final prob |", "|---|---|---|---:|", _evolutions(record)),
         "",
-        *(f"- {_plain(line)}" for line in summary_lines(record)),
+        *ending(summary_lines(record), record.notes),
     ]
-    if record.notes:
-        lines += ["", "Notes:", "", *(f"- {_plain(escaped(note))}" for note in record.notes)]
-    stream.write(("\n".join(lines) + "\n").encode())
+    stream.write(page(lines))
 
 
 def _table(head: str, rule: str, rows: Iterable[Iterable[str]]) -> list[str]:
@@ -94,12 +91,3 @@ def _evolutions(record: CompareRecord) -> Iterable[Iterable[str]]:
 
 def _number(value: float | None) -> str:
     return "nan" if value is None else f"{value:.4f}"
-
-
-def _plain(text: str) -> str:
-    r"""The text as a sentence of Markdown, in which nothing is markup.
-
-    >>> print(_plain("a_b <i>"))
-    a\_b \<i\>
-    """
-    return re.sub(r"([\\`*_{}\[\]<>#|&$~])", r"\\\1", text)

@@ -54,7 +54,7 @@ def summary_lines(record: SeriesRecord) -> list[str]:
     """Return the findings, and what else a reader needs."""
     lines = finding_lines(record)
     lines += [*_largest_step(record), *_onset(record)]
-    return [*lines, _what_was_compared(record)]
+    return [escaped(line) for line in (*lines, _what_was_compared(record))]
 
 
 def headline(record: SeriesRecord) -> str:

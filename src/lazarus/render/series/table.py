@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import IO, Any
 
 from lazarus.render.base.cells import shown
-from lazarus.render.base.escape import code, escaped
+from lazarus.render.base.markdown import code, ending, page
 from lazarus.render.base.rows import Kind
 from lazarus.render.series.summary import GLOSSARY, kl, summary_lines, verdict
 from lazarus.results import SeriesMember, SeriesRecord
@@ -65,11 +64,9 @@ def write_markdown(record: SeriesRecord, stream: IO[bytes]) -> None:
         "|---|---:|---:|---:|---:|---:|---|",
         *(_markdown_row(record, member) for member in record.members),
         "",
-        *(f"- {_plain(line)}" for line in summary_lines(record)),
+        *ending(summary_lines(record), record.notes),
     ]
-    if record.notes:
-        lines += ["", "Notes:", "", *(f"- {_plain(escaped(note))}" for note in record.notes)]
-    stream.write(("\n".join(lines) + "\n").encode("utf-8", "replace"))
+    stream.write(page(lines))
 
 
 def _markdown_row(record: SeriesRecord, member: SeriesMember) -> str:
@@ -86,8 +83,3 @@ def _markdown_row(record: SeriesRecord, member: SeriesMember) -> str:
 
 def _number(value: float | None, metric: str) -> str:
     return "nan" if value is None else shown(value, GLOSSARY[metric].format)
-
-
-def _plain(text: str) -> str:
-    """Escape what Markdown would read as markup."""
-    return re.sub(r"([\\`*_{}\[\]<>#|&$~])", r"\\\1", text)

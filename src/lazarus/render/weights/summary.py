@@ -20,7 +20,7 @@ _MANY = "changed matrices"
 
 def summary_lines(record: WeightDiffRecord) -> list[str]:
     """At most eight lines, the most important ones; the JSON has all of it."""
-    return [
+    lines = [
         f"Verdict: {verdict(record)}",
         *_most_changed(record),
         *_threshold(record),
@@ -31,6 +31,7 @@ def summary_lines(record: WeightDiffRecord) -> list[str]:
         *_unmeasured(record),
         *_too_small(record),
     ]
+    return [escaped(line) for line in lines]
 
 
 def verdict(record: WeightDiffRecord) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 from lazarus.render.base.cells import shown
-from lazarus.render.base.escape import code, escaped
+from lazarus.render.base.markdown import code, ending, page
 from lazarus.render.base.rows import Kind
 from lazarus.render.base.words import counted
 from lazarus.render.weights.summary import shape_text, summary_lines
@@ -86,11 +86,9 @@ def write_markdown(record: WeightDiffRecord, stream: IO[bytes]) -> None:
         "|---:|---|" + "---:|" * len(names) + "---|",
         *(_markdown_row(row, names) for row in rows),
         "",
-        *(f"- {_prose(line)}" for line in summary_lines(record)),
+        *ending(summary_lines(record), record.notes),
     ]
-    if record.notes:
-        lines += ["", "Notes:", "", *(f"- {_prose(escaped(note))}" for note in record.notes)]
-    stream.write(("\n".join(lines) + "\n").encode("utf-8", "replace"))
+    stream.write(page(lines))
 
 
 def value_of(row: TensorRecord, name: str) -> float | int | None:
@@ -135,10 +133,3 @@ def _cell(value: float | int | None, form: str, name: str) -> str:
     if value is None:
         return "nan" if name in _SHOWN else ""
     return shown(value, form)
-
-
-def _prose(text: str) -> str:
-    """Names of tensors have underscores and angle brackets, which Markdown reads."""
-    for mark in "\\`*_<>[]|":
-        text = text.replace(mark, f"\\{mark}")
-    return text
