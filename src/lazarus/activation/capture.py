@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -35,6 +35,7 @@ from lazarus.recordings import (
     TOP_IDS,
     TOP_LOGPROBS,
     Array,
+    Claim,
     Contents,
     RecordedModel,
     RecordedTokenizer,
@@ -138,7 +139,7 @@ class Capture:
             "into": str(self._path.resolve()),
         }
         take_up(self._prepared, self._run, into)
-        with ExitStack() as undo:
+        with nullcontext() if folder else Claim(self._path), ExitStack() as undo:
             if folder is None:  # else what is done is kept
                 undo.callback(self._remove)
             found = self._alone() if folder is None else self._shared(folder)

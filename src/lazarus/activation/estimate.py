@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Unpack
 
 import torch
@@ -26,6 +24,7 @@ from lazarus.recorded import opened
 from lazarus.recordings import Recording
 from lazarus.recordings.llama_cpp import RUNTIME
 from lazarus.results import Estimate, EstimatedPart
+from lazarus.scratch import ScratchFolder
 from lazarus.shards import FEWEST_SHARDS
 
 ATTRIBUTION_PASSES, ATTRIBUTION_MEMORY = 14.2, 1.6
@@ -102,8 +101,8 @@ def estimate_record(
         )
     of_pair = chosen.of_pair()
     given = given_for((model, model), prompts, tokenizer, Rank(), replace(of_pair, work_dir=None))
-    with given.running(), tempfile.TemporaryDirectory() as folder:
-        trial = RecordTrial(given, model, Clock(given.device), chosen, Path(folder))
+    with given.running(), ScratchFolder() as folder:
+        trial = RecordTrial(given, model, Clock(given.device), chosen, folder.path)
         return estimated("record", trial, of_pair, start_seconds)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lazarus.errors import SaveError
 from lazarus.messages import option
+from lazarus.scratch import ScratchFolder
 
 
 class SpillBuffer:
@@ -32,7 +33,7 @@ class SpillBuffer:
         self.spilled_bytes = 0
         self._in_memory: dict[Hashable, tuple[Any, int]] = {}
         self._in_files: dict[Hashable, tuple[Any, Path, int]] = {}
-        self._folder: Path | None = None
+        self._folder: ScratchFolder | None = None
         self._used_bytes = 0
         self._names = count()
 
@@ -46,7 +47,7 @@ class SpillBuffer:
         _traceback: TracebackType | None,
     ) -> None:
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.remove()
 
     def put(self, key: Hashable, value: Any) -> None:
         """Keep a value: tensors, in tuples, lists and dicts, and anything else beside them.
@@ -81,15 +82,15 @@ class SpillBuffer:
     def _write(self, key: Hashable, shape: Any, tensors: list[Tensor], size: int) -> None:
         try:
             if self._folder is None:
-                self._folder = Path(tempfile.mkdtemp(prefix="lazarus-"))
+                self._folder = ScratchFolder()
             # The same file is written again: what was read from it is a clone by now.
-            _, path, before = self._in_files.get(key) or (None, self._folder / str(next(self._names)), 0)
+            _, path, before = self._in_files.get(key) or (None, self._folder.path / str(next(self._names)), 0)
             # Clones, because safetensors refuses tensors that share memory.
             save_file({str(i): t.detach().cpu().contiguous().clone() for i, t in enumerate(tensors)}, path)
         except (OSError, SafetensorError) as error:
             raise SaveError(
-                f"hidden states cannot be written to {self._folder or tempfile.gettempdir()}: {error}. Make "
-                "room there, or set TMPDIR to a larger disk."
+                f"hidden states cannot be written to {tempfile.gettempdir()}: {error}. Make room there, or "
+                "set TMPDIR to a larger disk."
             ) from error
         self._in_files[key] = (shape, path, size)
         self.spilled_bytes += size - before

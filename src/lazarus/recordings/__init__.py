@@ -11,7 +11,7 @@ arrays.py      npy, npz and safetensors files of other programs
 """
 
 from lazarus.recordings.arrays import from_arrays
-from lazarus.recordings.folder import make_folder, write_manifest
+from lazarus.recordings.folder import Claim, make_folder, write_manifest
 from lazarus.recordings.format import (
     FORMAT_VERSION,
     MANIFEST,
@@ -44,6 +44,7 @@ __all__ = [
     "TOP_LOGPROBS",
     "Array",
     "BFloat16Bits",
+    "Claim",
     "Contents",
     "LlamaCppOptions",
     "RecordedModel",

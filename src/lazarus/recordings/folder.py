@@ -1,4 +1,4 @@
-"""The folder of a recording, and recording.json in it, whole or not there."""
+"""The folder of a recording: who writes into it, and recording.json, whole or not there."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from filelock import FileLock, Timeout
 
 from lazarus.errors import SaveError, UsageError
 from lazarus.foreign import user_path
@@ -13,10 +17,51 @@ from lazarus.recordings.format import MANIFEST, Contents, write
 from lazarus.recordings.tensors import PART
 
 _OURS = r"\d{5}\.safetensors(\.part)?"
+_CLAIM = ".recording"
+
+
+class Claim:
+    """The mark that a recording is being written: a lock, which is free when its process is gone.
+
+    It tells files of a process that was killed, which the next one removes, from files of somebody else.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Mark a folder.
+
+        Raises:
+            UsageError: another process has marked it.
+            SaveError: the disk gave out.
+        """
+        self._path = folder / _CLAIM
+        self._lock = FileLock(self._path)
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout as error:
+            raise UsageError(f"{folder}: another process records into it. Name another folder.") from error
+        except OSError as error:
+            raise SaveError(
+                f"{folder}: cannot be written: {error.strerror or error}. Make room there."
+            ) from error
+
+    def release(self) -> None:
+        """Take the mark away."""
+        self._path.unlink(missing_ok=True)
+        self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self.release()
 
 
 def make_folder(folder: str | Path, *, taken_up: bool = False) -> Path:
     """Make the folder of a recording; one that is `taken_up` may hold files of tensors.
+
+    What a process left that was killed while it recorded is removed.
 
     Raises:
         UsageError: it holds something, or cannot be made.
@@ -24,6 +69,8 @@ def make_folder(folder: str | Path, *, taken_up: bool = False) -> Path:
     path = user_path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
+        if (path / _CLAIM).exists():
+            _remove_what_is_left(path)
         held = sorted(entry.name for entry in path.iterdir())
         held = [name for name in held if not (taken_up and re.fullmatch(_OURS, name))]
     except (OSError, ValueError) as error:
@@ -35,6 +82,14 @@ def make_folder(folder: str | Path, *, taken_up: bool = False) -> Path:
             "another one."
         )
     return path
+
+
+def _remove_what_is_left(path: Path) -> None:
+    with Claim(path):
+        if not (path / MANIFEST).exists():
+            for file in path.iterdir():
+                if re.fullmatch(_OURS, file.name) or file.name.startswith(f"{MANIFEST}."):
+                    file.unlink()
 
 
 def write_manifest(path: Path, contents: Contents) -> None:

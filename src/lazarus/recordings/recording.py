@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lazarus.errors import PromptsError, RecordingError, UsageError
 from lazarus.foreign import user_path
 from lazarus.prompts import EXAMPLE
-from lazarus.recordings.folder import make_folder, write_manifest
+from lazarus.recordings.folder import Claim, make_folder, write_manifest
 from lazarus.recordings.format import (
     MANIFEST,
     Contents,
@@ -227,6 +227,7 @@ class RecordingWriter:
 
     def __init__(self, folder: str | Path, about: Contents) -> None:
         self.path = make_folder(folder)
+        self._claim = Claim(self.path)
         self._about = about
         self._prompts: list[RecordedPrompt] = []
         self._shards: list[Shard] = []
@@ -302,6 +303,7 @@ class RecordingWriter:
             shards=self._shards,
         )
         write_manifest(self.path, found)
+        self._claim.release()
         return Recording.open(self.path)
 
     def __enter__(self) -> Self:
@@ -312,6 +314,7 @@ class RecordingWriter:
     ) -> None:
         if kind is None:
             self.close()
+        self._claim.release()
 
     def _flush(self) -> None:
         if not self._waiting:

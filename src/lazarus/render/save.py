@@ -19,11 +19,11 @@ from lazarus.commands import commands
 from lazarus.errors import MissingPackageError, OutputError, SaveError
 from lazarus.render.base.rows import write_csv, write_parquet
 from lazarus.results import write_json
+from lazarus.scratch import ScratchFolder
 
 Writer = Callable[..., None]
 
 LEAST_FREE_BYTES = 1 << 20
-TEMPORARY = ".lazarus-"
 RECIPE = "recipe.json"
 """the end of a name that asks for the list of modules by their cost"""
 VECTORS = ".safetensors"
@@ -173,7 +173,7 @@ def _check_place(path: str) -> None:
         raise OutputError(f"-o {path}: this file is read-only. Choose another, or allow writing.")
     try:
         # By trying: permissions say nothing of a read-only file system or a quota.
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=TEMPORARY):
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise OutputError(
@@ -241,29 +241,16 @@ def _save_one(record: Any, path: str, write: Writer) -> None:
 def _write_and_rename(record: Any, target: Path, write: Writer) -> None:
     target = Path(os.path.realpath(target))  # a link stays a link
     # In the same folder, because only within one file system a rename is atomic.
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=TEMPORARY)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as stream:
+    with ScratchFolder(target.parent) as folder:
+        temporary = folder.path / target.name
+        with temporary.open("wb") as stream:
             write(record, stream)
             stream.flush()
             # The new name may reach the disk before the bytes do, and a crash would leave an empty file.
             os.fsync(stream.fileno())
-        # mkstemp gives its files to their owner alone.
-        temporary.chmod(_mode_for(target))
+        if target.exists():
+            temporary.chmod(stat.S_IMODE(target.stat().st_mode))
         temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _mode_for(target: Path) -> int:
-    """Return the permissions of the file that is replaced, or those that a new file gets."""
-    if target.exists():
-        return stat.S_IMODE(target.stat().st_mode)
-    # The mask can only be read by setting another one.
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
 
 
 def _is_special(path: str) -> bool:

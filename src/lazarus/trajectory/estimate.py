@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Unpack
 
 import msgspec
@@ -24,6 +22,7 @@ from lazarus.ranks import Rank
 from lazarus.recorded import opened
 from lazarus.recordings import Recording
 from lazarus.results import Estimate, EstimatedPart
+from lazarus.scratch import ScratchFolder
 from lazarus.trajectory.members import expand, listed
 from lazarus.trajectory.rows import MOST_LOGITS_BYTES
 from lazarus.trajectory.run import given_prompts
@@ -116,8 +115,8 @@ def estimate_series(
 
 def _measured(given: Given, base: Model, member: Model) -> _Kind:
     """Run a pair of stand-ins. They are gone when it returns: no two pairs are in memory."""
-    with given.running(), tempfile.TemporaryDirectory(prefix="lazarus-") as folder:
-        trial = SeriesTrial(given, (base, member), Clock(given.device), Path(folder))
+    with given.running(), ScratchFolder() as folder:
+        trial = SeriesTrial(given, (base, member), Clock(given.device), folder.path)
         full = estimated("series", trial, given.options, 0.0)
     ours, theirs = trial.standing.each
     streams = trial.standing.streams

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,6 +35,7 @@ from lazarus.results import (
     finite_or_none,
     steps_of,
 )
+from lazarus.scratch import ScratchFolder
 from lazarus.shards import WorkFolder
 from lazarus.trajectory.distances import Distances, Floats, turns
 from lazarus.trajectory.findings import Seen, find
@@ -297,8 +297,8 @@ def _folder(chosen: SeriesOptions) -> Iterator[Path]:
         UsageError: it cannot be written.
     """
     if chosen.work_dir is None:
-        with tempfile.TemporaryDirectory(prefix="lazarus-") as folder:
-            yield Path(folder)
+        with ScratchFolder() as folder:
+            yield folder.path
         return
     path = user_path(chosen.work_dir)
     try:

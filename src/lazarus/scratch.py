@@ -1,0 +1,82 @@
+"""Temporary folders of which nothing is left: not after an error, nor for long where a process is killed.
+
+A process that is killed removes nothing. But its lock on the folder is free, and whoever makes the next
+folder beside it removes what nobody holds any more.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from filelock import FileLock, Timeout
+
+PREFIX = ".lazarus-"
+_LOCK = "lock"
+
+
+class ScratchFolder:
+    """A folder for temporary files: it goes with `remove`, with its context, or after its process."""
+
+    def __init__(self, parent: str | Path | None = None) -> None:
+        """Make the folder in `parent`, by default where temporary files go, and remove the dead ones there.
+
+        Raises:
+            OSError: no folder can be made there.
+        """
+        place = Path(parent or tempfile.gettempdir())
+        _sweep(place)
+        while True:
+            self.path = Path(tempfile.mkdtemp(dir=place, prefix=PREFIX))
+            self._lock = FileLock(self.path / _LOCK)
+            # Another process may have taken the folder for a dead one before it was locked.
+            with suppress(Timeout, FileNotFoundError):
+                self._lock.acquire(blocking=False)
+                if self.path.exists():
+                    return
+                self._lock.release()
+
+    def remove(self) -> None:
+        """Remove the folder, with all that is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+
+def _sweep(place: Path) -> None:
+    """Remove the scratch folders whose processes are gone, as far as they are this user's."""
+    with suppress(OSError), os.scandir(place) as entries:
+        for entry in entries:
+            if entry.name.startswith(PREFIX) and entry.is_dir(follow_symlinks=False) and _is_own(entry):
+                _remove_if_dead(Path(entry.path))
+
+
+def _is_own(entry: os.DirEntry[str]) -> bool:
+    return not hasattr(os, "getuid") or entry.stat(follow_symlinks=False).st_uid == os.getuid()
+
+
+def _remove_if_dead(folder: Path) -> None:
+    if not (folder / _LOCK).exists():
+        with suppress(OSError):  # it holds something, and nothing tells that it is ours
+            folder.rmdir()
+        return
+    lock = FileLock(folder / _LOCK)
+    with suppress(Timeout, OSError):
+        lock.acquire(blocking=False)
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.release()

@@ -1,0 +1,76 @@
+"""Temporary folders: nothing is left of them, and nobody else's are touched."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from lazarus.errors import UsageError
+from lazarus.recordings import make_folder
+from lazarus.recordings.folder import Claim
+from lazarus.scratch import ScratchFolder
+
+
+def killed_while(make: type[ScratchFolder] | type[Claim], place: Path) -> None:
+    """Kill a process that has made a folder, or claimed one, and has written into it."""
+    pid = os.fork()
+    if not pid:
+        made = make(place)
+        path = made.path if isinstance(made, ScratchFolder) else place
+        (path / "00000.safetensors.part").write_bytes(b"half")
+        time.sleep(60)
+        os._exit(1)
+    while not list(place.rglob("*.part")):
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def test_a_folder_goes_with_its_context(tmp_path: Path) -> None:
+    with ScratchFolder(tmp_path) as folder:
+        (folder.path / "states").write_text("x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_goes_with_the_next_folder(tmp_path: Path) -> None:
+    killed_while(ScratchFolder, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    with ScratchFolder(tmp_path) as folder:
+        assert list(tmp_path.iterdir()) == [folder.path]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_that_are_in_use_or_of_others_stay(tmp_path: Path) -> None:
+    stranger = tmp_path / ".lazarus-mine"
+    stranger.mkdir()
+    (stranger / "thesis.tex").touch()
+    (tmp_path / ".lazarus-link").symlink_to(stranger)
+    with ScratchFolder(tmp_path) as one, ScratchFolder(tmp_path) as other:
+        assert one.path.exists()
+        assert other.path.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lazarus-link", ".lazarus-mine"]
+
+
+def test_a_recording_that_was_killed_is_taken_over(tmp_path: Path) -> None:
+    killed_while(Claim, tmp_path)
+    assert make_folder(tmp_path) == tmp_path
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recording_that_is_being_written_is_left_alone(tmp_path: Path) -> None:
+    with Claim(tmp_path):
+        (tmp_path / "00000.safetensors.part").touch()
+        with pytest.raises(UsageError, match="another process records into it"):
+            make_folder(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["00000.safetensors.part"]
+
+
+def test_tensors_of_somebody_else_are_no_half_recording(tmp_path: Path) -> None:
+    (tmp_path / "00000.safetensors").touch()
+    with pytest.raises(UsageError, match=r"holds '00000\.safetensors'"):
+        make_folder(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["00000.safetensors"]
