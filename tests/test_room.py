@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
+import lazarus
+from lazarus import demo, memory
+from lazarus.blame import MemoryFaults
+from lazarus.errors import DeviceError
 from lazarus.models import room
 
 GIB = 2**30
@@ -21,8 +26,8 @@ def make_cgroup(folder: Path, limit_name: str, limit: str, stat: str) -> None:
 
 @pytest.fixture
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(room, "CGROUPS", tmp_path / "fs")
-    monkeypatch.setattr(room, "MEMBERSHIP", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path / "fs")
+    monkeypatch.setattr(memory, "MEMBERSHIP", tmp_path / "cgroup")
     return tmp_path
 
 
@@ -58,3 +63,54 @@ def test_a_cgroup_that_is_used_up_leaves_nothing(places: Path) -> None:
     (places / "cgroup").write_text("0::/\n", encoding="ascii")
     make_cgroup(places / "fs", "memory.max", str(2**20), f"anon {2**21}")
     assert free() == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "column"), [("RLIMIT_AS", "ulimit -v", 0), ("RLIMIT_DATA", "ulimit -d", 5)]
+)
+def test_a_limit_of_the_shell_counts_what_the_process_has(
+    kind: str, name: str, column: int, places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = places / "statm"
+    sizes.write_text("1000 200 30 4 0 500 0\n", encoding="ascii")
+    monkeypatch.setattr(memory, "SIZES", sizes)
+    limits = {getattr(resource, kind): GIB}
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (limits.get(kind, resource.RLIM_INFINITY),) * 2)
+    used = (1000 if column == 0 else 500) * resource.getpagesize()
+    found = memory.tightest_limit()
+    assert found is not None
+    assert (found.left, str(found)) == (GIB - used, f"{name}'s limit of 1.07 GB")
+    assert free() == GIB - used
+
+
+# --- Refused before it begins
+
+
+def limit_to(places: Path, left: int) -> None:
+    (places / "cgroup").write_text("0::/\n", encoding="ascii")
+    make_cgroup(places / "fs", "memory.max", str(GIB + left), f"anon {GIB}")
+
+
+@pytest.mark.parametrize("mode", ["auto", "resident", "stream"])
+def test_a_pair_that_a_limit_does_not_hold_is_refused(mode: str, places: Path) -> None:
+    """The system would kill the process without a word."""
+    limit_to(places, 2**20)
+    with pytest.raises(DeviceError) as caught:
+        lazarus.activation_diff(demo.BASE, demo.FINETUNED, ["Hello"], memory=mode)
+    told = str(caught.value)
+    assert told.startswith("Both models take 0.0")
+    assert "and 0.00 GB are left of the cgroup's limit of 1.07 GB. Use `dtype=" in told
+    assert "memory=" not in told  # it would not help
+
+
+def test_compare_is_refused_as_well(places: Path) -> None:
+    limit_to(places, 2**20)
+    with pytest.raises(DeviceError, match=r"Both models take .* the cgroup's limit of 1.07 GB. Use `dtype="):
+        lazarus.compare(demo.BASE, demo.FINETUNED, "Hello")
+
+
+def test_memory_that_runs_out_within_a_limit_names_it(places: Path) -> None:
+    limit_to(places, GIB)
+    with pytest.raises(DeviceError) as caught, MemoryFaults(["A"]):
+        raise MemoryError
+    assert str(caught.value) == "Out of memory, within the cgroup's limit of 2.15 GB. Use A."

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from lazarus.errors import DeviceError, LazarusError
+from lazarus.memory import tightest_limit
 
 _PACKAGE = __name__.partition(".")[0]
 _PASSES_ON = ("jaxtyping", "beartype", "torch.utils._contextlib")
@@ -62,6 +63,15 @@ class Translated:
             raise self.tell(error) from error
 
 
+class NoRoomError(MemoryError):
+    """Memory that will not do, known before it is taken; `MemoryFaults` adds what needs less."""
+
+    def __init__(self, message: str, useless: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.useless = useless
+        """the options that would not help either"""
+
+
 @dataclass(frozen=True)
 class MemoryFaults:
     """A context that tells of memory that runs out anywhere inside, in one way, with the options that help.
@@ -98,8 +108,13 @@ def out_of_memory(error: BaseException, helps: Sequence[str]) -> str:
     asked = _ASKED_FOR.search(text)
     what = f"{'the GPU is ' if _ON_A_GPU.search(text) else ''}out of memory"
     more = f" ({asked[1]} more were asked for)" if asked else ""
-    *others, last = helps or ("a machine with more memory",)
+    useless = [each for fault in faults if isinstance(fault, NoRoomError) for each in fault.useless]
+    *others, last = [each for each in helps if each not in useless] or ("a machine with more memory",)
     advice = f"{', '.join(others)} or {last}" if others else last
+    limit = None if _ON_A_GPU.search(text) else tightest_limit()
+    more += "" if limit is None else f", within {limit}"
+    if isinstance(faults[-1], NoRoomError):
+        what, more = text, ""
     told = f"{where}: {what}" if where else what[0].upper() + what[1:]
     return f"{told}{more}. Use {advice}."
 

@@ -10,10 +10,13 @@ from typing import Literal
 import torch
 from torch import nn
 
+from lazarus.blame import NoRoomError
 from lazarus.errors import DeviceError, ModelError, UsageError
+from lazarus.memory import Limit, tightest_limit
 from lazarus.messages import option
 from lazarus.models import (
     Clock,
+    Footprint,
     LoadedModel,
     LoadOptions,
     ModelReference,
@@ -46,6 +49,8 @@ Announce = Callable[[Role, str], None]
 ROOM_FOR_THE_REST = 1.1
 """What runs beside the weights, as a factor of them; and, in bytes, whatever their size:"""
 ROOM_AT_LEAST = 2**30
+STREAMED_AT_LEAST = 224 * 2**20
+"""What streaming takes beside weights, in bytes: tokenizers and what is imported as it runs."""
 
 
 def load_models(
@@ -63,9 +68,7 @@ def load_models(
     named = [parse_model(str(m)) if isinstance(m, str | Path) else m for m in models]
     match named:
         case [ModelReference() as first, ModelReference() as second]:
-            streams = chosen.memory == "stream"
-            if chosen.memory == "auto":
-                streams = _must_stream((first, second), options, notes)
+            streams = _streams((first, second), chosen, options, notes)
             load = load_paged if streams else load_pair
             loaded = load(first, second, options, announce)
         case _ if chosen.memory == "stream":
@@ -104,12 +107,8 @@ class BaseKeeper:
         if not (isinstance(base, ModelReference) and isinstance(finetuned, ModelReference)) or base.adapters:
             return load_models((base, finetuned), chosen, device, announce, notes)
         options = _load_options(chosen, device)
-        streams = chosen.memory == "stream"
         if self._weights is None:
-            streams = streams or (
-                chosen.memory == "auto" and _must_stream((base, finetuned), options, Notes())
-            )
-            if streams:
+            if _streams((base, finetuned), chosen, options, Notes()):
                 return load_models((base, finetuned), chosen, device, announce, notes)
             announce("base", base.name)
             self._weights = load_base(base, options)
@@ -140,16 +139,13 @@ def load_alone(
 
     named = parse_model(str(model)) if isinstance(model, str | Path) else model
     options = _load_options(chosen, device)
-    streams = chosen.memory == "stream"
     if isinstance(named, ModelReference):
-        if chosen.memory == "auto":
-            streams = _must_stream((named, named), options, notes)
-        if streams:
+        if _streams((named, named), chosen, options, notes):
             loaded = load_paged(named, named, options, once)[0]
         else:
             loaded = _load_or_wrap(named, role, options, announce)
     else:
-        if streams:
+        if chosen.memory == "stream":
             raise _in_memory_already()
         loaded = _load_or_wrap(named, role, options, announce)
     notes.extend(loaded.notes)
@@ -254,13 +250,27 @@ def less_memory(dtype: str, device: torch.device, *, can_stream: bool) -> list[s
     return found if device.type == "cpu" else [*found, option("device", "cpu")]
 
 
+def _streams(
+    pair: tuple[ModelReference, ModelReference], chosen: Options, options: LoadOptions, notes: Notes
+) -> bool:
+    """Return whether a pair is read block by block, once it is known that there is room for it.
+
+    Raises:
+        NoRoomError: a limit of the process leaves too little, and the system would kill it.
+    """
+    streams = chosen.memory == "stream"
+    if chosen.memory == "auto":
+        streams = _must_stream(pair, options, notes)
+    limit = tightest_limit()
+    if limit is not None and options.device.type == "cpu":
+        _check_limit(pair, options, streams, limit)
+    return streams
+
+
 def _must_stream(pair: tuple[ModelReference, ModelReference], options: LoadOptions, notes: Notes) -> bool:
     """Return whether a pair is read block by block, and note why: both models do not fit, and can be."""
     free = free_bytes(options.device)
-    try:
-        footprint = None if fits_surely(*pair, options, free // 2) else estimate(*pair, options)
-    except ModelError:
-        return False  # loading says it, in its place
+    footprint = _footprint(pair, options, free // 2)
     if footprint is None or footprint.resident * ROOM_FOR_THE_REST + ROOM_AT_LEAST <= free:
         return False
     notes.add(
@@ -269,6 +279,35 @@ def _must_stream(pair: tuple[ModelReference, ModelReference], options: LoadOptio
         f"each at a time was read from disk ({option('memory', 'stream')})",
     )
     return True
+
+
+def _footprint(
+    pair: tuple[ModelReference, ModelReference], options: LoadOptions, room: int
+) -> Footprint | None:
+    """Return what a pair takes; None where it surely fits into so many bytes, or that is not known."""
+    try:
+        return None if fits_surely(*pair, options, room) else estimate(*pair, options)
+    except ModelError:
+        return None  # loading says it, in its place
+
+
+def _check_limit(
+    pair: tuple[ModelReference, ModelReference], options: LoadOptions, streams: bool, limit: Limit
+) -> None:
+    """Refuse a pair that a limit does not hold, by the least that it takes."""
+    footprint = _footprint(pair, options, limit.left // 2)
+    if footprint is None:
+        return
+    whole = footprint.resident
+    # Both heads are in memory at the end, and before that one block of each that runs and one that is read.
+    parts = footprint.rest + 2 * footprint.block + STREAMED_AT_LEAST
+    if (parts if streams else whole) <= limit.left:
+        return
+    told = f"both models take {whole / 1e9:.2f} GB"
+    if streams:
+        told += f", a block of each at a time {parts / 1e9:.2f} GB"
+    helpless = () if parts <= limit.left and not streams else (option("memory", "stream"),)
+    raise NoRoomError(f"{told}, and {limit.left / 1e9:.2f} GB are left of {limit}", helpless)
 
 
 def _load_or_wrap(

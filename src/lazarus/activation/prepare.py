@@ -88,9 +88,11 @@ class Given:
         return CPU_BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
 
     def memory_faults(self, *more: str) -> MemoryFaults:
-        """Return a context that tells of a lack of memory, with the options that help: `more` first."""
+        """Return a context that tells of a lack of memory, with the options that help, `more` among them."""
         can_stream = self.can_stream and self.options.memory != "stream"
-        return MemoryFaults([*more, *less_memory(self.options.dtype, self.device, can_stream=can_stream)])
+        helps = less_memory(self.options.dtype, self.device, can_stream=can_stream)
+        # Reading block by block helps most, whatever else is asked for.
+        return MemoryFaults([*helps[:can_stream], *more, *helps[can_stream:]])
 
     def running(self) -> MemoryFaults:
         """Return the same for what runs in batches."""
