@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help demo test test-all test-fast coverage test-browser test-real test-compat test-upstream test-runtimes check docs format docs-reference train-demo bench trust clean
+.PHONY: help demo test test-all test-fast coverage test-browser test-real test-compat test-floors test-upstream test-runtimes check docs format docs-reference train-demo bench trust clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -34,6 +34,9 @@ test-real: $(VENV)/.installed-dev $(VENV)/.real-weights  ## run the tests on Smo
 
 test-compat: $(VENV)/.installed-dev  ## run the public surface with the oldest, a middle and the newest transformers
 	$(BIN)/python tests/compat.py $(UPDATE)
+
+test-floors: $(VENV)/.installed-dev  ## run the public surface and the hostile files with the lowest versions of all packages
+	$(BIN)/python tests/floors.py
 
 test-upstream: $(VENV)/.installed-dev $(VENV)/.upstream  ## run quantised models by their own libraries too
 	PYTHONPATH=$(VENV)/upstream $(BIN)/python -m pytest -q tests/test_upstream.py
@@ -99,4 +102,4 @@ $(VENV)/.runtimes: $(VENV)/.installed-dev
 	@touch $@
 
 clean:  ## remove the virtual environment and every cache
-	rm -rf $(VENV) .venv-compat .mypy_cache .ruff_cache .pytest_cache .hypothesis benchmarks/cache
+	rm -rf $(VENV) .venv-compat .venv-floors .mypy_cache .ruff_cache .pytest_cache .hypothesis benchmarks/cache

@@ -28,15 +28,17 @@ HERE = Path(__file__).parent
 FOLDER = HERE.parent / ".venv-compat"
 RECORDINGS = FOLDER / "recordings"
 PAGE = HERE.parent / "docs" / "compatibility.md"
-VERSIONS = ("5.0.0", "5.12.1", "5.24.0")
+VERSIONS = ("5.5.0", "5.12.1", "5.24.0")
 """the oldest, one in the middle, the newest"""
 PEFT = "peft==0.21.2"
 
 HEAD = """# Which versions of transformers
 
-lazarus works with transformers 5.0 and newer, below 6; transformers 4 is refused. `make test-compat` runs
-`tests/test_compat.py` with the versions of this table, on the pair of models that ships. torch, PEFT and all
-else are those of `constraints.txt`.
+lazarus works with transformers 5.5 and newer, below 6; older ones are refused, since a checkpoint can make
+them run code ([why](architecture.md#dependencies)). `make test-compat` runs `tests/test_compat.py` with the
+versions of this table, on the pair of models that ships. torch, PEFT and all else are those of
+`constraints.txt`; `make test-floors` runs the same with the lowest version of every package that Lazarus
+admits.
 
 """
 

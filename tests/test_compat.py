@@ -1,4 +1,4 @@
-"""The demo pair through the public surface: what every version of transformers from 5.0 on must do.
+"""The demo pair through the public surface: what every version of transformers from 5.5 on must do.
 
 `make test-compat` runs this file with the oldest version, one in the middle and the newest.
 """
@@ -25,7 +25,7 @@ from factories import save_model, tiny_tokenizer
 from ggufs import write_gguf
 from lazarus import _transformers
 from lazarus.demo import BASE, FINETUNED, PROMPTS
-from lazarus.errors import MissingPackageError, TokenizerMismatchError, UnsupportedModelError
+from lazarus.errors import MissingPackageError, TokenizerMismatchError
 from lazarus.integrations import ActivationDiffCallback
 
 RECORDINGS = "LAZARUS_RECORDINGS"
@@ -132,12 +132,7 @@ def test_weight_diff_sees_the_update_of_an_adapter(adapter: Path) -> None:
     assert changed == {(5, "attn_q"), (5, "mlp_down")}
 
 
-def test_a_pair_that_is_read_block_by_block_is_the_same_pair(refused: Refused) -> None:
-    if not _transformers.can_convert():
-        with pytest.raises(UnsupportedModelError, match=r"5\.1 or newer is needed.*`memory=.resident.`"):
-            lazarus.activation_diff(BASE, FINETUNED, TEXTS, memory="stream")
-        refused(_transformers.NEEDS_CONVERTING)
-        return
+def test_a_pair_that_is_read_block_by_block_is_the_same_pair() -> None:
     streamed, resident = (
         lazarus.activation_diff(BASE, FINETUNED, TEXTS, memory=memory) for memory in ("stream", "resident")
     )
@@ -211,8 +206,14 @@ def test_the_command_line_prints_and_saves_and_shows_again(tmp_path: Path) -> No
     assert shown.stdout.strip() in done.stdout
 
 
-def test_transformers_4_is_refused_in_one_sentence() -> None:
+@pytest.mark.parametrize("version", ["4.57.6", "5.4.1"])
+def test_a_transformers_that_is_too_old_is_refused_in_one_sentence(version: str) -> None:
     with pytest.raises(
-        MissingPackageError, match=r"needs transformers 5\.0 or newer, and 4\.57\.6 is installed"
+        MissingPackageError, match=rf"needs transformers 5\.5 or newer, and {version} is installed"
     ):
-        _transformers.check_version("4.57.6")
+        _transformers.check_version(version)
+
+
+def test_a_series_is_measured_step_by_step() -> None:
+    found = lazarus.series(BASE, [BASE, FINETUNED], TEXTS)
+    assert [member.summary.verdict for member in found.record.members] == ["identical", "changed"]

@@ -22,19 +22,17 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lazarus.errors import MissingPackageError
 
 VERSION: str = transformers.__version__
-OLDEST = "5.0"
-"""older ones are refused"""
-NEEDS_CONVERTING = f"transformers {VERSION} is installed, and 5.1 or newer is needed for it."
-"""what is said where `can_convert` is False"""
+OLDEST = "5.5"
+"""older ones are refused: a config.json can make them run code from the Hub (CVE-2026-4372, CVE-2026-5241)"""
 
 
 def check_version(version: str) -> None:
     """Refuse a version of transformers that is too old.
 
     Raises:
-        MissingPackageError: it is older than 5.0.
+        MissingPackageError: it is older than `OLDEST`.
     """
-    if int(version.split(".")[0]) < 5:
+    if tuple(map(int, version.split(".")[:2])) < tuple(map(int, OLDEST.split("."))):
         raise MissingPackageError(
             f"lazarus needs transformers {OLDEST} or newer, and {version} is installed. Install it with "
             f"`pip install 'transformers>={OLDEST},<6'`."
@@ -120,23 +118,15 @@ def empty_model(kind: type[PreTrainedModel], config: Any, files: list[str], dtyp
     `dtype` may be "auto"; the configuration is changed.
     """
     from transformers.modeling_utils import _get_dtype
+    from transformers.monkey_patching import patch_output_recorders
 
     config, dtype = _get_dtype(dtype, files, config, None, None, True)
-    takes_kernels = "allow_all_kernels" in inspect.signature(kind.get_init_context).parameters  # from 5.3 on
     with ExitStack() as contexts:
-        for context in kind.get_init_context(dtype, False, False, *[None] * takes_kernels):
+        for context in kind.get_init_context(dtype, False, False, None):
             contexts.enter_context(context)
         model = kind(config)
-    _patch_output_recorders(model)
-    return model
-
-
-def _patch_output_recorders(model: PreTrainedModel) -> None:
-    try:
-        from transformers.monkey_patching import patch_output_recorders
-    except ImportError:  # before 5.3 there is nothing to patch
-        return
     patch_output_recorders(model)
+    return model
 
 
 # --- from stored tensors to parameters ----------------------------------------------------------
@@ -200,11 +190,6 @@ def keeps_order(converter: Any) -> bool:
 
 
 # --- converting: sharing tensors between two models, reading one block by block ------------------
-
-
-def can_convert() -> bool:
-    """Return whether a few stored tensors can be put into a model that is there: from 5.1 on."""
-    return hasattr(PreTrainedModel, "_finalize_model_loading")
 
 
 def dtype_plan(model: PreTrainedModel) -> dict[str, Any]:

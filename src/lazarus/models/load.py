@@ -139,27 +139,17 @@ def _class_to_convert(opened: Opened) -> type[PreTrainedModel] | None:
     if opened.gguf is not None:
         return None
     kind: type[PreTrainedModel] | None = _transformers.registered_class(opened.model_class, opened.config)
-    by_itself = kind is None or opened.quantised
-    if not by_itself and _transformers.can_convert():
+    if kind is not None and not opened.quantised:
         return kind
-    must = (
+    if (
         source.weights_file is not None
         or source.file("adapter_config.json") is not None
         or opened.codes is not None
-    )
-    if must and by_itself:
+    ):
         raise UnsupportedModelError(
             f"{source.name}: a {'quantised model' if opened.quantised else 'model with its own code'} is "
             "read from a folder that holds nothing else. Move it into a folder of its own."
         )
-    if by_itself or kind is None:
-        return None
-    with translated(source.name):
-        if must or may_be_wrapped(stored_weights(opened), kind.base_model_prefix):
-            raise UnsupportedModelError(
-                f"{source.name}: its tensors have other names than transformers reads by itself. "
-                f"{_transformers.NEEDS_CONVERTING}"
-            )
     return None
 
 
@@ -245,8 +235,6 @@ def _load_over(base: Weights, opened: Opened, options: LoadOptions) -> Weights |
         # without --dtype, the configuration alone says whether both are stored in one dtype
         or (options.dtype is None and (ours.config.dtype is None or ours.config.dtype != opened.config.dtype))
     ):
-        return None
-    if not _transformers.can_convert():
         return None
     with translated(opened.source.name):
         model = load_over(base.model, stored_weights(ours), stored_weights(opened), options.device)

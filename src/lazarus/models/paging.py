@@ -106,8 +106,6 @@ def _build(opened: Opened, options: LoadOptions) -> tuple[PreTrainedModel, Conve
 
 def _class_of(opened: Opened) -> type[PreTrainedModel]:
     """The class of a checkpoint that can be read block by block."""
-    if not _transformers.can_convert():
-        raise _refusal(opened.source, _transformers.NEEDS_CONVERTING.rstrip("."))
     if opened.source.gguf_file:
         raise _refusal(opened.source, "a GGUF file is read as a whole")
     if opened.quantised:

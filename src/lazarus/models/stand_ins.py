@@ -191,8 +191,6 @@ def _build(opened: Opened, options: LoadOptions) -> tuple[PreTrainedModel, Conve
         why = "its weights are quantised and run as they are stored"
     elif kind is None:
         why = "its Python code is its own"
-    elif not _transformers.can_convert():
-        why = _transformers.NEEDS_CONVERTING.rstrip(".")
     if why is not None or kind is None:
         raise UnsupportedModelError(
             f"{opened.source.name}: what it takes cannot be estimated without its weights: {why}. Run it on "
