@@ -18,6 +18,7 @@ import tomllib
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 
@@ -255,7 +256,7 @@ def _pip(words: list[str], reads: bytes | None) -> Answer:
     Of what the project needs, a version may be named that the project works with.
     """
     assert words[0] == "install", f"pip {words[0]} is not known here"
-    wanted = [word for word in words[1:] if not word.startswith("-") and word != "constraints.txt"]
+    wanted = [word for last, word in pairwise(words) if not word.startswith("-") and last != "-c"]
     for word in wanted:
         requirement = Requirement(f"{PROJECT['name']}{word[1:]}" if word.startswith(".") else word)
         if requirement.name in NEEDED:
