@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help demo test test-all test-fast coverage test-browser test-real test-compat test-floors test-upstream test-runtimes check docs format docs-reference train-demo bench trust clean
+.PHONY: help demo test test-all test-fast coverage test-browser test-real test-compat test-floors test-upstream fuzz faults soak test-runtimes check docs format docs-reference train-demo bench trust clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -37,6 +37,18 @@ test-compat: $(VENV)/.installed-dev  ## run the public surface with the oldest, 
 
 test-floors: $(VENV)/.installed-dev  ## run the public surface and the hostile files with the lowest versions of all packages
 	$(BIN)/python tests/floors.py
+
+SECONDS ?= 600
+fuzz: $(VENV)/.installed-dev $(VENV)/.fuzz  ## give changed files to every reader (SECONDS=600)
+	PYTHONPATH=$(VENV)/fuzz $(BIN)/python tests/fuzz.py --seconds $(SECONDS)
+
+TRIALS ?= 1
+faults: $(VENV)/.installed-dev  ## kill, starve and interrupt every command, and print a table (TRIALS=1 is 850 of them)
+	$(BIN)/python tests/faults.py --trials $(TRIALS)
+
+MINUTES ?= 30
+soak: $(VENV)/.installed-dev  ## call the library in one process, and watch memory and handles (MINUTES=30)
+	$(BIN)/python tests/soak.py --minutes $(MINUTES)
 
 test-upstream: $(VENV)/.installed-dev $(VENV)/.upstream  ## run quantised models by their own libraries too
 	PYTHONPATH=$(VENV)/upstream $(BIN)/python -m pytest -q tests/test_upstream.py
@@ -92,6 +104,11 @@ $(VENV)/.upstream: $(VENV)/.installed-dev
 	$(PIP) --no-deps --target $(VENV)/upstream $(UPSTREAM)
 	@touch $@
 
+# Beside the environment too: fuzzing is no part of developing.
+$(VENV)/.fuzz: $(VENV)/.installed-dev
+	$(PIP) --no-deps --target $(VENV)/fuzz atheris==3.0.0
+	@touch $@
+
 # Beside the environment too. llama.cpp is built from source (ten minutes on two cores), for any CPU of its kind:
 # a build for this one may use instructions that a virtual machine does not let through.
 RUNTIMES := onnx==1.23.2 onnxruntime==1.32.0 onnxscript==0.7.2 onnx-ir==1.1.0 ml-dtypes==0.6.0 flatbuffers==25.12.19
@@ -102,4 +119,4 @@ $(VENV)/.runtimes: $(VENV)/.installed-dev
 	@touch $@
 
 clean:  ## remove the virtual environment and every cache
-	rm -rf $(VENV) .venv-compat .venv-floors .mypy_cache .ruff_cache .pytest_cache .hypothesis benchmarks/cache
+	rm -rf $(VENV) .venv-compat .venv-floors fuzz-findings .mypy_cache .ruff_cache .pytest_cache .hypothesis benchmarks/cache

@@ -21,7 +21,7 @@ ROOT = HERE.parent
 FOLDER = ROOT / ".venv-floors"
 TOOLS = ("pytest", "pytest-xdist", "hypothesis", "beartype", "jsonschema")
 """what the tests need besides, in the versions of constraints.txt"""
-TESTS = ("compat", "scratch")
+TESTS = ("compat", "corpus", "determinism", "faults", "scratch")
 
 
 def floors() -> list[str]:

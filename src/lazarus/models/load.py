@@ -28,7 +28,7 @@ from lazarus.models.reference import ModelReference, Source, adapter_base
 from lazarus.models.sharing import load_over
 from lazarus.models.underneath import adapter_of, note_base, source_under
 from lazarus.models.whole import is_hooked, run_once_whole
-from lazarus.models.wrappers import may_be_wrapped, refuse_unmerged
+from lazarus.models.wrappers import refuse_unmerged
 from lazarus.notes import Notes
 
 

@@ -54,13 +54,6 @@ class Wrappers:
         notes.add("wrapped-names", told, model=name)
 
 
-def may_be_wrapped(keys: Collection[str], own_prefix: str) -> bool:
-    """Return whether the keys may be a wrapper's, by themselves; `own_prefix` is the model's prefix."""
-    parts = {part for key in keys for part in key.split(".")}
-    inside = bool(_private(keys) or parts & _INNER)
-    return inside or any(name != own_prefix for name in _common(keys))
-
-
 def find_wrappers(keys: Sequence[str], names: Iterable[str], count: Callable[[list[str]], int]) -> Wrappers:
     """Find what to take off the keys of a checkpoint so that they are the names of a model.
 
