@@ -41,6 +41,14 @@ SECONDS_OF_PATTERNS = 10
 """for all patterns in an adapter's configuration: those of published ones take milliseconds"""
 
 
+SECONDS_OF_A_TEMPLATE = 10
+"""for a chat in a chat template: it takes milliseconds"""
+MEMORY_OF_A_TEMPLATE = 2**30
+"""bytes that a chat template may take beside what this process has"""
+MOST_RENDERED = 2**26
+"""characters that a chat template may write of one chat: no context has as many tokens"""
+
+
 def exceeds(found: float, most: float) -> bool:
     """Return whether a number is above a limit that is not lifted."""
     return found > most and not lifted()

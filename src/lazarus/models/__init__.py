@@ -26,6 +26,7 @@ design.py      whether two models differ in their weights alone
 equality.py    whether two tensors, modules or other values are the same: yes, no, or not known
 tokenizer.py   the tokenizer that belongs to it, or another by its name
 chats.py       what its chat template makes of a chat
+rendering.py   a process in which templates are rendered, with limits
 chat_forms.py  the other forms in which templates take a chat
 turns.py       where the responses are in that
 adapters.py    PEFT adapters, and two module trees over one storage

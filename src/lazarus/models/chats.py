@@ -8,14 +8,12 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
-
-from jinja2 import TemplateError
 
 from lazarus.errors import ChatTemplateError
 from lazarus.messages import option
 from lazarus.models.chat_forms import Messages, arguments_of, forms, to_object
+from lazarus.models.rendering import Call, Renderer, TemplateLimitError
 from lazarus.prompts import ASSISTANT, Prompt, texts_of
 
 # Remarks on what a template did with a chat; those on what it was given are in `chat_forms`.
@@ -68,7 +66,8 @@ def render_chats(prompts: Sequence[Prompt], template: ChatTemplate) -> tuple[lis
     Raises:
         ChatTemplateError: the template fails, writes nothing, or prints what it was to read.
     """
-    written = list(write_chats(prompts, template))
+    with Renderer(template.tokenizer) as renderer:
+        written = list(write_chats(prompts, template, renderer))
     return [each.text for each in written], by_remark([each.remarks for each in written])
 
 
@@ -82,7 +81,7 @@ class Written:
     remarks: Sequence[str]
 
 
-def write_chats(prompts: Sequence[Prompt], template: ChatTemplate) -> Iterator[Written]:
+def write_chats(prompts: Sequence[Prompt], template: ChatTemplate, renderer: Renderer) -> Iterator[Written]:
     """Yield each prompt, and the response after it if it has one of its own, as `render_chats` writes it.
 
     Raises:
@@ -91,7 +90,7 @@ def write_chats(prompts: Sequence[Prompt], template: ChatTemplate) -> Iterator[W
     for index, prompt in enumerate(prompts):
         place = f"Prompt {index} ({prompt.text[:40]!r})"
         template_text = template.for_chat(prompt.for_template)
-        chat = Chat(place, template.tokenizer, template_text, prompt.for_template)
+        chat = Chat(place, template.tokenizer, renderer, template_text, prompt.for_template)
         turns = prompt.messages or ({"role": "user", "content": prompt.text},)
         messages, text, found = _write(chat, [*turns, *_response(prompt)])
         yield Written(chat, messages, text, list(dict.fromkeys([*found, *_unused(chat, messages, text)])))
@@ -119,6 +118,7 @@ class Chat:
 
     place: str
     tokenizer: Any
+    renderer: Renderer
     template: str
     for_template: Mapping[str, Any]
 
@@ -142,57 +142,25 @@ class Chat:
             )
         if begins is None:
             begins = messages[-1]["role"] != ASSISTANT
-        with _Rendering(self.place):
-            text: str = self.tokenizer.apply_chat_template(
-                list(messages),
-                chat_template=self.template,
-                tokenize=False,
-                add_generation_prompt=begins,
-                **given,
-            )
+        text = self.renderer.render(Call(messages, self.template, begins, given), self.place)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ChatTemplateError(
+                f"{self.place}: the chat template writes half a character (a lone surrogate). Mend the "
+                f"template ({option('chat_template', 'FILE')}).",
+                option="chat_template",
+            ) from error
         return text
 
     def ignores(self, text: str, messages: Messages, for_template: Mapping[str, Any] | None = None) -> bool:
         """Return whether the template makes the same text of these messages."""
         try:
             return self.text(messages, for_template) == text
+        except TemplateLimitError:
+            raise
         except ChatTemplateError:
             return False
-
-
-@dataclass(frozen=True)
-class _Rendering:
-    """A chat template is rendered: what is raised within it is its own fault, whatever its class.
-
-    A template may divide by zero or miss a key, so no list of classes has them all; but the traceback of such
-    an error has a frame of jinja2, and one of transformers' faults, or of ours, has none.
-    """
-
-    place: str
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # What transformers itself refuses of a chat is a ValueError.
-        if isinstance(error, Exception) and (isinstance(error, ValueError) or _is_in_jinja(trace)):
-            said = " ".join(str(error).split()).rstrip(".")
-            if not isinstance(error, TemplateError):
-                said = f"{type(error).__name__}: {said}"
-            raise ChatTemplateError(
-                f"{self.place}: the chat template fails on it: {said}. Mend the template "
-                f"({option('chat_template', 'FILE')}) or the messages.",
-                option="chat_template",
-            ) from error
-
-
-def _is_in_jinja(trace: TracebackType | None) -> bool:
-    while trace is not None:
-        if str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0] == "jinja2":
-            return True
-        trace = trace.tb_next
-    return False
 
 
 def _write(chat: Chat, messages: Messages) -> tuple[Messages, str, list[str]]:
@@ -205,6 +173,8 @@ def _write(chat: Chat, messages: Messages) -> tuple[Messages, str, list[str]]:
     for form, remarks in forms(messages):
         try:
             text = chat.text(form)
+        except TemplateLimitError:
+            raise
         except ChatTemplateError as error:
             failure = failure or error
             continue

@@ -10,6 +10,7 @@ from itertools import accumulate
 from lazarus.errors import ChatTemplateError, PositionError
 from lazarus.messages import option
 from lazarus.models.chats import ChatTemplate, Written, by_remark, write_chats
+from lazarus.models.rendering import Renderer, TemplateLimitError
 from lazarus.prompts import ASSISTANT, Prompt
 
 Span = tuple[int, int]
@@ -44,14 +45,15 @@ def render_responses(
         ChatTemplateError: as `render_chats`.
         PositionError: the template writes a turn otherwise once there are later ones.
     """
-    written = list(write_chats(prompts, template))
     spans, remarks = [], []
-    for prompt, each in zip(prompts, written, strict=True):
-        first = 0 if prompt.response is None else len(prompt.messages or (prompt.text,))
-        marked = _marked(each)
-        found, told = _added(each, first) if marked is None else (_later(each, first, marked), [])
-        spans.append(found)
-        remarks.append([*each.remarks, *told])
+    with Renderer(template.tokenizer) as renderer:
+        written = list(write_chats(prompts, template, renderer))
+        for prompt, each in zip(prompts, written, strict=True):
+            first = 0 if prompt.response is None else len(prompt.messages or (prompt.text,))
+            marked = _marked(each)
+            found, told = _added(each, first) if marked is None else (_later(each, first, marked), [])
+            spans.append(found)
+            remarks.append([*each.remarks, *told])
     return [each.text for each in written], spans, by_remark(remarks)
 
 
@@ -68,6 +70,8 @@ def _marked(each: Written) -> list[Span] | None:
             return None
     try:
         text = replace(each.chat, template=_MACRO + template).text(each.messages)
+    except TemplateLimitError:
+        raise
     except ChatTemplateError:
         return None
     # Marks that do not come in pairs, or that change the text, say nothing of where they are.
@@ -107,6 +111,8 @@ def _text(each: Written, index: int, n_turns: int, *, begins: bool) -> str:
     """Return what the template makes of the first turns alone, to find the response in turn `index`."""
     try:
         return each.chat.text(each.messages[:n_turns], begins=begins)
+    except TemplateLimitError:
+        raise
     except ChatTemplateError as error:
         raise _not_seen(each, index) from error
 
