@@ -1,8 +1,8 @@
 """Chat templates, rendered in a process of their own: a stranger's may loop, or fill the memory.
 
-jinja2's sandbox keeps a template from the machine, but not from computing `10**(10**9)`, and a call into C can
-only be stopped with its process. So one process is forked for all renderings of a run. Where processes cannot
-be forked, as on Windows, templates are rendered in this one, without a limit.
+jinja2's sandbox keeps a template from the machine, but not from computing `10**(10**9)`, and a call into C
+can only be stopped with its process. So one process is forked for all renderings of a run. Where processes
+cannot be forked, as on Windows, templates are rendered in this one, without a limit.
 """
 
 from __future__ import annotations
