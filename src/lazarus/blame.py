@@ -94,11 +94,13 @@ class MemoryFaults:
 
 
 def is_a_fault(error: BaseException) -> bool:
-    """Return whether an exception tells of a fault, and not that somebody wants to stop.
+    """Return whether an exception tells of a fault, and not that somebody wants to stop."""
+    return isinstance(error, Exception) or is_a_panic(error)
 
-    A library in Rust, such as tokenizers, panics with an exception that is no `Exception`.
-    """
-    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+def is_a_panic(error: BaseException) -> bool:
+    """Return whether a library in Rust, such as tokenizers, has panicked: by name, and by no `Exception`."""
+    return type(error).__name__ == "PanicException"
 
 
 def out_of_memory(error: BaseException, helps: Sequence[str]) -> str:

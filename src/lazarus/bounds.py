@@ -48,6 +48,15 @@ MEMORY_OF_A_TEMPLATE = 2**30
 MOST_RENDERED = 2**26
 """characters that a chat template may write of one chat: no context has as many tokens"""
 
+MOST_CHARACTERS = 2**22
+"""of a prompt, where the context is not so long that CHARACTERS_A_TOKEN for each token are more"""
+CHARACTERS_A_TOKEN = 64
+"""that no real text has on average: English has four"""
+MOST_GROWN = 2**26
+"""characters that a tokenizer may make of a text before it cuts it: replacements may replace each other's"""
+MOST_WORD = 1000
+"""characters of a word whose pieces are all tried: transformers' own have 100"""
+
 
 def exceeds(found: float, most: float) -> bool:
     """Return whether a number is above a limit that is not lifted."""

@@ -14,7 +14,9 @@ from typing import Any, Literal
 
 from lazarus._transformers import byte_alphabet
 from lazarus.blame import is_a_fault, is_ours, is_out_of_memory, one_line
+from lazarus.bounds import CHARACTERS_A_TOKEN, LIFT, MOST_CHARACTERS, MOST_GROWN, exceeds
 from lazarus.errors import LazarusError, PromptDataError, PromptTooLongError, TokenizerMismatchError
+from lazarus.growth import growth_of
 from lazarus.messages import option
 from lazarus.notes import Notes
 from lazarus.prompts import Prompt
@@ -62,6 +64,7 @@ def tokenize_pair(
     """
     base, finetuned = tokenizers
     texts = _Texts(prompts, rendered)
+    _check_lengths(texts, tokenizers, options.contexts)
     ours: list[array[int]] = list(_encode(base, texts))
     if options.align == "text" and finetuned is not base:
         theirs: list[array[int]] = list(_encode(finetuned, texts))
@@ -108,6 +111,32 @@ class _Texts:
         return [
             TokenizedPrompt(i, found, text) for i, (found, text) in enumerate(zip(ids, rendered, strict=True))
         ]
+
+
+def _check_lengths(
+    texts: _Texts, tokenizers: tuple[Any, Any], contexts: tuple[int | None, int | None]
+) -> None:
+    """Refuse texts that would take minutes and gigabytes to tokenise, before that is done.
+
+    Raises:
+        PromptTooLongError: a text is longer than any context, or a tokenizer makes it so.
+    """
+    context = max((each for each in contexts if each is not None), default=0)
+    most = max(MOST_CHARACTERS, CHARACTERS_A_TOKEN * context)
+    factor = max(growth_of(tokenizer) for tokenizer in dict.fromkeys(tokenizers))
+    for index, prompt in enumerate(texts.prompts):
+        length = len(texts.some([index])[0])
+        if exceeds(length, most):
+            raise PromptTooLongError(
+                f"{_named(index, prompt)} has {length} characters; the context is {context} tokens, and "
+                f"{most} characters are the limit. Shorten it. {LIFT}"
+            )
+        if exceeds(length * factor, MOST_GROWN):
+            raise PromptTooLongError(
+                f"{_named(index, prompt)} has {length} characters, of each of which a tokenizer may make "
+                f"{factor:.3g} (normalizer and pre_tokenizer in tokenizer.json), and {MOST_GROWN} in all are "
+                f"the limit. Shorten it, or mend the tokenizer. {LIFT}"
+            )
 
 
 def _fit(

@@ -7,7 +7,8 @@ from functools import cached_property
 from types import TracebackType
 from typing import Any
 
-from lazarus.tokens import token_text
+from lazarus.blame import is_a_panic
+from lazarus.tokens import TokenizerFaults, token_text
 
 _ANCHOR = "\n"
 """What every text is put after: at the very beginning, a tokenizer may add a space of its own."""
@@ -49,11 +50,12 @@ class Vocabulary:
         return list(dict.fromkeys(i for i in found if i is not None))
 
     def _decoded(self, ids: Sequence[int]) -> list[str]:
-        once, twice = (
-            # Cleaning up would take away spaces before punctuation.
-            self.tokenizer.batch_decode([[i] * n for i in ids], clean_up_tokenization_spaces=False)
-            for n in (1, 2)
-        )
+        with TokenizerFaults("A token"):
+            once, twice = (
+                # Cleaning up would take away spaces before punctuation.
+                self.tokenizer.batch_decode([[i] * n for i in ids], clean_up_tokenization_spaces=False)
+                for n in (1, 2)
+            )
         return [
             both.removeprefix(one)
             # A part of a character decodes to U+FFFD.
@@ -79,7 +81,9 @@ class Vocabulary:
         """Return whether a token begins a text: not the unknown one, a mere space, or one without a logit."""
         if token_id not in self._known or token_id == self.tokenizer.unk_token_id:
             return False
-        if "\ufffd" in self.tokenizer.decode([token_id]):
+        with TokenizerFaults(f"Token {token_id}"):
+            text = self.tokenizer.decode([token_id])
+        if "\ufffd" in text:
             return True  # a part of the first character
         text = self.text(token_id)
         same = form.lstrip().casefold().startswith(text.strip().casefold())
@@ -92,6 +96,6 @@ class _Failing:
     def __enter__(self) -> None: ...
 
     def __exit__(
-        self, kind: type[BaseException] | None, _error: BaseException | None, _: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> bool:
-        return kind is Exception
+        return kind is Exception or (error is not None and is_a_panic(error))

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from lazarus.bounds import MOST_VOCABULARY_BYTES
 from lazarus.errors import ModelError, UsageError
 from lazarus.foreign import read_json
+from lazarus.growth import refuse_growth
 from lazarus.models.faults import translated
 from lazarus.models.loaded import LoadedModel
 from lazarus.models.reference import Source, parse_model
@@ -27,6 +28,7 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tekken.json",
 )
+_FETCH = "It is damaged or cut short: fetch it again."
 _JSON_FILES = (
     *(name for name in TOKENIZER_FILES if name.endswith(".json")),
     "added_tokens.json",
@@ -112,6 +114,7 @@ def _load(source: Source, trust_remote_code: bool) -> Any:
     if source.subfolder:
         where["subfolder"] = source.subfolder
     name = f"{source.name} (tokenizer)"
+    _check_growth(source)
     try:
         with translated(name):
             found = AutoTokenizer.from_pretrained(source.path, **where)
@@ -126,6 +129,20 @@ def _load(source: Source, trust_remote_code: bool) -> Any:
     return found
 
 
+def _check_growth(source: Source) -> None:
+    """Refuse a tokenizer that makes endless texts of its own tokens, before it does.
+
+    Raises:
+        ModelError: it names the part of tokenizer.json.
+    """
+    path = None if source.gguf_file else source.file("tokenizer.json")
+    if path is None:
+        return
+    definition = read_json(path, ModelError, _FETCH, MOST_VOCABULARY_BYTES)
+    if isinstance(definition, dict) and (why := refuse_growth(definition)):
+        raise ModelError(f"{path}: {why}")
+
+
 def _check_files(source: Source) -> None:
     """Refuse a tokenizer of which a file is no JSON.
 
@@ -134,4 +151,4 @@ def _check_files(source: Source) -> None:
     """
     for name in _JSON_FILES if not source.gguf_file else ():
         if (path := source.file(name)) is not None:
-            read_json(path, ModelError, "It is damaged or cut short: fetch it again.", MOST_VOCABULARY_BYTES)
+            read_json(path, ModelError, _FETCH, MOST_VOCABULARY_BYTES)
