@@ -8,6 +8,7 @@ import re
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 
 from huggingface_hub import cached_assets_path, constants
 
@@ -15,24 +16,33 @@ from lazarus.errors import WeightsError
 
 _KEPT_FROM = 2**24
 """files from this size on have their digest kept, in bytes: smaller ones take a hundredth of a second"""
+_KNOWN: dict[str, str] = {}
+"""the digests that this process has computed"""
+_LOCK = Lock()
 _SHA256 = re.compile("[0-9a-f]{64}")
 _SHA1 = re.compile("[0-9a-f]{40}")
 
 
 def sha256_of(path: str) -> str | None:
     """Return the SHA-256 of a file, in hexadecimal; None where it cannot be read."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            found = os.fstat(file.fileno())
-            kept = _place(path, found) if found.st_size >= _KEPT_FROM else None
-            if kept is not None and (known := _kept(kept)) is not None:
-                return known
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if kept is not None and _place(path, os.fstat(file.fileno())) == kept:
-                _keep(kept, digest)
-            return digest
-    except OSError:
-        return None
+    # One file at a time: base and fine-tuned may stand on the same one, and a disk reads one at a time best.
+    with _LOCK:
+        try:
+            with open(path, "rb", buffering=0) as file:
+                found = os.fstat(file.fileno())
+                key = _key(path, found)
+                kept = _folder() if found.st_size >= _KEPT_FROM else None
+                known = _KNOWN.get(key) or (None if kept is None else _kept(kept / key))
+                if known is not None:
+                    return known
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                if _key(path, os.fstat(file.fileno())) == key:
+                    _KNOWN[key] = digest
+                    if kept is not None:
+                        _keep(kept / key, digest)
+                return digest
+        except OSError:
+            return None
 
 
 def check_hub_digest(model: str, path: str, sha256: str | None) -> None:
@@ -59,8 +69,8 @@ def check_hub_digest(model: str, path: str, sha256: str | None) -> None:
         )
 
 
-def _place(path: str, found: os.stat_result) -> Path | None:
-    """Return where the digest of a file is kept; None where nothing can be kept."""
+def _key(path: str, found: os.stat_result) -> str:
+    """Return what is another text for another file, and for other contents."""
     identity = [
         found.st_dev,
         found.st_ino,
@@ -69,15 +79,15 @@ def _place(path: str, found: os.stat_result) -> Path | None:
         # Nobody can set this one back, so bytes that were changed behind the other times are hashed again.
         found.st_ctime_ns,
     ]
-    key = hashlib.sha256(f"{os.path.realpath(path)} {identity}".encode()).hexdigest()
+    return hashlib.sha256(f"{os.path.realpath(path)} {identity}".encode()).hexdigest()
+
+
+def _folder() -> Path | None:
+    """Return where digests are kept; None where nothing can be kept."""
     try:
-        return _folder() / key
+        return Path(cached_assets_path("lazarus", namespace="digests", assets_dir=constants.HF_ASSETS_CACHE))
     except (OSError, ValueError):  # a cache that cannot be written costs time, and nothing else
         return None
-
-
-def _folder() -> Path:
-    return Path(cached_assets_path("lazarus", namespace="digests", assets_dir=constants.HF_ASSETS_CACHE))
 
 
 def _kept(place: Path) -> str | None:
