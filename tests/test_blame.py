@@ -353,6 +353,7 @@ def test_models_that_are_named_can_be_streamed(
         lambda: bytearray(TOO_MUCH),
         lambda: _raise(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")),
         lambda: _raise(RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)")),
+        lambda: _raise(ImportError("/x.so: failed to map segment from shared object")),
         lambda: _raise(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")),
         lambda: _raise(OSError(12, "Cannot allocate memory")),
     ],

@@ -30,7 +30,7 @@ _NO_MEMORY = (
     "Unable to allocate",
     "ALLOC_FAILED",
     "bad_alloc",
-    "failed to map segment",
+    "failed to map segment",  # of a library that is imported
 )
 _ON_A_GPU = re.compile(r"\b(CUDA|HIP|XPU|MPS|CUBLAS|CUDNN|GPU)")
 _ASKED_FOR = re.compile(r"allocate (\d[\d.]* ?[KMGTPE]?i?B(?:ytes)?)", re.IGNORECASE)
@@ -132,10 +132,9 @@ def _lacks_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     # Other types may quote a prompt or a file, whatever it speaks of.
-    told = isinstance(error, RuntimeError | OSError | ImportError) or type(error).__module__.startswith(
-        "safetensors"
-    )
-    return told and any(sign in str(error) for sign in _NO_MEMORY)
+    tells = isinstance(error, RuntimeError | OSError | ImportError)
+    tells = tells or type(error).__module__.startswith("safetensors")
+    return tells and any(sign in str(error) for sign in _NO_MEMORY)
 
 
 def is_ours(error: BaseException) -> bool:

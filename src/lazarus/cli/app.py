@@ -10,8 +10,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from lazarus.blame import MemoryFaults
 from lazarus.cli.endings import ended_by_signals
-from lazarus.cli.reporting import told_of_disk, unexpected
+from lazarus.cli.reporting import tell, told_of_disk, unexpected
+from lazarus.errors import DeviceError
 from lazarus.render.base.escape import escaped
 from lazarus.terminal import drop_unwritten, guard_streams, say
 from lazarus.version import __version__
@@ -75,8 +77,12 @@ def main() -> None:
     """The console script."""
     guard_streams()
     try:
-        with ended_by_signals():
+        # Where there is too little to begin: a command tells of its own.
+        with ended_by_signals(), MemoryFaults(()):
             app()
+    except DeviceError as error:
+        tell(error)
+        sys.exit(error.exit_code)
     except OSError as error:
         if not told_of_disk(error):
             raise
