@@ -409,7 +409,7 @@ def test_the_text_has_units_and_flags() -> None:
         "Mode         stream: a block of each model at a time, in bfloat16 on cuda:0",
         "Prompts      2,000 prompts, 41,000 tokens, in 1 batch",
         "Read         420 GB of weights",
-        "Memory       1e+03 MB at its peak, with files that are mapped",
+        "Memory       1e+03 MB at its peak",
         "Computation  2.8 PFLOP",
         "Time         1 h 2 min",
         "GPU memory   7 GB",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Unpack
 
@@ -17,7 +17,7 @@ from lazarus.errors import UsageError
 from lazarus.estimating import device_peak, peak_bytes
 from lazarus.loading import Model
 from lazarus.messages import option
-from lazarus.models import Clock, StandIn
+from lazarus.models import Clock
 from lazarus.options import OptionArguments, Options, RecordArguments, RecordOptions
 from lazarus.ranks import Rank
 from lazarus.recorded import opened
@@ -181,16 +181,7 @@ def _peak(trial: Trial[Any], chosen: Options, measured: int) -> int:
     running = around + sum(size.whole for size in sizes)
     if chosen.attribute is not None:
         running = round(running * ATTRIBUTION_MEMORY)
-    before = trial.rss if trial.given.device.type == "cpu" else 0
-    return max(running, *_loading_peaks(before, each))
-
-
-def _loading_peaks(before: int, each: Sequence[StandIn]) -> Iterator[int]:
-    """Yield the memory at the end of loading each model: a file is mapped while elements are made of it."""
-    held = before
-    for one in each:
-        held += one.size.whole
-        yield held + (0 if one.size.is_mapped or one.is_over else one.size.files)
+    return running
 
 
 def _remarks(trial: Trial[Any], chosen: Options) -> Iterator[str]:

@@ -58,8 +58,6 @@ class Size:
     """those of each block"""
     files: int
     """its weights as stored"""
-    is_mapped: bool
-    """whether it runs on the very pages of its files"""
 
     @property
     def rest(self) -> int:
@@ -147,7 +145,7 @@ class _Begun:
         weights = Weights(opened, model, report)
         check_report(weights, options)
         blocks = dissect(model, options.layers_path).blocks
-        size = _size(opened, model, blocks, options)
+        size = _size(opened, model, blocks)
         is_over, held = base is not None and _is_alike(base.weights, weights), 0
         if is_over and base is not None:
             weights.model = _differing(share_storage(base.weights.model), options)
@@ -162,7 +160,7 @@ class _Begun:
         model = share_storage(self.weights.model)
         opened = replace(self.weights.opened, source=source)
         weights = Weights(opened, model, self.weights.report, Notes(self.weights.notes))
-        nothing = Size(0, (0,) * len(self.size.blocks), 0, is_mapped=False)
+        nothing = Size(0, (0,) * len(self.size.blocks), 0)
         return _Begun(weights, nothing, 0, time.perf_counter() - started, 0.0, is_over=True)
 
     def finish(self, reference: ModelReference, options: LoadOptions, clock: Clock, whole: bool) -> StandIn:
@@ -217,13 +215,8 @@ def _is_alike(base: Weights, other: Weights) -> bool:
     )
 
 
-def _size(opened: Opened, model: PreTrainedModel, blocks: Sequence[nn.Module], options: LoadOptions) -> Size:
-    dtypes, files = set(), file_bytes(opened)
-    if opened.gguf is None and opened.codes is None:
-        dtypes = {weight.dtype for weight in stored_weights(opened).values()}
-    plain = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}.get(model.dtype)
-    is_mapped = dtypes == {plain} and options.device.type == "cpu"
-    return Size(n_bytes(model), tuple(n_bytes(block) for block in blocks), files, is_mapped)
+def _size(opened: Opened, model: PreTrainedModel, blocks: Sequence[nn.Module]) -> Size:
+    return Size(n_bytes(model), tuple(n_bytes(block) for block in blocks), file_bytes(opened))
 
 
 def n_bytes(module: nn.Module) -> int:

@@ -48,9 +48,7 @@ class Estimate(Record, frozen=True, kw_only=True):
     rows_read: Annotated[
         int, Meta(description="bytes of the compared rows of a series, each time that they are read")
     ] = 0
-    peak_bytes: Annotated[
-        int, Meta(description="the largest resident set of the process, files that are mapped included")
-    ]
+    peak_bytes: Annotated[int, Meta(description="the largest resident set of the process")]
     device_bytes: Annotated[int | None, Meta(description="the peak of a GPU's memory; null on a CPU")]
     flops: Annotated[
         int,

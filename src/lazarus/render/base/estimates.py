@@ -25,7 +25,7 @@ def _lines(found: Estimate) -> Iterator[str]:
     yield f"An estimate for {models}: nothing was run."
     yield ""
     threads = f", {counted(found.n_threads, 'thread')}" if found.device == "cpu" else ""
-    memory = f"{_scaled(found.peak_bytes, _BYTES)} at its peak, with files that are mapped"
+    memory = f"{_scaled(found.peak_bytes, _BYTES)} at its peak"
     rows = {
         "Mode": f"{found.mode}: {_MODES[found.mode]}, in {found.dtype} on {found.device}{threads}",
         "Prompts": f"{counted(found.n_prompts, 'prompt')}, {counted(found.n_tokens, 'token')}, in "
