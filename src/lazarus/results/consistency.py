@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from lazarus.results.lens import CompareRecord
-from lazarus.results.measured import Groups
+from lazarus.results.measured import Groups, TokenTrace
 from lazarus.results.records import ActivationDiffRecord
+from lazarus.results.series import SeriesRecord
 from lazarus.results.weights import WeightDiffRecord
 
 
@@ -20,6 +21,8 @@ def contradiction(record: Any) -> str | None:
         return _in_activation_diff(record)
     if isinstance(record, WeightDiffRecord):
         return _in_weight_diff(record)
+    if isinstance(record, SeriesRecord):
+        return _in_series(record)
     return _in_compare(record) if isinstance(record, CompareRecord) else None
 
 
@@ -53,6 +56,29 @@ def _in_activation_diff(record: ActivationDiffRecord) -> str | None:
     for name, rows in curves.items():
         if short := [row for row in rows if len(row) != n_layers]:
             return f"{name}: {len(short[0])} values for {n_layers} layers"
+    return next((why for each in record.tokens or () if (why := _in_trace(each, n_prompts))), None)
+
+
+def _in_trace(trace: TokenTrace, n_prompts: int) -> str | None:
+    if not 0 <= trace.prompt_index < n_prompts:
+        return f"tokens: there is no prompt {trace.prompt_index} among {n_prompts}"
+    n_tokens = len(trace.tokens)
+    optional = (trace.kl, trace.agrees, trace.base_choices, trace.finetuned_choices)
+    lists = [trace.positions, trace.divergence, *(each for each in optional if each is not None)]
+    if other := [each for each in lists if len(each) != n_tokens]:
+        return f"tokens: {len(other[0])} values for {n_tokens} tokens of prompt {trace.prompt_index}"
+    return None if n_tokens else f"tokens: none of prompt {trace.prompt_index}"
+
+
+def _in_series(record: SeriesRecord) -> str | None:
+    n_members = len(record.members)
+    if not n_members:
+        return "members: there are none"
+    if record.distances and [len(row) for row in record.distances] != [n_members] * n_members:
+        return f"distances: not those of {n_members} members to each other"
+    places = [place for found in record.findings for place in (*found.members, *(found.interval or ()))]
+    if absent := [place for place in places if not 0 <= place < n_members]:
+        return f"findings: there is no member {absent[0]} among {n_members}"
     return None
 
 
@@ -64,6 +90,8 @@ def _in_weight_diff(record: WeightDiffRecord) -> str | None:
         return f"summary.n_unmatched: {summary.n_unmatched}, and unmatched has {len(record.unmatched)}"
     if absent := [row for row in summary.most_changed if not 0 <= row < n_rows]:
         return f"summary.most_changed: there is no row {absent[0]} among {n_rows}"
+    if unknown := [row for row in summary.most_changed if record.results[row].relative_change is None]:
+        return f"summary.most_changed: row {unknown[0]} has no relative_change"
     in_rows = {row.layer for row in record.results} - {None}
     if in_rows != {row.layer for row in record.layers}:
         return "layers: not those that the rows of results are in"
@@ -74,7 +102,7 @@ def _in_compare(record: CompareRecord) -> str | None:
     models = {"model1": record.model1, "model2": record.model2}
     for name, model in models.items():
         n_layers = model.info.n_layers
-        if [row.layer for row in model.layers] != list(range(n_layers)):
+        if len(model.layers) != n_layers or any(row.layer != i for i, row in enumerate(model.layers)):
             return f"{name}.layers: not the {n_layers} layers of the model, in order"
         if len(model.tracked) != len(record.tracked):
             return f"{name}.tracked: {len(model.tracked)} tokens, and tracked has {len(record.tracked)}"
