@@ -109,6 +109,12 @@ KINDS = (
         ("adapter", "~nobody99/x", "no such folder", "MODEL+adapter"),
     ),
     BadInput(
+        "pattern of an adapter that is none",
+        "an adapter whose `target_modules` is `(`",
+        adapter(target_modules="("),
+        ("adapter", "no regular expression", "missing )", "fetch the adapter again"),
+    ),
+    BadInput(
         "code for an adapter",
         "an adapter with a `megatron_config`",
         adapter(megatron_config={}, megatron_core="evil"),

@@ -176,6 +176,11 @@ class _Timed:
                 raise TimeoutError
             pattern = getattr(pattern, "pattern", pattern)
             return call(pattern, text, flags, timeout=left)
+        except regex.error as error:
+            raise AdapterError(
+                f"{self._name}: a pattern in its adapter_config.json is no regular expression: {error}. "
+                "Check the file, or fetch the adapter again."
+            ) from error
         except TimeoutError:
             raise AdapterError(
                 f"{self._name}: the patterns in its adapter_config.json (target_modules, exclude_modules, "
