@@ -284,7 +284,13 @@ def test_an_empty_name_is_no_folder() -> None:
         lazarus.activation_diff("no/such-model", "no/such-model", FEW, work_dir="")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"fingerprint": {}, "most_shards": "x"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[]", "{}", "[" * 100_000),
+        *(f'{{"fingerprint": {{}}, "most_shards": {most}}}' for most in ('"x"', "0", "-3", "9" * 5000)),
+    ],
+)
 def test_a_damaged_manifest_is_refused_before_anything_is_loaded(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(UsageError, match=r"manifest\.json cannot be read: .*Give another `work_dir`"):

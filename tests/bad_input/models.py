@@ -163,7 +163,7 @@ CONFIGURATIONS = (
         "config.json broken",
         "a `config.json` that is cut short",
         damaged(overwrite("config.json", '{"model_type": "lla')),
-        ("damaged/config.json", "not a valid JSON file", "fetch it again"),
+        ("damaged/config.json", "no JSON: Unterminated string", "line 1, column 16", "fetch it again"),
     ),
     BadInput(
         "modules.json broken",

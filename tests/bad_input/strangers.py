@@ -163,6 +163,12 @@ KINDS = (
         ("adapter", "sets rank_pattern['q_proj'] to 1000000", "LAZARUS_NO_LIMITS=1"),
     ),
     BadInput(
+        "tokens that no tensor has rows for",
+        "an adapter with a hundred thousand `trainable_token_indices`",
+        adapter(trainable_token_indices=[0] * 100_000),
+        ("adapter", "trainable_token_indices to 100000", "more than 1024 rows or columns"),
+    ),
+    BadInput(
         "layers without end",
         "an adapter whose `layer_replication` makes 16,000 layers",
         adapter(layer_replication=[[0, 4]] * 4000),

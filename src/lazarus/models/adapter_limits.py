@@ -26,7 +26,8 @@ from lazarus.bounds import (
 from lazarus.errors import AdapterError
 
 _NAMES = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "target_parameters")
-_RANKS = ("r", "init_r", "target_r")
+_RANKS = ("r", "init_r", "target_r", "n_frequency", "num_vectors", "vector_length", "bottleneck_size")
+"""settings by which PEFT makes tensors that an adapter then stores"""
 _FULL_IF_LARGE = "LOKR"
 """the type whose rank may be larger than every matrix: it then stores them whole"""
 _PATCHING = threading.RLock()
@@ -67,6 +68,8 @@ def check_sizes(name: str, settings: Mapping[str, Any], shapes: Sequence[tuple[i
     """
     most = max(MOST_RANK, *(size for shape in shapes for size in shape), 0)
     ranks: dict[str, Any] = {key: settings.get(key) for key in _RANKS}
+    for tokens in _lists(settings.get("trainable_token_indices")):
+        ranks["the number of its trainable_token_indices"] = len(tokens)
     if isinstance(pattern := settings.get("rank_pattern"), Mapping):
         ranks |= {f"rank_pattern[{key!r:.60}]": value for key, value in pattern.items()}
     for key, rank in ranks.items() if settings.get("peft_type") != _FULL_IF_LARGE else ():
@@ -81,6 +84,13 @@ def check_sizes(name: str, settings: Mapping[str, Any], shapes: Sequence[tuple[i
             f"{name}: layer_replication in its adapter_config.json makes {n_layers} layers, and the limit is "
             f"{most}: its {len(shapes)} tensors, or {MOST_LAYERS}. {LIFT}"
         )
+
+
+def _lists(found: Any) -> list[Any]:
+    """Return the lists of token ids of one embedding, or of several by their names."""
+    return [
+        each for each in (found.values() if isinstance(found, Mapping) else [found]) if isinstance(each, list)
+    ]
 
 
 def n_replicated(settings: Mapping[str, Any]) -> int:
@@ -180,7 +190,7 @@ class _Timed:
             raise AdapterError(
                 f"{self._name}: a pattern in its adapter_config.json is no regular expression: {error}. "
                 "Check the file, or fetch the adapter again."
-            ) from error
+            ) from None
         except TimeoutError:
             raise AdapterError(
                 f"{self._name}: the patterns in its adapter_config.json (target_modules, exclude_modules, "

@@ -138,7 +138,7 @@ def _check_stack(adapters: Sequence[Source]) -> None:
 def _check_type(peft: Any, adapter: Source, kind: object) -> None:
     if kind not in list(peft.PeftType):
         raise AdapterError(
-            f"{adapter.name}: adapter_config.json names the peft_type {kind!r}, which this "
+            f"{adapter.name}: adapter_config.json names the peft_type {kind!r:.60}, which this "
             "version of peft does not know. Check it, or upgrade peft."
         )
 

@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,10 @@ SHARDS_A_PROCESS = 8
 
 _ADVICE = f"Give another {option('work_dir')}, or delete this one."
 _PART = ".part"
-_DAMAGE = (zipfile.BadZipFile, struct.error, ValueError, LookupError, EOFError, OSError, RuntimeError)
+_DAMAGE = (
+    *(ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError),
+    *(SyntaxError, TypeError, ValueError, struct.error, zipfile.BadZipFile, zlib.error),
+)
 """What numpy and zipfile raise for a file whose bytes are not those that were written."""
 
 
@@ -150,7 +154,8 @@ class WorkFolder:
         try:
             found = decoded(content(self._manifest))
             kinds = {"fingerprint": dict, "most_shards": int}
-            if all(isinstance(found[name], kind) for name, kind in kinds.items()):
+            is_whole = all(isinstance(found[name], kind) for name, kind in kinds.items())
+            if is_whole and found["most_shards"] >= 1:
                 return dict(found)
             fault: object = "it is not what lazarus writes"
         except (UnreadableError, KeyError, TypeError) as error:
