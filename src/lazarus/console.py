@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, Self, TypedDict, Unpack
 
 from rich.console import Console
 from rich.progress import (
@@ -26,18 +26,29 @@ from lazarus.render.base.escape import escaped
 from lazarus.render.lens import text as lens_text
 from lazarus.render.series import text as series_text
 from lazarus.render.weights import text as weight_text
+from lazarus.results.anonymous import without_paths
 from lazarus.terminal import say
+
+
+class Printing(TypedDict, total=False):
+    """How a console prints."""
+
+    prints: bool
+    """whether it prints at all, which one process of several does"""
+    saves: bool
+    """whether the run goes on where standard output is closed"""
+    anonymous: bool
+    """whether of a path its last part is printed"""
 
 
 class _Console:
     """Prints the header as the run goes on; with `show`, a progress bar on standard error.
 
-    A run that `saves` goes on where standard output is closed, as after `| head -1`.
+    Where standard output is closed, as after `| head -1`, a run that saves goes on.
     """
 
-    def __init__(self, *counts: ProgressColumn, show: bool, prints: bool = True, saves: bool = False) -> None:
-        self._prints = prints
-        self._saves = saves
+    def __init__(self, *counts: ProgressColumn, show: bool, **how: Unpack[Printing]) -> None:
+        self._how = how
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -71,26 +82,29 @@ class _Console:
         """Move the bar."""
         self._progress.advance(self._task, amount)
 
+    def _named(self, name: str) -> str:
+        return without_paths(name) if self._how.get("anonymous") else name
+
     def _print(self, lines: str) -> None:
-        if not self._prints:
+        if not self._how.get("prints", True):
             return
         try:
-            say(lines)
+            say(without_paths(lines) if self._how.get("anonymous") else lines)
         except OSError:
-            if not self._saves:
+            if not self._how.get("saves"):
                 raise
 
 
 class ConsoleObserver(_Console):
     """Shows the progress of activation-diff."""
 
-    def __init__(self, *, show: bool, prints: bool = True, saves: bool = False) -> None:
-        super().__init__(MofNCompleteColumn(), TextColumn("tokens"), show=show, prints=prints, saves=saves)
+    def __init__(self, *, show: bool, **how: Unpack[Printing]) -> None:
+        super().__init__(MofNCompleteColumn(), TextColumn("tokens"), show=show, **how)
         self._steps = iter(("Comparing", "Attributing"))
 
     def loading(self, role: Literal["base", "finetuned"], name: str) -> None:
         """Print which model is loaded; transformers draws the bar of its weights."""
-        self._print(words.loading(role, name))
+        self._print(words.loading(role, self._named(name)))
 
     def testing(self, prompts: Sequence[Prompt]) -> None:
         """Print the prompts."""
@@ -105,12 +119,12 @@ class ConsoleObserver(_Console):
 class RecordObserver(_Console):
     """Shows the progress of record."""
 
-    def __init__(self, *, show: bool, prints: bool = True, saves: bool = False) -> None:
-        super().__init__(MofNCompleteColumn(), TextColumn("tokens"), show=show, prints=prints, saves=saves)
+    def __init__(self, *, show: bool, **how: Unpack[Printing]) -> None:
+        super().__init__(MofNCompleteColumn(), TextColumn("tokens"), show=show, **how)
 
     def loading(self, _role: Literal["base", "finetuned"], name: str) -> None:
         """Print which model is loaded."""
-        self._print(f"Loading model: {escaped(name)}")
+        self._print(f"Loading model: {escaped(self._named(name))}")
 
     def testing(self, prompts: Sequence[Prompt]) -> None:
         """Print the prompts."""
@@ -125,12 +139,12 @@ class RecordObserver(_Console):
 class WeightObserver(_Console):
     """Shows the progress of weight-diff."""
 
-    def __init__(self, *, show: bool, prints: bool = True, saves: bool = False) -> None:
-        super().__init__(TaskProgressColumn(), show=show, prints=prints, saves=saves)
+    def __init__(self, *, show: bool, **how: Unpack[Printing]) -> None:
+        super().__init__(TaskProgressColumn(), show=show, **how)
 
     def loading(self, role: Literal["base", "finetuned"], name: str) -> None:
         """Print which checkpoint is opened."""
-        self._print(words.loading(role, name))
+        self._print(words.loading(role, self._named(name)))
 
     def detected(self, families: tuple[str, str], n_layers: int) -> None:
         """Print what the two are."""
@@ -144,12 +158,12 @@ class WeightObserver(_Console):
 class LensObserver(_Console):
     """Shows the progress of compare."""
 
-    def __init__(self, *, show: bool, prints: bool = True, saves: bool = False) -> None:
-        super().__init__(MofNCompleteColumn(), TextColumn("layers"), show=show, prints=prints, saves=saves)
+    def __init__(self, *, show: bool, **how: Unpack[Printing]) -> None:
+        super().__init__(MofNCompleteColumn(), TextColumn("layers"), show=show, **how)
 
     def loading(self, _role: Literal["base", "finetuned"], name: str) -> None:
         """Print which model is loaded; transformers draws the bar of its weights."""
-        self._print(lens_text.loading(name))
+        self._print(lens_text.loading(self._named(name)))
 
     def running(self, n_layers: int) -> None:
         """Begin the bar."""
@@ -159,13 +173,13 @@ class LensObserver(_Console):
 class SeriesObserver(_Console):
     """Shows the progress of series."""
 
-    def __init__(self, *, show: bool, prints: bool = True, saves: bool = False) -> None:
-        super().__init__(MofNCompleteColumn(), TextColumn("models"), show=show, prints=prints, saves=saves)
+    def __init__(self, *, show: bool, **how: Unpack[Printing]) -> None:
+        super().__init__(MofNCompleteColumn(), TextColumn("models"), show=show, **how)
 
     def loading(self, role: Literal["base", "finetuned"], name: str) -> None:
         """Print that base is loaded; of the others the bar tells."""
         if role == "base":
-            self._print(words.loading(role, name))
+            self._print(words.loading(role, self._named(name)))
 
     def testing(self, n_members: int, prompts: Sequence[Prompt]) -> None:
         """Print how many models and prompts there are."""

@@ -49,6 +49,7 @@ from lazarus.recordings import (
     write_manifest,
 )
 from lazarus.recordings.llama_cpp import RUNTIME
+from lazarus.results.anonymous import anonymised
 from lazarus.shards import Shard as RunShard
 from lazarus.shards import WorkFolder, run_shards, states
 from lazarus.sites import StatePair, tokens_of
@@ -234,7 +235,7 @@ class Capture:
             shards=shards,
             notes=self._notes.texts,
         )
-        write_manifest(self._path, contents)
+        write_manifest(self._path, anonymised(contents) if self._options.anonymous else contents)
 
     def _n_kept(self, prompt: int) -> int:
         return len(tokens_of(self._prepared.reading.base[prompt], self._run.position))

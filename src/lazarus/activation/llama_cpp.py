@@ -23,6 +23,7 @@ from lazarus.options import RecordOptions, parse_position
 from lazarus.reading import Reading
 from lazarus.recordings import LlamaCppOptions, RecordedPrompt, Recording, record_gguf
 from lazarus.recordings.llama_cpp import RUNTIME
+from lazarus.results.anonymous import without_paths
 from lazarus.sites import Position, tokens_of
 
 _DEFAULTS = RecordOptions()
@@ -50,13 +51,14 @@ def record_in_llama_cpp(
     reading = read_asked(given, (empty, empty), notes)
     prompts = prompts_to_record(reading, position_to_record(chosen, reading))
     watcher.running(sum(len(prompt.ids) for prompt in prompts))
+    told = without_paths if chosen.anonymous else str
     how = LlamaCppOptions(
         n_gpu_layers=0 if given.device.type == "cpu" else -1,
         logits=chosen.logits,
         top_k=chosen.top_k,
-        model_name=source.name,
+        model_name=told(source.name),
         tokenizer_sha256=tokenizer_digest(reading.tokenizers[0]),
-        notes=tuple(notes.texts),
+        notes=tuple(map(told, notes.texts)),
     )
     path = read_files(source).paths[0]
     return record_gguf(path, prompts, folder, how, watcher.advanced)

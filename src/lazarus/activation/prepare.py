@@ -354,5 +354,6 @@ def _settings(given: Given, pair: ModelPair, run: RunPlan) -> Settings:
         trust_remote_code=options.trust_remote_code,
         no_digests=options.no_digests,
         work_dir=options.work_dir,
+        anonymous=options.anonymous,
         token_prompts=options.token_prompts if run.position in EACH_TOKEN else None,
     )

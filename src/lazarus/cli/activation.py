@@ -60,7 +60,7 @@ def activation_diff(
             check_chats(found.prompts, options["chat_template"])
             check_responses(found.prompts, options["position"])
             check_token_prompts(options["token_prompts"], len(found.prompts))
-        observer = _observer(quiet, debug, saves=bool(output))
+        observer = _observer(quiet, debug, saves=bool(output), anonymous=options["anonymous"])
         if estimate:
             from lazarus.activation import estimate_run
 
@@ -109,11 +109,11 @@ def _compare(
     diff.check_gates(**gates)
 
 
-def _observer(quiet: bool, debug: bool, *, saves: bool) -> ConsoleObserver:
+def _observer(quiet: bool, debug: bool, *, saves: bool, anonymous: bool = False) -> ConsoleObserver:
     """Return what shows how the run goes; from here on all that the run needs is imported."""
     with heavy_imports():
         show = shows_progress(quiet, debug)
         import lazarus.activation  # noqa: F401
         from lazarus.console import ConsoleObserver
 
-    return ConsoleObserver(show=show, prints=leads(), saves=saves)
+    return ConsoleObserver(show=show, prints=leads(), saves=saves, anonymous=anonymous)

@@ -55,7 +55,8 @@ def compare(
             from lazarus.console import LensObserver
             from lazarus.lens import compare as run
 
-        with LensObserver(show=show, prints=leads(), saves=bool(output)) as observer:
+        anonymous = options["anonymous"]
+        with LensObserver(show=show, prints=leads(), saves=bool(output), anonymous=anonymous) as observer:
             comparison = run(model1, model2, found, observer=observer, **options)
         if leads():
             print_and_save(f"\n{text.body(comparison.record)}", comparison, output)

@@ -68,7 +68,8 @@ def record(
         if estimate:
             print_estimate(partial(estimate_record, model, found, **options))
             return
-        with RecordObserver(show=show, prints=leads(), saves=True) as observer:
+        anonymous = options["anonymous"]
+        with RecordObserver(show=show, prints=leads(), saves=True, anonymous=anonymous) as observer:
             recording = run(model, found, output, observer=observer, **options)
         if leads():
             say(f"\n{recording.summary()}\nRecording saved to: {escaped(str(Path(output)))}")

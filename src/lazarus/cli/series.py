@@ -61,7 +61,8 @@ def series(
             print_estimate(partial(estimate_series, base, finetuned, found, **options))
             return
 
-        with SeriesObserver(show=show, prints=leads(), saves=bool(output)) as observer:
+        anonymous = options["anonymous"]
+        with SeriesObserver(show=show, prints=leads(), saves=bool(output), anonymous=anonymous) as observer:
             result = run(base, finetuned, found, observer=observer, **options)
         print_and_save(f"\n{text.table(result.record)}\n\n{text.summary(result.record)}", result, output)
         gates = ("fail_above", "expect", "only_compared", "expect_path")

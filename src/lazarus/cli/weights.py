@@ -44,7 +44,8 @@ def weight_diff(
             from lazarus.console import WeightObserver
             from lazarus.weights import weight_diff as run
 
-        with WeightObserver(show=show, prints=leads(), saves=bool(output)) as observer:
+        anonymous = options["anonymous"]
+        with WeightObserver(show=show, prints=leads(), saves=bool(output), anonymous=anonymous) as observer:
             diff = run(base, finetuned, observer=observer, **options)
         if leads():
             print_and_save(f"\n{text.table(diff.record)}\n\n{text.summary(diff.record)}", diff, output)

@@ -138,6 +138,7 @@ def _settings(lenses: Lenses, facts: LensFacts, words: list[str] | None) -> Lens
         trust_remote_code=options.trust_remote_code,
         dequantize=options.dequantize,
         at=options.at,
+        anonymous=options.anonymous,
     )
 
 

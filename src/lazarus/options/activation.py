@@ -12,6 +12,7 @@ from lazarus.foreign import UnreadableError, as_text, content, user_path
 from lazarus.messages import option
 from lazarus.options.checks import check_bound, check_choice, check_count, check_named
 from lazarus.options.common import (
+    Anonymous,
     Dequantize,
     Device,
     Dtype,
@@ -217,6 +218,7 @@ class Options(Checked):
     seed: Seed = 0
     trust_remote_code: TrustRemoteCode = False
     no_digests: NoDigests = False
+    anonymous: Anonymous = False
     work_dir: WorkDir = None
 
     def __post_init__(self) -> None:
@@ -279,6 +281,7 @@ class OptionArguments(TypedDict, total=False):
     seed: Seed
     trust_remote_code: TrustRemoteCode
     no_digests: NoDigests
+    anonymous: Anonymous
     work_dir: WorkDir
 
 

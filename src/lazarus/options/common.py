@@ -47,6 +47,14 @@ LayersPath = Annotated[
     ),
 ]
 Seed = Annotated[int, Option("Of every random choice.", RUN, "N", check=check_seed)]
+Anonymous = Annotated[
+    bool,
+    Option(
+        "Leave the machine's paths and the user's name out of what is saved and printed: of a path the last "
+        "part stays.",
+        RUN,
+    ),
+]
 TrustRemoteCode = Annotated[bool, Option("Allow a model's own Python code.", RUN)]
 NoDigests = Annotated[
     bool, Option("Do not compute the SHA-256 of the models' files, which the result lists.", RUN)

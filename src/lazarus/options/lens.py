@@ -13,7 +13,16 @@ from lazarus.errors import UsageError
 from lazarus.messages import option
 from lazarus.options.activation import Options
 from lazarus.options.checks import check_choice, check_count
-from lazarus.options.common import Dequantize, Device, Dtype, LayersPath, NoDigests, Seed, TrustRemoteCode
+from lazarus.options.common import (
+    Anonymous,
+    Dequantize,
+    Device,
+    Dtype,
+    LayersPath,
+    NoDigests,
+    Seed,
+    TrustRemoteCode,
+)
 from lazarus.options.option import COMPARE, READ, Checked, Option
 
 READ_AT = ("last", "parting")
@@ -72,6 +81,7 @@ class CompareOptions(Checked):
     seed: Seed = 0
     trust_remote_code: TrustRemoteCode = False
     no_digests: NoDigests = False
+    anonymous: Anonymous = False
 
     def of_pair(self) -> Options:
         """The same for whatever loads two models and reads a prompt: model 1 is base, model 2 fine-tuned."""
@@ -105,6 +115,7 @@ class CompareArguments(TypedDict, total=False):
     seed: Seed
     trust_remote_code: TrustRemoteCode
     no_digests: NoDigests
+    anonymous: Anonymous
 
 
 def parse_track(given: str | Sequence[str] | None) -> list[str] | None:

@@ -17,7 +17,15 @@ from lazarus.options.activation import (
     WorkDir,
 )
 from lazarus.options.checks import check_choice
-from lazarus.options.common import Dequantize, Device, Dtype, LayersPath, NoDigests, TrustRemoteCode
+from lazarus.options.common import (
+    Anonymous,
+    Dequantize,
+    Device,
+    Dtype,
+    LayersPath,
+    NoDigests,
+    TrustRemoteCode,
+)
 from lazarus.options.option import COMPARE, READ, RUN, Checked, Option
 
 _POSITIONS = ("all", "last", "response")
@@ -112,6 +120,7 @@ class RecordOptions(Checked):
     layers_path: LayersPath = None
     trust_remote_code: TrustRemoteCode = False
     no_digests: NoDigests = False
+    anonymous: Anonymous = False
     work_dir: WorkDir = None
 
     def of_pair(self) -> Options:
@@ -156,4 +165,5 @@ class RecordArguments(TypedDict, total=False):
     layers_path: LayersPath
     trust_remote_code: TrustRemoteCode
     no_digests: NoDigests
+    anonymous: Anonymous
     work_dir: WorkDir

@@ -19,6 +19,7 @@ from lazarus.options.activation import (
 )
 from lazarus.options.checks import check_bound, check_named
 from lazarus.options.common import (
+    Anonymous,
     Dequantize,
     Device,
     Dtype,
@@ -98,6 +99,7 @@ class SeriesOptions(Checked):
     seed: Seed = 0
     trust_remote_code: TrustRemoteCode = False
     no_digests: NoDigests = False
+    anonymous: Anonymous = False
     work_dir: WorkDir = None
 
     def __post_init__(self) -> None:
@@ -136,4 +138,5 @@ class SeriesArguments(TypedDict, total=False):
     seed: Seed
     trust_remote_code: TrustRemoteCode
     no_digests: NoDigests
+    anonymous: Anonymous
     work_dir: WorkDir

@@ -7,6 +7,7 @@ from typing import Annotated, TypedDict
 
 from lazarus.options.checks import check_change
 from lazarus.options.common import (
+    Anonymous,
     Expectation,
     LayersPath,
     NoDigests,
@@ -65,6 +66,7 @@ class WeightOptions(Checked):
     allow_pickle: AllowPickle = False
     trust_remote_code: TrustRemoteCode = False
     no_digests: NoDigests = False
+    anonymous: Anonymous = False
 
 
 class WeightArguments(TypedDict, total=False):
@@ -80,3 +82,4 @@ class WeightArguments(TypedDict, total=False):
     allow_pickle: AllowPickle
     trust_remote_code: TrustRemoteCode
     no_digests: NoDigests
+    anonymous: Anonymous

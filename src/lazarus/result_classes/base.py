@@ -13,6 +13,7 @@ from lazarus.errors import MissingPackageError, ResultFileError
 from lazarus.foreign import read_bytes
 from lazarus.render import save
 from lazarus.results import read_json
+from lazarus.results.anonymous import anonymised
 
 if TYPE_CHECKING:
     import pandas
@@ -49,7 +50,7 @@ class Result(Generic[R]):
     """arrays by the names of their tensors, which stand in no record; None where there are none"""
 
     def __init__(self, record: R) -> None:
-        self.record = record
+        self.record = anonymised(record) if _is_anonymous(record) else record
 
     @property
     def notes(self) -> list[str]:
@@ -88,6 +89,11 @@ class Result(Generic[R]):
                 f"{path}: a result of {record.command}, which is no {cls.__name__}. Use lazarus.load_result."
             )
         return cls(record)
+
+
+def _is_anonymous(record: Any) -> bool:
+    """Return whether the run was asked to leave paths out; a record without settings was not."""
+    return bool(getattr(getattr(record, "settings", None), "anonymous", False))
 
 
 def read_record(path: str | Path) -> Any:

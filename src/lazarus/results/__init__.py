@@ -11,6 +11,7 @@ lens.py       the record of compare
 estimate.py   what a run would take
 series.py     the record of series; series_glossary.py its numbers
 consistency.py   whether the parts of a record that was read contradict each other
+anonymous.py  a record without the paths of the machine
 document.py   the record as JSON, and the JSON Schema
 flags.py      which layers are above a threshold
 """

@@ -86,6 +86,7 @@ class LensSettings(Record, frozen=True, kw_only=True):
     no_digests: bool = False
     dequantize: str = "auto"
     at: str = "last"
+    anonymous: bool = False
 
 
 class LensSummary(Record, frozen=True, kw_only=True):

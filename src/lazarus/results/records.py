@@ -85,6 +85,7 @@ class Settings(Record, frozen=True, kw_only=True):
     no_digests: bool = False
     work_dir: str | None = None
     token_prompts: str | None = None
+    anonymous: bool = False
 
 
 class Environment(Record, frozen=True, kw_only=True):

@@ -49,6 +49,7 @@ class WeightSettings(Record, frozen=True, kw_only=True):
     allow_pickle: bool
     trust_remote_code: bool
     no_digests: bool = False
+    anonymous: bool = False
 
 
 class Spectrum(Record, frozen=True, kw_only=True):
