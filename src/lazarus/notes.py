@@ -112,6 +112,7 @@ CODES = {
     "no-parting": "The parting was asked for, and first choices agree after every token.",
     # What is not finite
     "broken-weights": "Weights of a model hold NaN or infinity: numbers that come of them are no measure.",
+    "absurd-weights": "Weights of a model hold numbers that no training makes, but a flipped bit does.",
     "not-finite": "States or logits of a model are not finite, from where on and why: nothing is measured "
     "where they are not.",
     "states-left-out": "States that are zero or not finite were left out at these layers: means there are "

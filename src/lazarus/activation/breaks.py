@@ -7,7 +7,14 @@ from dataclasses import replace
 import numpy as np
 
 from lazarus.activation.accumulation import Accumulation
-from lazarus.engine import ModelPair, broken_weights, find_break, note_of_weights
+from lazarus.engine import (
+    ModelPair,
+    broken_weights,
+    faulty_weights,
+    find_break,
+    note_of_absurd,
+    note_of_weights,
+)
 from lazarus.facts import Site
 from lazarus.messages import option
 from lazarus.notes import Notes
@@ -64,11 +71,16 @@ def broken_parts(
 ) -> tuple[list[NotCompared], list[NotCompared]]:
     """Return the weights that hold NaN or infinity, as what was not compared of each model, and note them.
 
+    Weights of absurd magnitudes are noted too.
+
     Some kernels pass over NaN and others do not, so a result from such weights measures nothing.
     """
     parts: tuple[list[NotCompared], list[NotCompared]] = ([], [])
     for side, name, model in zip(parts, names, (pair.base, pair.finetuned), strict=True):
-        if broken := broken_weights(model):
+        faulty = faulty_weights(model)
+        if absurd := [each for each, fault in faulty.items() if fault == "absurd"]:
+            notes.extend([note_of_absurd(replace(model, name=name), absurd)])
+        if broken := [each for each, fault in faulty.items() if fault == "not finite"]:
             what = f"{BROKEN} ({broken[0]})" if len(broken) == 1 else f"{BROKEN} ({broken[0]} and others)"
             side.append(NotCompared(what=what, n_tensors=len(broken), differs=None))
             notes.extend([note_of_weights(replace(model, name=name), broken)])

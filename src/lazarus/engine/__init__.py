@@ -34,7 +34,14 @@ from lazarus.engine.attribution import Asked, PathRunner
 from lazarus.engine.components import learn_components, note_components, with_components
 from lazarus.engine.contributions import Contributions
 from lazarus.engine.coverage import Coverage, find_coverage
-from lazarus.engine.finite import Break, broken_weights, find_break, note_of_weights
+from lazarus.engine.finite import (
+    Break,
+    broken_weights,
+    faulty_weights,
+    find_break,
+    note_of_absurd,
+    note_of_weights,
+)
 from lazarus.engine.forced import GivenStates
 from lazarus.engine.head import NO_HEAD, Head
 from lazarus.engine.kept import KeptStates
@@ -78,6 +85,7 @@ __all__ = [
     "check_positions",
     "check_shapes",
     "common_prefix",
+    "faulty_weights",
     "find_break",
     "find_coverage",
     "head_reads_blocks",
@@ -85,6 +93,7 @@ __all__ = [
     "learn_components",
     "learn_pair",
     "note_components",
+    "note_of_absurd",
     "note_of_weights",
     "one_ulp_away",
     "pick_sample",

@@ -24,10 +24,11 @@ from lazarus.engine.replay import StoppedError
 from lazarus.errors import DeviceError, UnsupportedModelError
 from lazarus.facts import Site
 from lazarus.messages import option
-from lazarus.models import LoadedModel, has_non_finite, is_hollow
+from lazarus.models import Fault, LoadedModel, fault_of, is_hollow
 from lazarus.notes import Note
 from lazarus.tokens import listed
 
+NAMED = 3
 _WIDER = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
@@ -147,7 +148,12 @@ def find_break(
 
 
 def broken_weights(model: LoadedModel, modules: Iterable[nn.Module] | None = None) -> list[str]:
-    """Return the names of the tensors that hold NaN or infinity, of all or of some modules.
+    """Return the names of the tensors that hold NaN or infinity, of all or of some modules."""
+    return [name for name, fault in faulty_weights(model, modules).items() if fault == "not finite"]
+
+
+def faulty_weights(model: LoadedModel, modules: Iterable[nn.Module] | None = None) -> dict[str, Fault]:
+    """Return the tensors that hold NaN, infinity or an absurd magnitude, of all or of some modules.
 
     Of a model that is read block by block they are those of the blocks that have been read, and of what is
     in memory.
@@ -157,10 +163,25 @@ def broken_weights(model: LoadedModel, modules: Iterable[nn.Module] | None = Non
     held = [(name, p) for name, p in named if (among is None or id(p) in among) and not is_hollow(p)]
     if model.pager is not None:
         held = [(name, p) for name, p in held if not model.pager.is_table(p)]
-    found = [name for name, p in held if has_non_finite(p)]
+    found = {name: fault for name, p in held if (fault := fault_of(p))}
     if modules is None and model.pager is not None:
-        found += [name for names in model.pager.seen.values() for name in names if name not in found]
+        for seen in model.pager.seen.values():
+            found |= seen
     return found
+
+
+def note_of_absurd(model: LoadedModel, names: Sequence[str]) -> Note:
+    """Return a note on weights that hold a number too large for any weight."""
+    return Note("absurd-weights", told_of_absurd(model.name, names), model.name)
+
+
+def told_of_absurd(model: str, names: Sequence[str]) -> str:
+    """Return what is wrong with such weights of a model."""
+    named = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    return (
+        f"{model}: numbers above 2⁴⁰ among ordinary ones in {named}: a bit of the file may have flipped, so "
+        "hold the file against its source"
+    )
 
 
 def note_of_weights(model: LoadedModel, names: Sequence[str]) -> Note:

@@ -50,7 +50,7 @@ from lazarus.models.anatomy import Anatomy, block_settings, dissect
 from lazarus.models.chats import ChatTemplate, render_chats
 from lazarus.models.design import same_design
 from lazarus.models.effective import Effective, Parts, effective_tensors, unwrapped
-from lazarus.models.equality import Equality, has_non_finite, same_bits
+from lazarus.models.equality import ABSURD, Equality, Fault, fault_of, has_non_finite, same_bits
 from lazarus.models.in_memory import wrap_model
 from lazarus.models.kinds import kind_of
 from lazarus.models.layout import is_hollow
@@ -72,6 +72,7 @@ from lazarus.models.tokenizer import find_tokenizer, load_tokenizer, tokenizer_d
 from lazarus.models.turns import Span, render_responses
 
 __all__ = [
+    "ABSURD",
     "Anatomy",
     "Beside",
     "ChatTemplate",
@@ -80,6 +81,7 @@ __all__ = [
     "Effective",
     "Embedder",
     "Equality",
+    "Fault",
     "Footprint",
     "LoadOptions",
     "LoadedModel",
@@ -97,6 +99,7 @@ __all__ = [
     "dissect",
     "effective_tensors",
     "estimate",
+    "fault_of",
     "find_beside",
     "find_outside",
     "find_tokenizer",

@@ -7,6 +7,7 @@ its state where Python does not see it. The caller decides what None means; nobo
 from __future__ import annotations
 
 import dataclasses
+import math
 import struct
 from abc import ABCMeta
 from collections import OrderedDict
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from functools import partial
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,11 @@ from lazarus.models.design import same_config
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
+Fault = Literal["not finite", "absurd"]
+ABSURD = 2.0**40
+"""More than any weight of a trained model: the largest, of norms and attention sinks, are some thousands, and
+what is saved in float16 is below 2¹⁶. A flip of the top bit of the exponent makes more of every weight of
+bfloat16 or float32 that is above 1e-26; in float16 it stays below, and only a digest tells."""
 _PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PLAIN = (
@@ -118,19 +124,30 @@ def _same_elements(one: Tensor, other: Tensor) -> bool | None:
 
 
 def has_non_finite(weight: Tensor) -> bool:
-    """Return whether NaN or infinity is among the elements of a tensor, as far as they can be read.
+    """Return whether NaN or infinity is among the elements of a tensor, as far as they can be read."""
+    return fault_of(weight) == "not finite"
 
-    One sum tells: neither of the two cancels in it. Where the sum itself overflows, every element is tested.
+
+def fault_of(weight: Tensor) -> Fault | None:
+    """Return what is wrong with the elements of a tensor, as far as they can be read; None if nothing is.
+
+    The smallest and the largest element tell, in one pass: both are NaN where one element is.
     """
     if weight.is_meta or type(weight) not in _PLAIN_TENSORS or not weight.is_floating_point():
-        return False
+        return None
+    if not weight.numel() or weight.layout is not torch.strided:
+        return None
     if weight.element_size() == 1:
-        # torch has no `isfinite` for float8_e4m3fn.
+        # torch has no `aminmax` for float8.
         weight = weight.float()
-    # bfloat16 reaches as far as float32, and on a CPU a sum in another type than the tensor's is slower.
-    narrow = weight.dtype == torch.float16
-    total = weight.detach().sum(dtype=torch.float32 if narrow else weight.dtype)
-    return not total.isfinite() and not bool(weight.isfinite().all())
+    least, most = (float(end) for end in torch.aminmax(weight.detach()))
+    if not math.isfinite(most - least):
+        # The difference of two finite ends may overflow.
+        return "absurd" if math.isfinite(least) and math.isfinite(most) else "not finite"
+    if max(-least, most) <= ABSURD:
+        return None
+    # A constant that stands for infinity, as in a mask, fills its tensor.
+    return "absurd" if 2 * int((weight.abs() > ABSURD).sum()) < weight.numel() else None
 
 
 def is_one(one: Tensor, other: Tensor) -> bool:

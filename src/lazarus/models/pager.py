@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lazarus.models.checkpoint import Conversion
 from lazarus.models.design import same_design
-from lazarus.models.equality import Equality, every, has_non_finite, inert, same_bits
+from lazarus.models.equality import Equality, Fault, every, fault_of, inert, same_bits
 from lazarus.models.layout import Reader, ReadingOrder, StoredComparison, hollow, lay_out, places_of
 
 
@@ -50,8 +50,8 @@ class Pager:
         self._same_blocks: dict[int, bool] = {}
         self._equality = Equality()
         self._loaded: set[int] = set()
-        self.seen: dict[int, tuple[str, ...]] = {}
-        """of each block that was read, the parameters that hold NaN or infinity"""
+        self.seen: dict[int, dict[str, Fault]] = {}
+        """of each block that was read, the parameters that are faulty, and how"""
         self._keeps_head = False
         self._load_rest()
 
@@ -94,7 +94,7 @@ class Pager:
     def put(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Fill block `index` with what `read` returned."""
         if index not in self.seen:
-            self.seen[index] = tuple(name for name, tensor in tensors.items() if has_non_finite(tensor))
+            self.seen[index] = {name: fault for name, x in tensors.items() if (fault := fault_of(x))}
         self._assign(tensors)
         self._loaded.add(index)
 

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from lazarus.models.equality import has_non_finite
+from lazarus.models.equality import Fault, has_non_finite
 from lazarus.models.pager import Pager
 from lazarus.models.sameness import shared_blocks
 from lazarus.models.skipping import Clock
@@ -24,7 +24,7 @@ class StandInPager(Pager):
         model = standing.model
         self.model, self.blocks = model.model, model.anatomy.blocks
         self.n_blocks, self.base = len(self.blocks), base
-        self.seen: dict[int, tuple[str, ...]] = {}
+        self.seen: dict[int, dict[str, Fault]] = {}
         self.n_bytes = 0
         """as stored"""
         self.same: Sequence[bool] = ()

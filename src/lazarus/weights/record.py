@@ -12,7 +12,7 @@ from torch import nn
 
 from lazarus import provenance
 from lazarus.errors import NoDataError
-from lazarus.models import Beside, ModelReference, find_beside
+from lazarus.models import ABSURD, Beside, ModelReference, find_beside
 from lazarus.models.files import ReadFiles
 from lazarus.notes import Notes
 from lazarus.options import WeightOptions
@@ -275,6 +275,13 @@ def _note_limits(
     for said, found in kinds.items():
         if found:
             notes.add("undefined-change", f"{said}: {_counted(found)}")
+    for model, found in zip(("base", "fine-tuned"), _absurd(rows), strict=True):
+        if found:
+            notes.add(
+                "absurd-weights",
+                f"{model}: tensors with a norm above 2⁴⁰, as a flipped bit of the file makes it: "
+                f"{_counted(found)}; hold the file against its source",
+            )
     if lacking := [row for row in matrices if with_spectrum and row.max_abs_change and row.spectrum is None]:
         said = "changed matrices without a spectrum, because squares of their change leave float64's range"
         notes.add("missing-spectrum", f"{said}: {_counted(lacking)}")
@@ -286,6 +293,24 @@ def _note_limits(
             f"base and fine-tuned are stored in different types ({', '.join(narrowed)}): a part of the "
             "change may be the rounding from one to the other",
         )
+
+
+def _absurd(rows: Sequence[TensorRecord]) -> tuple[list[TensorRecord], list[TensorRecord]]:
+    """Return the tensors of each side whose norm no training makes, as far as the measures tell.
+
+    A single element may stand for infinity, as that of a mask does.
+    """
+    ours: list[TensorRecord] = []
+    theirs: list[TensorRecord] = []
+    for row in rows:
+        if math.prod(row.shape) > 1:
+            in_base, in_change = (row.base_norm or 0) > ABSURD, (row.max_abs_change or 0) > ABSURD
+            if in_base:
+                ours.append(row)
+            # The same element is in both, or the change brought it.
+            if in_base != in_change:
+                theirs.append(row)
+    return ours, theirs
 
 
 def _counted(rows: Sequence[TensorRecord]) -> str:
