@@ -1,7 +1,8 @@
 """Call the library in one process for half an hour, and watch what it holds: `make soak`.
 
-Memory, open files, threads, child processes and temporary files must be flat once the process is warm. Three sizes
-that are seldom met come first, each in a fork: very many prompts, a prompt of the whole context, 200 layers.
+Memory, open files, threads, child processes and temporary files must be flat once the process is warm. Three
+sizes that are seldom met come first, each in a fork: very many prompts, a prompt of the whole context, 200
+layers.
 """
 
 from __future__ import annotations
@@ -133,7 +134,9 @@ def whole_context(folder: Path) -> None:
     """Compare on one prompt as long as the context."""
     pair = _tiny(folder, max_position_embeddings=4096)
     text = " ".join(f"t{3 + i % 90}" for i in range(4096))
-    lazarus.activation_diff(*pair, prompts=[text, "t3 t4"], localize=True, position="all").save(folder / "x.json")
+    lazarus.activation_diff(*pair, prompts=[text, "t3 t4"], localize=True, position="all").save(
+        folder / "x.json"
+    )
     lazarus.compare(*pair, text).save(folder / "c.json")
 
 
@@ -152,7 +155,9 @@ def size(name: str, call: Callable[[Path], None], limit_seconds: float) -> list[
     """Call in a fork, and tell its time and memory."""
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         outcome = forks.run(lambda: call(Path(folder)), Path(folder) / "fork", limit_seconds=limit_seconds)
-    sys.stdout.write(f"{name}: exit {outcome.code}, {outcome.seconds:.1f} s, {outcome.peak_bytes / 2**20:,.0f} MiB\n")
+    sys.stdout.write(
+        f"{name}: exit {outcome.code}, {outcome.seconds:.1f} s, {outcome.peak_bytes / 2**20:,.0f} MiB\n"
+    )
     sys.stdout.flush()
     return [f"{name}: {outcome.fault or outcome.err[-500:]}"] if outcome.code else []
 

@@ -32,7 +32,13 @@ def check_files(name: str, folder: Path) -> None:
     """
     root = os.path.realpath(folder)
     has_modules = (folder / "modules.json").exists()
-    for entry in _entries(folder, has_modules=has_modules):
+    try:
+        entries = list(_entries(folder, has_modules=has_modules))
+    except OSError as error:
+        raise ModelError(
+            f"{name}: this folder cannot be looked into: {error.strerror}. Name another, or allow reading it."
+        ) from error
+    for entry in entries:
         try:
             found = os.stat(entry.path)
         except OSError:
@@ -60,7 +66,8 @@ def check_plain(
     Raises:
         WeightsError: it says which one, and `what` lists it.
     """
-    for each in set(listed.values() if isinstance(listed, Mapping) else listed):
+    # No set: a stranger's index may name what cannot be in one.
+    for each in listed.values() if isinstance(listed, Mapping) else listed:
         is_plain = isinstance(each, str) and each == os.path.basename(each) and "\\" not in each
         if not is_plain or not str(each).endswith(ending):
             raise WeightsError(

@@ -64,6 +64,10 @@ def write_json(record: Any, stream: IO[bytes]) -> None:
     stream.write(b"\n}\n")
 
 
+_DAMAGE = (msgspec.DecodeError, UnicodeDecodeError)
+"""what msgspec raises for a text that is no JSON, or no UTF-8"""
+
+
 def read_json(text: bytes) -> Any:
     """Read a record back, checking every field; one that an earlier version did not measure is null.
 
@@ -74,14 +78,14 @@ def read_json(text: bytes) -> Any:
         rows, rest = _rows_apart(text)
         try:
             head, record = _decoded(rest)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except _DAMAGE:
             rows, (head, record) = None, _decoded(text)  # which says where in the file the fault is
         if record is not None:
             found = record if rows is None else msgspec.structs.replace(record, results=rows)
             if why := contradiction(found):
                 raise ResultFileError(f"{why}. The file was changed: give it as lazarus saved it.")
             return found
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+    except (*_DAMAGE, RecursionError) as error:
         raise ResultFileError(
             f"not a result of schema version {SCHEMA_VERSION}: {error}. Give a file that lazarus saved with "
             "-o FILE.json."
@@ -113,7 +117,7 @@ def _rows_apart(text: bytes) -> tuple[ResultRows | None, bytes]:
     start += len(opening)
     try:
         return ResultRows.from_rows(_chunks(text, start, end)), text[:start] + _NO_ROWS + text[end:]
-    except (msgspec.DecodeError, UnicodeDecodeError, ResultFileError):
+    except (*_DAMAGE, ResultFileError):
         return None, text
 
 
