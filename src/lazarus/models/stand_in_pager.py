@@ -66,7 +66,7 @@ class StandInPager(Pager):
     def put(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Take a block as loaded; the first time a pager looks through it for what is not finite."""
         if index not in self.seen:
-            self.seen[index] = ()
+            self.seen[index] = {}
             self._clock.skipped_seconds += self.block_bytes(index) * self._looking_seconds
         self._loaded.add(index)
 
