@@ -64,7 +64,11 @@ class Ground:
     root: Path
     jobs: dict[str, Job] = field(init=False)
     seconds: dict[str, float] = field(default_factory=dict)
+    largest: dict[str, int] = field(default_factory=dict)
+    """the bytes of the largest file that a job writes"""
     expected: dict[str, Any] = field(default_factory=dict)
+    of_the_other_state: dict[str, Any] = field(default_factory=dict)
+    """with the fine-tune's weights in base's place"""
 
     def __post_init__(self) -> None:
         self.base, self.finetuned = self.root / "base", self.root / "arithmetic"
@@ -78,11 +82,16 @@ class Ground:
         """Run jobs undisturbed, where that is not done yet."""
         for name in names:
             if name not in self.expected:
-                job, folder = self.jobs[name], emptied(self.root / "undisturbed")
-                outcome = run(job.arguments, folder, before=job.before)
-                assert outcome.code == 0, outcome
-                self.seconds[name] = outcome.seconds
-                self.expected[name] = read_product(folder / job.product)
+                self.expected[name] = self.undisturbed(self.jobs[name])
+
+    def undisturbed(self, job: Job) -> Any:
+        """Run a job with nothing in its way, and return its result."""
+        folder = emptied(self.root / "undisturbed")
+        outcome = run(job.arguments, folder, before=job.before)
+        assert outcome.code == 0, outcome
+        self.seconds[job.name] = outcome.seconds
+        self.largest[job.name] = max(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        return read_product(folder / job.product)
 
     def complaints(
         self, job: Job, folder: Path, outcome: Outcome, *, meant: Collection[int] = ()

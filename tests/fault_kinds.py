@@ -42,6 +42,10 @@ class Told:
 Kind = Callable[[Ground, int, random.Random], Iterator[Told]]
 
 
+def _in_some_order(names: Sequence[str], dice: random.Random) -> list[str]:
+    return dice.sample(names, len(names))
+
+
 def word_for(outcome: Outcome) -> str:
     """What happened, in a word or two."""
     if outcome.code < 0:
@@ -70,9 +74,10 @@ def hung_up(ground: Ground, n_trials: int, dice: random.Random) -> Iterator[Told
 
 
 def _signalled(ground: Ground, n_trials: int, dice: random.Random, number: signal.Signals) -> Iterator[Told]:
+    names = _in_some_order(SAVING, dice)
     n_sent = i = 0
     while n_sent < n_trials and i < 3 * n_trials:  # a process that was done before is no trial of the signal
-        job = ground.jobs[SAVING[i % len(SAVING)]]
+        job = ground.jobs[names[i % len(names)]]
         i += 1
         ground.know([job.name])
         folder = emptied(ground.root / "trial")
@@ -104,22 +109,15 @@ def _after_a_signal(
 
 def disk_full(ground: Ground, n_trials: int, dice: random.Random) -> Iterator[Told]:
     """Every file is cut at so many bytes: from none at all to one byte less than the largest one has."""
-    del dice
-    for name in SAVING:
-        job = ground.jobs[name]
-        ground.know([name])
-        largest = _largest(ground, job)
-        for step in range(max(1, n_trials // len(SAVING))):
-            most = largest * step // max(1, n_trials // len(SAVING))
-            folder = emptied(ground.root / "trial")
-            outcome = _with_files_of_at_most(most, job, folder)
-            yield _after_a_full_disk(ground, job, folder, outcome, f"files of at most N bytes, {name}")
-
-
-def _largest(ground: Ground, job: Job) -> int:
-    folder = emptied(ground.root / "trial")
-    run(job.arguments, folder)
-    return max(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    names = _in_some_order(SAVING, dice)
+    n_steps = -(-n_trials // len(names))
+    for i in range(n_trials):
+        job = ground.jobs[names[i % len(names)]]
+        ground.know([job.name])
+        most = ground.largest[job.name] * (i // len(names)) // n_steps
+        folder = emptied(ground.root / "trial")
+        outcome = _with_files_of_at_most(most, job, folder)
+        yield _after_a_full_disk(ground, job, folder, outcome, f"files of at most N bytes, {job.name}")
 
 
 def _with_files_of_at_most(most: int, job: Job, folder: Path) -> Outcome:
@@ -147,13 +145,13 @@ def _after_a_full_disk(ground: Ground, job: Job, folder: Path, outcome: Outcome,
 
 def small_disk(ground: Ground, n_trials: int, dice: random.Random) -> Iterator[Told]:
     """A disk of its own, with room for so many pages; root alone may mount it."""
-    del dice
+    names = _in_some_order(SAVING, dice)
     place = ground.root / "disk"
     place.mkdir(exist_ok=True)
     for i in range(n_trials):
-        job = ground.jobs[SAVING[i % len(SAVING)]]
+        job = ground.jobs[names[i % len(names)]]
         ground.know([job.name])
-        kilobytes = 1100 + 4 * (i // len(SAVING)) ** 2 * 8
+        kilobytes = 1100 + 4 * (i // len(names)) ** 2 * 8
         mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "lazarus-faults", str(place)]
         if subprocess.run(mount, capture_output=True).returncode:
             yield Told("a small disk", "not tried: it takes root")
@@ -209,10 +207,19 @@ def changed(ground: Ground, n_trials: int, dice: random.Random) -> Iterator[Told
     kept = ground.root / "kept.safetensors"
     if not kept.exists():
         shutil.copy(original, kept)
-    others = _results_of_the_other_state(ground, original, ground.finetuned / "model.safetensors", kept)
+    names = _in_some_order(READING, dice)
     for i in range(n_trials):
-        job = ground.jobs[READING[i % len(READING)]]
-        name = list(CHANGES)[i // len(READING) % len(CHANGES)]
+        job = ground.jobs[names[i % len(names)]]
+        name = (
+            list(CHANGES)[i // len(names) % len(CHANGES)]
+            if n_trials > len(names)
+            else dice.choice([*CHANGES])
+        )
+        ground.know([job.name])
+        if job.name not in ground.of_the_other_state:
+            _replace(original, ground.finetuned / "model.safetensors")
+            ground.of_the_other_state[job.name] = ground.undisturbed(job)
+            _replace(original, kept)
         folder = emptied(ground.root / "trial")
         trial = start(job.arguments, folder, before=job.before)
         moment = dice.uniform(0, ground.seconds[job.name])
@@ -224,24 +231,12 @@ def changed(ground: Ground, n_trials: int, dice: random.Random) -> Iterator[Told
         complaints = [outcome.fault] if outcome.fault else []
         if is_there(folder / job.product):
             found = read_product(folder / job.product)
-            wrong = [differing(found, state) for state in (ground.expected[job.name], others[job.name])]
+            states = ground.expected[job.name], ground.of_the_other_state[job.name]
+            wrong = [differing(found, state) for state in states]
             if all(wrong):
                 complaints.append(f"a result of neither state: {wrong}")
         complaints += map("left: {}".format, ground.leftovers(job, folder))
         yield Told(f"weights {name} while read, {job.name}", word_for(outcome), complaints)
-
-
-def _results_of_the_other_state(ground: Ground, path: Path, other: Path, kept: Path) -> dict[str, object]:
-    ground.know(READING)
-    found: dict[str, object] = {}
-    _replace(path, other)
-    for name in READING:
-        job, folder = ground.jobs[name], emptied(ground.root / "trial")
-        outcome = run(job.arguments, folder, before=job.before)
-        assert outcome.code == 0, outcome
-        found[name] = read_product(folder / job.product)
-    _replace(path, kept)
-    return found
 
 
 # --- memory -------------------------------------------------------------------------------------
@@ -249,12 +244,12 @@ def _results_of_the_other_state(ground: Ground, path: Path, other: Path, kept: P
 
 def little_address_space(ground: Ground, n_trials: int, dice: random.Random) -> Iterator[Told]:
     """So much address space, and no more (RLIMIT_AS): a result, or a message."""
-    del dice
+    names = _in_some_order(SAVING, dice)
     for i in range(n_trials):
-        job = ground.jobs[SAVING[i % len(SAVING)]]
+        job = ground.jobs[names[i % len(names)]]
         ground.know([job.name])
         folder = emptied(ground.root / "trial")
-        megabytes = 2 + 12 * (i // len(SAVING))
+        megabytes = 2 + 12 * (i // len(names))
         outcome = run(job.arguments, folder, more_bytes=megabytes * 2**20, before=job.before)
         complaints = ground.complaints(job, folder, outcome)
         complaints += map("left: {}".format, ground.leftovers(job, folder))
@@ -346,9 +341,8 @@ SURROUNDINGS: dict[str, Callable[[], None]] = {
 
 def surroundings(ground: Ground, n_trials: int, dice: random.Random) -> Iterator[Told]:
     """Whatever is missing around the process, the result is right and is saved."""
-    del dice
     each: Sequence[tuple[str, str]] = [(name, job) for name in SURROUNDINGS for job in SAVING]
-    for name, job_name in each[:: max(1, len(each) // n_trials)]:
+    for name, job_name in dice.sample(each, min(n_trials, len(each))):
         job = ground.jobs[job_name]
         ground.know([job_name])
         folder = emptied(ground.root / "trial")

@@ -19,7 +19,7 @@ from pathlib import Path
 from fault_ground import Ground
 from fault_kinds import KINDS, Told
 
-QUICK = 2
+QUICK = 1
 """trials of each kind in the form that is a test"""
 
 
@@ -52,7 +52,7 @@ def main() -> None:
         for name in chosen.kind:
             kind, usual = KINDS[name]
             n_trials = QUICK if chosen.quick else max(1, round(usual * chosen.trials))
-            for told in kind(ground, n_trials, random.Random(chosen.seed)):
+            for told in kind(ground, n_trials, random.Random(f"{chosen.seed} {name}")):
                 found.append(told)
                 for complaint in told.complaints:
                     sys.stderr.write(f"{told.fault} ({told.what}): {complaint}\n")

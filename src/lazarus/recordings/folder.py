@@ -115,5 +115,6 @@ def _replace(path: Path, save: Callable[[Path], None]) -> None:
         save(part)
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise SaveError(f"{path}: cannot be written: {error.strerror or error}. Make room there.") from error
+    finally:
+        part.unlink(missing_ok=True)

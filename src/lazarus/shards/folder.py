@@ -177,12 +177,13 @@ class WorkFolder:
             save(part)
             part.replace(path)
         except OSError as error:
-            part.unlink(missing_ok=True)
             raise SaveError(
                 f"{self._named}: {path.name} could not be written: {error.strerror or error}. Make "
                 "room there and run again: what is done is kept.",
                 option="work_dir",
             ) from error
+        finally:
+            part.unlink(missing_ok=True)
 
     @contextmanager
     def _locked(self, name: str, timeout_seconds: float = -1) -> Iterator[bool]:
