@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -143,6 +144,8 @@ def start(
     sys.stderr.flush()
     pid = os.fork()
     if pid:
+        with suppress(OSError):  # here too: a signal may be sent before the fork has done it
+            os.setpgid(pid, pid)
         return Trial(pid, trial_out, trial_err)
     code = CRASHED
     try:

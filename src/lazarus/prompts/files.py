@@ -211,7 +211,8 @@ def _parquet_rows(name: str) -> Rows:
         ) from error
     try:
         rows = pyarrow.parquet.read_table(user_path(name)).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
+    # A text that is no UTF-8, or a date that Python has not, shows when rows are made of the columns.
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise PromptsError(
             f"-p @{name}: cannot be read as Parquet: {reason}. Write the file again."
