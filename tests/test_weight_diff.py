@@ -636,7 +636,11 @@ def test_what_overflows_is_null_and_meets_no_gate(
     assert row.relative_change is None
     assert row.change_norm == pytest.approx(change * theirs, rel=1e-9)
     assert row.base_norm == (None if math.isinf(norm * ours) else pytest.approx(norm * ours, rel=1e-9))
-    (note,) = [note for note in diff.notes if UP in note]
+    assert [code for note, code in zip(diff.notes, diff.note_codes, strict=True) if UP in note] == [
+        "undefined-change",
+        "absurd-weights",
+    ]
+    note = next(note for note in diff.notes if UP in note)
     assert "too large for float64" in note
     with pytest.raises(GateNotMetError, match="layer 1 mlp_up has no relative change"):
         diff.check_gates(fail_above=1e9)
