@@ -653,7 +653,7 @@ def test_a_change_that_overflows_is_not_said_to_hold_infinity(base: Path, tmp_pa
     )
     row = rows_of(diff)[1, "mlp_up"]
     assert (row.relative_change, row.max_abs_change) == (None, 1.5e308 - 1e308)
-    (note,) = [note for note in diff.notes if UP in note]
+    (note,) = [note for note in diff.notes if UP in note and "2⁴⁰" not in note]
     assert "NaN or infinity" not in note
 
 
