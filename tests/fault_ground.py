@@ -18,8 +18,8 @@ from lazarus.demo import BASE, FINETUNED
 
 N_PROMPTS = 300
 """so many that a run takes a second"""
-FOUND_ANEW = ("created", "notes", "note_codes")
-"""What differs between two runs, or between a run in one go and one that was taken up."""
+FOUND_ANEW = ("checksum", "created", "notes", "note_codes")
+"""What differs between two runs, or from one that was taken up; a checksum is of the time, too."""
 
 
 def little_memory() -> None:
