@@ -23,6 +23,7 @@ from lazarus.metrics import (
     SitePlan,
     centered_divergence,
     compare_local,
+    compare_logits,
     compare_rows,
     divergence,
     mean_over_prompts,
@@ -321,3 +322,11 @@ def test_other_widths_have_nothing_but_cka() -> None:
     assert not measures.means.n_excluded.any()
     assert not measures.local.n_rows.any()
     assert measures.directions.n_rows == 0
+
+
+@pytest.mark.parametrize("n_tokens", [7, 300, 301])
+def test_a_row_of_logits_gives_the_same_bits_alone_and_among_others(n_tokens: int) -> None:
+    base, finetuned = torch.randn(2, 40, n_tokens)
+    together = compare_logits(base, finetuned).values
+    alone = [compare_logits(b[None], f[None]).values for b, f in zip(base, finetuned, strict=True)]
+    assert torch.equal(together, torch.cat(alone))

@@ -7,7 +7,7 @@ import math
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from lazarus.metrics.outcomes import Outcomes
 from lazarus.metrics.states import RowValues, to_float64
@@ -84,7 +84,7 @@ def divergences(
     return [
         _mean_gap(p, gap),
         _mean_gap(q, opposite),
-        (_mean_gap(p, _gap_to_middle(opposite)) + _mean_gap(q, _gap_to_middle(gap))) / 2,
+        (_mean_gap(p, _gap_to_middle(gap)) + _mean_gap(q, _gap_to_middle(opposite))) / 2,
     ]
 
 
@@ -107,10 +107,11 @@ def _mean_gap(p: Tensor, gap: Tensor) -> Float[Tensor, " rows"]:
     return terms.masked_fill_(p == 0, 0.0).sum(-1) if bool(total.isnan().any()) else total
 
 
-def _gap_to_middle(opposite: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, "rows vocabulary"]:
-    """log p − log ½(p + q), from log q − log p; exactly 0 for 0."""
-    # softplus(x) = log(1 + eˣ), which is x to the last bit from 37 on.
-    return softplus(opposite, threshold=37).neg_().add_(math.log(2))
+def _gap_to_middle(gap: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, "rows vocabulary"]:
+    """log p − log ½(p + q), from log p − log q; exactly 0 for 0."""
+    # log σ(x) = −log(1 + e⁻ˣ). Not by softplus, whose last bits depend on how many rows there are: what does
+    # not fill a vector register it computes by another function.
+    return logsigmoid(gap).add_(math.log(2))
 
 
 def _relative_l2(base: Tensor, finetuned: Tensor) -> Float[Tensor, " rows"]:
