@@ -67,6 +67,39 @@ def test_a_link_out_of_the_folder_is_refused_and_shows_nothing_of_what_it_leads_
         assert "AbCd" not in str(raised.value)
 
 
+@pytest.mark.parametrize("place", ["1_Pooling", "inner/1_Pooling", "1.json/config.json"])
+def test_a_link_out_of_the_folder_of_a_module_is_refused(
+    place: str, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "config.json").write_text('{"secret": 1}')
+    (pair[1] / "modules.json").write_text("[]")
+    (pair[1] / place).parent.mkdir(exist_ok=True)
+    (pair[1] / place).symlink_to(tmp_path / "outside" / ("config.json" if place.endswith("json") else ""))
+    for run in every_command(*pair):
+        with pytest.raises(ModelError, match="is a link out of this folder"):
+            run()
+
+
+def test_a_link_in_the_place_of_further_chat_templates_is_refused(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "outside").mkdir()
+    (pair[1] / "additional_chat_templates").symlink_to(tmp_path / "outside")
+    with pytest.raises(ModelError, match="additional_chat_templates is a link out of this folder"):
+        check_files("it", pair[1])
+
+
+def test_folders_within_a_model_may_be_deep_and_links_may_lead_in_circles(pair: tuple[Path, Path]) -> None:
+    (pair[1] / "modules.json").write_text("[]")
+    deep = pair[1]
+    for _ in range(200):
+        deep /= "d"
+    deep.mkdir(parents=True)
+    (deep / "back").symlink_to(pair[1])
+    check_files("it", pair[1])
+
+
 def test_links_within_the_folder_and_into_the_hub_cache_are_followed(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""Which files of a folder may be read: regular ones, in the folder itself, under plain names.
+"""Which files of a model's folder may be read: regular ones, in the folder itself, under plain names.
 
 A folder may come from a stranger. A link in it can lead to any file of whoever compares it, and an index can
 name one; what was read would then stand in a message or in a result.
@@ -19,11 +19,12 @@ FOLLOW_LINKS = "LAZARUS_FOLLOW_LINKS"
 """the environment variable that allows links out of a folder, where it is 1"""
 _READ = {".bin", ".gguf", ".jinja", ".json", ".model", ".py", ".safetensors", ".tiktoken", ".txt"}
 """endings of the files that a loader reads"""
-_OF_TOKENIZERS = "additional_chat_templates"
+_TEMPLATES = "additional_chat_templates"
+"""the folder in a model's folder from which transformers reads further chat templates"""
 
 
 def check_files(name: str, folder: Path) -> None:
-    """Refuse a folder of which a file that a loader may read is none, or leads out of it.
+    """Refuse a folder in which a loader may read a device, a pipe, or a link that leads out of it.
 
     Links into the Hub's cache are followed: the cache itself is made of them.
 
@@ -31,9 +32,8 @@ def check_files(name: str, folder: Path) -> None:
         ModelError: it says which file, and where it leads.
     """
     root = os.path.realpath(folder)
-    has_modules = (folder / "modules.json").exists()
     try:
-        entries = list(_entries(folder, has_modules=has_modules))
+        entries = list(_entries(folder, has_modules=(folder / "modules.json").exists()))
     except OSError as error:
         raise ModelError(
             f"{name}: this folder cannot be looked into: {error.strerror}. Name another, or allow reading it."
@@ -43,9 +43,7 @@ def check_files(name: str, folder: Path) -> None:
             found = os.stat(entry.path)
         except OSError:
             continue  # a link that leads nowhere is missed where it is needed
-        if stat.S_ISDIR(found.st_mode):
-            continue
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
             raise ModelError(
                 f"{name}: {entry.name} is a device or a pipe, and no file. Put the file itself there."
             )
@@ -77,18 +75,24 @@ def check_plain(
             )
 
 
-def _entries(folder: Path, *, has_modules: bool) -> Iterator[os.DirEntry[str]]:
-    """Yield what a folder holds that a loader may read; with modules, what their folders hold as well."""
-    with os.scandir(folder) as found:
-        entries = list(found)
-    for entry in entries:
-        if os.path.splitext(entry.name)[1].lower() in _READ:
-            yield entry
-        elif entry.name == _OF_TOKENIZERS or has_modules:
-            if entry.is_symlink() and not _may_lead(os.path.realpath(folder), os.path.realpath(entry.path)):
-                continue
-            if entry.is_dir():
-                yield from _entries(Path(entry.path), has_modules=False)
+def _entries(root: Path, *, has_modules: bool) -> Iterator[os.DirEntry[str]]:
+    """Yield the files and links in a folder that a loader may read; with modules, in all folders of it."""
+    folders: list[str | Path] = [root]
+    while folders:
+        with os.scandir(folders.pop()) as found:
+            entries = list(found)
+        for entry in entries:
+            is_opened = has_modules or entry.name == _TEMPLATES
+            if entry.is_dir(follow_symlinks=False):
+                folders += [entry.path] if is_opened else []
+            # A link to a folder is a way out as well. What it leads to is not looked into: it is refused, or
+            # within the root, where it is found without the link.
+            elif _is_read(entry) or (is_opened and entry.is_symlink()):
+                yield entry
+
+
+def _is_read(entry: os.DirEntry[str]) -> bool:
+    return os.path.splitext(entry.name)[1].lower() in _READ
 
 
 def _may_lead(root: str, place: str) -> bool:
