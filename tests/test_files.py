@@ -22,6 +22,7 @@ from lazarus.models import digests
 from lazarus.models.digests import sha256_of
 from lazarus.models.files import ReadFiles
 from lazarus.models.inside import FOLLOW_LINKS, check_files
+from lazarus.models.tokenizer import find_tokenizer
 from lazarus.notes import Notes
 
 PROMPTS = ["Hello there", "What is that", "The answer is 42"]
@@ -160,6 +161,43 @@ def test_weights_that_config_json_chooses_are_of_its_own_folder(pair: tuple[Path
     for run in every_command(*pair):
         with pytest.raises(WeightsError, match=r"config\.json names '\.\./x\.bin'"):
             run()
+
+
+@pytest.fixture
+def with_secret(tmp_path: Path) -> tuple[Path, Path]:
+    """Make a folder with a tokenizer of a plain vocabulary, and a file outside that could be one as well."""
+    special = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
+    folder, secret = tmp_path / "words", tmp_path / "secret"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    (folder / "vocab.txt").write_text("\n".join([*special, "hello"]))
+    secret.write_text("\n".join([*special, "hf_AbCd"]))
+    return folder, secret
+
+
+@pytest.mark.parametrize("setting", ["vocab_file", "vocab"])
+def test_a_tokenizer_reads_no_file_that_its_settings_name(
+    setting: str, with_secret: tuple[Path, Path]
+) -> None:
+    folder, secret = with_secret
+    settings = {"tokenizer_class": "BertTokenizer", setting: str(secret)}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    found = find_tokenizer(folder)
+    assert found is not None
+    assert {"hello", "[MASK]"} <= found.get_vocab().keys()
+    assert "hf_AbCd" not in found.get_vocab()
+
+
+@pytest.mark.parametrize("settings", [{"init_inputs": ["{}"]}, {"sp_model_kwargs": {"model_file": "{}"}}])
+def test_a_tokenizer_whose_settings_may_be_paths_is_refused(
+    settings: dict[str, Any], with_secret: tuple[Path, Path]
+) -> None:
+    folder, secret = with_secret
+    text = json.dumps({"tokenizer_class": "BertTokenizer", **settings}).replace("{}", str(secret))
+    (folder / "tokenizer_config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"tokenizer_config\.json: has init_inputs") as raised:
+        find_tokenizer(folder)
+    assert "AbCd" not in str(raised.value)
 
 
 @pytest.mark.parametrize("path", ["../base", "/etc"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ _JSON_FILES = (
     "added_tokens.json",
     "special_tokens_map.json",
 )
+_NAMES_A_FILE = re.compile(r"vocab|merges|.*_(file|spm)")
+"""settings of tokenizer_config.json whose text transformers takes for the path of a file"""
 
 
 def load_tokenizer(model: LoadedModel, *, trust_remote_code: bool = False) -> Any | None:
@@ -115,6 +118,7 @@ def _load(source: Source, trust_remote_code: bool) -> Any:
         where["subfolder"] = source.subfolder
     name = f"{source.name} (tokenizer)"
     _check_growth(source)
+    where |= _without_paths(source)
     try:
         with translated(name):
             found = AutoTokenizer.from_pretrained(source.path, **where)
@@ -127,6 +131,33 @@ def _load(source: Source, trust_remote_code: bool) -> Any:
             "no number. Fetch the file again."
         )
     return found
+
+
+def _without_paths(source: Source) -> dict[str, None]:
+    """Return arguments in the place of the paths in a tokenizer_config.json, which lead to any file.
+
+    What such a path leads to would be read, and each of its lines be a token. With None, transformers reads the
+    file in the tokenizer's own folder. Many published files hold a path of their author's machine, so paths
+    alone are no reason to refuse one.
+
+    Raises:
+        ModelError: the file cannot be read, or has paths in whose place nothing can be given.
+    """
+    path = None if source.gguf_file else source.file("tokenizer_config.json")
+    settings = {} if path is None else read_json(path, ModelError, _FETCH, MOST_VOCABULARY_BYTES)
+    if not isinstance(settings, dict):
+        return {}
+    pieces = settings.get("sp_model_kwargs")
+    if settings.get("init_inputs") or (isinstance(pieces, dict) and "model_file" in pieces):
+        raise ModelError(
+            f"{path}: has init_inputs, or a model_file in sp_model_kwargs, which may be the path of any file. "
+            "Take them out: the tokenizer's own files are found without them."
+        )
+    return {
+        name: None
+        for name, value in settings.items()
+        if isinstance(value, str) and _NAMES_A_FILE.fullmatch(name)
+    }
 
 
 def _check_growth(source: Source) -> None:
