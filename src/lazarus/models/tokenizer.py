@@ -136,9 +136,9 @@ def _load(source: Source, trust_remote_code: bool) -> Any:
 def _without_paths(source: Source) -> dict[str, None]:
     """Return arguments in the place of the paths in a tokenizer_config.json, which lead to any file.
 
-    What such a path leads to would be read, and each of its lines be a token. With None, transformers reads the
-    file in the tokenizer's own folder. Many published files hold a path of their author's machine, so paths
-    alone are no reason to refuse one.
+    What such a path leads to would be read, and each of its lines be a token. With None, transformers reads
+    the file in the tokenizer's own folder. Many published files hold a path of their author's machine, so a
+    path alone is no reason to refuse one.
 
     Raises:
         ModelError: the file cannot be read, or has paths in whose place nothing can be given.
@@ -150,7 +150,7 @@ def _without_paths(source: Source) -> dict[str, None]:
     pieces = settings.get("sp_model_kwargs")
     if settings.get("init_inputs") or (isinstance(pieces, dict) and "model_file" in pieces):
         raise ModelError(
-            f"{path}: has init_inputs, or a model_file in sp_model_kwargs, which may be the path of any file. "
+            f"{path}: has init_inputs, or a model_file in sp_model_kwargs, which may lead to any file. "
             "Take them out: the tokenizer's own files are found without them."
         )
     return {
