@@ -21,7 +21,10 @@ ROOT = HERE.parent
 FOLDER = ROOT / ".venv-floors"
 TOOLS = ("pytest", "pytest-xdist", "hypothesis", "beartype", "jsonschema")
 """what the tests need besides, in the versions of constraints.txt"""
-TESTS = ("compat", "corpus", "determinism", "faults", "scratch")
+TESTS = (
+    *("compat", "corpus", "determinism", "faults", "scratch"),
+    *("adapter_limits", "files", "hostile_code", "rendering"),
+)
 
 
 def floors() -> list[str]:

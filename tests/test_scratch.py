@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,6 +55,34 @@ def test_folders_that_are_in_use_or_of_others_stay(tmp_path: Path) -> None:
         assert one.path.exists()
         assert other.path.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lazarus-link", ".lazarus-mine"]
+
+
+@pytest.fixture(params=["ENOLCK", "EOPNOTSUPP"])
+def without_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    number = getattr(errno, request.param)
+
+    def fails(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", fails)
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_a_disk_without_locks_has_temporary_folders_and_no_dead_ones(tmp_path: Path) -> None:
+    with ScratchFolder(tmp_path) as one:
+        (one.path / "states").write_text("x")
+        with ScratchFolder(tmp_path):
+            assert (one.path / "states").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_on_a_disk_without_locks_no_recording_is_taken_over(tmp_path: Path) -> None:
+    (tmp_path / "00000.safetensors.part").touch()
+    (tmp_path / ".recording").touch()
+    with pytest.raises(UsageError):
+        make_folder(tmp_path)
+    assert (tmp_path / "00000.safetensors.part").exists()
 
 
 def test_a_recording_that_was_killed_is_taken_over(tmp_path: Path) -> None:

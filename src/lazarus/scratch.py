@@ -6,6 +6,7 @@ folder beside it removes what nobody holds any more.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -18,6 +19,27 @@ from filelock import FileLock, Timeout
 
 PREFIX = ".lazarus-"
 _LOCK = "lock"
+_ATTEMPTS = 3
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""what the system says of a disk without locks, as some network file systems are"""
+
+
+def locked(lock: FileLock) -> bool:
+    """Take a lock without waiting, and return whether it is held: False where the disk has no locks.
+
+    Raises:
+        Timeout: another process holds it.
+        OSError: its file cannot be made.
+    """
+    try:
+        lock.acquire(blocking=False)
+    except NotImplementedError:  # what older versions of filelock make of ENOSYS
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return False
+    return True
 
 
 class ScratchFolder:
@@ -31,15 +53,18 @@ class ScratchFolder:
         """
         place = Path(parent or tempfile.gettempdir())
         _sweep(place)
-        while True:
+        for attempt in range(_ATTEMPTS):
             self.path = Path(tempfile.mkdtemp(dir=place, prefix=PREFIX))
             self._lock = FileLock(self.path / _LOCK)
             # Another process may have taken the folder for a dead one before it was locked.
             with suppress(Timeout, FileNotFoundError):
-                self._lock.acquire(blocking=False)
-                if self.path.exists():
+                # Without locks no other process takes it for dead.
+                if not locked(self._lock) or self.path.exists():
                     return
                 self._lock.release()
+            # Older versions of filelock tell a disk without locks from a lock that is held for ENOSYS alone.
+            if attempt < _ATTEMPTS - 1:
+                shutil.rmtree(self.path, ignore_errors=True)
 
     def remove(self) -> None:
         """Remove the folder, with all that is in it."""
@@ -77,6 +102,6 @@ def _remove_if_dead(folder: Path) -> None:
         return
     lock = FileLock(folder / _LOCK)
     with suppress(Timeout, OSError):
-        lock.acquire(blocking=False)
-        shutil.rmtree(folder, ignore_errors=True)
-        lock.release()
+        if locked(lock):
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.release()

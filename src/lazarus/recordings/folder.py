@@ -15,6 +15,7 @@ from lazarus.errors import SaveError, UsageError
 from lazarus.foreign import user_path
 from lazarus.recordings.format import MANIFEST, Contents, write
 from lazarus.recordings.tensors import PART
+from lazarus.scratch import locked
 
 _OURS = r"\d{5}\.safetensors(\.part)?"
 _CLAIM = ".recording"
@@ -36,7 +37,7 @@ class Claim:
         self._path = folder / _CLAIM
         self._lock = FileLock(self._path)
         try:
-            self._lock.acquire(blocking=False)
+            self.is_held = locked(self._lock)
         except Timeout as error:
             raise UsageError(f"{folder}: another process records into it. Name another folder.") from error
         except OSError as error:
@@ -85,8 +86,9 @@ def make_folder(folder: str | Path, *, taken_up: bool = False) -> Path:
 
 
 def _remove_what_is_left(path: Path) -> None:
-    with Claim(path):
-        if not (path / MANIFEST).exists():
+    with Claim(path) as claim:
+        # On a disk without locks nothing tells that the process is gone.
+        if claim.is_held and not (path / MANIFEST).exists():
             for file in path.iterdir():
                 if re.fullmatch(_OURS, file.name) or file.name.startswith(f"{MANIFEST}."):
                     file.unlink()
