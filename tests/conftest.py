@@ -39,7 +39,10 @@ SHAPED = [
 install_import_hook([f"lazarus.{name}" for name in SHAPED], "beartype.beartype")
 
 GOLDEN = Path(__file__).parent / "golden"
-collect_ignore = ["fourth.py"]  # importing it puts its command on the command line
+collect_ignore = [
+    "fourth.py",  # importing it puts its command on the command line
+    "fuzz_coverage.py",  # needs atheris, which `make fuzz` installs
+]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
