@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import lazarus
-from factories import perturbed, tiny_llama, word_tokenizer
+from factories import perturbed, save_model, tiny_llama, word_tokenizer
 from lazarus.cli.app import app
 from lazarus.errors import GateNotMetError
 from lazarus.metrics import Outcomes, compare_logits, match_outcomes
@@ -152,3 +153,60 @@ def test_two_vocabularies_with_nothing_in_common_have_one_outcome() -> None:
     none: Tensor = torch.empty(0, dtype=torch.long)
     values = compare_logits(torch.zeros(1, 3), torch.zeros(1, 2), Outcomes(none, none, (3, 2))).values[0]
     assert values[:5].tolist() == [0.0, 0.0, 0.0, 0.0, 4.0]
+
+
+# --- whatever can be left out -------------------------------------------------------------------
+
+
+def _eps(model: Any) -> None:
+    model.config.rms_norm_eps = 1e-3
+
+
+def _head(model: Any) -> None:
+    model.lm_head.weight[7, 3] += 0.25
+
+
+def _last_bit(model: Any) -> None:
+    weight = model.model.layers[-1].mlp.down_proj.weight
+    weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(INF))
+
+
+def _unused_row(model: Any) -> None:
+    model.model.embed_tokens.weight[299] *= 2  # of a token that no prompt has
+
+
+LEFT_OUT: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "digests": {"no_digests": True},
+    "paths": {"anonymous": True},
+    "tokens but the last": {"position": "last"},
+    "tokens of single prompts": {"position": "all", "token_prompts": "none"},
+    "memory": {"memory": "stream"},
+    "all of it": {
+        "no_digests": True, "anonymous": True, "position": "last",
+        "memory": "stream", "token_prompts": "none",
+    },
+}
+
+
+@pytest.mark.parametrize("change", [_eps, _head, _last_bit, _unused_row])
+@pytest.mark.parametrize("left_out", LEFT_OUT)
+def test_no_option_that_leaves_something_out_meets_a_gate(
+    left_out: str, change: Callable[[Any], None], tmp_path: Path
+) -> None:
+    base = tiny_llama(tie_word_embeddings=False)
+    other = copy.deepcopy(base)
+    with torch.no_grad():
+        change(other)
+    folders = [
+        save_model(tmp_path / name, model, word_tokenizer())
+        for name, model in (("base", base), ("other", other))
+    ]
+    options = LEFT_OUT[left_out]
+    if change in (_eps, _head):  # of the others no state has to know
+        diff = lazarus.activation_diff(folders[0], folders[1], TEXTS, **options)
+        with pytest.raises(GateNotMetError):
+            diff.check_gates(expect="identical")
+    of_weights = {name: value for name, value in options.items() if name in ("no_digests", "anonymous")}
+    with pytest.raises(GateNotMetError):
+        lazarus.weight_diff(folders[0], folders[1], **of_weights).check_gates(expect="identical")
