@@ -14,9 +14,11 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel
 
 import lazarus
 from factories import perturbed, save_model, tiny_llama, tiny_tokenizer
+from layouts import save_sentence_transformer
 from lazarus.errors import LazarusError, ModelError, RecordingError, UsageError, WeightsError
 from lazarus.models import digests
 from lazarus.models.digests import sha256_of
@@ -24,6 +26,7 @@ from lazarus.models.files import ReadFiles
 from lazarus.models.inside import FOLLOW_LINKS, check_files
 from lazarus.models.tokenizer import find_tokenizer
 from lazarus.notes import Notes
+from lazarus.results import ActivationDiffRecord
 
 PROMPTS = ["Hello there", "What is that", "The answer is 42"]
 INDEX = "model.safetensors.index.json"
@@ -228,6 +231,24 @@ def test_a_result_lists_the_files_with_their_digests(pair: tuple[Path, Path]) ->
             for name, told in found.items():
                 content = (folder / name).read_bytes()
                 assert told == (len(content), hashlib.sha256(content).hexdigest())
+
+
+@pytest.mark.parametrize("subfolder", ["", "0_Transformer"])
+def test_the_modules_of_a_sentence_encoder_are_among_its_files(subfolder: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    model = BertModel(BertConfig(**sizes, vocab_size=len(tiny_tokenizer()), max_position_embeddings=64))
+    folder = save_sentence_transformer(tmp_path / "encoder", subfolder, model, tiny_tokenizer())
+
+    def run() -> ActivationDiffRecord:
+        return lazarus.activation_diff(folder, folder, PROMPTS, work_dir=str(tmp_path / "work")).record
+
+    listed = {file.name for file in run().base.files}
+    inner = {str(Path(subfolder, name)) for name in ("config.json", "model.safetensors", "tokenizer.json")}
+    assert {"modules.json", "1_Pooling/config.json", *inner} <= listed
+    assert all((folder / name).is_file() for name in listed)
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}')
+    with pytest.raises(UsageError, match=r"another run: base 1_Pooling/config\.json of"):
+        run()
 
 
 def test_without_digests_the_files_are_listed_all_the_same(pair: tuple[Path, Path]) -> None:

@@ -97,7 +97,7 @@ def read_prompts(models: Models, asked: Asked, options: Options, notes: Notes) -
         base = finetuned = mark_responses(base, written.responses, tokenizers[0])
     for model, tokenized in zip(models, (base, finetuned), strict=True):
         check_vocabulary(model, tokenized)
-        model.read_tokenizer()
+        model.finish_reading()
     return Reading(prompts, base, finetuned, tokenizers, align)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from lazarus.errors import ModelError
 from lazarus.foreign import read_json
 from lazarus.models.faults import translated
+from lazarus.models.files import ReadFiles
 from lazarus.models.reference import Source, read_modules
 from lazarus.models.stored import read_headers, same_elements
 from lazarus.results import NotCompared
@@ -56,6 +57,24 @@ def embedder_parts(base: Source | None, finetuned: Source | None, *, embeds: boo
         differs = True if one is None or other is None else _differ(one, other)
         parts.append((_part(one, differs), _part(other, differs)))
     return parts
+
+
+def add_modules(files: ReadFiles, source: Source) -> None:
+    """Add the files of the modules of a sentence-transformers model, which are read after its transformer.
+
+    Raises:
+        OSError: one is not there any more, or is no file.
+    """
+    root = replace(source, subfolder="")
+    if source.gguf_file or (listed := root.file("modules.json")) is None:
+        return
+    try:
+        inside = [replace(root, subfolder=path) for path, _ in read_modules(listed) if path]
+    except ModelError:
+        return  # told by whoever runs or compares the modules
+    found = [module.file(name) for module in inside for name in ("config.json", *_WEIGHTS)]
+    found += map(root.file, _SETTINGS)
+    files.add(Path(listed).parent, [listed, *(path for path in found if path is not None)])
 
 
 def _part(module: _Module | None, differs: bool | None) -> NotCompared | None:

@@ -60,8 +60,8 @@ class LoadedModel:
         """Return where it runs."""
         return self.model.device if self.pager is None else self.pager.device
 
-    def read_tokenizer(self) -> None:
-        """Take account of the files of the tokenizer, which has been read, and begin with the digests.
+    def finish_reading(self) -> None:
+        """Add the files of the tokenizer, which has been read by now, check all, and begin with the digests.
 
         Raises:
             WeightsError: a file has changed since it was read.
@@ -69,7 +69,7 @@ class LoadedModel:
         for source in self.tokenizer_sources:
             if source.is_on_hub and (found := source.file("tokenizer_config.json")) is not None:
                 # They were fetched when they were read, and not there before.
-                self.files.add_settings(Path(found).parent)
+                self.files.add_settings(Path(found).parent, source.prefix)
         if self.pager is None:
             self.files.all_read()
         if self.files.hashed:

@@ -22,6 +22,7 @@ from lazarus.foreign import read_json
 from lazarus.messages import option
 from lazarus.models.checkpoint import find_files
 from lazarus.models.contents import NOTHING_BESIDE, Contents, look_for_weights, survey
+from lazarus.models.embedders import add_modules
 from lazarus.models.faults import translated
 from lazarus.models.files import ReadFiles
 from lazarus.models.formats import check_folder
@@ -141,7 +142,8 @@ def open_checkpoint(source: Source, options: LoadOptions) -> Opened:
     with translated(source.name):
         files = ReadFiles(source.name, hashed=options.digests)
         if (found := source.file("config.json")) is not None:
-            files.add_settings(Path(found).parent)
+            files.add_settings(Path(found).parent, source.prefix)
+        add_modules(files, source)
         config = AutoConfig.from_pretrained(source.path, **where(source, options))
         return Opened(
             source, config, _model_class(config, source), claimed_method(config) is not None, files=files
@@ -207,7 +209,7 @@ def find_weights(opened: Opened, *, pickled: bool = False) -> tuple[Opened, list
     look_for_weights(source)
     with translated(source.name):
         files = find_files(source, opened.config, opened.model_class, pickled=pickled)
-        opened.files.add(os.path.dirname(files[0]), files)
+        opened.files.add(os.path.dirname(files[0]), files, source.prefix)
         opened = replace(opened, contents=survey(source, files))
         if not all(file.endswith(".safetensors") for file in files):
             return opened, files

@@ -71,6 +71,11 @@ class Source:
         return os.path.join(self.subfolder, self.weights_file or "")
 
     @property
+    def prefix(self) -> str:
+        """Return what the names of its files begin with in the folder or the repository that holds it."""
+        return f"{self.subfolder}/" if self.subfolder else ""
+
+    @property
     def is_on_hub(self) -> bool:
         """Return whether its files are those of a repository, in the cache or not."""
         return self.kind == "hub" or (self.gguf_file is not None and not os.path.isabs(self.gguf_file))

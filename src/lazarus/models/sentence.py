@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lazarus.errors import ModelError
 from lazarus.foreign import UnreadableError, content, decoded
 from lazarus.models.reference import Source, read_modules
+from lazarus.models.stored import read_headers
 
 _ORDER = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 """the modes of pooling in the order in which a model that has several puts them together"""
@@ -148,10 +148,11 @@ def _dense(folder: Source, dtype: torch.dtype, device: torch.device) -> Step:
         # Empty, because filling it would draw random numbers that are the caller's.
         with torch.device("meta"):
             linear = nn.Linear(settings["in_features"], settings["out_features"], settings.get("bias", True))
-        stored = {key.removeprefix("linear."): tensor for key, tensor in load_file(weights).items()}
+        # Read and not mapped: a mapped file that is cut short kills the process that looks at it.
+        stored = {key.removeprefix("linear."): each.read() for key, each in read_headers([weights]).items()}
         linear.load_state_dict(stored, assign=True)
         layers = nn.Sequential(linear, activation()).to(device, dtype).requires_grad_(requires_grad=False)
-    except (KeyError, RuntimeError, TypeError, SafetensorError) as error:
+    except (KeyError, OSError, RuntimeError, TypeError, SafetensorError) as error:
         raise NotReadError(f"the weights or the activation of {folder.subfolder} do not fit") from error
     return layers.eval()
 

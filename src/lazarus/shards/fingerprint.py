@@ -24,6 +24,8 @@ _WITHOUT_EFFECT = {
     "readout",
     "fail_above",
     "expect",
+    "only_compared",
+    "anonymous",
     "trust_remote_code",
     "no_digests",
     "work_dir",
