@@ -16,7 +16,7 @@ from factories import tiny_tokenizer
 from layouts import compare, edit_json
 from lazarus.bounds import MOST_CHARACTERS, VARIABLE
 from lazarus.errors import ModelError, PromptTooLongError
-from lazarus.growth import growth, growth_of, refuse_growth
+from lazarus.growth import growth, growth_of, refusal
 
 TENFOLD = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
 MANYFOLD = {"type": "Sequence", "normalizers": [{**TENFOLD, "content": "a" * 1000}] * 3}
@@ -72,8 +72,8 @@ def test_a_tokenizer_in_memory_is_asked_for_its_parts() -> None:
 
 
 def test_words_of_endless_pieces_are_refused() -> None:
-    assert refuse_growth({"model": {"max_input_chars_per_word": 100, "vocab": {"a": 0}}}) is None
-    assert "max_input_chars_per_word" in (refuse_growth({"model": {"max_input_chars_per_word": 10**9}}) or "")
+    assert refusal({"model": {"max_input_chars_per_word": 100, "vocab": {"a": 0}}}) is None
+    assert "max_input_chars_per_word" in (refusal({"model": {"max_input_chars_per_word": 10**9}}) or "")
 
 
 @pytest.mark.parametrize("part", ["normalizer", "decoder"])

@@ -16,7 +16,6 @@ MOST_VOCABULARY_BYTES = 2**27
 MOST_NESTED = 100
 """brackets within brackets in JSON: no file of a checkpoint has twenty, and copying them is recursive"""
 
-
 MOST_LAYERS = 1000
 """of a model with fewer tensors than that: each is a module tree, and the deepest published has 126"""
 MOST_EXPERTS = 8192
@@ -39,7 +38,6 @@ MOST_PISSA_ITERATIONS = 100
 """of its singular value decomposition: PEFT advises 4 to 16"""
 SECONDS_OF_PATTERNS = 10
 """for all patterns in an adapter's configuration: those of published ones take milliseconds"""
-
 
 SECONDS_OF_A_TEMPLATE = 10
 """for a chat in a chat template: it takes milliseconds"""

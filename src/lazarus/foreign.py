@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from lazarus.bounds import LIFT, MOST_BYTES, MOST_NESTED, exceeds
+from lazarus.bounds import LIFT, MOST_BYTES, MOST_NESTED, exceeds, lifted
 from lazarus.errors import LazarusError
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -87,7 +87,7 @@ def content(path: str | Path, most: int | None = MOST_BYTES) -> bytes:
                 raise UnreadableError(
                     f"it is larger than {most // 2**20} MiB, the limit of such a file", LIFT
                 )
-            return found + stream.read()
+            return found + stream.read()  # nothing, unless the limit is lifted
     except UnreadableError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
@@ -145,7 +145,7 @@ def _is_deep(found: Any) -> bool:
         level = [item for each in level for item in _items(each)]
         if not level:
             return False
-    return exceeds(MOST_NESTED + 1, MOST_NESTED)
+    return not lifted()
 
 
 def _items(value: Any) -> Any:

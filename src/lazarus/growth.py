@@ -28,7 +28,7 @@ def growth(definition: Any) -> float:
     for part in _PARTS:
         for each in definition.get(part) or ():
             found *= growth(each)
-            if found > 1e30:  # more is no more
+            if found > 1e30:  # far above every limit; thousands of parts more would overflow
                 return found
     kind = definition.get("type")
     if kind == "Replace":
@@ -53,8 +53,8 @@ def growth_of(tokenizer: Any) -> float:
     return found
 
 
-def refuse_growth(definition: Mapping[str, Any]) -> str | None:
-    """Return why a tokenizer.json is not loaded, as a clause with advice; None where it can be.
+def refusal(definition: Mapping[str, Any]) -> str | None:
+    """Return why a tokenizer.json is refused, as a clause with advice; None where it is not.
 
     As it is loaded, its added tokens are normalised, and single tokens are decoded for a reader.
     """

@@ -15,7 +15,7 @@ from lazarus.engine.contributions import Contributions, Owners
 from lazarus.engine.head import MOST_LOGITS, Head
 from lazarus.engine.path import Path
 from lazarus.engine.positions import RowPicker
-from lazarus.engine.recorder import accepted, calling, first_tensor, one_line
+from lazarus.engine.recorder import accepted, calling, first_tensor, shortened
 from lazarus.errors import UnsupportedModelError
 from lazarus.messages import option
 from lazarus.sites import Position
@@ -124,7 +124,7 @@ class PathRunner:
 
     def _told(self, error: BaseException) -> UnsupportedModelError:
         return UnsupportedModelError(
-            f"{self.path.model.name}: its backward pass does not run: {one_line(error)}. Leave "
+            f"{self.path.model.name}: its backward pass does not run: {shortened(error)}. Leave "
             f"{option('attribute')} out.",
             option="attribute",
         )

@@ -28,7 +28,7 @@ from lazarus.models import Fault, LoadedModel, fault_of, is_hollow
 from lazarus.notes import Note
 from lazarus.tokens import listed
 
-NAMED = 3
+_NAMED = 3
 _WIDER = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
@@ -172,15 +172,11 @@ def faulty_weights(model: LoadedModel, modules: Iterable[nn.Module] | None = Non
 
 def note_of_absurd(model: LoadedModel, names: Sequence[str]) -> Note:
     """Return a note on weights that hold a number too large for any weight."""
-    return Note("absurd-weights", told_of_absurd(model.name, names), model.name)
-
-
-def told_of_absurd(model: str, names: Sequence[str]) -> str:
-    """Return what is wrong with such weights of a model."""
-    named = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
-    return (
-        f"{model}: numbers above 2⁴⁰ among ordinary ones in {named}: a bit of the file may have flipped, so "
-        "hold the file against its source"
+    return Note(
+        "absurd-weights",
+        f"{model.name}: numbers above 2⁴⁰ among ordinary ones in {listed(names, _NAMED)}: a bit of the file "
+        "may have flipped, so hold the file against its source",
+        model.name,
     )
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from lazarus.engine.recorder import Recorder, Recording, accepted, calling, first_tensor, one_line
+from lazarus.engine.recorder import Recorder, Recording, accepted, calling, first_tensor, shortened
 from lazarus.engine.replay import Returned
 from lazarus.errors import UnsupportedModelError
 from lazarus.models import LoadedModel
@@ -50,7 +50,7 @@ class Head:
             given = self._output_class(last_hidden_state=states[None])
         except (TypeError, ValueError) as error:
             # Its class has required fields of its own. No `calling`: Python blames the caller for that.
-            raise UnsupportedModelError(f"{self._loaded.name}: {one_line(error)}") from error
+            raise UnsupportedModelError(f"{self._loaded.name}: {shortened(error)}") from error
         with returning(self.stack, given):
             return self._run(len(states), states.device)
 

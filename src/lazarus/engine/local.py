@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lazarus.blame import Translated
 from lazarus.engine.forms import Spot, at_places
 from lazarus.engine.pair import ModelPair
-from lazarus.engine.recorder import first_tensor, one_line
+from lazarus.engine.recorder import first_tensor, shortened
 from lazarus.engine.taps import Collected, ComponentPicker, ComponentRows
 from lazarus.errors import UnsupportedModelError
 from lazarus.facts import ComponentName
@@ -120,7 +120,7 @@ def _run_on(pair: ModelPair, index: int, args: Sequence[Any], kwargs: Mapping[st
 
     def tell(error: BaseException) -> UnsupportedModelError:
         return UnsupportedModelError(
-            f"{where} does not run on the states of {pair.base.name}: {one_line(error)}. Leave "
+            f"{where} does not run on the states of {pair.base.name}: {shortened(error)}. Leave "
             f"{option('localize')} out for this pair.",
             option="localize",
         )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lazarus._transformers import cache_name
-from lazarus.blame import Translated
+from lazarus.blame import Translated, one_line
 from lazarus.engine.prefix_cache import PrefixCache
 from lazarus.errors import DeviceError, LazarusError, UnsupportedModelError
 from lazarus.messages import CAUSE, option
@@ -133,7 +133,7 @@ def calling(model: LoadedModel, shape: Sequence[int]) -> Translated:
 
 
 def _told(model: LoadedModel, where: str, error: BaseException) -> LazarusError:
-    text = one_line(error) or type(error).__name__
+    text = shortened(error) or type(error).__name__
     if any(sign in text for sign in _NO_OPERATOR):
         if model.device.type != "cpu":
             return DeviceError(
@@ -156,9 +156,9 @@ def _told(model: LoadedModel, where: str, error: BaseException) -> LazarusError:
     return UnsupportedModelError(f"{where}: {kind} does not run on token ids alone: {text}. {advice}")
 
 
-def one_line(error: BaseException) -> str:
-    """An error's text on one line, cut where it goes on for pages."""
-    return " ".join(str(error).split())[:300].rstrip(".")
+def shortened(error: BaseException) -> str:
+    """Return what an error says on one line, cut where it goes on for pages."""
+    return one_line(error)[:300].rstrip(".")
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from lazarus.engine.recorder import one_line
+from lazarus.engine.recorder import shortened
 from lazarus.engine.score_heads import EmbeddingHead, LabelCheck, LabelHead, ScoreHead
 from lazarus.metrics import ScorePlan, match_labels
 from lazarus.models import Embedder, LoadedModel, NotReadError, read_embedder
@@ -96,7 +96,7 @@ def _of_embedders(models: Sequence[LoadedModel], embedders: Sequence[Embedder]) 
         try:
             widths.append(len(embedder.embed(states)))
         except RuntimeError as error:
-            return f"{model.name}: its modules do not fit each other: {one_line(error)}"
+            return f"{model.name}: its modules do not fit each other: {shortened(error)}"
     if widths[0] != widths[1]:
         return f"embeddings of {widths[0]} and {widths[1]} numbers were not compared"
     return Scored((EmbeddingHead(embedders[0]), EmbeddingHead(embedders[1])), ScorePlan("embedding"))

@@ -70,7 +70,7 @@ def check_hub_digest(model: str, path: str, sha256: str | None) -> None:
 
 
 def _key(path: str, found: os.stat_result) -> str:
-    """Return what is another text for another file, and for other contents."""
+    """Return a name for a file as it is: another file, or other contents, has another one."""
     identity = [
         found.st_dev,
         found.st_ino,

@@ -1,4 +1,4 @@
-"""Free memory, and whether two models fit into it."""
+"""Free memory on a device, and giving back what was freed."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from lazarus.bounds import MOST_VOCABULARY_BYTES
 from lazarus.errors import ModelError, UsageError
 from lazarus.foreign import read_json
-from lazarus.growth import refuse_growth
+from lazarus.growth import refusal
 from lazarus.models.faults import translated
 from lazarus.models.loaded import LoadedModel
 from lazarus.models.reference import Source, parse_model
@@ -170,7 +170,7 @@ def _check_growth(source: Source) -> None:
     if path is None:
         return
     definition = read_json(path, ModelError, _FETCH, MOST_VOCABULARY_BYTES)
-    if isinstance(definition, dict) and (why := refuse_growth(definition)):
+    if isinstance(definition, dict) and (why := refusal(definition)):
         raise ModelError(f"{path}: {why}")
 
 

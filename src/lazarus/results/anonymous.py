@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -99,8 +99,7 @@ def _mapped(node: Any, machine: _Machine, *, said: bool) -> Any:
     if isinstance(node, dict):
         return {name: _mapped(value, machine, said=said) for name, value in node.items()}
     if isinstance(node, ResultRows):
-        change: Callable[[str], str] = machine.without_folders
-        return ResultRows([change(text) for text in node.prompts], node.columns)
+        return ResultRows([machine.without_folders(text) for text in node.prompts], node.columns)
     if isinstance(node, msgspec.Struct):
         says = type(node).__name__ in _SAYING
         fields = {
