@@ -183,8 +183,11 @@ LEFT_OUT: dict[str, dict[str, Any]] = {
     "tokens of single prompts": {"position": "all", "token_prompts": "none"},
     "memory": {"memory": "stream"},
     "all of it": {
-        "no_digests": True, "anonymous": True, "position": "last",
-        "memory": "stream", "token_prompts": "none",
+        "no_digests": True,
+        "anonymous": True,
+        "position": "last",
+        "memory": "stream",
+        "token_prompts": "none",
     },
 }
 
