@@ -33,7 +33,9 @@ class NotCompared(Record, frozen=True, kw_only=True):
 class ReadFile(Record, frozen=True, kw_only=True):
     """A file that a model was read from."""
 
-    name: Annotated[str, Meta(description="its name in the model's folder; of an adapter's, after its own")]
+    name: Annotated[
+        str, Meta(description="its path in the model's folder; in an adapter's, from that folder's name on")
+    ]
     bytes: Annotated[int, Meta(ge=0, description="its size")]
     sha256: Annotated[
         str | None,

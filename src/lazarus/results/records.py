@@ -49,7 +49,7 @@ class ModelInfo(Record, frozen=True, kw_only=True):
         list[NotCompared], Meta(description="what it holds besides what was compared")
     ] = field(default_factory=list)
     files: Annotated[
-        list[ReadFile], Meta(description="what it was read from; empty for a model in memory and a recording")
+        list[ReadFile], Meta(description="what it was read from; empty for a model in memory")
     ] = field(default_factory=list)
     runtime: Annotated[
         str | None, Meta(description="of a recording: the software that ran it; null where it ran here")

@@ -31,9 +31,7 @@ class CheckpointInfo(Record, frozen=True, kw_only=True):
     not_compared: Annotated[
         list[NotCompared], Meta(description="what it holds besides what was compared")
     ] = field(default_factory=list)
-    files: Annotated[
-        list[ReadFile], Meta(description="what it was read from; empty for a model in memory and a recording")
-    ] = field(default_factory=list)
+    files: Annotated[list[ReadFile], Meta(description="what it was read from")] = field(default_factory=list)
 
 
 class WeightSettings(Record, frozen=True, kw_only=True):
