@@ -169,6 +169,12 @@ KINDS = (
         ("damaged", "no model.safetensors", "damaged/weights.safetensors"),
     ),
     BadInput(
+        "shard index empty",
+        "a sharded checkpoint whose index names no tensor",
+        _sharded(overwrite("model.safetensors.index.json", '{"metadata": {}, "weight_map": {}}')),
+        ("sharded", "names no file of weights", "Fetch it again"),
+    ),
+    BadInput(
         "shard index broken",
         "a sharded checkpoint whose index is cut short",
         _sharded(overwrite("model.safetensors.index.json", '{"metadata": {')),

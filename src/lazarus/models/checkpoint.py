@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lazarus import _transformers
+from lazarus.errors import WeightsError
 from lazarus.models.faults import ConversionError
 from lazarus.models.inside import check_plain
 from lazarus.models.quantised import Weight
@@ -47,9 +48,11 @@ def find_files(source: Source, config: Any, model_class: Any, *, pickled: bool =
 
 
 def _check_found(source: Source, files: Sequence[str], *, pickled: bool) -> None:
-    """Refuse files that are not in one folder, or of which an index of safetensors names another kind."""
-    ending = os.path.splitext(files[0])[1] if files and pickled else ".safetensors"
-    folder = os.path.dirname(files[0]) if files else ""
+    """Refuse no files, files that are not in one folder, or of another kind than safetensors in an index."""
+    if not files:
+        raise WeightsError(f"{source.name}: its index of weights names no file of weights. Fetch it again.")
+    ending = os.path.splitext(files[0])[1] if pickled else ".safetensors"
+    folder = os.path.dirname(files[0])
     check_plain(source.name, [os.path.relpath(file, folder) for file in files], ending, "its index")
 
 
