@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import time
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from lazarus.errors import UsageError
 from lazarus.recordings import make_folder
 from lazarus.recordings.folder import Claim
-from lazarus.scratch import ScratchFolder
+from lazarus.scratch import ScratchFolder, remove_all
 
 
 def killed_while(make: type[ScratchFolder] | type[Claim], place: Path) -> None:
@@ -36,6 +37,20 @@ def test_a_folder_goes_with_its_context(tmp_path: Path) -> None:
     with ScratchFolder(tmp_path) as folder:
         (folder.path / "states").write_text("x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_a_generator_that_was_left_goes_at_the_end(tmp_path: Path) -> None:
+    """The trace of an error keeps the frames that the generator is in."""
+
+    def states() -> Generator[int, None, None]:
+        with ScratchFolder(tmp_path):
+            yield 1
+
+    kept = states()
+    next(kept)
+    remove_all()
+    assert list(tmp_path.iterdir()) == []
+    kept.close()
 
 
 def test_what_a_killed_process_left_goes_with_the_next_folder(tmp_path: Path) -> None:

@@ -40,6 +40,8 @@ def locked(lock: FileLock) -> bool:
             raise
         return False
     return True
+_HELD: set[ScratchFolder] = set()
+"""the folders of this process that are not removed yet"""
 
 
 class ScratchFolder:
@@ -60,14 +62,16 @@ class ScratchFolder:
             with suppress(Timeout, FileNotFoundError):
                 # Without locks no other process takes it for dead.
                 if not locked(self._lock) or self.path.exists():
-                    return
+                    break
                 self._lock.release()
             # Older versions of filelock tell a disk without locks from a lock that is held for ENOSYS alone.
             if attempt < _ATTEMPTS - 1:
                 shutil.rmtree(self.path, ignore_errors=True)
+        _HELD.add(self)
 
     def remove(self) -> None:
         """Remove the folder, with all that is in it."""
+        _HELD.discard(self)
         shutil.rmtree(self.path, ignore_errors=True)
         self._lock.release()
 
@@ -81,6 +85,16 @@ class ScratchFolder:
         _traceback: TracebackType | None,
     ) -> None:
         self.remove()
+
+
+def remove_all() -> None:
+    """Remove the folders that this process still has, at its end.
+
+    A context in a generator that was left in the midst of it ends when the generator is collected, and as
+    long as somebody keeps the trace of the error, it is not.
+    """
+    for folder in list(_HELD):
+        folder.remove()
 
 
 def _sweep(place: Path) -> None:

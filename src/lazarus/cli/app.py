@@ -15,6 +15,7 @@ from lazarus.cli.endings import ended_by_signals
 from lazarus.cli.reporting import tell, told_of_disk, unexpected
 from lazarus.errors import DeviceError
 from lazarus.render.base.escape import escaped
+from lazarus.scratch import remove_all
 from lazarus.terminal import drop_unwritten, guard_streams, say
 from lazarus.version import __version__
 
@@ -88,6 +89,7 @@ def main() -> None:
             raise
         sys.exit(1)
     finally:
+        remove_all()
         drop_unwritten()
         if sys.excepthook is not sys.__excepthook__:  # typer sets its own; --debug wants Python's
             sys.excepthook = unexpected

@@ -150,7 +150,7 @@ class ReadFiles:
         assert self._hashing is not None
         self._hashing.join()
         for file in list(self._files.values()):
-            check_hub_digest(self.model, file.path, self._digests[file.name])
+            check_hub_digest(self.model, file.path, self._digests.get(file.name))
         if not self._is_read:
             self.check()
         return dict(self._digests)
