@@ -241,6 +241,18 @@ def test_only_a_part_of_a_model_is_kept_from_being_overwritten(tmp_path: Path) -
     check_outputs([str(model / name) for name in ours], "weight-diff", pair)
 
 
+def test_outputs_where_the_current_folder_was_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    check_outputs([str(tmp_path / "x.json")], "activation-diff", ["model"])
+    with pytest.raises(OutputError, match=r"^-o x\.json: .* No such file or directory"):
+        check_outputs(["x.json"], "activation-diff", ["model"])
+
+
 def test_an_output_that_fails_does_not_cost_the_others(run: Run) -> None:
     result = run("-p", "Hello", "-o", "/dev/full", "-o", "x.json")
     assert result.exit_code == 1

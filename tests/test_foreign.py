@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,34 @@ def test_what_has_no_end_is_not_begun(tmp_path: Path) -> None:
     for path in (Path("/dev/zero"), tmp_path / "pipe", tmp_path):
         with pytest.raises(AdapterError, match=r"no regular file|Is a directory"):
             read_bytes(path, AdapterError, "", None)
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_pipe_that_the_user_names_is_read_to_its_end_or_to_a_limit(
+    more: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = b"longer than what a pipe holds at once " * 10_000
+    monkeypatch.setattr("lazarus.foreign.MOST_PIPED", len(text))
+    reading, writing = os.pipe()
+
+    def write() -> None:
+        with os.fdopen(writing, "wb") as stream:
+            stream.write(text + b"." * more)
+
+    with ThreadPoolExecutor(1) as other, os.fdopen(reading):
+        written, path = other.submit(write), Path(f"/dev/fd/{reading}")
+        if more:
+            with pytest.raises(AdapterError, match=f"the limit of such a file.*{VARIABLE}=1"):
+                read_bytes(path, AdapterError, "", None, may_be_piped=True)
+        else:
+            assert read_bytes(path, AdapterError, "", None, may_be_piped=True) == text
+        written.result()
+
+
+def test_a_pipe_to_which_nobody_writes_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(AdapterError, match="nothing comes out of it"):
+        read_bytes(tmp_path / "pipe", AdapterError, "", None, may_be_piped=True)
 
 
 def test_a_file_beyond_the_limit_is_refused_and_the_limit_can_be_lifted(

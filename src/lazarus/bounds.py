@@ -11,6 +11,8 @@ LIFT = f"Where that is meant, set {VARIABLE}=1 in the environment, which lifts t
 MOST_BYTES = 2**26
 """of a small file, 64 MiB: the longest index of a published checkpoint has 15 MB, and JSON takes twenty times
 its size when it is read"""
+MOST_PIPED = 2**30
+"""of a result that comes through a pipe, 1 GiB: where it ends, nobody knows before"""
 MOST_VOCABULARY_BYTES = 2**27
 """of a file with a vocabulary, 128 MiB: those of a million tokens have 60 MB"""
 MOST_NESTED = 100

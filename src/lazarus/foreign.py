@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from lazarus.bounds import LIFT, MOST_BYTES, MOST_NESTED, exceeds, lifted
+from lazarus.bounds import LIFT, MOST_BYTES, MOST_NESTED, MOST_PIPED, exceeds, lifted
 from lazarus.errors import LazarusError
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -57,21 +57,28 @@ def read_text(path: str | Path, fault: type[LazarusError], advice: str) -> str:
 
 
 def read_bytes(
-    path: str | Path, fault: type[LazarusError], advice: str, most: int | None = MOST_BYTES
+    path: str | Path,
+    fault: type[LazarusError],
+    advice: str,
+    most: int | None = MOST_BYTES,
+    *,
+    may_be_piped: bool = False,
 ) -> bytes:
-    """Return the bytes of a file, of at most so many; None for as many as there are.
+    """Return the bytes of a file, of at most so many; None for as many as there are, `may_be_piped` as there.
 
     Raises:
         LazarusError: of the class `fault`, with the advice: it cannot be read, is no regular file, or larger.
     """
     try:
-        return content(path, most)
+        return content(path, most, may_be_piped=may_be_piped)
     except UnreadableError as error:
         raise _told(path, error, fault, advice) from error
 
 
-def content(path: str | Path, most: int | None = MOST_BYTES) -> bytes:
+def content(path: str | Path, most: int | None = MOST_BYTES, *, may_be_piped: bool = False) -> bytes:
     """Return the bytes of a regular file, of at most so many; None for as many as there are.
+
+    With `may_be_piped`, a pipe will do too, as in `<(zcat FILE)`: for what the user named, and no file did.
 
     Raises:
         UnreadableError: it cannot be read, is none, or larger.
@@ -80,9 +87,16 @@ def content(path: str | Path, most: int | None = MOST_BYTES) -> bytes:
         # Without O_NONBLOCK, opening a pipe waits until somebody writes to it.
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         with os.fdopen(handle, "rb") as stream:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
+            mode = os.fstat(handle).st_mode
+            is_pipe = stat.S_ISFIFO(mode) and may_be_piped
+            if is_pipe:
+                os.set_blocking(handle, True)  # where nobody writes, it is at its end all the same
+                most = MOST_PIPED if most is None else most
+            elif not stat.S_ISREG(mode):
                 raise UnreadableError("it is no regular file, but a folder, a device or a pipe")
             found = stream.read(-1 if most is None else most + 1)
+            if found is None or (is_pipe and not found):  # None: of the system's own files, some are pipes
+                raise UnreadableError("it is a pipe, and nothing comes out of it")
             if most is not None and exceeds(len(found), most):
                 raise UnreadableError(
                     f"it is larger than {most // 2**20} MiB, the limit of such a file", LIFT

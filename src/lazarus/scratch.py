@@ -40,6 +40,8 @@ def locked(lock: FileLock) -> bool:
             raise
         return False
     return True
+
+
 _HELD: set[ScratchFolder] = set()
 """the folders of this process that are not removed yet"""
 

@@ -295,7 +295,7 @@ def read_template(options: Options) -> str | None:
     if path is None:
         return None
     try:
-        return as_text(content(user_path(path)))
+        return as_text(content(user_path(path), may_be_piped=True))
     except UnreadableError as error:
         raise UsageError(
             f"{option('chat_template', path)}: cannot be read: {error}. Write none, base or finetuned (in "

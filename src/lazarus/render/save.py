@@ -113,7 +113,7 @@ def check_outputs(paths: Sequence[str], command: str, inputs: Sequence[str] = ()
         OutputError: a path that cannot be written, is given twice, or is an input.
     """
     parts = [part for path in inputs for part in (path, *path.split("+"))]  # MODEL+ADAPTER
-    read = {os.path.realpath(os.path.expanduser(part)) for part in parts if part}
+    read = {_real(os.path.expanduser(part)) for part in parts if part}
     seen: set[str] = set()
     for path in paths:
         check_output(path, command)
@@ -131,6 +131,14 @@ def check_outputs(paths: Sequence[str], command: str, inputs: Sequence[str] = ()
             fault = "is read by this run" if overwrites else "is given twice"
             raise OutputError(f"-o {path}: this file {fault}. Give each output a path of its own.")
         seen.add(real)
+
+
+def _real(path: str) -> str:
+    """Return a path without links; the path itself where none of it can be there."""
+    try:
+        return os.path.realpath(path)
+    except (OSError, ValueError):  # in a current folder that was removed, or with a null byte in it
+        return path
 
 
 def _is_ours(path: str) -> bool:

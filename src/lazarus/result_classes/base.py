@@ -102,7 +102,7 @@ def read_record(path: str | Path) -> Any:
     Raises:
         ResultFileError: it cannot be read, or is no result of this schema version.
     """
-    text = read_bytes(path, ResultFileError, "Check the path.", None)
+    text = read_bytes(path, ResultFileError, "Check the path.", None, may_be_piped=True)
     try:
         return read_json(text)
     except ResultFileError as error:
