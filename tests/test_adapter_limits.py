@@ -15,6 +15,7 @@ import lazarus
 from layouts import compare, edit_json, most, save_adapter
 from lazarus.bounds import VARIABLE
 from lazarus.errors import AdapterError
+from lazarus.models.adapter_limits import check_settings
 
 ENDLESS = r"(?:.|..|...|....)+(?<=!)"
 """a pattern that is catastrophic to the package regex, which sees through most, and to Python's own engine"""
@@ -66,6 +67,13 @@ def test_names_without_number_are_those_that_match(tmp_path: Path, base_folder: 
     edit_json(adapter / "adapter_config.json", target_modules=names)
     with pytest.raises(AdapterError, match="adapter does not fit"):
         compare(base_folder, adapter)
+
+
+@pytest.mark.parametrize("base", ["org/\0", 5, ["org/model"]])
+def test_a_base_that_is_no_name_is_refused(base: object) -> None:
+    with pytest.raises(AdapterError, match=r"^adapter_config\.json: its base_model_name_or_path is no name"):
+        check_settings("adapter_config.json", {"base_model_name_or_path": base})
+    check_settings("adapter_config.json", {"base_model_name_or_path": None})
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,11 @@ def check_settings(path: str, settings: Mapping[str, Any]) -> None:
             f"{path}: has a megatron_config, for which PEFT may import Python code from the current "
             "folder. Take it out: the adapter's weights do not need it."
         )
+    base = settings.get("base_model_name_or_path")
+    if base is not None and (not isinstance(base, str) or "\0" in base):
+        raise AdapterError(
+            f"{path}: its base_model_name_or_path is no name of a model. Fetch the adapter again."
+        )
     for name in _NAMES:
         named = settings.get(name)
         each = named if isinstance(named, list) else [named]
