@@ -143,7 +143,11 @@ def test_a_device_or_a_pipe_is_refused(target: str, pair: tuple[Path, Path]) -> 
 
 
 @pytest.mark.parametrize(
-    "shard", ["w.bin", "/dev/zero", "/etc/hostname", "../base/model.safetensors", "sub/model.safetensors", 3]
+    "shard",
+    [
+        *("w.bin", "/dev/zero", "/etc/hostname", "../base/model.safetensors", "sub/model.safetensors", 3),
+        *("nul\0.safetensors", "é" * 125 + ".safetensors"),
+    ],
 )
 def test_an_index_names_safetensors_of_its_own_folder_and_nothing_else(
     shard: Any, pair: tuple[Path, Path]
@@ -203,7 +207,7 @@ def test_a_tokenizer_whose_settings_may_be_paths_is_refused(
     assert "AbCd" not in str(raised.value)
 
 
-@pytest.mark.parametrize("path", ["../base", "/etc"])
+@pytest.mark.parametrize("path", ["../base", "/etc", "a\0", "a" * 256])
 def test_the_modules_of_a_sentence_transformers_model_are_in_its_folder(
     path: str, pair: tuple[Path, Path]
 ) -> None:

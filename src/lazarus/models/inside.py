@@ -21,6 +21,8 @@ _READ = {".bin", ".gguf", ".jinja", ".json", ".model", ".py", ".safetensors", ".
 """endings of the files that a loader reads"""
 _TEMPLATES = "additional_chat_templates"
 """the folder in a model's folder from which transformers reads further chat templates"""
+_MOST_BYTES_OF_A_NAME = 255
+"""the limit of almost every file system"""
 
 
 def check_files(name: str, folder: Path) -> None:
@@ -66,13 +68,18 @@ def check_plain(
     """
     # No set: a stranger's index may name what cannot be in one.
     for each in listed.values() if isinstance(listed, Mapping) else listed:
-        is_plain = isinstance(each, str) and each == os.path.basename(each) and "\\" not in each
-        if not is_plain or not str(each).endswith(ending):
+        if not isinstance(each, str) or not is_plain(each) or not each.endswith(ending):
             raise WeightsError(
                 f"{name}: {what} names {each!r:.80}, and a file of weights has a plain name that ends with "
                 f"{ending}. Fetch it again, or load the model where you trust it and write it again with "
                 "save_pretrained."
             )
+
+
+def is_plain(name: str) -> bool:
+    """Return whether a name can be that of a file in a folder, and of nothing elsewhere."""
+    is_name = name == os.path.basename(name) and name != ".." and not {"\\", "\0"}.intersection(name)
+    return is_name and len(name.encode("utf-8", "surrogatepass")) <= _MOST_BYTES_OF_A_NAME
 
 
 def _entries(root: Path, *, has_modules: bool) -> Iterator[os.DirEntry[str]]:

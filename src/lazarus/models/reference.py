@@ -16,7 +16,7 @@ from lazarus.foreign import read_json, user_path
 from lazarus.models.adapter_limits import check_settings
 from lazarus.models.faults import translated
 from lazarus.models.gguf.choice import files_on_hub, first_part, only_gguf
-from lazarus.models.inside import check_files
+from lazarus.models.inside import check_files, is_plain
 
 Kind = Literal["hub", "folder", "gguf"]
 
@@ -47,7 +47,7 @@ class Source:
     """the file of weights, or their index, that was named; None where transformers' rule chooses it"""
 
     def __post_init__(self) -> None:
-        if os.path.isabs(self.subfolder) or ".." in Path(self.subfolder).parts:
+        if os.path.isabs(self.subfolder) or not all(map(is_plain, Path(self.subfolder).parts)):
             raise ModelError(
                 f"{self.name}: modules.json names the folder {self.subfolder!r:.80}, and its modules are in "
                 "folders of its own. Fetch the model again."
