@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,6 +43,16 @@ def test_both_fit_and_are_in_memory(folders: tuple[Path, Path]) -> None:
     diff = compare(*folders)
     assert diff.record.settings.memory == "resident"
     assert "streamed" not in diff.note_codes
+
+
+def test_threads_that_load_at_once_leave_each_other_alone(folders: tuple[Path, Path]) -> None:
+    """transformers puts its own functions in the place of torch's while it builds a model."""
+    alone = numbers(compare(*folders))
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as threads:
+            found = [threads.submit(compare, *folders) for _ in range(3)]
+        assert all(numbers(each.result()) == alone for each in found)
+    assert numbers(compare(*folders)) == alone
 
 
 @pytest.mark.parametrize("localize", [False, True])

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import fields
 from functools import cache
+from threading import RLock
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lazarus.errors import MissingPackageError
+
+BUILDING = RLock()
+"""Held while transformers builds a model or finishes one: it puts functions of its own in the place of
+torch's and of its models', for all threads, and where two threads do so at once, they stay there."""
 
 VERSION: str = transformers.__version__
 OLDEST = "5.5"
@@ -121,7 +126,7 @@ def empty_model(kind: type[PreTrainedModel], config: Any, files: list[str], dtyp
     from transformers.monkey_patching import patch_output_recorders
 
     config, dtype = _get_dtype(dtype, files, config, None, None, True)
-    with ExitStack() as contexts:
+    with BUILDING, ExitStack() as contexts:
         for context in kind.get_init_context(dtype, False, False, None):
             contexts.enter_context(context)
         model = kind(config)
@@ -228,7 +233,8 @@ def finish(model: PreTrainedModel, report: Any, config: Any) -> dict[str, Any]:
 
     Returns the report as `from_pretrained` gives it.
     """
-    return dict(model._finalize_model_loading(model, config, report).to_dict())
+    with BUILDING:
+        return dict(model._finalize_model_loading(model, config, report).to_dict())
 
 
 @contextmanager

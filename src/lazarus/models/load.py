@@ -172,7 +172,7 @@ def _load_by_transformers(opened: Opened, options: LoadOptions) -> Weights:
     if opened.left_over is not None:
         # `from_pretrained` would read config.json again, with the claim that is not true.
         arguments["config"] = opened.config
-    with translated(source.name):
+    with translated(source.name), _transformers.BUILDING:
         if opened.gguf is not None:
             model, report = load_gguf(opened.gguf, opened.model_class, options.dtype, options.device)
         else:
