@@ -76,6 +76,20 @@ def test_words_of_endless_pieces_are_refused() -> None:
     assert "max_input_chars_per_word" in (refusal({"model": {"max_input_chars_per_word": 10**9}}) or "")
 
 
+def test_tokens_around_a_text_have_a_limit() -> None:
+    token = {"SpecialToken": {"id": "x", "type_id": 0}}
+
+    def template(n_pieces: int, n_ids: int) -> dict[str, Any]:
+        tokens = {"x": {"id": "x", "ids": [1] * n_ids, "tokens": ["x"] * n_ids}}
+        pieces = [*[token] * n_pieces, {"Sequence": {"id": "A", "type_id": 0}}]
+        return {"type": "TemplateProcessing", "single": pieces, "special_tokens": tokens}
+
+    assert refusal({"post_processor": template(2, 1)}) is None
+    for hostile in (template(1001, 1), template(1, 1001), template(101, 10)):
+        for processor in (hostile, {"type": "Sequence", "processors": [hostile]}):
+            assert "post_processor adds 10" in (refusal({"post_processor": processor}) or "")
+
+
 @pytest.mark.parametrize("part", ["normalizer", "decoder"])
 def test_a_tokenizer_that_grows_a_text_without_end_is_not_loaded(
     part: str, tmp_path: Path, base_folder: Path

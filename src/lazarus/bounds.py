@@ -54,6 +54,8 @@ CHARACTERS_A_TOKEN = 64
 """that no real text has on average: English has four"""
 MOST_GROWN = 2**26
 """characters that a tokenizer may make of a text before it cuts it: replacements may replace each other's"""
+MOST_ADDED = 1000
+"""tokens that a tokenizer's template may put around a text: real ones have two"""
 MOST_WORD = 1000
 """characters of a word whose pieces are all tried: transformers' own have 100"""
 

@@ -7,7 +7,7 @@ import binascii
 from collections.abc import Mapping
 from typing import Any
 
-from lazarus.bounds import LIFT, MOST_GROWN, MOST_WORD, exceeds
+from lazarus.bounds import LIFT, MOST_ADDED, MOST_GROWN, MOST_WORD, exceeds
 from lazarus.foreign import UnreadableError, decoded
 
 _PARTS = ("normalizers", "pretokenizers", "decoders")
@@ -71,10 +71,30 @@ def refusal(definition: Mapping[str, Any]) -> str | None:
     for part, (factor, length) in grown.items():
         if exceeds(factor * max(length, 1), MOST_GROWN):
             return f"its {part} makes up to {factor:.3g} characters of one. {LIFT}"
+    around = _added(definition.get("post_processor"))
+    if exceeds(around, MOST_ADDED):
+        return f"its post_processor adds {around} tokens to each text. {LIFT}"
     most = model.get("max_input_chars_per_word") if isinstance(model, Mapping) else None
     if isinstance(most, int) and exceeds(most, MOST_WORD):
         return f"it tries all pieces of words of up to {most} characters (max_input_chars_per_word). {LIFT}"
     return None
+
+
+def _added(processor: Any) -> int:
+    """Return how many tokens the templates of a post-processor put around a text."""
+    if not isinstance(processor, Mapping):
+        return 0
+    tokens = processor.get("special_tokens")
+    sizes = {
+        name: len(each["ids"])
+        for name, each in (tokens.items() if isinstance(tokens, Mapping) else ())
+        if isinstance(each, Mapping) and isinstance(each.get("ids"), list)
+    }
+    found = sum(map(_added, processor.get("processors") or ()))
+    for piece in processor.get("single") or ():
+        token = piece.get("SpecialToken") if isinstance(piece, Mapping) else None
+        found += sizes.get(str(token.get("id")), 0) if isinstance(token, Mapping) else 0
+    return found
 
 
 def _of_replacement(definition: Mapping[str, Any]) -> float:
