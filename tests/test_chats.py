@@ -454,3 +454,18 @@ def test_brackets_without_end_are_refused() -> None:
 def test_what_is_for_the_template_has_its_form(field: str, value: Any, says: str) -> None:
     with pytest.raises(PromptsError, match=says):
         make_prompts([{"prompt": "Hi", field: value}])
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (5, "a chat template that is no text"),
+        ({"default": None}, "a chat template that is no text"),
+        ({None: "x"}, r"several chat templates \(None\)"),
+    ],
+)
+def test_a_template_that_is_no_text_is_refused(template: Any, says: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ChatTemplateError, match=says):
+        ChatTemplate(tokenizer, "its model").for_chat({})

@@ -43,17 +43,21 @@ class ChatTemplate:
         if self.text is not None:
             return self.text
         several = self.tokenizer.chat_template
+        fault, has = None, "a chat template that is no text"
         try:
-            return str(self.tokenizer.get_chat_template(tools=for_template.get("tools")))
+            found = self.tokenizer.get_chat_template(tools=for_template.get("tools"))
+            if isinstance(found, str):
+                return found
         except ValueError as error:
             # transformers raises a ValueError for none and for several alike.
-            has = "no chat template"
+            fault, has = error, "no chat template"
             if isinstance(several, dict) and several:
-                has = f"several chat templates ({', '.join(several)}), and none of them is the default"
-            raise ChatTemplateError(
-                f"{option('chat_template')}: {self.owner} has {has}. Use the other model's, or a file.",
-                option="chat_template",
-            ) from error
+                names = ", ".join(map(str, several))
+                has = f"several chat templates ({names}), and none of them is the default"
+        raise ChatTemplateError(
+            f"{option('chat_template')}: {self.owner} has {has}. Use the other model's, or a file.",
+            option="chat_template",
+        ) from fault
 
 
 def render_chats(prompts: Sequence[Prompt], template: ChatTemplate) -> tuple[list[str], dict[str, list[int]]]:
