@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -185,7 +185,7 @@ def load_stand_ins(
         ModelError: one of them cannot be opened, or is built only from its weights.
         DeviceError: there is no room for a few blocks.
     """
-    options = _load_options(chosen, device)
+    options = replace(_load_options(chosen, device), digests=False)
     references = _named(models)
     first, second = references[0], references[-1]
     streams = chosen.memory == "stream"

@@ -197,4 +197,6 @@ def _remarks(trial: Trial[Any], chosen: Options) -> Iterator[str]:
     if not trial.knows_peak:
         yield "the memory is no less than what this process has held before: here that cannot be told apart"
     yield "what is not in the system's cache is read more slowly than what was tried here"
+    if not chosen.no_digests:
+        yield "the digests of the models' files are not in it: they are computed beside the run, and kept"
     yield "saving results is not in it"
