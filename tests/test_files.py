@@ -24,6 +24,8 @@ from lazarus.models import digests
 from lazarus.models.digests import sha256_of
 from lazarus.models.files import ReadFiles
 from lazarus.models.inside import FOLLOW_LINKS, check_files
+from lazarus.models.stored import read_headers
+from lazarus.models.tables import Table
 from lazarus.models.tokenizer import find_tokenizer
 from lazarus.notes import Notes
 from lazarus.results import ActivationDiffRecord
@@ -215,6 +217,17 @@ def test_the_modules_of_a_sentence_transformers_model_are_in_its_folder(
     (pair[1] / "modules.json").write_text(json.dumps([{"type": "x.Transformer", "path": path}]))
     with pytest.raises(ModelError, match=r"modules\.json names the folder"):
         lazarus.activation_diff(*pair, PROMPTS)
+
+
+def test_rows_of_an_embedding_whose_file_was_replaced_are_an_error(pair: tuple[Path, Path]) -> None:
+    weights = pair[1] / "model.safetensors"
+    stored = read_headers([str(weights)])["model.embed_tokens.weight"]
+    table = Table(stored, torch.float32)
+    table.fill([1])
+    weights.rename(pair[1] / "older")
+    shutil.copy(pair[0] / "model.safetensors", weights)
+    with pytest.raises(WeightsError, match=r"model\.safetensors changed while it was read"):
+        table.fill([2])
 
 
 # --- which were read ----------------------------------------------------------------------------

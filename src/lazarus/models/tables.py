@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from threading import Lock
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lazarus.models.faults import translated
 from lazarus.models.stored import StoredTensor, read_rows
 
 Place = tuple[nn.Module, str]
@@ -39,8 +41,12 @@ class Table:
         self._put(places)
 
     def fill(self, ids: Iterable[int]) -> None:
-        """Read the rows of these token ids, less those that are there; ids beyond the table are left out."""
-        with self._lock:
+        """Read the rows of these token ids, less those that are there; ids beyond the table are left out.
+
+        Raises:
+            WeightsError: the file is gone, or has changed since its header was read.
+        """
+        with self._lock, translated(os.path.dirname(self.stored.path)):
             rows = sorted({i for i in ids if 0 <= i < len(self._weight)} - self._filled)
             for start in range(0, len(rows), _ROWS_AT_ONCE):
                 part = rows[start : start + _ROWS_AT_ONCE]
