@@ -209,6 +209,17 @@ def test_a_tokenizer_whose_settings_may_be_paths_is_refused(
     assert "AbCd" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "setting", ["_attn_implementation", "attn_implementation", "_experts_implementation_internal"]
+)
+def test_a_kernel_that_config_json_names_is_refused(setting: str, pair: tuple[Path, Path]) -> None:
+    config = pair[1] / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {setting: "someone/kernel"}))
+    for run in every_command(*pair):
+        with pytest.raises(ModelError, match=f"{setting} names a kernel of the Hub, 'someone/kernel'"):
+            run()
+
+
 @pytest.mark.parametrize("path", ["../base", "/etc", "a\0", "a" * 256])
 def test_the_modules_of_a_sentence_transformers_model_are_in_its_folder(
     path: str, pair: tuple[Path, Path]

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazarus.errors import PromptsError
-from lazarus.prompts import Prompt, make_prompts, parse_prompts
+from lazarus.prompts import Prompt, files, make_prompts, parse_prompts
 
 
 def texts(*values: str, **options: Any) -> list[str]:
@@ -410,3 +410,18 @@ def test_the_library_is_not_given_the_keys_of_a_row_as_prompts(tmp_path: Path) -
         make_prompts([Prompt("a", None, ({"content": "a"},))])
     with pytest.raises(PromptsError, match="Prompt 0 is not valid Unicode"):
         make_prompts([Prompt("a", for_template={"tools": [{"name": "\ud83d"}]})])
+
+
+def test_a_small_parquet_file_unpacks_to_no_endless_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "p.parquet"
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 5000), ["Hello " * 1000])
+    parquet.write_table(pyarrow.table({"prompt": column}), path)
+    assert len(parse_prompts([f"@{path}"]).prompts) == 5000
+    monkeypatch.setattr(files, "MOST_UNPACKED", 2**20)
+    with pytest.raises(PromptsError, match="MiB, the limit for a file of its size"):
+        parse_prompts([f"@{path}"])

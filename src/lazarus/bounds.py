@@ -48,6 +48,9 @@ MEMORY_OF_A_TEMPLATE = 2**30
 MOST_RENDERED = 2**26
 """characters that a chat template may write of one chat: no context has as many tokens"""
 
+MOST_UNPACKED = 2**30
+"""bytes of the rows of a Parquet file that has less than a hundredth of that: with a dictionary, a text that
+comes again takes a few bits"""
 MOST_CHARACTERS = 2**22
 """of a prompt, where the context is not so long that CHARACTERS_A_TOKEN for each token are more"""
 CHARACTERS_A_TOKEN = 64

@@ -93,12 +93,14 @@ def read_recorded(
             "could not be seen, so recorded states cannot be read through it. Name the model that was "
             "recorded, and both are read live."
         )
-    there = [layer for layer, rows in enumerate(token.blocks) if rows is not None]
+    absent = [layer for layer, rows in enumerate(token.blocks) if rows is None]
     found = own.new_full((len(token.blocks), own.shape[1]), torch.nan)
-    if there:
-        shaped = [_shaped(rows, like, conventions) for rows in token.blocks if rows is not None]
+    if len(absent) < len(token.blocks):
+        # The live model's state stands for one that is absent: a product of fewer rows may round otherwise.
+        shaped = [like if rows is None else _shaped(rows, like, conventions) for rows in token.blocks]
         read = list(_read_backwards(model, head, torch.cat(shaped, dim=time), time))
-        found[there] = torch.cat(read[::-1])
+        found = torch.cat(read[::-1])
+        found[absent] = torch.nan
     if token.logits is not None and token.logits.shape == own.shape:
         found[-1:] = _plain(token.logits)
     elif token.final_norm is not None:

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lazarus.bounds import LIFT, MOST_EXPERTS, MOST_LABELS, MOST_LAYERS, MOST_SIZE, exceeds
-from lazarus.errors import ModelError, WeightsError
+from lazarus.errors import ModelError, UnsupportedModelError, WeightsError
 from lazarus.foreign import read_json
 from lazarus.models.reference import Source
 
 _LAYERS = re.compile(r"(?i)(.*_)?(layers?|depths?|blocks?|stages?|block_count)")
 _EXPERTS = re.compile(r"(?i)(.*_)?(experts?|expert_count)")
 _LABELS = re.compile(r"num_labels")
+_KERNELS = re.compile(r".*(attn|attention|experts)_implementation.*")
 _SIZES = re.compile(
     r"(?i)(num|n)_.*|.*_(dim|size|rank|heads?|width|channels|count)|d_(model|ff|kv|inner|state|conv)|hidden_dim"
     r"|(embedding|feed_forward|key|value)_length"
@@ -30,6 +31,12 @@ def check_config(source: Source) -> None:
     if path is None:
         return
     settings = read_json(path, ModelError, "It is damaged or cut short: fetch it again.")
+    for key, value in _values(settings):
+        if _KERNELS.fullmatch(key.rpartition(".")[2]) and isinstance(value, str) and "/" in value:
+            raise UnsupportedModelError(
+                f"{path}: {key} names a kernel of the Hub, {value!r:.80}, which is code that would run. Take "
+                "the setting out of a copy of the file."
+            )
     for key, number in _integers(settings):
         _check(path, key, number, _LABELS, (MOST_LABELS, ""))
         # How many tensors there are is not known yet. Even so many layers are but a list of as many words.
@@ -75,10 +82,17 @@ def _check(where: str, key: str, number: int, pattern: re.Pattern[str], most: tu
 
 def _integers(settings: Any, within: str = "") -> Iterator[tuple[str, int]]:
     """Yield each whole number of settings, with its key, also those in lists and within other settings."""
+    for key, value in _values(settings, within):
+        if isinstance(value, int) and not isinstance(value, bool):
+            yield key, value
+
+
+def _values(settings: Any, within: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each plain value of settings, with its key."""
     items = settings.items() if isinstance(settings, Mapping) else ()
     for key, value in items:
         for each in value if isinstance(value, list) else [value]:
             if isinstance(each, Mapping):
-                yield from _integers(each, f"{within}{key}.")
-            elif isinstance(each, int) and not isinstance(each, bool):
+                yield from _values(each, f"{within}{key}.")
+            else:
                 yield f"{within}{key}", each

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lazarus.bounds import LIFT, MOST_UNPACKED, exceeds
 from lazarus.errors import MissingPackageError, PromptsError
 from lazarus.foreign import user_path
 from lazarus.notes import Notes
@@ -200,6 +201,30 @@ def _csv_rows(text: str, name: str, separator: str) -> Rows:
         ) from error
 
 
+_ROW_BYTES = 64
+"""what a row takes beside its texts, at least"""
+
+
+def _unpacked(name: str, file: Any) -> list[dict[str, Any]]:
+    """Return the rows of a Parquet file.
+
+    Raises:
+        PromptsError: they are a hundred times as large as the file, and larger than a limit.
+    """
+    most, taken = max(MOST_UNPACKED, 100 * user_path(name).stat().st_size), 0
+    rows: list[dict[str, Any]] = []
+    for batch in file.iter_batches():
+        for row in batch.to_pylist():
+            taken += _ROW_BYTES + sum(len(value) for value in row.values() if isinstance(value, str))
+            rows.append(row)
+        if exceeds(taken, most):
+            raise PromptsError(
+                f"-p @{name}: its rows have more than {most // 2**20} MiB, the limit for a file of its size. "
+                f"{LIFT}"
+            )
+    return rows
+
+
 def _parquet_rows(name: str) -> Rows:
     try:
         import pyarrow
@@ -210,7 +235,7 @@ def _parquet_rows(name: str) -> Rows:
             "`pip install 'lazarus-introspect[parquet]'`."
         ) from error
     try:
-        rows = pyarrow.parquet.read_table(user_path(name)).to_pylist()
+        rows = _unpacked(name, pyarrow.parquet.ParquetFile(user_path(name)))
     # A text that is no UTF-8, or a date that Python has not, shows when rows are made of the columns.
     except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split()).rstrip(".")
