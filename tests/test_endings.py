@@ -65,11 +65,15 @@ def test_what_a_library_makes_of_a_signal_is_still_the_signal() -> None:
 def test_an_ignored_signal_stays_ignored() -> None:
     """Of nohup, and of a shell that starts a command in the background."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    went_on = False
     try:
         with ended_by_signals():
             os.kill(os.getpid(), signal.SIGHUP)
+            went_on = True
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+    assert went_on
 
 
 @pytest.mark.parametrize(("number", "code"), SIGNALS)

@@ -31,7 +31,7 @@ from lazarus.terminal import say
 
 
 class Printing(TypedDict, total=False):
-    """How a console prints."""
+    """The options of a console."""
 
     prints: bool
     """whether it prints at all, which one process of several does"""

@@ -13,7 +13,7 @@ import os
 import signal
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe
 from types import TracebackType
@@ -40,7 +40,7 @@ class TemplateLimitError(ChatTemplateError):
 
 @dataclass(frozen=True)
 class Call:
-    """What a template is rendered with."""
+    """A chat, and the template that writes it."""
 
     messages: Sequence[Mapping[str, Any]]
     template: str
@@ -87,14 +87,13 @@ class Renderer:
             self._child = _forked(self._tokenizer)
         if self._child is None:
             return self._here(call, place)
-        try:
-            answer = self._answer(self._child[1], call)
-        except (EOFError, OSError) as error:
-            self._end()
-            raise _beyond(place, "ends the process that it is rendered in") from error
-        except BaseException:  # an interrupt, which leaves an answer on its way
-            self._end()
-            raise
+        with ExitStack() as broken:
+            broken.callback(self._end)  # after an interrupt too, which leaves an answer on its way
+            try:
+                answer = self._answer(self._child[1], call)
+            except (EOFError, OSError) as error:
+                raise _beyond(place, "ends the process that it is rendered in") from error
+            broken.pop_all()
         match answer:
             case {"text": str(text)}:
                 return text
