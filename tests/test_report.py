@@ -151,11 +151,13 @@ def test_the_policy_lets_the_two_scripts_run_and_nothing_else() -> None:
 
 
 def test_the_library_is_the_published_one() -> None:
-    about = json.loads((assets.VENDOR / "vendor.json").read_text(encoding="utf-8"))
-    code = (assets.VENDOR / about["file"]).read_bytes()
-    assert hashlib.sha256(code).hexdigest() == about["sha256"]
+    """As the SBOM has it, which a wheel carries in its metadata."""
+    (about,) = json.loads((assets.VENDOR / "sbom.cdx.json").read_text(encoding="utf-8"))["components"]
+    code = (assets.VENDOR / assets.PLOTLY).read_bytes()
+    assert about["hashes"] == [{"alg": "SHA-256", "content": hashlib.sha256(code).hexdigest()}]
     assert f"v{about['version']}".encode() in code[:200]
-    assert about["npm_package"] == "plotly.js-cartesian-dist-min"
+    assert about["purl"] == f"pkg:npm/plotly.js-cartesian-dist-min@{about['version']}"
+    assert about["description"].endswith(f"lazarus/render/base/vendor/{assets.PLOTLY}")
     assert "MIT License" in (assets.VENDOR / "LICENSE").read_text(encoding="utf-8")
     assert not re.search(r"</script|<!--|\r", code.decode("utf-8"), re.IGNORECASE)
 

@@ -62,6 +62,8 @@ NOT_RUN = {
     ("docs/how-to-read-it.md", f"{COMPARE} -b smollm2"): "needs the real pair that `make bench` makes",
     ("docs/how-to-read-it.md", "Layer    Avg Cos Sim    Divergence       Local"): "what that run printed",
     ("docs/models.md", f"{COMPARE} -b base -f finetuned -p @prompts.txt --device cuda:1"): "needs two GPUs",
+    ("docs/releasing.md", "gh attestation verify"): "asks GitHub of a release",
+    ("docs/releasing.md", "git checkout"): "of a tag; tests/test_package.py builds it twice",
     ("docs/upgrade.md", f"$ {COMPARE} -b smollm2"): "needs what another version has recorded",
     ("docs/upgrade.md", f"$ {COMPARE} -b olmo3"): "needs what another version has recorded",
     ("docs/runtimes.md", "lazarus introspect record -m model-q8_0.gguf"): IN_RUNTIMES,
@@ -80,6 +82,9 @@ OPTIONS_OF_OTHERS = {
     "--write-docs": "benchmarks",
     "--quick": "benchmarks",
     "--part": "benchmarks",
+    "--index-url": "pip",
+    "--repo": "gh",
+    "--torch-backend": "uv",
 }
 
 # --- The examples
