@@ -65,8 +65,8 @@ def checkpoint_files(
         variant=None,
         gguf_file=None,
         use_safetensors=None if pickled else True,
-        user_agent={},
-        is_remote_code=False,
+        user_agent=None,  # of an empty one transformers makes a header that no HTTP library sends
+        is_remote_code=True,  # else it asks the Hub to convert a repository of pickled weights
         transformers_explicit_filename=explicit,
         download_kwargs=dict(where),
     )
