@@ -123,7 +123,7 @@ def test_logits_that_come_in_parts_change_nothing(models: Any, monkeypatch: pyte
     plain = mined(models, REPEATED, position="all")
     # Two rows at once: nearly every prompt is parted.
     monkeypatch.setattr("lazarus.engine.runner.MOST_LOGITS", 2 * N_TOKENS)
-    monkeypatch.setattr("lazarus.metrics.mining.LOGITS_AT_ONCE", N_TOKENS)
+    monkeypatch.setattr("lazarus.metrics.output.LOGITS_AT_ONCE", N_TOKENS)
     assert mined(models, REPEATED, position="all") == plain
 
 

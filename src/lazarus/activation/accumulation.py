@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +20,9 @@ from lazarus.metrics import (
     ROW_METRICS,
     SCORE_METRICS,
     AccumulatorState,
+    BatchRows,
     DiffMining,
+    OncePerBatch,
     Outcomes,
     PromptMeans,
     Rows,
@@ -28,7 +31,9 @@ from lazarus.metrics import (
     ScorePlan,
     SiteMeasures,
     SitePlan,
+    Together,
     TokenOutputs,
+    Update,
     compare_local,
     compare_logits,
     compare_rows,
@@ -139,22 +144,32 @@ class Accumulation:
         self.n_logits_not_finite = np.zeros((2, self.n_prompts), dtype=np.int64)
         is_mined = self.plan.settings.readout is not None
         self.mining = DiffMining(self.repeats.others, self.plan.outcomes) if is_mined else None
+        self._batch_rows = OncePerBatch(partial(BatchRows.of, plan=site_plan))
 
     def take(self, pairs: Iterable[StatePair]) -> Accumulation:
         """Take in every pair, for each of the prompts that it stands for; returns itself."""
+        together = Together()
         for pair in pairs:
-            if isinstance(pair.site, ComponentSite):
-                for each in [pair] if pair.trial is not None else self.repeats.spread(pair):
-                    self.components.take(each)
-            # Before the logits: trials have logits as well, and of these only the relative L2 is used.
-            elif pair.trial is not None:
-                self._take_trial(pair, pair.trial)
-            elif pair.site == "logits":
-                self._take_logits(pair)
-            else:
-                for each in self.repeats.spread(pair):
-                    self.sites[each.site].update(each.prompts, each.base, each.finetuned, each.local)
+            once = pair.trial is not None or pair.site == "logits"
+            for each in [pair] if once else self.repeats.spread(pair):
+                together.add(self._updating(each), each.base, each.finetuned)
+            # The last site of a batch: the rows of its other sites may go.
+            if pair.site == "logits":
+                together.finish()
+        together.finish()
         return self
+
+    def _updating(self, pair: StatePair) -> Update[None]:
+        """Return what takes a pair in."""
+        if isinstance(pair.site, ComponentSite):
+            return self.components.updating(pair)
+        # Before the logits: trials have logits as well, and of these only the relative L2 is used.
+        if pair.trial is not None:
+            return self._updating_trial(pair, pair.trial)
+        if pair.site == "logits":
+            return self._updating_logits(pair)
+        batch = self._batch_rows(pair.prompts)
+        return self.sites[pair.site].updating(batch, pair.base, pair.finetuned, pair.local)
 
     def state(self) -> AccumulatorState:
         """Return what was seen, as arrays by their names."""
@@ -203,20 +218,23 @@ class Accumulation:
         slots = {"scores": {i: i for i in range(self.n_prompts)}, "embedding": kept, "token_scores": {}}
         return ScoreMeans(self.n_prompts, scored.kind, slots[scored.kind])
 
-    def _take_trial(self, pair: StatePair, trial: int) -> None:
+    def _updating_trial(self, pair: StatePair, trial: int) -> Update[None]:
         if pair.local is not None:
             means = self._trial(trial, pair.site, is_local=True)
-            means.update(pair.prompts, compare_local(Rows.of(pair.finetuned, pair.local)))
+            local = compare_local(Rows.of(pair.finetuned, pair.local))
+            yield from means.updating(pair.prompts, local)
             return
         scored, means = self.plan.scored, self._trial(trial, pair.site)
         if scored is not None and pair.site == "logits":
             # Both are base's.
             ours, theirs = (scored.columns(scores, 0) for scores in (pair.base, pair.finetuned))
-            means.update(pair.prompts, compare_scores(ours, theirs, scored.kind))
-        else:
-            means.update(pair.prompts, compare_rows(Rows.of(pair.base, pair.finetuned), centered=False))
-            if pair.site == "logits" and self.plan.traced:
-                self._move_margin(margin_motion(pair.base, pair.finetuned))
+            yield from means.updating(pair.prompts, compare_scores(ours, theirs, scored.kind))
+            return
+        compared = compare_rows(Rows.of(pair.base, pair.finetuned), centered=False)
+        yield from means.updating(pair.prompts, compared)
+        if pair.site == "logits" and self.plan.traced:
+            [motion] = yield [margin_motion(pair.base, pair.finetuned)]
+            self._move_margin(motion.item())
 
     def _take_scores(self, pair: StatePair, scored: ScorePlan) -> None:
         assert isinstance(self.output, ScoreMeans)
@@ -226,28 +244,27 @@ class Accumulation:
             not_finite = [~scores.isfinite().all(-1) for scores in (each.base, each.finetuned)]
             count_by_prompt(self.n_logits_not_finite, each.prompts, not_finite)
 
-    def _take_logits(self, pair: StatePair) -> None:
+    def _updating_logits(self, pair: StatePair) -> Update[None]:
         if self.plan.scored is not None:
             self._take_scores(pair, self.plan.scored)
             return
         if pair.compared is not None:
             self.output.update(pair.prompts, pair.compared)
             return
-        values = compare_logits(pair.base, pair.finetuned, self.plan.outcomes)
+        values = yield from compare_logits(pair.base, pair.finetuned, self.plan.outcomes).landing()
         if self.mining is not None:
-            self.mining.update(pair.prompts, pair.base, pair.finetuned, values.valid.to(pair.base.device))
-        device, not_finite = values.values.device, list[Tensor]()
+            self.mining.update(pair.prompts, pair.base, pair.finetuned, values.valid)
+        not_finite = list[Tensor]()
         # A second look at all logits, and nearly never needed.
         if not values.valid.all():
             not_finite = [~has_distribution(logits) for logits in (pair.base, pair.finetuned)]
         # Compared once, and counted for every prompt that has the same tokens.
         everything = torch.arange(len(pair.prompts)), pair.prompts
         for rows, prompts in (everything, *self.repeats.copies(pair.prompts)):
-            at = rows.to(device)
-            own = RowValues(values.values[at], values.valid[at])
+            own = RowValues(values.values[rows], values.valid[rows])
             self.output.update(prompts, own)
             if self.plan.traced:
-                sides = pair.base[at.to(pair.base.device)], pair.finetuned[at.to(pair.finetuned.device)]
+                sides = pair.base[rows.to(pair.base.device)], pair.finetuned[rows.to(pair.finetuned.device)]
                 self.token_outputs.update(prompts, sides, own, self.plan.outcomes)
             # On the CPU: `has_distribution` answers there, and `rows` are there.
             count_by_prompt(self.n_logits_not_finite, prompts, [side[rows] for side in not_finite])

@@ -15,6 +15,7 @@ from lazarus.metrics import (
     AccumulatorState,
     PromptMeans,
     Rows,
+    Update,
     compare_experts,
     compare_local,
     compare_rows,
@@ -37,17 +38,19 @@ class ComponentMeans:
         self.means: dict[str, dict[ComponentSite, PromptMeans]] = {}
         """by what they are of: the run, local changes, or a trial's number"""
 
-    def take(self, pair: StatePair) -> None:
-        """Take in a pair of states at a component."""
+    def updating(self, pair: StatePair) -> Update[None]:
+        """Take in a pair of states at a component, in steps."""
         site = pair.site
         assert isinstance(site, ComponentSite)
         seen = self._at(_RUN if pair.trial is None else str(pair.trial), site)
         if site.name == "experts":
-            seen.update(pair.prompts, compare_experts(pair.base, pair.finetuned, pair.change))
+            yield from seen.updating(pair.prompts, compare_experts(pair.base, pair.finetuned, pair.change))
             return
-        seen.update(pair.prompts, compare_rows(Rows.of(pair.base, pair.finetuned), centered=False))
+        rows = Rows.of(pair.base, pair.finetuned)
+        yield from seen.updating(pair.prompts, compare_rows(rows, centered=False))
         if pair.local is not None:
-            self._at(_LOCAL, site).update(pair.prompts, compare_local(Rows.of(pair.base, pair.local)))
+            local = compare_local(Rows.of(pair.base, pair.local))
+            yield from self._at(_LOCAL, site).updating(pair.prompts, local)
 
     def state(self) -> AccumulatorState:
         """Return what was seen, as arrays by their names."""

@@ -5,18 +5,23 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from lazarus.metrics import OncePerBatch, on_device
 from lazarus.notes import Notes
 from lazarus.sites import StatePair
 from lazarus.tokens import TokenizedPrompt
 
 MOST_ROWS = 2048
 """The most rows of repeated prompts that are taken in at once; one prompt is never parted."""
+
+Portion = tuple[Int[Tensor, " copies"], Int[Tensor, " copies"]]
+"""rows that count again, and the prompts that they count for"""
 
 
 @dataclass(frozen=True)
@@ -59,19 +64,22 @@ class Repeats:
         yield found
         for rows, prompts in self.copies(found.prompts):
             base, finetuned, local, change = (
-                None if states is None else states[rows.to(states.device)]
+                None if states is None else states[on_device(rows, states.device)]
                 for states in (found.base, found.finetuned, found.local, found.change)
             )
             assert base is not None
             assert finetuned is not None
             yield replace(found, prompts=prompts, base=base, finetuned=finetuned, local=local, change=change)
 
-    def copies(
-        self, prompts: Int[Tensor, " rows"]
-    ) -> Iterator[tuple[Int[Tensor, " copies"], Int[Tensor, " copies"]]]:
-        """Yield the rows that count again, and the prompts they count for; a prompt's rows stay together."""
-        if not self.others:
-            return
+    def copies(self, prompts: Int[Tensor, " rows"]) -> Sequence[Portion]:
+        """Return the rows that count again, and the prompts they count for; a prompt's rows stay together."""
+        return self._copies(prompts) if self.others else ()
+
+    @cached_property
+    def _copies(self) -> OncePerBatch[Sequence[Portion]]:
+        return OncePerBatch(lambda prompts: list(self._portions(prompts)))
+
+    def _portions(self, prompts: Int[Tensor, " rows"]) -> Iterator[Portion]:
         places: dict[int, list[int]] = {}
         for row, prompt in enumerate(prompts.tolist()):
             if prompt in self.others:

@@ -22,6 +22,7 @@ from torch.func import functional_call
 
 from lazarus.blame import is_out_of_memory
 from lazarus.engine.path import Change
+from lazarus.metrics import on_device, to_float64
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Owners:
     def split(self, values: Tensor) -> Float64[Tensor, " prompts"] | None:
         """Return the sum of each prompt's values; None where it is not known whose they are."""
         # Over features as they are, and then in float64.
-        values = (values.sum(-1) if values.ndim > 1 else values).to("cpu", torch.float64)
+        values = to_float64(values.sum(-1) if values.ndim > 1 else values)
         if self.n_prompts == 1:
             return values.sum()[None]
         if values.shape[0] == 1 and values.ndim > 1:
@@ -57,7 +58,7 @@ class Owners:
         if rows is None:
             return None
         sums = values.flatten(1).sum(1) if values.ndim > 1 else values
-        return sums.new_zeros(self.n_prompts).index_add_(0, rows, sums)
+        return sums.new_zeros(self.n_prompts).index_add_(0, on_device(rows, sums.device), sums)
 
 
 class UnsplitError(Exception):
@@ -80,12 +81,19 @@ class Contributions:
     """why the contribution of a change is not known"""
     owners: Owners = field(init=False)
     """of the part of the model that runs next"""
-    found: Float64[Tensor, "changes prompts"] = field(init=False)
+    _found: Float64[Tensor, "changes prompts"] = field(init=False)
+    """on the model's device while a loss is propagated back: the host would have to wait for each change"""
     _is_busy: bool = field(init=False, default=False)
 
     def begin(self, n_prompts: int) -> None:
         """Begin a batch."""
-        self.found = torch.zeros(len(self.changes), n_prompts, dtype=torch.float64)
+        some = next(self.model.parameters()).detach()
+        self._found = to_float64(some.new_zeros(0)).new_zeros(len(self.changes), n_prompts)
+
+    @property
+    def found(self) -> Float64[Tensor, "changes prompts"]:
+        """Return what was found of the last batch, in the host's memory."""
+        return self._found.cpu()
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -118,7 +126,9 @@ class Contributions:
         assert parameter.grad is not None
         gradient, parameter.grad = parameter.grad, None
         for rows, delta in self.changes[index].pieces():
-            self.found[index] += gradient[rows].mul_(delta).sum(dtype=torch.float64).cpu()
+            part = gradient[rows].mul_(delta)
+            # MPS has no float64.
+            self._found[index] += (part.cpu() if part.device.type == "mps" else part).sum(dtype=torch.float64)
 
     def _on_output(
         self, held: Mapping[str, int], module: nn.Module, args: Any, kwargs: Any, output: Any
@@ -162,7 +172,7 @@ class Contributions:
         split = call.owners.split(values)
         if split is None:
             raise UnsplitError
-        self.found[index] += split
+        self._found[index] += split
 
 
 @dataclass(frozen=True)

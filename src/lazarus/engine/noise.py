@@ -17,6 +17,7 @@ from lazarus.engine.pair import ModelPair
 from lazarus.engine.runner import Runner, States, joined, output_pairs
 from lazarus.engine.taps import BlockRows, ComponentRows, component_pairs
 from lazarus.facts import ComponentSite, Site
+from lazarus.metrics import OncePerBatch, on_device
 from lazarus.sites import Position, StatePair
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -95,12 +96,19 @@ class Sample:
     def __init__(self, batches: Sequence[TokenBatch]) -> None:
         self._wanted = {prompt for batch in batches for prompt in batch.prompts}
         self._rows: dict[tuple[Site, int], Tensor] = {}
+        self._own = OncePerBatch(self._places)
 
     def take(self, site: Site, prompts: Int[Tensor, " rows"], rows: Float[Tensor, "rows width"]) -> None:
         """Keep these prompts' rows of a batch of the run; for the logits, those that the head reads."""
-        for prompt in self._wanted.intersection(prompts.tolist()):
-            own = torch.nonzero(prompts == prompt).flatten()
-            self._rows[site, prompt] = rows[own.to(rows.device)]
+        for prompt, own in self._own(prompts).items():
+            self._rows[site, prompt] = rows[on_device(own, rows.device)]
+
+    def _places(self, prompts: Int[Tensor, " rows"]) -> dict[int, Int[Tensor, " own"]]:
+        """Return the places of the rows of each prompt that is kept."""
+        return {
+            prompt: torch.nonzero(prompts == prompt).flatten()
+            for prompt in self._wanted.intersection(prompts.tolist())
+        }
 
     def take_block(self, sites: Sequence[ComponentSite], rows: BlockRows) -> None:
         """Keep these prompts' rows of the components of a block."""

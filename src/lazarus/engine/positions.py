@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +13,7 @@ from torch import Tensor
 from lazarus.batches import TokenBatch
 from lazarus.errors import PositionError, UnsupportedModelError
 from lazarus.messages import option
-from lazarus.metrics import to_float64
+from lazarus.metrics import on_device, to_float64
 from lazarus.notes import Notes
 from lazarus.sites import Position, tokens_of
 
@@ -96,13 +97,22 @@ class RowPicker:
                 "may not need them."
             )
         # Indexing copies, so the block's whole output is freed while the pass goes on; a slice would hold it.
-        picked = states[self.rows.to(states.device), self.tokens.to(states.device)]
+        picked = states[on_device(self.rows, states.device), on_device(self.tokens, states.device)]
         if not self.average:
             return picked
         wide = to_float64(picked)
         sums = wide.new_zeros(len(self.prompts), wide.shape[-1])
-        counts = torch.bincount(self.rows, minlength=len(self.prompts)).to(wide)
-        return sums.index_add_(0, self.rows.to(wide.device), wide) / counts[:, None]
+        sums.index_add_(0, on_device(self.rows, wide.device), wide)
+        return sums / on_device(self._counts, wide.device)
+
+    @cached_property
+    def _counts(self) -> Float[Tensor, "out 1"]:
+        """Return the number of picked rows of each prompt."""
+        return torch.bincount(self.rows, minlength=len(self.prompts)).double()[:, None]
+
+    @cached_property
+    def _n_own(self) -> Int[Tensor, "out 1"]:
+        return torch.tensor(self.n_own)[:, None]
 
     def whole(
         self, picked: Float[Tensor, "own hidden"], in_prefix: Float[Tensor, "before hidden"]
@@ -113,7 +123,7 @@ class RowPicker:
             return picked
         if self.average:
             # Both are means, so each weighs as many tokens as it is of.
-            n_own = torch.tensor(self.n_own, device=picked.device)[:, None]
+            n_own = on_device(self._n_own, picked.device)
             return (in_prefix * n_before + picked * n_own) / (n_before + n_own)
         own_rows = torch.split(picked, list(self.n_own))
         return torch.cat([rows for own in own_rows for rows in (in_prefix, own)])

@@ -12,6 +12,7 @@ mining.py      the tokens that a fine-tune raises or lowers most, over all posit
 rounding.py    a stored tensor held against base + update, rounded to its dtype
 traces.py      every token of a few prompts: the states, and what both models would say next
 site.py        all of them at one site
+transfers.py   what is on a device → the host, of many sites at once
 
 Everything here is float64: on the few rows that are compared, never on whole activations.
 """
@@ -31,7 +32,7 @@ from lazarus.metrics.scores import (
     match_labels,
     scores_relative_l2,
 )
-from lazarus.metrics.site import SiteMeasures, SitePlan
+from lazarus.metrics.site import BatchRows, SiteMeasures, SitePlan
 from lazarus.metrics.states import (
     LOCAL_METRICS,
     ROW_METRICS,
@@ -54,6 +55,7 @@ from lazarus.metrics.states import (
 )
 from lazarus.metrics.top import TopTokens, compare_top
 from lazarus.metrics.traces import NextTokens, TokenOutputs, TokenTraces, margin_motion
+from lazarus.metrics.transfers import OncePerBatch, Together, Update, on_device
 
 __all__ = [
     "EXPERT_METRICS",
@@ -64,10 +66,12 @@ __all__ = [
     "ROW_METRICS",
     "SCORE_METRICS",
     "AccumulatorState",
+    "BatchRows",
     "CkaRows",
     "DiffMining",
     "Directions",
     "NextTokens",
+    "OncePerBatch",
     "Outcomes",
     "PromptMeans",
     "RowValues",
@@ -77,9 +81,11 @@ __all__ = [
     "ScorePlan",
     "SiteMeasures",
     "SitePlan",
+    "Together",
     "TokenOutputs",
     "TokenTraces",
     "TopTokens",
+    "Update",
     "centered_divergence",
     "compare_experts",
     "compare_local",
@@ -97,6 +103,7 @@ __all__ = [
     "mean_over_prompts",
     "norm_ratio",
     "normalized_divergence",
+    "on_device",
     "part_of",
     "parts_of",
     "relative_l2",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,7 +11,8 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lazarus.metrics.states import AccumulatorState, sum_by_prompt, to_float64
+from lazarus.metrics.states import AccumulatorState, Owners, sum_by_prompt, to_float64
+from lazarus.metrics.transfers import Update, do_together, on_device
 
 FEWEST_FOR_CKA = 50
 """Below, the estimate is too noisy to be worth printing."""
@@ -48,6 +50,28 @@ def _hsic(k: Float[Tensor, "rows rows"], m: Float[Tensor, "rows rows"]) -> float
     return float((k * m).sum() - n / (n - 2) * (x @ y) + x.sum() * y.sum() / ((n - 1) * (n - 2)))
 
 
+@dataclass(frozen=True)
+class KeptRows:
+    """The rows of a batch whose prompts are kept, and the places of these prompts."""
+
+    rows: Int[Tensor, " kept"]
+    places: Int[Tensor, " prompts"]
+    owners: Owners
+
+    @classmethod
+    def of(cls, prompts: Int[Tensor, " rows"], slots: Mapping[int, int]) -> KeptRows:
+        """Find them; `slots` gives the prompts that are kept a place each."""
+        found = torch.tensor([slots.get(prompt, -1) for prompt in prompts.tolist()], dtype=torch.long)
+        rows = torch.nonzero(found >= 0).flatten()
+        return cls(rows, torch.unique(found[rows]), Owners.of(found[rows]))
+
+    def means(self, states: Float[Tensor, "rows width"]) -> Float[Tensor, "prompts width"]:
+        """Return each prompt's mean over its rows, in float64."""
+        rows = to_float64(states[on_device(self.rows, states.device)])
+        sums = sum_by_prompt(rows, self.owners.place, self.owners.n_prompts)
+        return sums / on_device(self.owners.weights, sums.device)
+
+
 class CkaRows:
     """Keeps one row a prompt of both models, the mean over the prompt's compared tokens, for CKA.
 
@@ -69,22 +93,26 @@ class CkaRows:
         finetuned: Float[Tensor, "rows finetuned_width"],
     ) -> None:
         """Take in every row of some prompts."""
-        slots = torch.tensor([self.slots.get(p, -1) for p in prompts.tolist()], dtype=torch.long)
-        kept = torch.nonzero(slots >= 0).flatten()
-        if not len(kept):
+        do_together([self.updating(KeptRows.of(prompts, self.slots), base, finetuned)])
+
+    def updating(
+        self, kept: KeptRows, base: Float[Tensor, "rows base_width"], finetuned: Float[Tensor, "rows f_width"]
+    ) -> Update[None]:
+        """Update in steps, by every row of some prompts."""
+        if not len(kept.rows):
             return
-        places, order, counts = torch.unique(slots[kept], return_inverse=True, return_counts=True)
+        ours, theirs = yield [kept.means(states).to(self.dtype) for states in (base, finetuned)]
+        self.base, self.finetuned = (
+            self._placed(self.base, kept, ours),
+            self._placed(self.finetuned, kept, theirs),
+        )
+        self.seen[kept.places.numpy()] = True
 
-        def placed(store: Tensor | None, states: Tensor) -> Tensor:
-            """The store with these states in it, each prompt's averaged."""
-            if store is None:
-                store = torch.zeros(len(self.slots), states.shape[1], dtype=self.dtype)
-            rows = to_float64(states[kept.to(states.device)]).cpu()
-            store[places] = (sum_by_prompt(rows, order, len(places)) / counts[:, None]).to(self.dtype)
-            return store
-
-        self.base, self.finetuned = placed(self.base, base), placed(self.finetuned, finetuned)
-        self.seen[places.numpy()] = True
+    def _placed(self, store: Tensor | None, kept: KeptRows, means: Tensor) -> Tensor:
+        if store is None:
+            store = torch.zeros(len(self.slots), means.shape[1], dtype=self.dtype)
+        store[kept.places] = means
+        return store
 
     def state(self) -> AccumulatorState:
         """The rows that are kept, each model's, and their places."""

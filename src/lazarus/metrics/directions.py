@@ -8,7 +8,8 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lazarus.metrics.states import AccumulatorState, Rows, sum_by_prompt
+from lazarus.metrics.states import AccumulatorState, Owners, Rows, sum_by_prompt
+from lazarus.metrics.transfers import Update, do_together, on_device
 
 Floats = NDArray[np.float64]
 
@@ -34,27 +35,33 @@ class Directions:
 
     def update(self, prompts: Int[Tensor, " rows"], rows: Rows) -> None:
         """Take in every row of some prompts; rows that are not finite, or zero, are left out."""
-        index = prompts.to(rows.valid.device)[rows.valid]
-        rows = rows.only_valid()
-        if not len(index):
+        places = torch.nonzero(rows.valid.cpu()).flatten()
+        do_together([self.updating(Owners.of(prompts[places]), rows.at(places))])
+
+    def updating(self, owners: Owners, rows: Rows) -> Update[None]:
+        """Update in steps, by every valid row of some prompts."""
+        if not owners.n_rows:
             return
-        _, place, counts = torch.unique(index, return_inverse=True, return_counts=True)
+        n_prompts = owners.n_prompts
         b, f = rows.base_unit, rows.finetuned_unit
-        base, finetuned = sum_by_prompt(b, place, len(counts)), sum_by_prompt(f, place, len(counts))
-        weights = counts.double()[:, None]
-        shifts = sum_by_prompt(rows.finetuned - rows.base, place, len(counts)) / weights
-        self.base_sum = self.base_sum + _numpy(base.sum(0))
-        self.finetuned_sum = self.finetuned_sum + _numpy(finetuned.sum(0))
-        # Σ_p U_p·V_p: the pairs within a prompt, which `unrelated_similarity` takes off again.
-        self.within += float((base * finetuned).sum())
-        self.n_rows += len(index)
-        self.n_pairs_within += int(counts.square().sum())
+        base, finetuned, products, shifts = (
+            sum_by_prompt(each, owners.place, n_prompts) for each in (b, f, b * f, rows.finetuned - rows.base)
+        )
         # A mean per prompt first: each prompt weighs as much as any other, as in the mean cosine.
-        products = sum_by_prompt(b * f, place, len(counts)) / weights
-        self.products = self.products + _numpy(products.sum(0))
-        self.shift = self.shift + _numpy(shifts.sum(0))
-        self.shift_squares += float(shifts.square().sum())
-        self.n_prompts += len(counts)
+        weights = on_device(owners.weights, shifts.device)
+        products, shifts = products / weights, shifts / weights
+        # Σ_p U_p·V_p: the pairs within a prompt, which `unrelated_similarity` takes off again.
+        within = (base * finetuned).sum()
+        vectors = [each.sum(0) for each in (base, finetuned, products, shifts)]
+        *sums, within, squares = yield (*vectors, within, shifts.square().sum())
+        base_sum, finetuned_sum, product_sum, shift_sum = (each.numpy() for each in sums)
+        self.base_sum, self.finetuned_sum = self.base_sum + base_sum, self.finetuned_sum + finetuned_sum
+        self.products, self.shift = self.products + product_sum, self.shift + shift_sum
+        self.within += within.item()
+        self.shift_squares += squares.item()
+        self.n_rows += owners.n_rows
+        self.n_pairs_within += owners.n_pairs
+        self.n_prompts += n_prompts
 
     def state(self) -> AccumulatorState:
         """The sums and the counts."""
@@ -121,8 +128,3 @@ def normalized_divergence(divergence: float, unrelated_similarity: float) -> flo
     """
     room = 1 - unrelated_similarity
     return divergence / room if room >= SMALLEST_BASELINE else float("nan")
-
-
-def _numpy(values: Tensor) -> Floats:
-    array: Floats = values.cpu().numpy()
-    return array

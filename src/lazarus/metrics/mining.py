@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lazarus.metrics.outcomes import Outcomes
-from lazarus.metrics.output import LOGITS_AT_ONCE
+from lazarus.metrics.output import rows_at_once
 from lazarus.metrics.states import AccumulatorState, to_float64
+from lazarus.metrics.transfers import on_device, on_host
 
 K = 100
 """The tokens that count at a position, as in the authors' own code; of a small vocabulary a tenth."""
@@ -63,17 +64,20 @@ class DiffMining:
         A prompt's rows come one after the other, in one update or in several that follow on each other.
         """
         if self._outcomes is not None:
-            base = base[:, self._outcomes.base.to(base.device)]
-            finetuned = finetuned[:, self._outcomes.finetuned.to(finetuned.device)]
+            base = base[:, on_device(self._outcomes.base, base.device)]
+            finetuned = finetuned[:, on_device(self._outcomes.finetuned, finetuned.device)]
         if not self.n_tokens:
             self.sums = np.zeros((2, base.shape[1]))
         if not valid.all():
-            base, finetuned, prompts = base[valid], finetuned[valid], prompts[valid.to(prompts.device)]
+            at = torch.nonzero(valid.cpu()).flatten()
+            base, finetuned = (side[at.to(side.device)] for side in (base, finetuned))
+            prompts = prompts[at.to(prompts.device)]
         if not len(base):
             return
-        n_rows = max(1, LOGITS_AT_ONCE // max(1, self.n_tokens))
+        n_rows = rows_at_once(base)
         parts = zip(torch.split(base, n_rows), torch.split(finetuned, n_rows), strict=True)
-        ids = np.concatenate([leading(b, f, self.k) for b, f in parts], axis=1)
+        found = on_host([leading(b, f, self.k) for b, f in parts])
+        ids: NDArray[np.int64] = torch.cat(found, dim=1).numpy()
         owners = prompts.cpu().numpy()
         edges = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist(), len(owners)]
         for start, end in pairwise(edges):
@@ -128,7 +132,7 @@ class DiffMining:
 
 def leading(
     base: Float[Tensor, "rows tokens"], finetuned: Float[Tensor, "rows tokens"], k: int
-) -> NDArray[np.int64]:
+) -> Int[Tensor, "2 rows k"]:
     """Return the ids with the k largest and the k smallest z_f − z_b of each row, [2, rows, k]; −1 for none.
 
     Of tokens that tie at the k-th place none is taken: which of them came first would be chance. So a row in
@@ -136,7 +140,7 @@ def leading(
     (−∞ in both) is none either.
     """
     if base.shape[1] <= k:  # of one token alone, nothing is above another
-        return np.full((2, len(base), k), -1)
+        return torch.full((2, len(base), k), -1, device=base.device)
     difference = to_float64(finetuned) - to_float64(base)
     impossible = difference.isnan()  # −∞ − (−∞)
     found = []
@@ -147,5 +151,4 @@ def leading(
         # tokens can come, the (k+1)th is −∞, and the smallest difference stands in for it.
         counted = best.values[:, :k] > torch.maximum(best.values[:, k:], least)
         found.append(best.indices[:, :k].masked_fill(~counted, -1))
-    ids: NDArray[np.int64] = torch.stack(found).cpu().numpy()
-    return ids
+    return torch.stack(found)

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lazarus.metrics.transfers import on_device
+
 
 @dataclass(frozen=True)
 class Outcomes:
@@ -42,7 +44,7 @@ class Outcomes:
     def of_ids(self, ids: Int[Tensor, " rows"], side: int) -> Int[Tensor, " rows"]:
         """Return the outcome that each id of one model belongs to; `n_common` for a token of its own."""
         places = torch.full((self.n_tokens[side],), self.n_common, device=ids.device)
-        known = (self.base, self.finetuned)[side].to(ids.device)
+        known = on_device((self.base, self.finetuned)[side], ids.device)
         places[known] = torch.arange(self.n_common, device=ids.device)
         return places[ids]
 
@@ -51,7 +53,7 @@ class Outcomes:
     ) -> tuple[Int[Tensor, " rows"], Bool[Tensor, " rows"]]:
         """Return the other model's ids of tokens of one model, and which of them it has; 0 for the others."""
         outcome = self.of_ids(ids, side)
-        theirs = (self.finetuned, self.base)[side].to(ids.device)
+        theirs = on_device((self.finetuned, self.base)[side], ids.device)
         # One more place, for a token that the other lacks; it may be the only one.
         return torch.cat([theirs, theirs.new_zeros(1)])[outcome], outcome < self.n_common
 
@@ -93,8 +95,11 @@ def _names(ids: Mapping[str, int], n_tokens: int) -> list[str | None]:
 
 
 def _merged(logits: Tensor, common: Tensor) -> Tensor:
-    common = common.to(logits.device)
-    own = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
-    own[common] = False
-    rest = logits[:, own].logsumexp(-1, keepdim=True)  # of no logits it is −∞, the probability 0
+    here = common.cpu()
+    own = torch.ones(logits.shape[-1], dtype=torch.bool)
+    own[here] = False
+    # Found on the host: how many there are decides on a shape.
+    rest = logits[:, torch.nonzero(own).flatten().to(logits.device)]
+    rest = rest.logsumexp(-1, keepdim=True)  # of no logits it is −∞, the probability 0
+    common = on_device(common, logits.device)
     return torch.cat([logits[:, common], rest], dim=-1)

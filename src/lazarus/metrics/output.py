@@ -22,7 +22,13 @@ OUTPUT_METRICS = (
 )
 
 LOGITS_AT_ONCE = 2**17
-"""The logits that are compared at once: few enough to stay in a processor's cache."""
+"""The logits that a CPU compares at once: few enough to stay in its cache."""
+LOGITS_ON_DEVICE = 2**22
+"""The logits that an accelerator compares at once: 27 rows of a vocabulary of 152,000 tokens.
+
+It takes about a dozen copies of them in float64, so 0.4 GB. An operation then reads and writes 0.1 GB, which
+takes far longer than starting it, so that more at once would only take memory.
+"""
 
 
 def compare_logits(
@@ -41,12 +47,19 @@ def compare_logits(
     alone has are one more outcome. First choices are each model's own; one that base lacks ranks after all of
     base's.
     """
-    n_rows = max(1, LOGITS_AT_ONCE // base.shape[1])
+    n_rows = rows_at_once(base)
     parts = [
         _compare(b, f, outcomes)
         for b, f in zip(*(torch.split(x, n_rows) for x in (base, finetuned)), strict=True)
     ]
     return RowValues(torch.cat([p.values for p in parts]), torch.cat([p.valid for p in parts]))
+
+
+def rows_at_once(logits: Float[Tensor, "rows tokens"]) -> int:
+    """Return how many rows of logits are compared at once on the device where that is done."""
+    # `to_float64` moves those of MPS to the CPU.
+    is_here = logits.device.type in ("cpu", "mps")
+    return max(1, (LOGITS_AT_ONCE if is_here else LOGITS_ON_DEVICE) // max(1, logits.shape[1]))
 
 
 def has_distribution(logits: Float[Tensor, "rows tokens"]) -> Bool[Tensor, " rows"]:
@@ -104,7 +117,12 @@ def _mean_gap(p: Tensor, gap: Tensor) -> Float[Tensor, " rows"]:
     # 0 · ∞ is NaN. Such rows are rare, and masking is another pass over all tokens, so it waits for one.
     terms = p * gap
     total: Tensor = terms.sum(-1)
-    return terms.masked_fill_(p == 0, 0.0).sum(-1) if bool(total.isnan().any()) else total
+    return terms.masked_fill_(p == 0, 0.0).sum(-1) if _may_be(total.isnan()) else total
+
+
+def _may_be(flags: Bool[Tensor, " rows"]) -> bool:
+    """Return whether any is set; also where only a device knows, which the host would have to wait for."""
+    return flags.device.type != "cpu" or bool(flags.any())
 
 
 def _gap_to_middle(gap: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, "rows vocabulary"]:
@@ -118,7 +136,7 @@ def _relative_l2(base: Tensor, finetuned: Tensor) -> Float[Tensor, " rows"]:
     """‖f − b‖ / ‖b‖ over the tokens that both models can give; 0 for logits that are all the same."""
     difference, length = (finetuned - base).norm(dim=-1), base.norm(dim=-1)
     # −∞ − (−∞) is NaN: tokens that a model cannot give are left out, which takes copies of the logits.
-    if not bool((difference + length).isfinite().all()):
+    if _may_be(~(difference + length).isfinite()):
         impossible = ~(base.isfinite() & finetuned.isfinite())
         difference = (finetuned - base).masked_fill(impossible, 0.0).norm(dim=-1)
         length = base.masked_fill(impossible, 0.0).norm(dim=-1)

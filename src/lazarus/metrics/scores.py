@@ -45,7 +45,7 @@ class ScorePlan:
         """Return the columns of one model that are compared, in base's order."""
         if self.kind == "embedding":
             return scores
-        return scores[:, list((self.base, self.finetuned)[side])]
+        return scores[:, torch.tensor((self.base, self.finetuned)[side], device=scores.device)]
 
 
 def compare_scores(

@@ -6,15 +6,17 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lazarus.metrics.cka import CkaRows
+from lazarus.metrics.cka import CkaRows, KeptRows
 from lazarus.metrics.directions import Directions
 from lazarus.metrics.states import (
     LOCAL_METRICS,
     ROW_METRICS,
     AccumulatorState,
+    Owners,
     PromptMeans,
     Rows,
     compare_local,
@@ -24,6 +26,7 @@ from lazarus.metrics.states import (
     within,
 )
 from lazarus.metrics.traces import TokenTraces
+from lazarus.metrics.transfers import Update, do_together
 
 _PARTS = ("means", "local", "directions", "kept", "traces")
 
@@ -41,6 +44,22 @@ class SitePlan:
     """the prompts of which every token is kept"""
     replays: bool = False
     """whether the local change is of base's block on the fine-tuned model's states, and not the other way"""
+
+
+@dataclass(frozen=True)
+class BatchRows:
+    """The prompts that the rows of a batch belong to, in the ways in which a site asks for them."""
+
+    prompts: Int[Tensor, " rows"]
+    owners: Owners
+    kept: KeptRows
+
+    @classmethod
+    def of(cls, prompts: Int[Tensor, " rows"], plan: SitePlan) -> BatchRows:
+        """Return them, for all sites of a plan."""
+        # A copy, because what is remembered for a tensor may not hold it.
+        prompts = prompts.to("cpu", copy=True)
+        return cls(prompts, Owners.of(prompts), KeptRows.of(prompts, plan.kept))
 
 
 class SiteMeasures:
@@ -68,26 +87,40 @@ class SiteMeasures:
         local: Float[Tensor, "rows base_width"] | None = None,
     ) -> None:
         """Take in the two models' states, and what the one's block makes of the other's."""
-        self.kept.update(prompts, base, finetuned)
+        do_together([self.updating(BatchRows.of(prompts, self.plan), base, finetuned, local)])
+
+    def updating(
+        self,
+        batch: BatchRows,
+        base: Float[Tensor, "rows base_width"],
+        finetuned: Float[Tensor, "rows finetuned_width"],
+        local: Float[Tensor, "rows base_width"] | None = None,
+    ) -> Update[None]:
+        """Update in steps."""
+        yield from self.kept.updating(batch.kept, base, finetuned)
         # Of two widths only CKA is defined, and it has its rows by now.
         if base.shape[1] != finetuned.shape[1]:
-            not_finite = [~states.isfinite().all(-1) for states in (base, finetuned)]
-            count_by_prompt(self.n_not_finite, prompts, not_finite)
+            not_finite = yield [~states.isfinite().all(-1) for states in (base, finetuned)]
+            count_by_prompt(self.n_not_finite, batch.prompts, not_finite)
             return
-        rows = Rows.of(base, finetuned)
-        # The counts below are of rows that are not valid, and nearly always there are none.
-        if not rows.valid.all():
-            self.n_unlike += rows.count_unlike()
-            np.add.at(self.n_unmeasured, prompts.cpu().numpy()[rows.unmeasured().cpu().numpy()], 1)
-            count_by_prompt(self.n_not_finite, prompts, rows.not_finite())
-        values = compare_rows(rows, self.plan.centered)
-        self.means.update(prompts, values)
-        self.traces.update(prompts, values)
-        self.directions.update(prompts, rows)
+        rows, owners = Rows.of(base, finetuned), batch.owners
+        values = yield from self.means.updating(batch.prompts, compare_rows(rows, self.plan.centered))
+        self.traces.update(batch.prompts, values)
+        # Nearly always all are valid.
+        if not values.valid.all():
+            yield from self._count_invalid(batch.prompts, rows)
+            valid = torch.nonzero(values.valid).flatten()
+            rows, owners = rows.at(valid), Owners.of(batch.prompts[valid])
+        yield from self.directions.updating(owners, rows)
         if local is not None:
-            self.local.update(
-                prompts, compare_local(Rows.of(finetuned if self.plan.replays else base, local))
-            )
+            known = Rows.of(finetuned if self.plan.replays else base, local)
+            yield from self.local.updating(batch.prompts, compare_local(known))
+
+    def _count_invalid(self, prompts: Int[Tensor, " rows"], rows: Rows) -> Update[None]:
+        unlike, unmeasured, *not_finite = yield (rows.unlike(), rows.unmeasured(), *rows.not_finite())
+        self.n_unlike += int(unlike.sum())
+        np.add.at(self.n_unmeasured, prompts.numpy()[unmeasured.numpy()], 1)
+        count_by_prompt(self.n_not_finite, prompts, not_finite)
 
     def state(self) -> AccumulatorState:
         """Return what all of them have seen."""

@@ -13,6 +13,8 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lazarus.metrics.transfers import Update, do_together, on_device
+
 ROW_METRICS = ("divergence", "relative_l2", "norm_ratio", "centered_divergence")
 LOCAL_METRICS = ("local_relative_l2", "local_divergence")
 
@@ -59,6 +61,11 @@ class RowValues:
 
     values: Float[Tensor, "rows metrics"]
     valid: Bool[Tensor, " rows"]
+
+    def landing(self) -> Update[RowValues]:
+        """Return the same in the host's memory, in one step."""
+        values, valid = yield (self.values, self.valid)
+        return RowValues(values, valid)
 
 
 def to_float64(states: Tensor) -> Float[Tensor, "rows hidden"]:
@@ -148,11 +155,11 @@ class Rows:
         # `> 0` is False for NaN already; `isfinite` is for ∞.
         return (self.base_length > 0) & (self.finetuned_length > 0) & total.isfinite()
 
-    def count_unlike(self) -> int:
-        """Count the pairs that are not valid and not the same in both models, NaN for NaN."""
-        b, f = self.base[~self.valid], self.finetuned[~self.valid]
+    def unlike(self) -> Bool[Tensor, " rows"]:
+        """Return where the pair is not valid, and not the same in both models, NaN for NaN."""
+        b, f = self.base, self.finetuned
         # Models that are the same give NaN at the same places, and NaN != NaN.
-        return int((~((b == f) | (b.isnan() & f.isnan())).all(-1)).sum())
+        return ~self.valid & ~((b == f) | (b.isnan() & f.isnan())).all(-1)
 
     def unmeasured(self) -> Bool[Tensor, " rows"]:
         """Return where the two cannot be compared: one is not finite, or one alone is zero."""
@@ -163,12 +170,11 @@ class Rows:
         """Return where base's state is not finite, and where the fine-tuned model's is not."""
         return ~self.base_length.isfinite(), ~self.finetuned_length.isfinite()
 
-    def only_valid(self) -> Rows:
-        """The rows that are valid; these very ones where all are."""
-        if bool(self.valid.all()):
-            return self
+    def at(self, places: Int[Tensor, " some"]) -> Rows:
+        """Return some of the rows, by their places."""
+        places = on_device(places, self.base.device)
         parts = (self.base, self.finetuned, self.base_length, self.finetuned_length)
-        return Rows(*(part[self.valid] for part in parts))
+        return Rows(*(part[places] for part in parts))
 
 
 def compare_rows(rows: Rows, centered: bool) -> RowValues:
@@ -195,10 +201,39 @@ def compare_local(rows: Rows) -> RowValues:
     return RowValues(torch.stack(columns, dim=-1), rows.valid)
 
 
+@dataclass(frozen=True)
+class Owners:
+    """The prompts that some rows belong to, numbered in order."""
+
+    place: Int[Tensor, " rows"]
+    """of each row, the number of its prompt"""
+    weights: Float[Tensor, "prompts 1"]
+    """the rows of each prompt, in float64"""
+    n_pairs: int
+    """Σ_p n_p²: the pairs of rows within a prompt"""
+
+    @classmethod
+    def of(cls, prompts: Int[Tensor, " rows"]) -> Owners:
+        """Number the prompts of a batch."""
+        _, place, counts = torch.unique(prompts, return_inverse=True, return_counts=True)
+        return cls(place, counts.double()[:, None], int(counts.square().sum()))
+
+    @property
+    def n_rows(self) -> int:
+        """The number of rows."""
+        return len(self.place)
+
+    @property
+    def n_prompts(self) -> int:
+        """The number of prompts."""
+        return len(self.weights)
+
+
 def sum_by_prompt(
     rows: Float[Tensor, "rows hidden"], place: Int[Tensor, " rows"], n_prompts: int
 ) -> Float[Tensor, "prompts hidden"]:
     """The sum of each prompt's rows; `place` says which prompt a row belongs to, and every prompt has one."""
+    place = on_device(place, rows.device)
     # One row for each prompt, as at the last token: nothing to add up.
     if n_prompts == len(rows):
         return rows[place.argsort()]
@@ -232,12 +267,17 @@ class PromptMeans:
 
     def update(self, prompts: Int[Tensor, " rows"], rows: RowValues) -> None:
         """Take in the metrics of some rows; `prompts` names the prompt that each row belongs to."""
-        valid = rows.valid.cpu().numpy()
-        index = prompts.cpu().numpy()
+        do_together([self.updating(prompts, rows)])
+
+    def updating(self, prompts: Int[Tensor, " rows"], rows: RowValues) -> Update[RowValues]:
+        """Update in steps, and return the metrics in the host's memory."""
+        rows = yield from rows.landing()
+        valid, index = rows.valid.numpy(), prompts.cpu().numpy()
         # A prompt's index comes once for each of its rows, and `+=` would add only one of them.
-        np.add.at(self.sums, index[valid], rows.values.cpu().numpy()[valid])
+        np.add.at(self.sums, index[valid], rows.values.numpy()[valid])
         np.add.at(self.n_rows, index[valid], 1)
         np.add.at(self.n_excluded, index[~valid], 1)
+        return rows
 
     def state(self) -> AccumulatorState:
         """Return what was seen, of the prompts that were seen."""

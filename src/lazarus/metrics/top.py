@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lazarus.metrics.output import LOGITS_AT_ONCE, divergences
+from lazarus.metrics.output import divergences, rows_at_once
 from lazarus.metrics.states import RowValues, to_float64
 
 
@@ -23,7 +23,7 @@ class TopTokens:
     @classmethod
     def of(cls, logits: Float[Tensor, "rows vocabulary"], k: int) -> TopTokens:
         """Return the `k` likeliest tokens of each row of logits."""
-        k, n_rows = min(k, logits.shape[1]), max(1, LOGITS_AT_ONCE // logits.shape[1])
+        k, n_rows = min(k, logits.shape[1]), rows_at_once(logits)
         parts = [_top(to_float64(part), k) for part in torch.split(logits, n_rows)]
         return cls(torch.cat([part.ids for part in parts]), torch.cat([part.logprobs for part in parts]))
 

@@ -71,10 +71,10 @@ class TokenTraces(TokenRows):
     """The divergence of each token at one site; NaN where a state is zero or not finite."""
 
     def update(self, prompts: Int[Tensor, " rows"], rows: RowValues) -> None:
-        """Take in the metrics of every row of some prompts."""
+        """Take in the metrics of every row of some prompts, from the host's memory."""
         if not self.traced.intersection(prompts.tolist()):
             return
-        values = np.where(rows.valid.cpu().numpy(), rows.values[:, _DIVERGENCE].cpu().numpy(), np.nan)
+        values = np.where(rows.valid.numpy(), rows.values[:, _DIVERGENCE].numpy(), np.nan)
         self.take(prompts.cpu().numpy(), values[:, None])
 
 
@@ -116,20 +116,22 @@ class TokenOutputs(TokenRows):
         compared: RowValues,
         outcomes: Outcomes | None,
     ) -> None:
-        """Take in both models' logits at some rows, and what `compare_logits` says of them."""
+        """Take in both models' logits at some rows, and what `compare_logits` says of them, on the host."""
         wanted = self.rows_of(prompts)
         if not wanted.any():
             return
         at = torch.from_numpy(np.flatnonzero(wanted))
         base, finetuned = (side[at.to(side.device)] for side in logits)
         chosen = _choices(base, finetuned, outcomes).cpu().numpy()
-        numbers = compared.values[at.to(compared.values.device)][:, [_KL, _AGREES]].cpu().numpy()
+        numbers = compared.values[at][:, [_KL, _AGREES]].numpy()
         rows = np.concatenate([numbers, chosen], axis=1)
-        rows[~compared.valid.cpu().numpy()[wanted]] = np.nan
+        rows[~compared.valid.numpy()[wanted]] = np.nan
         self.take(prompts.cpu().numpy()[wanted], rows)
 
 
-def margin_motion(base: Float[Tensor, "rows tokens"], moved: Float[Tensor, "rows tokens"]) -> float:
+def margin_motion(
+    base: Float[Tensor, "rows tokens"], moved: Float[Tensor, "rows tokens"]
+) -> Float[Tensor, ""]:
     """Return the most that the margin between base's two likeliest tokens moves at any row, in logits.
 
     NaN where no row has two finite logits in both.
@@ -137,8 +139,9 @@ def margin_motion(base: Float[Tensor, "rows tokens"], moved: Float[Tensor, "rows
     ids = base.topk(min(2, base.shape[-1])).indices
     one, other = (to_float64(side.gather(-1, ids)) for side in (base, moved))
     motion = ((one[:, 0] - one[:, -1]) - (other[:, 0] - other[:, -1])).abs()
-    motion = motion[motion.isfinite()]
-    return float(motion.max()) if len(motion) else float("nan")
+    nothing = motion.new_full((1,), -1.0)  # less than any motion; also of no rows
+    most = torch.cat([nothing, motion.masked_fill(~motion.isfinite(), -1.0)]).max()
+    return most.masked_fill(most < 0, torch.nan)
 
 
 def _choices(base: Tensor, finetuned: Tensor, outcomes: Outcomes | None) -> Float[Tensor, "rows numbers"]:
