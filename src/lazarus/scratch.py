@@ -42,6 +42,20 @@ def locked(lock: FileLock) -> bool:
     return True
 
 
+def free(lock: FileLock) -> None:
+    """Release a lock, and remove its file."""
+    path = Path(lock.lock_file)
+    try:
+        # Before it is free, so that it is not the lock of the next process that is removed.
+        path.unlink(missing_ok=True)
+    except PermissionError:  # Windows removes no file that is open
+        lock.release()
+        with suppress(OSError):  # the next process has it
+            path.unlink(missing_ok=True)
+    else:
+        lock.release()
+
+
 _HELD: set[ScratchFolder] = set()
 """the folders of this process that are not removed yet"""
 
@@ -74,8 +88,7 @@ class ScratchFolder:
     def remove(self) -> None:
         """Remove the folder, with all that is in it."""
         _HELD.discard(self)
-        shutil.rmtree(self.path, ignore_errors=True)
-        self._lock.release()
+        _remove(self.path, self._lock)
 
     def __enter__(self) -> Self:
         return self
@@ -119,5 +132,11 @@ def _remove_if_dead(folder: Path) -> None:
     lock = FileLock(folder / _LOCK)
     with suppress(Timeout, OSError):
         if locked(lock):
-            shutil.rmtree(folder, ignore_errors=True)
-            lock.release()
+            _remove(folder, lock)
+
+
+def _remove(folder: Path, lock: FileLock) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    lock.release()
+    # Windows removes no file that is open, such as that of the lock.
+    shutil.rmtree(folder, ignore_errors=True)

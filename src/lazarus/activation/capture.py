@@ -45,6 +45,7 @@ from lazarus.recordings import (
     TensorWriter,
     make_folder,
     ordered,
+    remove_written,
     site_name,
     write_manifest,
 )
@@ -142,15 +143,11 @@ class Capture:
         take_up(self._prepared, self._run, into)
         with nullcontext() if folder else Claim(self._path), ExitStack() as undo:
             if folder is None:  # else what is done is kept
-                undo.callback(self._remove)
+                undo.callback(remove_written, self._path)
             found = self._alone() if folder is None else self._shared(folder)
             self._conclude(found)
             undo.pop_all()
         return Recording.open(self._path)
-
-    def _remove(self) -> None:
-        for file in self._path.iterdir():
-            file.unlink()
 
     def _alone(self) -> list[Written]:
         parts = self.job.whole.cut(1 if self.job.pair.streams else self._n_files())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from contextlib import suppress
@@ -34,6 +33,10 @@ def peak_bytes() -> int:
         lines = _STATUS.read_text(encoding="ascii").splitlines()
         if told := next((line for line in lines if line.startswith("VmHWM:")), None):
             return int(told.split()[1]) * 1024
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # which Windows lacks
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT
 
 

@@ -108,6 +108,4 @@ def _may_lead(root: str, place: str) -> bool:
     blobs = os.path.join(os.path.dirname(os.path.dirname(root)), "blobs")
     is_snapshot = os.path.basename(os.path.dirname(root)) == "snapshots"
     allowed = [root, os.path.realpath(constants.HF_HUB_CACHE), *([blobs] if is_snapshot else [])]
-    return os.environ.get(FOLLOW_LINKS) == "1" or any(
-        os.path.commonpath([each, place]) == each for each in allowed
-    )
+    return os.environ.get(FOLLOW_LINKS) == "1" or any(Path(place).is_relative_to(each) for each in allowed)

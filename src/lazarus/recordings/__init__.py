@@ -11,7 +11,7 @@ arrays.py      npy, npz and safetensors files of other programs
 """
 
 from lazarus.recordings.arrays import from_arrays
-from lazarus.recordings.folder import Claim, make_folder, write_manifest
+from lazarus.recordings.folder import Claim, make_folder, remove_written, write_manifest
 from lazarus.recordings.format import (
     FORMAT_VERSION,
     MANIFEST,
@@ -64,6 +64,7 @@ __all__ = [
     "ordered",
     "record_gguf",
     "recording_schema",
+    "remove_written",
     "site_name",
     "write_manifest",
 ]

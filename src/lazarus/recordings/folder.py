@@ -15,7 +15,7 @@ from lazarus.errors import SaveError, UsageError
 from lazarus.foreign import user_path
 from lazarus.recordings.format import MANIFEST, Contents, write
 from lazarus.recordings.tensors import PART
-from lazarus.scratch import locked
+from lazarus.scratch import free, locked
 
 _OURS = r"\d{5}\.safetensors(\.part)?"
 _CLAIM = ".recording"
@@ -34,8 +34,7 @@ class Claim:
             UsageError: another process has marked it.
             SaveError: the disk gave out.
         """
-        self._path = folder / _CLAIM
-        self._lock = FileLock(self._path)
+        self._lock = FileLock(folder / _CLAIM)
         try:
             self.is_held = locked(self._lock)
         except Timeout as error:
@@ -47,8 +46,7 @@ class Claim:
 
     def release(self) -> None:
         """Take the mark away."""
-        self._path.unlink(missing_ok=True)
-        self._lock.release()
+        free(self._lock)
 
     def __enter__(self) -> Self:
         return self
@@ -89,9 +87,14 @@ def _remove_what_is_left(path: Path) -> None:
     with Claim(path) as claim:
         # On a disk without locks nothing tells that the process is gone.
         if claim.is_held and not (path / MANIFEST).exists():
-            for file in path.iterdir():
-                if re.fullmatch(_OURS, file.name) or file.name.startswith(f"{MANIFEST}."):
-                    file.unlink()
+            remove_written(path)
+
+
+def remove_written(path: Path) -> None:
+    """Remove what a recording that is not whole has written to its folder; the mark of a `Claim` stays."""
+    for file in path.iterdir():
+        if re.fullmatch(_OURS, file.name) or file.name.startswith(MANIFEST):
+            file.unlink()
 
 
 def write_manifest(path: Path, contents: Contents) -> None:
