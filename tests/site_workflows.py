@@ -41,3 +41,28 @@ def _scripts(found: Any) -> Iterator[str]:
     elif isinstance(found, list):
         for value in found:
             yield from _scripts(value)
+
+
+def check_least(text: str) -> None:
+    """Hold a workflow of this repository against what is asked of it beyond that.
+
+    Raises:
+        AssertionError: it may run on a stranger's code with the repository's rights, a job has rights that it
+            does not name, or one that may write has code of the repository, and so what it depends on, in it.
+    """
+    check_safe(text)
+    found = yaml.safe_load(text)
+    assert not {"pull_request_target", "workflow_run"} & set(found[True]), "a stranger's change, with rights"
+    assert found["permissions"] == {}, "the rights are those of each job"
+    assert "concurrency" in found, "two runs at once are not thought of"
+    for name, job in found["jobs"].items():
+        assert "timeout-minutes" in job, f"{name} may run for six hours"
+        assert isinstance(job.get("permissions"), dict), f"{name} does not name its rights"
+        uses = [step["uses"] for step in job["steps"] if "uses" in step]
+        if "write" in job["permissions"].values():
+            assert "environment" in job, f"{name} may write, and no rule of an environment holds it"
+            assert not any(each.startswith(("actions/checkout", "./")) for each in uses), f"{name}: {uses}"
+        for step in job["steps"]:
+            if step.get("uses", "").startswith("actions/checkout"):
+                kept = step.get("with", {}).get("persist-credentials", True)
+                assert kept is False, f"{name}: a token stays where later steps find it"
