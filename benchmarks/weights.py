@@ -113,7 +113,7 @@ def loss(model: Any, rows: Tensor) -> float:
 
 def arithmetic_rows(tokenizer: Any, n_rows: int) -> tuple[Tensor, Tensor]:
     """The held-out rows, and as many for training as are asked for."""
-    rows = token_rows(tokenizer, _lines(random.Random(SEED)), HELD_OUT + n_rows)
+    rows = token_rows(tokenizer, arithmetic_lines(), HELD_OUT + n_rows)
     return rows[:HELD_OUT], rows[HELD_OUT:]
 
 
@@ -127,8 +127,9 @@ def token_rows(tokenizer: Any, lines: Iterable[str], n_rows: int, length: int = 
     return torch.tensor(tokens[: n_rows * length]).view(n_rows, length)
 
 
-def _lines(choice: random.Random) -> Iterator[str]:
-    """Sums, differences and products without end, bare and told as a story."""
+def arithmetic_lines() -> Iterator[str]:
+    """Sums, differences and products without end, bare and told as a story; the same ones each time."""
+    choice = random.Random(SEED)
     while True:
         a, b = sorted((choice.randint(2, 99), choice.randint(2, 99)), reverse=True)
         name, thing = choice.choice(NAMES), choice.choice(THINGS)

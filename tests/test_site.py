@@ -59,6 +59,11 @@ NOT_RUN = {
         "docs/errors.md",
         f"{COMPARE} -b base -f finetuned -p Hello",
     ): "tests/bad_input writes the page and runs it",
+    (
+        "docs/gallery.md",
+        "$ lazarus introspect",
+    ): "needs the real pairs; tests/test_studies.py holds what is shown",
+    ("docs/study-depth.md", f"{COMPARE} -b smollm2"): "needs what `python -m benchmarks.depth` makes",
     ("docs/how-to-read-it.md", f"{COMPARE} -b smollm2"): "needs the real pair that `make bench` makes",
     ("docs/how-to-read-it.md", "Layer    Avg Cos Sim    Divergence       Local"): "what that run printed",
     ("docs/models.md", f"{COMPARE} -b base -f finetuned -p @prompts.txt --device cuda:1"): "needs two GPUs",
