@@ -105,7 +105,8 @@ sbom: $(VENV)/.installed-dev  ## install the wheel of dist/ by itself, and write
 	$(BIN)/cyclonedx-py environment --output-reproducible --validate -o sbom.cdx.json .venv-release
 
 audit: $(VENV)/.audit  ## ask PyPI for known faults of every version that is locked
-	PYTHONPATH=$(VENV)/audit $(BIN)/python -m pip_audit --no-deps --disable-pip -r constraints.txt -r requirements/audit.txt
+	PYTHONPATH=$(VENV)/audit $(BIN)/python -m pip_audit --strict --disable-pip --no-deps -r constraints.txt
+	PYTHONPATH=$(VENV)/audit $(BIN)/python -m pip_audit --strict --disable-pip -r requirements/audit.txt
 
 train-demo: $(VENV)/.installed-dev  ## train the demo pair again (minutes)
 	$(BIN)/python -m lazarus.demo.train
