@@ -53,7 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 SLOW = {
     "anonymous", "architectures", "attribution", "bad_input", "claims", "commands", "compat", "contents",
     "demo", "docs", "endings", "estimate", "fitting", "flipped", "gguf", "hostile_text", "integrations",
-    "lens_cli", "lens_report_browser", "loading", "model_rounding", "noise", "notebook", "outside",
+    "lens_cli", "lens_report_browser", "loading", "model_rounding", "noise", "notebook", "outside", "package",
     "prefix", "quantised", "repeats", "report", "report_browser", "sameness", "shards", "show", "site",
     "ties", "weight_rounding", "weights_report_browser",
 }  # fmt: skip
