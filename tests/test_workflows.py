@@ -28,6 +28,8 @@ WORKFLOWS = {path.name: path.read_text(encoding="utf-8") for path in sorted(FOLD
 CI = yaml.safe_load(WORKFLOWS["ci.yml"])
 NOT_RUN = {
     ("ci.yml", "python -m pytest -q tests/test_portable.py"): "the tests beside this one",
+    ("release.yml", "python tests/changes.py"): "tests/test_package.py runs it, with a tag and without",
+    ("release.yml", "gh release create"): "publishes",
 }
 """Steps that are not run: the workflow, how the script begins, and the reason."""
 
