@@ -48,6 +48,9 @@ GENERATED_FROM_TESTS = "docs/errors.md"
 COMPARE = "lazarus introspect activation-diff"
 IN_RUNTIMES = "needs a runtime that `make test-runtimes` installs: tests/test_runtimes.py runs it"
 NOT_RUN = {
+    ("CONTRIBUTING.md", "git clone"): "needs the network; the rest is tests/test_visitor.py's",
+    ("CONTRIBUTING.md", "    BadInput("): "a part of a file: tests/test_visitor.py runs it",
+    ("CONTRIBUTING.md", ".venv/bin/python -m pytest"): "the tests that this one is beside",
     ("README.md", "src/lazarus/"): "a map; tests/test_docs.py holds it against the source",
     ("docs/architecture.md", "prompts ─ tokens ─►"): "a drawing",
     ("docs/architecture.md", "two checkpoints ─"): "a drawing",
@@ -83,6 +86,7 @@ NOT_RUN = {
 """Blocks that are not run: the page, how the first line begins, and the reason."""
 
 OPTIONS_OF_OTHERS = {
+    "--update-golden": "pytest",
     "--nproc-per-node": "torchrun",
     "--write-docs": "benchmarks",
     "--quick": "benchmarks",
