@@ -131,7 +131,7 @@ def _measured(
     command: Sequence[str], environment: dict[str, str], of_processor: bool
 ) -> tuple[str, float, int]:
     """Run a command to its end; returns what it printed, its seconds and its peak of memory in bytes."""
-    with tempfile.TemporaryFile("w+") as told:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as told:
         started = time.perf_counter()
         process = subprocess.Popen(
             command, cwd=places.ROOT, env=environment, stdout=told, stderr=subprocess.DEVNULL

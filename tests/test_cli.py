@@ -149,7 +149,7 @@ def test_every_form_of_prompts_gives_the_same_rows(run: Run, arguments: tuple[st
     result = run(*arguments, "-o", "x.csv", stdin="Hello\nWhat is AI\n")
     assert result.exit_code == 0, result.output
     run("-p", "Hello,What is AI", "-o", "expected.csv")
-    assert Path("x.csv").read_text() == Path("expected.csv").read_text()
+    assert Path("x.csv").read_text(encoding="utf-8") == Path("expected.csv").read_text(encoding="utf-8")
 
 
 def test_help_names_every_option_and_an_example() -> None:

@@ -39,8 +39,8 @@ class Payload:
 
 
 def changed(path: Path, **values: Any) -> None:
-    found = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(found | values))
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps(found | values), encoding="utf-8")
 
 
 def with_module(folder: Path, line: str) -> None:

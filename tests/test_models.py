@@ -104,7 +104,7 @@ def test_the_command_reads_the_cache_of_the_environment(hub: Path, here: Path) -
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("Loading base model: org/name\nLoading fine-tuned model: org/name@tuned\n")
-    assert json.loads(Path("diff.json").read_text())["finetuned"]["revision"] == COMMITS[1]
+    assert json.loads(Path("diff.json").read_text(encoding="utf-8"))["finetuned"]["revision"] == COMMITS[1]
 
 
 # --- What is on disk

@@ -207,7 +207,7 @@ def test_text_that_is_utf_16_is_not_read_with_a_nul_beside_each_letter(tmp_path:
 def test_json_that_is_read_as_lines_of_text_is_noted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content.encode()), encoding="utf-8"))
     given = "-" if name == "-" else str(tmp_path / name)
     (tmp_path / "p.txt").write_text(content)
     (tmp_path / "p.prompts").write_text(content)

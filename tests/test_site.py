@@ -312,8 +312,8 @@ printf 'Hello\\nWhat is AI\\n' | lazarus introspect activation-diff -b base -f f
 lazarus show piped.json --fail-above 0  # exit code 3
 """
     run(Block("page.md", 1, "bash", None, text), here)
-    assert Path("names.txt").read_text() == "a\nb\n"
-    assert len(json.loads(Path("piped.json").read_text())["prompts"]) == 2
+    assert Path("names.txt").read_text(encoding="utf-8") == "a\nb\n"
+    assert len(json.loads(Path("piped.json").read_text(encoding="utf-8"))["prompts"]) == 2
 
 
 def test_three_dots_stand_for_lines() -> None:

@@ -178,6 +178,6 @@ KINDS = (
         typed(p="@-"),
         ("Interrupted",),
         exit_code=130,
-        around=lambda: patch("sys.stdin", io.TextIOWrapper(_Interrupted())),
+        around=lambda: patch("sys.stdin", io.TextIOWrapper(_Interrupted(), encoding="utf-8")),
     ),
 )

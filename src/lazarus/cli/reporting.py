@@ -84,7 +84,9 @@ def unexpected(kind: type[BaseException], error: BaseException, _traceback: Trac
 def _keep_trace(error: BaseException) -> str:
     """Write the trace of an error to a file, and return what to do about it."""
     try:
-        with tempfile.NamedTemporaryFile("w", prefix="lazarus-", suffix=".txt", delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", prefix="lazarus-", suffix=".txt", delete=False
+        ) as file:
             file.write("".join(traceback.format_exception(error)))
     except OSError:
         return "run again with --debug and report what it prints"
