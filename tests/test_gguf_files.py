@@ -330,8 +330,10 @@ def test_what_is_not_in_the_repository_is_told(
     assert "Name one of them: org/several:a.gguf, org/several:b.gguf" in said
     said = refused(base_folder, "org/several:c.gguf", ModelNotFoundError)
     assert "org/several:c.gguf: no such file" in said
-    assert "org/none:c.gguf: no such file" in refused(base_folder, "org/none:c.gguf", ModelNotFoundError)
-    assert "org/none: no such folder here" in refused(base_folder, "org/none", ModelNotFoundError)
+    assert "org/none:c.gguf: no such folder or file here, not in the cache" in refused(
+        base_folder, "org/none:c.gguf", ModelNotFoundError
+    )
+    assert "org/none: no such folder or file here" in refused(base_folder, "org/none", ModelNotFoundError)
 
 
 @pytest.mark.parametrize("kind", ["F32", "BF16", "F16", "Q8_0"])

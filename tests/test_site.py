@@ -67,6 +67,7 @@ NOT_RUN = {
         "$ lazarus introspect",
     ): "needs the real pairs; tests/test_studies.py holds what is shown",
     ("docs/study-depth.md", f"{COMPARE} -b smollm2"): "needs what `python -m benchmarks.depth` makes",
+    ("docs/hub.md", f"{COMPARE} -b org/base"): "tests/test_hub.py has a server for such names",
     ("docs/how-to-read-it.md", f"{COMPARE} -b smollm2"): "needs the real pair that `make bench` makes",
     ("docs/how-to-read-it.md", "Layer    Avg Cos Sim    Divergence       Local"): "what that run printed",
     ("docs/models.md", f"{COMPARE} -b base -f finetuned -p @prompts.txt --device cuda:1"): "needs two GPUs",

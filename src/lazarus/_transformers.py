@@ -73,26 +73,6 @@ def checkpoint_files(
     return list(files or [])
 
 
-def pinned_revision(hub_id: str, revision: str | None) -> str | None:
-    """Return the commit that a revision stands for; the revision itself where that is not known."""
-    from transformers.utils import hub
-
-    if hasattr(hub, "resolve_revision"):  # from 5.18 on
-        pinned = hub.resolve_revision(hub_id, revision)
-        commit: str | None = getattr(pinned, "resolved", pinned)
-        return commit
-    found = hub.cached_file(hub_id, "config.json", revision=revision, **OPTIONAL_FILE)
-    commit = hub.extract_commit_hash(found, None)
-    return commit or revision
-
-
-OPTIONAL_FILE = {
-    "_raise_exceptions_for_missing_entries": False,
-    "_raise_exceptions_for_connection_errors": False,
-}
-"""arguments of `cached_file` for a file that need not be there"""
-
-
 def registered_class(auto: Any, config: Any) -> Any:
     """Return the class of model that an Auto class makes of a configuration; any other class is itself."""
     if not hasattr(auto, "_model_mapping"):

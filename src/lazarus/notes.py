@@ -39,6 +39,8 @@ CODES = {
     "lone-tokens": "Prompts of a single token are compared at position 0, which is left out of the others: "
     "it hardly depends on the text.",
     # Files and how they were loaded
+    "hub-unreachable": "The Hub could not be asked, and a model was read from the cache at the commit that "
+    "is told: the Hub may have a newer one.",
     "other-weights": "The folder of a model holds other weights than those that were read: these count as "
     "not compared unless they are copies.",
     "wrapped-names": "Names of stored tensors carried a wrapper's prefix and were read without it: the "

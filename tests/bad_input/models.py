@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import httpx2
-import huggingface_hub.errors as hub
 from transformers import ViTConfig, ViTModel
 
 from bad_input.kind import BadInput, Prepare, change_json, compare, damaged, overwrite, typed
 from factories import save_model, tiny_llama, tiny_tokenizer
 from layouts import store_codes
-
-
-def _hub_says(fault: type[hub.HfHubHTTPError], status: int) -> AbstractContextManager[Any]:
-    """The Hub as it answers; the request is cut off where transformers makes it."""
-    request = httpx2.Request("GET", "https://huggingface.co/org/model/resolve/main/config.json")
-    answer = fault("refused", response=httpx2.Response(status, request=request))
-    return patch("transformers.utils.hub.hf_hub_download", side_effect=answer)
 
 
 def _an_empty_folder(folder: Path) -> list[str]:
@@ -104,27 +94,6 @@ NAMES = (
         "`-b org/model@v9`, not in the cache and without a network",
         typed(b="org/model@v9"),
         ("org/model@v9", "not in the cache", "HF_HUB_OFFLINE"),
-    ),
-    BadInput(
-        "Hub id unknown",
-        "`-b org/model`, which the Hub does not have or does not show",
-        typed(b="org/model"),
-        ("org/model", "no such model on the Hub", "Check the name", "hf auth login", "HF_TOKEN"),
-        around=lambda: _hub_says(hub.RepositoryNotFoundError, 404),
-    ),
-    BadInput(
-        "revision unknown",
-        "`-b org/model@v9`, a revision that the Hub does not have",
-        typed(b="org/model@v9"),
-        ("org/model@v9", "no such revision", "branch, a tag or a commit"),
-        around=lambda: _hub_says(hub.RevisionNotFoundError, 404),
-    ),
-    BadInput(
-        "Hub id gated",
-        "`-b org/model`, which is gated",
-        typed(b="org/model"),
-        ("org/model", "gated", "Ask for access", "hf auth login", "HF_TOKEN"),
-        around=lambda: _hub_says(hub.GatedRepoError, 403),
     ),
     BadInput(
         "a file that holds no weights",

@@ -41,7 +41,8 @@ rest of the command line is right:
     lazarus introspect activation-diff -b base -f finetuned -p Hello -o diff.json
 
 What is said of models, adapters, tokenizers and outputs holds for `weight-diff` and `compare` as well; their
-own mistakes are in the last two tables.
+own mistakes are in the last two tables. What is said where the Hub refuses, limits or fails is on
+[its own page](hub.md).
 
 This page is written by `make docs-reference` from the tests (`tests/bad_input`), which run every line of it.
 """

@@ -75,9 +75,11 @@ def leads() -> bool:
 
 
 def shows_progress(quiet: bool, debug: bool) -> bool:
-    """Return whether there are progress bars; the libraries below are told too, and of their logs."""
+    """Return whether there are progress bars; the libraries below are told too, and of logs and waits."""
     from lazarus.console import quieten
+    from lazarus.models.hub_client import bound_waits
 
+    bound_waits()
     show = sys.stderr.isatty() and not quiet and leads()
     quieten(show_bars=show, show_logs=debug and not quiet)
     return show

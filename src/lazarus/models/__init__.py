@@ -3,6 +3,8 @@
 reference.py   what a MODEL names: a Hub id, a folder, a GGUF file, an adapter, MODEL+ADAPTER
 gguf/          GGUF files: their parts, their settings, their tensors
 opening.py     a checkpoint's configuration, model class and dtype, before any weight is read
+hub.py         repositories of the Hub: their commits and files; hub_client.py limits the waits for it,
+               hub_faults.py tells what goes wrong there
 inside.py      which files of a folder may be read
 files.py       the files that a model is read from, and whether they change; digests.py has their SHA-256
 stored.py      the tensors of safetensors files: where they are, reading them, and whether two are the same

@@ -11,6 +11,7 @@ import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from string import digits
 from typing import Any
 
@@ -20,10 +21,11 @@ from transformers import PreTrainedModel
 
 from lazarus import _transformers
 from lazarus.errors import WeightsError
+from lazarus.models.contents import read_index
 from lazarus.models.faults import ConversionError
 from lazarus.models.inside import check_plain
 from lazarus.models.quantised import Weight
-from lazarus.models.reference import Source
+from lazarus.models.reference import INDEX, PICKLED, WEIGHTS, Source
 from lazarus.models.stored import TORCH_DTYPES
 from lazarus.models.wrappers import Wrappers, find_wrappers
 
@@ -36,15 +38,44 @@ def find_files(source: Source, config: Any, model_class: Any, *, pickled: bool =
     Raises:
         WeightsError: config.json or an index names what is no file of weights in its folder.
     """
-    where = {"revision": source.revision, "subfolder": source.subfolder}
     chosen = getattr(config, "transformers_weights", None)
     if chosen is not None:
         check_plain(source.name, [str(chosen).removesuffix(".index.json")], ".safetensors", "config.json")
     explicit = source.weights_file or chosen
-    files = _transformers.checkpoint_files(source.path, where, explicit, pickled=pickled)
+    _fetch(source, explicit, pickled=pickled)
+    where = {"revision": source.revision, "subfolder": source.subfolder}
+    is_fetched = {"local_files_only": source.repository is not None}
+    files = _transformers.checkpoint_files(source.path, where | is_fetched, explicit, pickled=pickled)
     _check_found(source, files, pickled=pickled)
     more = [source.file(name) for name in getattr(type(config), "extra_files", ())]
     return list(dict.fromkeys([*files, *(path for path in more if path is not None)]))
+
+
+def _fetch(source: Source, explicit: str | None, *, pickled: bool) -> None:
+    """Fetch the files of weights that `from_pretrained` would read, where the source is on the Hub.
+
+    Raises:
+        WeightsError: its index is none, or names a file that the repository does not hold.
+    """
+    if source.repository is None:
+        return
+    names = [explicit] if explicit else [WEIGHTS, INDEX, *(PICKLED if pickled else ())]
+    path = next((path for name in names if (path := source.file(name)) is not None), None)
+    if path is None and source.repository.is_cached:
+        raise WeightsError(
+            f"{source.name}: its weights are not in the cache, at commit {source.revision}, and the Hub was "
+            "not asked. Unset HF_HUB_OFFLINE, or run again when the Hub can be reached."
+        )
+    if path is None or not path.endswith(".index.json"):
+        return
+    shards = read_index(source, Path(path), ".bin" if path.endswith(".bin.index.json") else ".safetensors")
+    missing = [shard for shard in shards if source.file(shard) is None]
+    if missing:
+        raise WeightsError(
+            f"{source.name}: {len(missing)} of its {len(shards)} files of weights are missing, first "
+            f"{missing[0]}, which {Path(path).name} names. The upload is not whole: ask its authors, or name "
+            "another revision."
+        )
 
 
 def _check_found(source: Source, files: Sequence[str], *, pickled: bool) -> None:

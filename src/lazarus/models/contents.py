@@ -66,7 +66,9 @@ def look_for_weights(source: Source) -> None:
     if source.kind != "folder":
         return
     named = source.weights_file or ""
-    _check_index(source, folder / (named if named.endswith(".index.json") else INDEX))
+    index_file = folder / (named if named.endswith(".index.json") else INDEX)
+    if index_file.is_file():
+        read_index(source, index_file)
     if source.weights_file or any(folder.glob("pytorch_model*.bin*")):
         return
     found = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in ADAPTER_FILES)
@@ -83,17 +85,20 @@ def look_for_weights(source: Source) -> None:
     raise WeightsError(f"{source.name}: no {WEIGHTS} there. Name the file of weights: {names}.")
 
 
-def _check_index(source: Source, path: Path) -> None:
-    """Refuse an index that is none, before another library reads it."""
-    if not path.is_file():
-        return
+def read_index(source: Source, path: Path, ending: str = ".safetensors") -> list[str]:
+    """Return the names of the files with that ending that an index lists, before another library reads it.
+
+    Raises:
+        WeightsError: it is none, or names what is no file of weights in its folder.
+    """
     index = read_json(path, WeightsError, "Fetch it again.")
     if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
         raise WeightsError(
             f"{source.name}: {path.name} has no weight_map, which says in which file each tensor is. Fetch "
             "it again."
         )
-    check_plain(source.name, index["weight_map"], ".safetensors", path.name)
+    check_plain(source.name, index["weight_map"], ending, path.name)
+    return sorted(set(index["weight_map"].values()))
 
 
 def survey(source: Source, read: Sequence[str]) -> Contents:

@@ -51,22 +51,33 @@ def check_hub_digest(model: str, path: str, sha256: str | None) -> None:
     Raises:
         WeightsError: they are not.
     """
+    if sha256 is None or is_right_blob(path, sha256) is not False:
+        return
+    blob = Path(path).resolve()
+    raise WeightsError(
+        f"{model}: {Path(path).name} is not what the Hub holds: the digest of its bytes is not "
+        f"{blob.name[:12]}…. It was damaged or changed: delete {blob}, and run again to have it fetched."
+    )
+
+
+def is_right_blob(path: str, sha256: str | None = None) -> bool | None:
+    """Return whether a file in the Hub's cache has the digest that the Hub gave; None if it gave none.
+
+    `sha256` is the digest of its bytes, where it is known already.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    blob = Path(path).resolve()
+    if blob.parent.name != "blobs":
+        return None
     # The cache names a large file by its SHA-256, and a small one by git's SHA-1 of it.
-    blob = Path(os.path.realpath(path))
-    if sha256 is None or blob.parent.name != "blobs":
-        return
     if _SHA256.fullmatch(blob.name):
-        is_right = blob.name == sha256
-    elif _SHA1.fullmatch(blob.name):
+        return blob.name == (sha256 or sha256_of(path))
+    if _SHA1.fullmatch(blob.name):
         content = blob.read_bytes()
-        is_right = hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest() == blob.name
-    else:
-        return
-    if not is_right:
-        raise WeightsError(
-            f"{model}: {Path(path).name} is not what the Hub holds: the digest of its bytes is not "
-            f"{blob.name[:12]}…. It was damaged or changed: delete {blob}, and run again to have it fetched."
-        )
+        return hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest() == blob.name
+    return None
 
 
 def _key(path: str, found: os.stat_result) -> str:

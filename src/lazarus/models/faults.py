@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import pickle
 import re
 import struct
@@ -12,21 +11,14 @@ from dataclasses import dataclass
 from functools import partial
 from json import JSONDecodeError
 
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    StrictDataclassError,
-)
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from lazarus.blame import Translated, is_out_of_memory, one_line
 from lazarus.errors import ModelError, ModelNotFoundError, UnsupportedModelError, WeightsError
 from lazarus.messages import CAUSE, option
 from lazarus.models.files import FileChangedError, NotAFileError
+from lazarus.models.hub_faults import told_of_the_hub
 
 
 class ConversionError(RuntimeError):
@@ -130,7 +122,11 @@ _KNOWN = (
         "a file is missing: {text}. Fetch the model again.",
     ),
     _Known(
-        ("no file named model.safetensors", "Unable to find a safetensors"),
+        (
+            "no file named model.safetensors",
+            "cannot be loaded with `safetensors`",
+            "Unable to find a safetensors",
+        ),
         WeightsError,
         "no safetensors weights there. Pickled weights (.bin) can run code when they are read and are "
         "refused: load the model where you trust it, and write it again with save_pretrained.",
@@ -175,9 +171,8 @@ def _told(name: str, error: BaseException) -> ModelError:
             found.add_note(f"loading {name}")
             raise found from error
         return _of_the_files(name, found)
-    for fault in _causes(error):
-        if told := _of_the_hub(name, fault):
-            return told
+    if told := told_of_the_hub(name, list(_causes(error))):
+        return told
     return _of_the_files(name, error)
 
 
@@ -201,38 +196,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         fault = fault.__cause__ or fault.__context__
 
 
-def _of_the_hub(name: str, fault: BaseException) -> ModelError | None:
-    """Return the Hub's own faults; a gated repository is also a RepositoryNotFoundError, so it is first."""
-    if isinstance(fault, GatedRepoError):
-        return ModelNotFoundError(
-            f"{name}: this repository is gated. Ask for access on its page on the Hub, then log in "
-            "(`hf auth login`, or HF_TOKEN)."
-        )
-    if isinstance(fault, RepositoryNotFoundError):
-        return ModelNotFoundError(
-            f"{name}: no such folder here, and no such model on the Hub. Check the name; a private "
-            "one needs a login (`hf auth login`, or HF_TOKEN)."
-        )
-    if isinstance(fault, RevisionNotFoundError):
-        return ModelNotFoundError(
-            f"{name}: the model has no such revision. Name a branch, a tag or a commit after the @."
-        )
-    if isinstance(fault, LocalEntryNotFoundError | OfflineModeIsEnabled | ConnectionError):
-        return ModelNotFoundError(
-            f"{name}: no such folder here, not in the cache, and the Hub cannot be reached. Check "
-            "the name, the connection and HF_HUB_OFFLINE, or download the model first."
-        )
-    if isinstance(fault, HFValidationError):
-        return ModelNotFoundError(f"{name}: no such folder or file, and not a Hub id. Check the path.")
-    return None
-
-
 def _of_the_files(name: str, error: BaseException) -> ModelError:
     text = one_line(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ModelError(
-            f"{name}: no room on the disk for it: {text}. Make room, or set HF_HOME to a larger disk."
-        )
     if isinstance(error, JSONDecodeError):  # the file may be a link to a secret: nothing of it is quoted
         text = f"{error.msg.rstrip(': ')} (line {error.lineno}, column {error.colno})"
     # The tokenizers library, in Rust, raises bare Exceptions.

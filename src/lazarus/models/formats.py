@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lazarus.errors import ModelNotFoundError, WeightsError
+from lazarus.models.hub import Repository
 from lazarus.models.reference import Source
 
 _READ = (
@@ -62,12 +63,14 @@ _STATE = re.compile(r"training_args\.bin|(optimizer|scheduler|scaler|rng_state.*
 
 
 def check_folder(source: Source) -> None:
-    """Refuse a local folder that holds no model to read, and say what it holds instead.
+    """Refuse a folder or a repository that holds no model to read, and say what it holds instead.
 
     Raises:
         ModelNotFoundError: there is no `config.json`, and what is there can be named.
         WeightsError: there is one, and the weights beside it are in a form that is not read.
     """
+    if source.repository is not None and source.file("config.json") is None:
+        raise ModelNotFoundError(f"{source.name}: {_without_config_there(source.repository)}")
     if source.kind != "folder":
         return
     folder = Path(source.path) / source.subfolder
@@ -85,6 +88,20 @@ def check_folder(source: Source) -> None:
             f"{source.name}: no weights there: neither model.safetensors nor its parts. Fetch the model "
             "again."
         )
+
+
+def _without_config_there(repository: Repository) -> str:
+    if repository.is_cached:
+        return (
+            f"config.json is not in the cache, at commit {repository.commit}, and the Hub was not asked. "
+            "Unset HF_HUB_OFFLINE, or run again when the Hub can be reached."
+        )
+    names = repository.names()
+    held = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return (
+        f"the repository holds no config.json, and so no model, but {held or 'nothing'}. Name one that "
+        "save_pretrained wrote."
+    )
 
 
 def refuse_empty(name: str, tensors: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ from lazarus.models.faults import translated
 from lazarus.models.formats import refuse_empty
 from lazarus.models.gguf.tensors import load as load_gguf
 from lazarus.models.loaded import LoadedModel
-from lazarus.models.opening import LoadOptions, Opened, open_to_load, stored_dtype, stored_weights, where
+from lazarus.models.opening import LoadOptions, Opened, open_to_load, stored_dtype, stored_weights
 from lazarus.models.pager import Pager
 from lazarus.models.reference import ModelReference, Source, adapter_base
 from lazarus.models.sharing import load_over
@@ -166,7 +166,8 @@ def _convert(opened: Opened, kind: type[PreTrainedModel], options: LoadOptions) 
 
 def _load_by_transformers(opened: Opened, options: LoadOptions) -> Weights:
     """Load a checkpoint by `from_pretrained`, or a GGUF file by its rules."""
-    source, arguments = opened.source, where(opened.source, options)
+    source = opened.source
+    arguments = source.where(trust_remote_code=options.trust_remote_code)
     if options.device.type != "cpu":
         arguments["device_map"] = {"": options.device}
     if opened.left_over is not None:
@@ -330,6 +331,7 @@ def finish(reference: ModelReference, weights: Weights, options: LoadOptions) ->
     if reference.adapters:
         adapted = put_all_on(weights.model, reference.adapters, notes)
         for each in reference.adapters:
+            each.note(notes)
             note_base(each, weights.source, notes)
         sources = [*reversed(reference.adapters), *sources]
     anatomy = dissect(adapted.model, options.layers_path)

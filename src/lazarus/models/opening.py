@@ -95,6 +95,7 @@ class Opened:
 
     def note(self, notes: Notes) -> None:
         """Note what a reader must know of how the checkpoint was opened."""
+        self.source.note(notes)
         if self.contents.note is not None:
             notes.extend([self.contents.note])
         if self.gguf is not None:
@@ -140,25 +141,15 @@ def open_checkpoint(source: Source, options: LoadOptions) -> Opened:
     check_folder(source)
     check_config(source)
     with translated(source.name):
+        where = source.where(trust_remote_code=options.trust_remote_code)  # the files are there from now on
         files = ReadFiles(source.name, hashed=options.digests)
         if (found := source.file("config.json")) is not None:
             files.add_settings(Path(found).parent, source.prefix)
         add_modules(files, source)
-        config = AutoConfig.from_pretrained(source.path, **where(source, options))
+        config = AutoConfig.from_pretrained(source.path, **where)
         return Opened(
             source, config, _model_class(config, source), claimed_method(config) is not None, files=files
         )
-
-
-def where(source: Source, options: LoadOptions) -> dict[str, Any]:
-    """Return how transformers finds a source's files."""
-    arguments: dict[str, Any] = {
-        "revision": source.revision,
-        "trust_remote_code": options.trust_remote_code,
-    }
-    if source.subfolder:
-        arguments["subfolder"] = source.subfolder
-    return arguments
 
 
 def _model_class(config: Any, source: Source) -> Any:

@@ -6,23 +6,23 @@ import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from transformers.utils.hub import cached_file
-
-from lazarus import _transformers
 from lazarus.errors import AdapterError, ModelError, ModelNotFoundError
 from lazarus.foreign import read_json, user_path
 from lazarus.models.adapter_limits import check_settings
 from lazarus.models.faults import translated
-from lazarus.models.gguf.choice import files_on_hub, first_part, only_gguf
+from lazarus.models.gguf.choice import first_part, only_gguf
+from lazarus.models.hub import Repository, find_repository
 from lazarus.models.inside import check_files, is_plain
+from lazarus.notes import Notes
 
 Kind = Literal["hub", "folder", "gguf"]
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_MODEL_FILES = (WEIGHTS, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_MODEL_FILES = (WEIGHTS, INDEX, *PICKLED)
 _SHARD = re.compile(r"(.*)-\d{5}-of-\d{5}\.safetensors")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[^@+\s]+)?")
 _HUB_FILE = re.compile(r"(?i)(\w[\w.-]*/\w[\w.-]*)(?:@([^@+:\s]+):|[:/])([^:\s]+\.gguf)")
@@ -45,6 +45,8 @@ class Source:
     subfolder: str = ""
     weights_file: str | None = None
     """the file of weights, or their index, that was named; None where transformers' rule chooses it"""
+    repository: Repository | None = None
+    """where it is on the Hub"""
 
     def __post_init__(self) -> None:
         if os.path.isabs(self.subfolder) or not all(map(is_plain, Path(self.subfolder).parts)):
@@ -78,19 +80,41 @@ class Source:
     @property
     def is_on_hub(self) -> bool:
         """Return whether its files are those of a repository, in the cache or not."""
-        return self.kind == "hub" or (self.gguf_file is not None and not os.path.isabs(self.gguf_file))
+        return self.repository is not None
 
     def file(self, name: str) -> str | None:
         """The path of one of its files, fetched from the Hub if need be; None if it has none."""
+        if self.repository is None:
+            path = os.path.join(self.path, self.subfolder, name)
+            return path if os.path.isfile(path) else None
         with translated(self.name):
-            path: str | None = cached_file(
-                self.path,
-                name,
-                revision=self.revision,
-                subfolder=self.subfolder,
-                **_transformers.OPTIONAL_FILE,
+            return self.repository.file(self.prefix + name)
+
+    def where(self, *, trust_remote_code: bool) -> dict[str, Any]:
+        """Return how transformers finds its files: in the cache, where it is on the Hub.
+
+        Raises:
+            ModelNotFoundError: the Hub does not give its settings.
+        """
+        arguments: dict[str, Any] = {"revision": self.revision, "trust_remote_code": trust_remote_code}
+        if self.subfolder:
+            arguments["subfolder"] = self.subfolder
+        # Code of a model may be in another repository.
+        if self.repository is not None and not trust_remote_code:
+            with translated(self.name):
+                self.repository.fetch_settings(self.subfolder)
+            arguments["local_files_only"] = self.repository.listed is not None or self.repository.is_cached
+        return arguments
+
+    def note(self, notes: Notes) -> None:
+        """Note where it is read from the cache because the Hub cannot be asked for its commit."""
+        if self.repository is not None and self.repository.unreachable is not None:
+            notes.add(
+                "hub-unreachable",
+                f"{self.name}: the Hub could not be asked ({self.repository.unreachable}), so what the cache "
+                f"holds was read, at commit {self.revision}: there may be a newer one",
+                model=self.name,
             )
-        return path
 
 
 @dataclass(frozen=True)
@@ -243,7 +267,7 @@ def _source(name: str) -> Source:
         check_files(name, path)
         return _gguf_of(_transformer_of(Source(name, "folder", str(path))))
     if (file := _HUB_FILE.fullmatch(name)) is not None:
-        return Source(name, "gguf", file[1], _pinned(file[1], file[2]), gguf_file=first_part(file[3]))
+        return replace(_on_hub(name, file[1], file[2]), kind="gguf", gguf_file=first_part(file[3]))
     if not _HUB_ID.fullmatch(name):
         raise ModelNotFoundError(
             f"{name!r}: no such folder or file, and not a Hub id (org/name, org/name@revision, "
@@ -255,19 +279,20 @@ def _source(name: str) -> Source:
             f"{name}: {hub_id} is a folder here, and folders have no revisions. Name it without "
             f"@{revision}, or run in another folder to have it from the Hub."
         )
-    return _gguf_of(_transformer_of(Source(name, "hub", hub_id, _pinned(hub_id, revision))))
+    return _gguf_of(_transformer_of(_on_hub(name, hub_id, revision or None)))
 
 
-def _pinned(hub_id: str, revision: str | None) -> str | None:
-    """Return the commit that a revision stands for; the revision itself where the Hub does not say."""
-    return _transformers.pinned_revision(hub_id, revision or None)
+def _on_hub(name: str, hub_id: str, revision: str | None) -> Source:
+    with translated(name):
+        repository = find_repository(hub_id, revision)
+    return Source(name, "hub", hub_id, repository.commit, repository=repository)
 
 
 def _gguf_of(source: Source) -> Source:
     """Return the source, or its GGUF file where a folder or a repository holds no other weights."""
     if source.subfolder:
         return source
-    if source.kind == "folder":
+    if source.repository is None:
         files = [path.name for path in Path(source.path).iterdir() if path.is_file()]
         file = only_gguf(source.name, files, f"{source.name.rstrip('/')}/{{}}")
         file = file and str(Path(source.path, file).absolute())
@@ -276,7 +301,7 @@ def _gguf_of(source: Source) -> Source:
     elif "gguf" in source.path.lower() or not (
         source.file("config.json") or source.file("adapter_config.json")
     ):
-        file = only_gguf(source.name, files_on_hub(source.path, source.revision), f"{source.name}:{{}}")
+        file = only_gguf(source.name, source.repository.names(), f"{source.name}:{{}}")
     else:
         file = None
     return source if file is None else replace(source, kind="gguf", gguf_file=file)

@@ -111,11 +111,9 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def _load(source: Source, trust_remote_code: bool) -> Any:
-    where: dict[str, Any] = {"revision": source.revision, "trust_remote_code": trust_remote_code}
+    where = source.where(trust_remote_code=trust_remote_code)
     if source.gguf_file:
         where["gguf_file"] = source.gguf_file
-    if source.subfolder:
-        where["subfolder"] = source.subfolder
     name = f"{source.name} (tokenizer)"
     _check_growth(source)
     where |= _without_paths(source)

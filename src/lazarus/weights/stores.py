@@ -17,6 +17,7 @@ from lazarus.models.contents import Unread
 from lazarus.models.faults import translated
 from lazarus.models.opening import Opened, decoding, find_weights
 from lazarus.models.quantised import CodedTensor, Weight
+from lazarus.models.reference import INDEX, PICKLED, WEIGHTS, Source
 from lazarus.models.stored import read_headers
 from lazarus.names.parts import Take
 from lazarus.notes import Notes
@@ -55,6 +56,8 @@ def open_store(opened: Opened, notes: Notes, *, allow_pickle: bool) -> Store:
         WeightsError: there are no weights, they are pickled, or a file is damaged.
     """
     source = opened.source
+    if not allow_pickle:
+        _refuse_pickles_there(source)
     # Pickled files are found in any case, so that the refusal below can name --allow-pickle.
     opened, files = find_weights(opened, pickled=True)
     opened = decoding(opened) if opened.quantised else opened
@@ -71,14 +74,27 @@ def open_store(opened: Opened, notes: Notes, *, allow_pickle: bool) -> Store:
                 opened.contents.unread,
             )
         if not allow_pickle:
-            raise WeightsError(
-                f"{source.name}: its weights are pickled ({Path(files[0]).name}), and a pickle can run code "
-                "when it is read. Allow torch's reader of plain tensors with "
-                f"{option('allow_pickle', True)}, or load the model where you trust it and write it again "
-                "with save_pretrained.",
-                option="allow_pickle",
-            )
+            raise _is_pickled(source, Path(files[0]).name)
         return _read_pickles(files, opened, notes)
+
+
+def _refuse_pickles_there(source: Source) -> None:
+    """Refuse a repository that holds pickled weights alone, before they are fetched."""
+    if source.repository is None:
+        return
+    there = {name.removeprefix(source.prefix) for name in source.repository.names()}
+    pickled = sorted(there.intersection(PICKLED))
+    if pickled and not there.intersection((WEIGHTS, INDEX)):
+        raise _is_pickled(source, pickled[0])
+
+
+def _is_pickled(source: Source, file: str) -> WeightsError:
+    return WeightsError(
+        f"{source.name}: its weights are pickled ({file}), and a pickle can run code when it is read. Allow "
+        f"torch's reader of plain tensors with {option('allow_pickle', True)}, or load the model where you "
+        "trust it and write it again with save_pretrained.",
+        option="allow_pickle",
+    )
 
 
 def _read_pickles(files: Sequence[str], opened: Opened, notes: Notes) -> Store:

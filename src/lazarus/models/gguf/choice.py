@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
-from typing import Any
-
-from huggingface_hub import is_offline_mode, list_repo_files, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from pathlib import PurePosixPath
 
 from lazarus.errors import ModelNotFoundError
 
@@ -17,8 +13,6 @@ PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", r
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx")
 _NO_MODEL = re.compile(r"(?i).*(mmproj|imatrix).*")
 """What a GGUF file is called that belongs to a model beside it."""
-_UNREACHABLE: tuple[Any, ...] = HfHubHTTPError.__bases__
-"""OSError, and the error of the HTTP library under huggingface_hub, which has used several of them."""
 
 
 def first_part(file: str) -> str:
@@ -55,17 +49,3 @@ def only_gguf(name: str, files: Iterable[str], naming: str) -> str | None:
             f"{name}: it holds {len(choices)} GGUF models. Name one of them: {', '.join(choices[:10])}{more}"
         )
     return next(iter(found.values()), None)
-
-
-def files_on_hub(hub_id: str, revision: str | None) -> list[str]:
-    """Return the files of a repository; of those in the cache, where the Hub cannot be reached."""
-    if not is_offline_mode():
-        try:
-            return list_repo_files(hub_id, revision=revision)
-        except _UNREACHABLE:
-            pass
-    try:
-        folder = Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, ValueError):
-        return []
-    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
