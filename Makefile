@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 LOCKED := $(PIP) --no-deps --only-binary :all: --require-hashes -r
 
-.PHONY: help demo test test-all test-fast coverage test-browser test-real test-compat test-newest test-floors test-upstream fuzz faults soak test-runtimes check check-workflows actionlint no-actionlint docs format docs-reference lock dist test-dist sbom audit train-demo bench trust clean
+.PHONY: help demo test test-all test-fast coverage test-browser test-real test-compat test-newest test-floors test-upstream fuzz faults soak test-runtimes check check-workflows actionlint no-actionlint docs format docs-reference lock dist test-dist sbom audit train-demo bench trust clean test-gpu bench-gpu
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -41,6 +41,9 @@ test-newest: $(VENV)/.installed-dev  ## write docs/architectures.md with the new
 
 test-floors: $(VENV)/.installed-dev  ## run the public surface and the hostile files with the lowest versions of all packages
 	$(BIN)/python tests/floors.py
+
+test-gpu: $(VENV)/.installed-dev  ## run what runs on a GPU, against the CPU; fails without a CUDA device
+	LAZARUS_REQUIRE_GPU=1 $(BIN)/python -m pytest -q -m gpu tests/test_gpu.py
 
 SECONDS ?= 600
 fuzz: $(VENV)/.installed-dev $(VENV)/.fuzz  ## give changed files to every reader (SECONDS=600)
@@ -113,6 +116,9 @@ train-demo: $(VENV)/.installed-dev  ## train the demo pair again (minutes)
 
 bench: $(VENV)/.installed-dev $(VENV)/.real-weights  ## measure speed and memory on SmolLM2-135M
 	$(BIN)/python -m benchmarks.speed
+
+bench-gpu: $(VENV)/.installed-dev  ## measure on a GPU, as ratios; stops without a CUDA device
+	$(BIN)/python -m benchmarks.gpu
 
 trust: $(VENV)/.installed-dev $(VENV)/.real-weights  ## hold the numbers against models of known truth (an hour)
 	$(BIN)/python -m benchmarks.trust

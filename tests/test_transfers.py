@@ -70,11 +70,9 @@ def test_waits_of_a_batch_do_not_grow_with_the_number_of_sites(name: str) -> Non
 
 def moved(pair: StatePair) -> StatePair:
     """The pair with its states on the device."""
-    states = {
-        name: None if (rows := getattr(pair, name)) is None else rows.to(DEVICE)
-        for name in ("base", "finetuned", "local", "change")
-    }
-    return replace(pair, **states)
+    local, change = (None if rows is None else rows.to(DEVICE) for rows in (pair.local, pair.change))
+    base, finetuned = pair.base.to(DEVICE), pair.finetuned.to(DEVICE)
+    return replace(pair, base=base, finetuned=finetuned, local=local, change=change)
 
 
 @pytest.mark.parametrize("position", ["last", "all"])
