@@ -18,6 +18,10 @@ figures.py       figures in parts: saved, and put into a page
 extras.py        the command: what options cost
 estimates.py     the command: what --estimate says, held against the runs
 
+And on a GPU:
+
+gpu.py           the command: ratios within one run, on random models
+
 And what the numbers are held against:
 
 trust.py         the command: known truth, the null, the power, coverage, readout, cost

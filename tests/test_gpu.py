@@ -251,3 +251,22 @@ def test_the_tests_themselves_run_on_a_cpu() -> None:
     )
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout
+
+
+def test_the_benchmark_runs_on_a_cpu(tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    from benchmarks import gpu as bench
+
+    parts = [word for part in bench.PARTS if part != "two-devices" for word in ("--part", part)]
+    out = tmp_path / "found.json"
+    assert bench.main(["--device", "cpu", "--small", *parts, "-o", str(out)]) == 0
+    found = json.loads(out.read_bytes())
+    assert json.loads(capsysbinary.readouterr().out) == found
+    assert {figure["name"].split(":")[0] for figure in found["figures"]} >= {"speed", "streaming"}
+    assert "mean nothing" in found["device_name"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_the_benchmark_of_a_gpu_stops_without_one() -> None:
+    from benchmarks import gpu as bench
+
+    assert bench.main([]) == 1

@@ -95,6 +95,7 @@ OPTIONS_OF_OTHERS = {
     "--index-url": "pip",
     "--repo": "gh",
     "--torch-backend": "uv",
+    "--small": "benchmarks",
 }
 
 # --- The examples
