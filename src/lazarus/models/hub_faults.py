@@ -89,7 +89,7 @@ def _of_an_answer(error: HfHubHTTPError, file: str | None) -> str:
 
 
 def _gated(error: GatedRepoError) -> str:
-    page = f"{constants.ENDPOINT}/{getattr(error, 'repo_id', None) or ''}".rstrip("/")
+    page = str(error.response.request.url).partition("/resolve/")[0]
     if error.response.status_code == 401:
         return f"this repository is gated. Ask for access on its page, {page}, then log in ({_LOGIN})."
     return (
