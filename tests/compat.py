@@ -62,7 +62,8 @@ def made(folder: Path, requirement: str) -> Path:
     (own / "zz_shared.pth").write_text(f"import site; site.addsitedir({shared!r})\n", encoding="utf-8")
     python = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python), "install"]
-    subprocess.run([*pip, "--quiet", requirement, PEFT], check=True)
+    # Else what this environment has would do wherever it is admitted.
+    subprocess.run([*pip, "--quiet", "--upgrade", requirement, PEFT], check=True)
     return python
 
 

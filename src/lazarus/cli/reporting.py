@@ -85,7 +85,7 @@ def _keep_trace(error: BaseException) -> str:
     """Write the trace of an error to a file, and return what to do about it."""
     try:
         with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", prefix="lazarus-", suffix=".txt", delete=False
+            "w", encoding="utf-8", errors="backslashreplace", prefix="lazarus-", suffix=".txt", delete=False
         ) as file:
             file.write("".join(traceback.format_exception(error)))
     except OSError:
