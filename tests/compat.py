@@ -37,9 +37,9 @@ HEAD = """# Which versions of transformers
 
 lazarus works with transformers 5.5 and newer, below 6; older ones are refused, since a checkpoint can make
 them run code ([why](architecture.md#dependencies)). `make test-compat` runs `tests/test_compat.py` with the
-versions of this table, on the pair of models that ships. torch, PEFT and all else are those of
-`constraints.txt`; `make test-floors` runs the same with the lowest version of every package that Lazarus
-admits.
+versions of this table, on the pair of models that ships; CI does so on Python 3.11 to 3.14. torch, PEFT and
+all else are those of `constraints.txt`; `make test-floors` runs the same with the lowest version of every
+package that Lazarus admits.
 
 """
 
