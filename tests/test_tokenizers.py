@@ -127,7 +127,7 @@ def test_a_tokenizer_is_given_by_itself_by_its_name_or_in_a_processor(
         ({"vocab": {}}, UsageError, "of the class dict"),
         (tiny_tokenizer().backend_tokenizer, UsageError, "of the class Tokenizer"),
         ("", UsageError, "tokenizer='': neither"),
-        ("no/such", ModelNotFoundError, r"no/such \(tokenizer\): no such folder here, not in the cache"),
+        ("no/such", ModelNotFoundError, "no/such: no such folder or file here, not in the cache"),
         ("no/such folder", ModelNotFoundError, "'no/such folder': no such folder or file, and not a Hub id"),
     ],
 )

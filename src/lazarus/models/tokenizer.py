@@ -65,9 +65,6 @@ def find_tokenizer(given: Any | None, *, trust_remote_code: bool = False) -> Any
             source for source in (*reversed(reference.adapters), reference.model) if source is not None
         ]
         found = first_tokenizer(sources, trust_remote_code)
-        if found is None and sources[-1].kind == "hub":
-            # Loading says why no file was found: no such id, offline, or none in that repository.
-            found = _load(sources[-1], trust_remote_code)
         if found is None:
             raise UsageError(
                 f"tokenizer={str(given)!r}: no files of a tokenizer are there. Name the folder or the Hub id "
