@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -16,7 +17,9 @@ from architectures import build
 from factories import perturbed, save_model, tiny_llama, tiny_tokenizer, word_tokenizer
 from lazarus import loading
 from lazarus.errors import ModelNotFoundError, UnsupportedModelError, UsageError
-from lazarus.models import wrap_model
+from lazarus.estimating import peak_bytes, reset_peak
+from lazarus.models import Footprint, estimate, give_back, parse_model, wrap_model
+from lazarus.options import Options
 
 TEXTS = ["Hello, how are you?", "What is AI?", "The answer is 42", "Hello, how are you? What is AI?"]
 
@@ -136,3 +139,60 @@ def test_a_wrapper_around_an_adapter_keeps_the_adapter() -> None:
     tuned = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
     compiled = cast(nn.Module, torch.compile(tuned))
     assert wrap_model(compiled, "wrapped").adapter == wrap_model(tuned, "plain").adapter
+
+
+LONG = ["Hello, how are you? " * 40, "What is AI? " * 60]
+
+
+def rows_of(folders: tuple[Path, Path], n_rows: int, **options: Any) -> tuple[Footprint, int]:
+    """What a pair takes, and what is said of the compared rows of a batch."""
+    base, finetuned = (parse_model(str(folder)) for folder in folders)
+    chosen, work = Options.make(**options), loading.Work(torch.device("cpu"), n_rows)
+    found = estimate(base, finetuned, loading._load_options(chosen, work.device))
+    assert found is not None
+    return found, loading.rows_bytes(found, chosen, work)
+
+
+def test_rows_that_leave_no_room_have_a_pair_streamed(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    footprint, few = rows_of(folders, 2)
+    monkeypatch.setattr(loading, "ROOM_AT_LEAST", 0)
+    room = int(footprint.resident * loading.ROOM_FOR_THE_REST) + 2 * few
+    monkeypatch.setattr(loading, "free_bytes", lambda _device: room)
+    texts = ["Hello", "What is AI?"]
+    found = lazarus.activation_diff(*folders, texts, position="last")
+    assert found.record.settings.memory == "resident"
+    found = lazarus.activation_diff(*folders, texts * 4, position="all", batch_tokens=4096)
+    assert found.record.settings.memory == "stream"
+    assert any("what is compared of a batch" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("vocabulary", [300, 20_000])
+def test_the_rows_of_a_batch_take_what_is_said_within_a_factor_of_two(
+    vocabulary: int, tmp_path: Path
+) -> None:
+    model = tiny_llama(
+        num_hidden_layers=12, hidden_size=256, vocab_size=vocabulary, max_position_embeddings=2048
+    )
+    models, tokenizer = (model, perturbed(model)), tiny_tokenizer()
+    folders = (
+        save_model(tmp_path / "base", models[0], tokenizer),
+        save_model(tmp_path / "finetuned", models[1], tokenizer),
+    )
+    n_rows = sum(len(tokenizer(text).input_ids) for text in LONG)
+    cpu, peaks = torch.device("cpu"), dict[str, int]()
+    for position in ("last", "all"):
+        # Once before, for what a process takes once.
+        for texts in (["Hello"], LONG):
+            give_back()
+            if not reset_peak(cpu):
+                pytest.skip("this system tells no peak")
+            before = psutil.Process().memory_info().rss
+            options: dict[str, Any] = {"position": position, "batch_tokens": 4096}
+            lazarus.activation_diff(*models, texts, tokenizer=tokenizer, **options)
+        peaks[position] = peak_bytes() - before
+    # The same passes: what differs is the rows.
+    taken = peaks["all"] - peaks["last"]
+    said = rows_of(folders, n_rows, position="all")[1] - rows_of(folders, 2)[1]
+    assert said / 2 <= taken <= 2 * said

@@ -14,6 +14,7 @@ from lazarus.blame import NoRoomError
 from lazarus.errors import DeviceError, ModelError, UsageError
 from lazarus.memory import Limit, tightest_limit
 from lazarus.messages import option
+from lazarus.metrics import COPIES, PENDING_BYTES, logits_bytes
 from lazarus.models import (
     Clock,
     Footprint,
@@ -53,8 +54,17 @@ STREAMED_AT_LEAST = 224 * 2**20
 """What streaming takes beside weights, in bytes: tokenizers and what is imported as it runs."""
 
 
+@dataclass(frozen=True)
+class Work:
+    """Where models run, and on how much at a time."""
+
+    device: torch.device
+    n_rows: int = 1
+    """the tokens of a batch that are compared, about"""
+
+
 def load_models(
-    models: tuple[Model, Model], chosen: Options, device: torch.device, announce: Announce, notes: Notes
+    models: tuple[Model, Model], chosen: Options, work: Work, announce: Announce, notes: Notes
 ) -> tuple[LoadedModel, LoadedModel]:
     """Load both models; two that are named are loaded as a pair, so that common weights are held once.
 
@@ -64,11 +74,11 @@ def load_models(
         UsageError: models in memory are to be read from disk.
         ModelError: one of them cannot be loaded; the subclass and the message say why.
     """
-    options = _load_options(chosen, device)
+    options = _load_options(chosen, work.device)
     named = [parse_model(str(m)) if isinstance(m, str | Path) else m for m in models]
     match named:
         case [ModelReference() as first, ModelReference() as second]:
-            streams = _streams((first, second), chosen, options, notes)
+            streams = _streams((first, second), chosen, work, notes)
             load = load_paged if streams else load_pair
             loaded = load(first, second, options, announce)
         case _ if chosen.memory == "stream":
@@ -98,18 +108,18 @@ class BaseKeeper:
         self,
         models: tuple[Model, Model],
         chosen: Options,
-        device: torch.device,
+        work: Work,
         announce: Announce,
         notes: Notes,
     ) -> tuple[LoadedModel, LoadedModel]:
         """Load a pair as `load_models` does."""
         base, finetuned = (parse_model(str(m)) if isinstance(m, str | Path) else m for m in models)
         if not (isinstance(base, ModelReference) and isinstance(finetuned, ModelReference)) or base.adapters:
-            return load_models((base, finetuned), chosen, device, announce, notes)
-        options = _load_options(chosen, device)
+            return load_models((base, finetuned), chosen, work, announce, notes)
+        options = _load_options(chosen, work.device)
         if self._weights is None:
-            if _streams((base, finetuned), chosen, options, Notes()):
-                return load_models((base, finetuned), chosen, device, announce, notes)
+            if _streams((base, finetuned), chosen, work, Notes()):
+                return load_models((base, finetuned), chosen, work, announce, notes)
             announce("base", base.name)
             self._weights = load_base(base, options)
         weights = self._weights
@@ -124,7 +134,7 @@ class BaseKeeper:
 
 
 def load_alone(
-    model: Model, role: Role, chosen: Options, device: torch.device, announce: Announce, notes: Notes
+    model: Model, role: Role, chosen: Options, work: Work, announce: Announce, notes: Notes
 ) -> LoadedModel:
     """Load one model by itself; what a reader must know of it is noted.
 
@@ -138,9 +148,9 @@ def load_alone(
             announce(role, name)
 
     named = parse_model(str(model)) if isinstance(model, str | Path) else model
-    options = _load_options(chosen, device)
+    options = _load_options(chosen, work.device)
     if isinstance(named, ModelReference):
-        if _streams((named, named), chosen, options, notes):
+        if _streams((named, named), chosen, work, notes):
             loaded = load_paged(named, named, options, once)[0]
         else:
             loaded = _load_or_wrap(named, role, options, announce)
@@ -174,7 +184,7 @@ class StandIns:
 
 
 def load_stand_ins(
-    models: tuple[Model, ...], chosen: Options, device: torch.device, clock: Clock, *, whole: bool
+    models: tuple[Model, ...], chosen: Options, work: Work, clock: Clock, *, whole: bool
 ) -> StandIns:
     """Return models of random weights in the place of those that are named: of a pair, or of one alone.
 
@@ -185,12 +195,12 @@ def load_stand_ins(
         ModelError: one of them cannot be opened, or is built only from its weights.
         DeviceError: there is no room for a few blocks.
     """
-    options = replace(_load_options(chosen, device), digests=False)
+    options = replace(_load_options(chosen, work.device), digests=False)
     references = _named(models)
     first, second = references[0], references[-1]
     streams = chosen.memory == "stream"
     if chosen.memory == "auto":
-        streams = _must_stream((first, second), options, Notes())
+        streams = _must_stream((first, second), chosen, work, Notes())
     if streams:
         check_paged(first, second, options)
     each: tuple[StandIn, ...] = (stand_in(first, options, clock, whole=whole),)
@@ -250,9 +260,7 @@ def less_memory(dtype: str, device: torch.device, *, can_stream: bool) -> list[s
     return found if device.type == "cpu" else [*found, option("device", "cpu")]
 
 
-def _streams(
-    pair: tuple[ModelReference, ModelReference], chosen: Options, options: LoadOptions, notes: Notes
-) -> bool:
+def _streams(pair: tuple[ModelReference, ModelReference], chosen: Options, work: Work, notes: Notes) -> bool:
     """Return whether a pair is read block by block, once it is known that there is room for it.
 
     Raises:
@@ -260,25 +268,46 @@ def _streams(
     """
     streams = chosen.memory == "stream"
     if chosen.memory == "auto":
-        streams = _must_stream(pair, options, notes)
+        streams = _must_stream(pair, chosen, work, notes)
     limit = tightest_limit()
-    if limit is not None and options.device.type == "cpu":
-        _check_limit(pair, options, streams, limit)
+    if limit is not None and work.device.type == "cpu":
+        _check_limit(pair, _load_options(chosen, work.device), streams, limit)
     return streams
 
 
-def _must_stream(pair: tuple[ModelReference, ModelReference], options: LoadOptions, notes: Notes) -> bool:
+def _must_stream(
+    pair: tuple[ModelReference, ModelReference], chosen: Options, work: Work, notes: Notes
+) -> bool:
     """Return whether a pair is read block by block, and note why: both models do not fit, and can be."""
-    free = free_bytes(options.device)
-    footprint = _footprint(pair, options, free // 2)
-    if footprint is None or footprint.resident * ROOM_FOR_THE_REST + ROOM_AT_LEAST <= free:
+    free = free_bytes(work.device)
+    footprint = _footprint(pair, _load_options(chosen, work.device), free // 2)
+    if footprint is None:
         return False
+    whole, rows = footprint.resident * ROOM_FOR_THE_REST + ROOM_AT_LEAST, rows_bytes(footprint, chosen, work)
+    if whole + rows <= free:
+        return False
+    # Told only where it is the rows that leave no room.
+    beside = f", what is compared of a batch {rows / 1e9:.1f} GB," if whole <= free else ""
     notes.add(
         "streamed",
-        f"both models take {footprint.resident / 1e9:.1f} GB and {free / 1e9:.1f} GB are free, so a block of "
-        f"each at a time was read from disk ({option('memory', 'stream')})",
+        f"both models take {footprint.resident / 1e9:.1f} GB{beside} and {free / 1e9:.1f} GB are free, so a "
+        f"block of each at a time was read from disk ({option('memory', 'stream')})",
     )
     return True
+
+
+def rows_bytes(footprint: Footprint, chosen: Options, work: Work) -> int:
+    """Return about what is kept of a batch of two models in memory, and takes while it is compared.
+
+    Each model's rows at every site, base's once more for the noise and moved, and those of local changes; a
+    site's rows in float64, on a device those of several sites; and the logits.
+    """
+    n_halves = 2 + (0 if chosen.no_noise_floor else 2) + chosen.localize
+    kept = work.n_rows * footprint.row * n_halves // 2
+    wide = COPIES * 8 * work.n_rows * footprint.width
+    waiting = 0 if work.device.type == "cpu" else min(kept * 8, 2 * PENDING_BYTES)
+    logits = logits_bytes(work.n_rows, footprint.logits, work.device, with_noise=not chosen.no_noise_floor)
+    return kept + wide + waiting + logits
 
 
 def _footprint(

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lazarus.activation.components import ComponentMeans
@@ -259,15 +258,15 @@ class Accumulation:
         if not values.valid.all():
             not_finite = [~has_distribution(logits) for logits in (pair.base, pair.finetuned)]
         # Compared once, and counted for every prompt that has the same tokens.
-        everything = torch.arange(len(pair.prompts)), pair.prompts
-        for rows, prompts in (everything, *self.repeats.copies(pair.prompts)):
-            own = RowValues(values.values[rows], values.valid[rows])
+        for rows, prompts in ((None, pair.prompts), *self.repeats.copies(pair.prompts)):
+            places = slice(None) if rows is None else rows
+            own = RowValues(values.values[places], values.valid[places])
             self.output.update(prompts, own)
             if self.plan.traced:
-                sides = pair.base[rows.to(pair.base.device)], pair.finetuned[rows.to(pair.finetuned.device)]
-                self.token_outputs.update(prompts, sides, own, self.plan.outcomes)
-            # On the CPU: `has_distribution` answers there, and `rows` are there.
-            count_by_prompt(self.n_logits_not_finite, prompts, [side[rows] for side in not_finite])
+                sides = pair.base, pair.finetuned
+                self.token_outputs.update(prompts, sides, own, self.plan.outcomes, rows)
+            # On the CPU: `has_distribution` answers there.
+            count_by_prompt(self.n_logits_not_finite, prompts, [side[places] for side in not_finite])
 
     def _move_margin(self, motion: float) -> None:
         # `fmax` leaves NaN, which is what was not measured, behind.

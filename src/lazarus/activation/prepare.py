@@ -26,7 +26,7 @@ from lazarus.engine import (
     with_components,
 )
 from lazarus.facts import PairFacts
-from lazarus.loading import Model, Role, less_memory, load_alone, load_models
+from lazarus.loading import Model, Role, Work, less_memory, load_alone, load_models
 from lazarus.messages import option
 from lazarus.metrics import FEWEST_FOR_CKA
 from lazarus.models import LoadedModel
@@ -41,6 +41,8 @@ from lazarus.sites import Position, StatePair
 
 CPU_BATCH_TOKENS = 512
 GPU_BATCH_TOKENS = 8192
+CHARACTERS = 4
+"""The characters of a token, about."""
 
 
 @runtime_checkable
@@ -87,6 +89,18 @@ class Given:
             return self.options.batch_tokens
         return CPU_BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
 
+    @property
+    def work(self) -> Work:
+        """Return where the models run, and on how much, by the lengths of texts: nothing is tokenised yet."""
+        lengths = [len(prompt.text) // CHARACTERS + 1 for prompt in self.prompts.prompts]
+        n_tokens, n_prompts = sum(lengths), len(lengths)
+        if not n_prompts:  # those of a recording
+            return Work(self.device)
+        at_once = min(n_tokens, max(self.batch_tokens, *lengths))
+        if self.options.position in EACH_TOKEN:
+            return Work(self.device, at_once)
+        return Work(self.device, max(1, at_once * n_prompts // n_tokens))
+
     def memory_faults(self, *more: str) -> MemoryFaults:
         """Return a context that tells of a lack of memory, with the options that help, `more` among them."""
         can_stream = self.can_stream and self.options.memory != "stream"
@@ -130,7 +144,7 @@ def prepare(
     """
     notes = Notes(given.prompts.notes)
     with given.memory_faults():
-        models = load((base, finetuned), given.options, given.device, watcher.loading, notes)
+        models = load((base, finetuned), given.options, given.work, watcher.loading, notes)
     with given.running():
         watcher.testing(given.prompts.prompts)
         return learn_models(given, models, read_asked(given, models, notes), notes)
@@ -153,7 +167,7 @@ def prepare_alone(
     """
     notes = Notes(given.prompts.notes)
     with given.memory_faults():
-        loaded = load_alone(model, role, given.options, given.device, watcher.loading, notes)
+        loaded = load_alone(model, role, given.options, given.work, watcher.loading, notes)
     with given.running():
         reading = read(loaded, notes=notes)
         return learn_models(given, (loaded, loaded), reading, notes)

@@ -64,7 +64,7 @@ class Trial(ABC, Generic[S]):
         """what the process held before"""
         # What is inside of blocks is seen only where they run.
         whole = given.options.sites == "all"
-        self.standing = load_stand_ins(models, given.options, given.device, clock, whole=whole)
+        self.standing = load_stand_ins(models, given.options, given.work, clock, whole=whole)
         give_back()
         self.knows_peak = reset_peak(given.device)
         """whether a peak of memory is that of the trial, and not one that the process had before"""

@@ -12,12 +12,13 @@ from transformers.utils import ModelOutput
 from lazarus.batches import TokenBatch
 from lazarus.blame import Translated
 from lazarus.engine.contributions import Contributions, Owners
-from lazarus.engine.head import MOST_LOGITS, Head
+from lazarus.engine.head import Head
 from lazarus.engine.path import Path
 from lazarus.engine.positions import RowPicker
 from lazarus.engine.recorder import accepted, calling, first_tensor, shortened
 from lazarus.errors import UnsupportedModelError
 from lazarus.messages import option
+from lazarus.metrics import MOST_LOGITS
 from lazarus.sites import Position
 
 _RELATIVE, _OF_ALL = 1e-2, 1e-4

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from lazarus.blame import is_out_of_memory
-from lazarus.engine.head import MOST_LOGITS, Head
+from lazarus.engine.head import Head
 from lazarus.engine.recorder import Recorder, RowSelection, calling, first_tensor
 from lazarus.engine.replay import StoppedError
 from lazarus.errors import DeviceError, UnsupportedModelError
 from lazarus.facts import Site
 from lazarus.messages import option
+from lazarus.metrics import MOST_LOGITS
 from lazarus.models import Fault, LoadedModel, fault_of, is_hollow
 from lazarus.notes import Note
 from lazarus.tokens import listed

@@ -21,9 +21,6 @@ from lazarus.engine.replay import Returned
 from lazarus.errors import UnsupportedModelError
 from lazarus.models import LoadedModel
 
-MOST_LOGITS = 2**24
-"""The number of logits that are held at once, at most."""
-
 
 class Head:
     """The LM head of one model, on rows [rows, hidden] of one sequence."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lazarus.batches import TokenBatch
-from lazarus.engine.head import MOST_LOGITS, Head
+from lazarus.engine.head import Head
 from lazarus.engine.positions import RowPicker
 from lazarus.engine.prefix_cache import PrefixCache, holds_keys_and_values
 from lazarus.engine.probe import Conventions
@@ -20,6 +20,7 @@ from lazarus.engine.replay import Passed, UnlikeError, replaying
 from lazarus.engine.score_heads import BatchScores, ScoreHead
 from lazarus.engine.taps import BlockRows, ComponentPicker, ComponentRows, joined_rows, split_rows
 from lazarus.errors import UnsupportedModelError
+from lazarus.metrics import MOST_LOGITS
 from lazarus.models import LoadedModel, same_bits
 from lazarus.sites import Position, StatePair
 

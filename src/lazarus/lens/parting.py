@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from lazarus.engine import Conventions, Head
-from lazarus.engine.head import MOST_LOGITS
 from lazarus.engine.recorder import Recorder, RowSelection
 from lazarus.errors import UsageError
 from lazarus.lens.reading import check_head
 from lazarus.messages import option
-from lazarus.metrics import has_distribution
+from lazarus.metrics import MOST_LOGITS, has_distribution
 from lazarus.models import LoadedModel
 from lazarus.notes import Notes
 from lazarus.reading import Reading

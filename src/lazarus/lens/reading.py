@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from lazarus.engine import Conventions, Head
-from lazarus.engine.head import MOST_LOGITS, NO_HEAD, alike, reads_blocks, run_with_head
+from lazarus.engine.head import NO_HEAD, alike, reads_blocks, run_with_head
 from lazarus.engine.recorder import Recorder, Recording, RowSelection
 from lazarus.errors import UnsupportedModelError
+from lazarus.metrics import MOST_LOGITS
 from lazarus.models import LoadedModel
 from lazarus.notes import Notes
 

@@ -17,7 +17,7 @@ from lazarus.lens.live import Observer, look_at
 from lazarus.lens.reading import RecordedToken, read_recorded
 from lazarus.lens.record import LensFacts, make_record
 from lazarus.lens.vocabulary import Vocabulary
-from lazarus.loading import Model, Role, less_memory, load_alone
+from lazarus.loading import Model, Role, Work, less_memory, load_alone
 from lazarus.messages import option
 from lazarus.models import LoadedModel, tokenizer_digest
 from lazarus.notes import Notes
@@ -71,7 +71,7 @@ def compare_recorded(sides: tuple[Side, Side], asked: AskedOfRecording, watcher:
     if role == "finetuned":
         watcher.loading("base", recording.name)
     with MemoryFaults(helps):
-        live = load_alone(model, role, options, asked.device, watcher.loading, notes)
+        live = load_alone(model, role, options, Work(asked.device), watcher.loading, notes)
     if role == "base":
         watcher.loading("finetuned", recording.name)
     with MemoryFaults([*helps, "a shorter prompt"]):

@@ -14,7 +14,7 @@ from lazarus.lens.live import Observer, Silence, look_at
 from lazarus.lens.parting import cut_at_parting
 from lazarus.lens.record import LensFacts, make_record
 from lazarus.lens.recorded import AskedOfRecording, compare_recorded
-from lazarus.loading import Model, less_memory, load_models, pick_device
+from lazarus.loading import Model, Work, less_memory, load_models, pick_device
 from lazarus.models import LoadedModel, find_tokenizer, same_design
 from lazarus.notes import Notes
 from lazarus.options import CompareArguments, CompareOptions, Options, read_template
@@ -84,7 +84,7 @@ def _compare_live(
     prompt, device = asked.prompts[0], pick_device(chosen.device, Rank())
     of_pair, helps = _of_pair(chosen, prompt), less_memory(chosen.dtype, device, can_stream=False)
     with MemoryFaults(helps):
-        models = load_models(named, of_pair, device, watcher.loading, notes)
+        models = load_models(named, of_pair, Work(device), watcher.loading, notes)
     with MemoryFaults([*helps, "a shorter prompt"]):
         reading = read_prompts(models, asked, of_pair, notes)
         conventions = _learn(models, reading)

@@ -22,7 +22,14 @@ from lazarus.metrics.directions import Directions, normalized_divergence
 from lazarus.metrics.experts import EXPERT_METRICS, compare_experts
 from lazarus.metrics.mining import DiffMining
 from lazarus.metrics.outcomes import Outcomes, match_outcomes
-from lazarus.metrics.output import OUTPUT_METRICS, compare_logits, has_distribution
+from lazarus.metrics.output import (
+    COPIES,
+    MOST_LOGITS,
+    OUTPUT_METRICS,
+    compare_logits,
+    has_distribution,
+    logits_bytes,
+)
 from lazarus.metrics.scores import (
     SCORE_METRICS,
     ScoreKind,
@@ -55,14 +62,17 @@ from lazarus.metrics.states import (
 )
 from lazarus.metrics.top import TopTokens, compare_top
 from lazarus.metrics.traces import NextTokens, TokenOutputs, TokenTraces, margin_motion
-from lazarus.metrics.transfers import OncePerBatch, Together, Update, on_device
+from lazarus.metrics.transfers import PENDING_BYTES, OncePerBatch, Together, Update, on_device
 
 __all__ = [
+    "COPIES",
     "EXPERT_METRICS",
     "FEWEST_FOR_CKA",
     "LOCAL_METRICS",
     "MOST_KEPT",
+    "MOST_LOGITS",
     "OUTPUT_METRICS",
+    "PENDING_BYTES",
     "ROW_METRICS",
     "SCORE_METRICS",
     "AccumulatorState",
@@ -97,6 +107,7 @@ __all__ = [
     "debiased_cka",
     "divergence",
     "has_distribution",
+    "logits_bytes",
     "margin_motion",
     "match_labels",
     "match_outcomes",

@@ -21,6 +21,8 @@ OUTPUT_METRICS = (
     "logits_relative_l2",
 )
 
+MOST_LOGITS = 2**24
+"""The logits of each model that are held at once, at most."""
 LOGITS_AT_ONCE = 2**17
 """The logits that a CPU compares at once: few enough to stay in its cache."""
 LOGITS_ON_DEVICE = 2**22
@@ -29,6 +31,8 @@ LOGITS_ON_DEVICE = 2**22
 It takes about a dozen copies of them in float64, so 0.4 GB. An operation then reads and writes 0.1 GB, which
 takes far longer than starting it, so that more at once would only take memory.
 """
+COPIES = 12
+"""The copies in float64 that a comparison makes of what it compares, about."""
 
 
 def compare_logits(
@@ -57,9 +61,22 @@ def compare_logits(
 
 def rows_at_once(logits: Float[Tensor, "rows tokens"]) -> int:
     """Return how many rows of logits are compared at once on the device where that is done."""
+    return max(1, _at_once(logits.device) // max(1, logits.shape[1]))
+
+
+def _at_once(device: torch.device) -> int:
     # `to_float64` moves those of MPS to the CPU.
-    is_here = logits.device.type in ("cpu", "mps")
-    return max(1, (LOGITS_AT_ONCE if is_here else LOGITS_ON_DEVICE) // max(1, logits.shape[1]))
+    return LOGITS_AT_ONCE if device.type in ("cpu", "mps") else LOGITS_ON_DEVICE
+
+
+def logits_bytes(n_rows: int, n_tokens: int, device: torch.device, *, with_noise: bool) -> int:
+    """Return about what the logits of both models take while rows of them are compared."""
+    held = min(n_rows, max(1, MOST_LOGITS // max(1, n_tokens))) * n_tokens
+    at_once = min(held, max(n_tokens, _at_once(device)))
+    # Of each model, and two copies more while the likeliest tokens are found.
+    compared = 4 * 4 * held + COPIES * 8 * at_once
+    # Those of a trial are compared as states are, all at once: seven copies in float64.
+    return max(compared, (2 * 4 + 7 * 8) * held) if with_noise else compared
 
 
 def has_distribution(logits: Float[Tensor, "rows tokens"]) -> Bool[Tensor, " rows"]:

@@ -115,18 +115,26 @@ class TokenOutputs(TokenRows):
         logits: tuple[Float[Tensor, "rows base_tokens"], Float[Tensor, "rows finetuned_tokens"]],
         compared: RowValues,
         outcomes: Outcomes | None,
+        rows: Int[Tensor, " rows"] | None = None,
     ) -> None:
-        """Take in both models' logits at some rows, and what `compare_logits` says of them, on the host."""
+        """Take in both models' logits at some rows, and what `compare_logits` says of them, on the host.
+
+        `rows` are the places of the rows in the logits, where these have others too.
+        """
         wanted = self.rows_of(prompts)
         if not wanted.any():
             return
         at = torch.from_numpy(np.flatnonzero(wanted))
-        base, finetuned = (side[at.to(side.device)] for side in logits)
+        base, finetuned = logits
+        # A copy of all logits is made only where it has to be.
+        if rows is not None or not wanted.all():
+            places = at if rows is None else rows[at]
+            base, finetuned = (side[places.to(side.device)] for side in logits)
         chosen = _choices(base, finetuned, outcomes).cpu().numpy()
         numbers = compared.values[at][:, [_KL, _AGREES]].numpy()
-        rows = np.concatenate([numbers, chosen], axis=1)
-        rows[~compared.valid.numpy()[wanted]] = np.nan
-        self.take(prompts.cpu().numpy()[wanted], rows)
+        found = np.concatenate([numbers, chosen], axis=1)
+        found[~compared.valid.numpy()[wanted]] = np.nan
+        self.take(prompts.cpu().numpy()[wanted], found)
 
 
 def margin_motion(

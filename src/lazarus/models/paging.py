@@ -208,6 +208,12 @@ class Footprint:
     """the largest block of each model"""
     rest: int
     """what is in memory beside the blocks, with large embeddings and LM heads whole"""
+    row: int
+    """a row of hidden states at every site of each model"""
+    width: int
+    """the numbers in a row of the widest model"""
+    logits: int
+    """a row of logits of the model with the most tokens, in numbers"""
 
 
 def estimate(base: ModelReference, finetuned: ModelReference, options: LoadOptions) -> Footprint | None:
@@ -225,8 +231,15 @@ def estimate(base: ModelReference, finetuned: ModelReference, options: LoadOptio
         parts = [_sizes(source, options) for source in sizes.values()]
     except UnsupportedModelError:
         return None
-    resident, block, rest = (sum(each) for each in zip(*parts, strict=True))
-    return Footprint(resident, block, rest)
+    return Footprint(
+        resident=sum(part.resident for part in parts),
+        block=sum(part.block for part in parts),
+        rest=sum(part.rest for part in parts),
+        # Both run, also where they stand on the same files.
+        row=sum(part.row for part in parts) * len(sources) // len(parts),
+        width=max(part.width for part in parts),
+        logits=max(part.logits for part in parts),
+    )
 
 
 def fits_surely(base: ModelReference, finetuned: ModelReference, options: LoadOptions, room: int) -> bool:
@@ -246,15 +259,19 @@ def fits_surely(base: ModelReference, finetuned: ModelReference, options: LoadOp
     return n_bytes * WIDEST <= room
 
 
-def _sizes(source: Source, options: LoadOptions) -> tuple[int, int, int]:
-    """The size of a model, of its largest block, and of what is not in blocks."""
+def _sizes(source: Source, options: LoadOptions) -> Footprint:
+    """Return what one model takes."""
     opened = open_to_load(source, options)
     with translated(source.name):
         model, conversion = _build(opened, replace(options, device=torch.device("meta")))
         conversion.finish(model, conversion.check(model))
-    blocks = [_n_bytes(block) for block in dissect(model, options.layers_path).blocks]
-    whole = _n_bytes(model)
-    return whole, max(blocks), whole - sum(blocks)
+    anatomy = dissect(model, options.layers_path)
+    blocks = [_n_bytes(block) for block in anatomy.blocks]
+    whole, width = _n_bytes(model), anatomy.hidden_size
+    # Beside the blocks there are the embedding and the end.
+    row = (len(blocks) + 2) * width * model.dtype.itemsize
+    n_tokens = int(getattr(model.config.get_text_config(), "vocab_size", 0))
+    return Footprint(whole, max(blocks), whole - sum(blocks), row, width, n_tokens)
 
 
 def _n_bytes(module: nn.Module) -> int:
