@@ -194,6 +194,22 @@ def test_what_is_imported_is_not_looked_through_for_garbage_and_the_rest_is() ->
     assert done.stdout.split() == ["False", "True", "True", "True", "True"]
 
 
+def test_what_triton_made_is_freed_at_the_end() -> None:
+    """It comes with the CUDA builds of torch, and prints what is left of it."""
+    code = (
+        "import atexit, gc, sys\nfrom lazarus.cli.imports import heavy_imports\n"
+        "atexit.register(lambda: print(gc.get_freeze_count()))\n"
+        "with heavy_imports():\n    import torch\n"
+        "sys.modules.pop('triton', None) if sys.argv[1] == 'without' else sys.modules.update(triton=sys)"
+    )
+    frozen = [
+        int(subprocess.run([sys.executable, "-c", code, which], capture_output=True, check=True).stdout)
+        for which in ("with", "without")
+    ]
+    assert frozen[0] == 0
+    assert frozen[1] > 100_000
+
+
 def test_python_m_lazarus_is_the_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "lazarus", "--version"], capture_output=True, text=True, check=True

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 def heavy_imports() -> Iterator[None]:
     """Import without collecting garbage: none of the million objects that come is garbage.
 
-    They are not looked through later either, nor is what is left when the process ends.
+    They are not looked through later either, nor when the process ends (but see `_end`).
     """
     if "torch" in sys.modules:
         yield
@@ -24,4 +24,13 @@ def heavy_imports() -> Iterator[None]:
     finally:
         gc.enable()
         gc.freeze()
-        atexit.register(gc.freeze)
+        atexit.register(_end)
+
+
+def _end() -> None:
+    # triton, which comes with the CUDA builds of torch, prints a line for each of its objects that is left
+    # when the process ends, and what is frozen is never freed.
+    if "triton" in sys.modules:
+        gc.unfreeze()
+    else:
+        gc.freeze()
