@@ -36,6 +36,14 @@ attribution_subjects.py two blocks that are trained on two subjects
 attribution_cost.py     seconds in passes of base, and memory
 attribution_results.py  what was measured, as records, and its part of docs/attribution.md
 
+And what is shown of real pairs:
+
+gallery.py         the command: models, results and page of the gallery
+gallery_site.py    a hook of MkDocs: a report for each of its results
+depth.py           the command: the study of where fine-tuning changes a model
+depth_training.py  three ways to change it
+depth_report.py    slopes, figure and tables of its page
+
 And whether the tests would notice a fault:
 
 mutants.py         the command: small faults in the code, and the tests that find them

@@ -87,11 +87,11 @@ def page(runs: Sequence[Run]) -> list[str]:
     """The measured part of the page."""
     return [
         _trained(runs),
-        "**Slopes on general prompts** that have nothing to do with the task. The mean over seeds, for "
-        "divergence with the 95 % interval over prompts, and in parentheses the range over "
-        "seeds.",
+        "**Slopes on general prompts.** The mean over seeds, for divergence with the 95 % interval over "
+        "prompts, and in parentheses the range over seeds.",
         _slopes(runs, "general"),
-        "**Slopes on text of the task**, seen in training but for the last five sentences.",
+        "**Slopes on text of the task**, seen in training but for the last 5 lines, or 15 of the "
+        "classification.",
         _slopes(runs, "own"),
         "**The share of the last third of the layers**, on general prompts, mean over seeds. A flat "
         "profile has 33 %.",

@@ -21,7 +21,7 @@ TASKS = ("arithmetic", "volcanoes", "knitting", "which subject")
 """three texts to go on with, and one classification: which of three subjects a sentence is on"""
 ARMS = ("standard", "equal steps", "noise")
 NOISE = 1e-3
-"""‖ΔW‖ / ‖W‖ of each layer after noise was added: of the size that training comes to"""
+"""‖ΔW‖ / ‖W‖ of each layer after noise was added: about half of what training comes to"""
 N_HELD_OUT = 5
 
 Item = TypeVar("Item")

@@ -52,9 +52,9 @@ ENTRIES = (
         "finetune",
         "A fine-tune of all weights",
         f"activation-diff {PAIR} -p @prompts.txt --localize --attribute blocks --readout auto",
-        "Forty steps on lines of arithmetic, read on prompts that have nothing to do with arithmetic. The "
-        "divergence grows with depth. **Local** tells which blocks changed by themselves, **Nats** which "
-        "moved the next token, and the mined tokens what the training was about.",
+        "Forty steps on lines of arithmetic, read on general prompts. The divergence grows with depth. "
+        "**Local** tells which blocks changed by themselves, **Nats** which moved the next token, and the "
+        "mined tokens what the training was about.",
     ),
     Entry(
         "finetune-weights",
