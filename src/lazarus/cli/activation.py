@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lazarus.cli import arguments as a
 from lazarus.cli.app import app, introspect
 from lazarus.cli.imports import heavy_imports
-from lazarus.cli.output import check_outputs, leads, print_and_save, print_estimate, shows_progress
+from lazarus.cli.output import check_outputs, leads, print_and_save, print_estimate, set_up_libraries
 from lazarus.cli.reporting import reported
 from lazarus.options import Options
 
@@ -112,7 +112,7 @@ def _compare(
 def _observer(quiet: bool, debug: bool, *, saves: bool, anonymous: bool = False) -> ConsoleObserver:
     """Return what shows how the run goes; from here on all that the run needs is imported."""
     with heavy_imports():
-        show = shows_progress(quiet, debug)
+        show = set_up_libraries(quiet, debug)
         import lazarus.activation  # noqa: F401
         from lazarus.console import ConsoleObserver
 

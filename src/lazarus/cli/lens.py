@@ -7,7 +7,7 @@ from typing import Any
 from lazarus.cli import arguments as a
 from lazarus.cli.app import introspect
 from lazarus.cli.imports import heavy_imports
-from lazarus.cli.output import check_outputs, leads, print_and_save, shows_progress
+from lazarus.cli.output import check_outputs, leads, print_and_save, set_up_libraries
 from lazarus.cli.reporting import reported
 from lazarus.options import CompareOptions
 
@@ -51,7 +51,7 @@ def compare(
             found = parse_prompts(prompt, no_split=True, responses=options["at"] == "parting")
             check_chats(found.prompts, options["chat_template"])
         with heavy_imports():
-            show = shows_progress(quiet, debug)
+            show = set_up_libraries(quiet, debug)
             from lazarus.console import LensObserver
             from lazarus.lens import compare as run
 

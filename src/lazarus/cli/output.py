@@ -74,8 +74,8 @@ def leads() -> bool:
     return find_rank().leads
 
 
-def shows_progress(quiet: bool, debug: bool) -> bool:
-    """Return whether there are progress bars; the libraries below are told too, and of logs and waits."""
+def set_up_libraries(quiet: bool, debug: bool) -> bool:
+    """Set how the libraries below log, show progress and wait for the Hub; return whether bars are shown."""
     from lazarus.console import quieten
     from lazarus.models.hub_client import bound_waits
 

@@ -11,7 +11,7 @@ import typer
 from lazarus.cli import arguments as a
 from lazarus.cli.app import introspect
 from lazarus.cli.imports import heavy_imports
-from lazarus.cli.output import leads, print_estimate, shows_progress
+from lazarus.cli.output import leads, print_estimate, set_up_libraries
 from lazarus.cli.reporting import reported
 from lazarus.options import RecordOptions
 from lazarus.render.base.escape import escaped
@@ -60,7 +60,7 @@ def record(
         check_chats(found.prompts, chosen.chat_template)
         check_responses(found.prompts, chosen.position)
         with heavy_imports():
-            show = shows_progress(quiet, debug)
+            show = set_up_libraries(quiet, debug)
             from lazarus.activation import estimate_record
             from lazarus.activation import record as run
             from lazarus.console import RecordObserver

@@ -8,7 +8,7 @@ from typing import Any
 from lazarus.cli import arguments as a
 from lazarus.cli.app import introspect
 from lazarus.cli.imports import heavy_imports
-from lazarus.cli.output import check_outputs, leads, print_and_save, print_estimate, shows_progress
+from lazarus.cli.output import check_outputs, leads, print_and_save, print_estimate, set_up_libraries
 from lazarus.cli.reporting import reported
 from lazarus.options import SeriesOptions
 
@@ -52,7 +52,7 @@ def series(
             check_chats(found.prompts, options["chat_template"])
             check_responses(found.prompts, options["position"])
         with heavy_imports():
-            show = shows_progress(quiet, debug)
+            show = set_up_libraries(quiet, debug)
             from lazarus.console import SeriesObserver
             from lazarus.trajectory import estimate_series
             from lazarus.trajectory import series as run

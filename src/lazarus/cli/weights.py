@@ -7,7 +7,7 @@ from typing import Any
 from lazarus.cli import arguments as a
 from lazarus.cli.app import introspect
 from lazarus.cli.imports import heavy_imports
-from lazarus.cli.output import check_outputs, leads, print_and_save, shows_progress
+from lazarus.cli.output import check_outputs, leads, print_and_save, set_up_libraries
 from lazarus.cli.reporting import reported
 from lazarus.options import WeightOptions
 
@@ -40,7 +40,7 @@ def weight_diff(
         output = (output or []) if leads() else []
         check_outputs(output, "weight-diff", [base, finetuned])
         with heavy_imports():
-            show = shows_progress(quiet, debug)
+            show = set_up_libraries(quiet, debug)
             from lazarus.console import WeightObserver
             from lazarus.weights import weight_diff as run
 
