@@ -11,14 +11,17 @@ from typing import Any
 import gguf
 import pytest
 import torch
+import transformers
 from peft import LoraConfig
 from transformers import LlamaForCausalLM
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from factories import tiny_llama, tiny_tokenizer
 from hub_ground import FOLDERS, OUTPUT, PAIR, Ground, Outcome, numbers
 from hub_server import OTHER_TOKEN, TOKEN, Repository, commit_of, files_of
 from layouts import save_adapter, save_gguf, save_sentence_transformer
 from lazarus.demo import BASE, FINETUNED
+from lazarus.models.hub import Repository as HubRepository
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="commands run in forks of one process")
 
@@ -90,6 +93,28 @@ def test_a_file_that_is_not_there_is_not_asked_for(ground: Ground) -> None:
     there = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     asked = [line for line in done(ground.run(*PAIR, *OUTPUT)).asked if "/resolve/" in line]
     assert {line.rpartition("/")[2] for line in asked} == there | {"model.safetensors"}
+
+
+def test_every_file_that_a_tokenizer_of_transformers_reads_is_fetched() -> None:
+    found = set[str]()
+    for names in TOKENIZER_MAPPING_NAMES.values():
+        for name in names if isinstance(names, tuple) else (names,):
+            tokenizer = getattr(transformers, name, None) if name else None
+            found |= set(getattr(tokenizer, "vocab_files_names", {}).values())
+    assert {"bpe.codes", "vocab.txt", "merges.txt", "source.spm"} < found
+    # A folder of settings is asked for file by file, and what is data there is not a setting.
+    more = {"additional_chat_templates/tool.jinja"}
+    data = {"train.txt", "results.json", "trainer_state.json", "model.safetensors.index.json", "x/vocab.txt"}
+    listed = frozenset(found | more | data)
+    asked = set[str]()
+
+    class Listed(HubRepository):
+        def file(self, name: str) -> str | None:
+            asked.add(name)
+            return None
+
+    Listed("org/base", "0" * 40, listed).fetch_settings("")
+    assert asked == found | more
 
 
 def test_a_revision_is_a_branch_a_tag_or_a_commit_and_all_files_are_of_it(ground: Ground) -> None:

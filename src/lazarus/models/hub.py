@@ -10,6 +10,7 @@ Where the Hub cannot be asked, a repository is what the cache holds of it.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -41,8 +42,11 @@ LONGEST_WAIT = 30.0
 """how long the Hub may ask to wait before it is asked again, in seconds; beyond that the user is told"""
 _WAITS = (1.0, 2.0)
 """before the Hub is asked a second and a third time, in seconds"""
-_SETTINGS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".bpe", ".spm", ".vocab")
-"""how the names of settings and of tokenizers' files end"""
+_SETTINGS = re.compile(
+    r"(?i).*\.(model|jinja|tiktoken|bpe|codes|spm|vocab|tokenizer)|"
+    r"(.*(config|token|vocab|template).*|merges|dict|emoji|normalizer|tekken|byte_maps|word_\w+)\.(json|txt)"
+)
+"""the names of settings and of tokenizers' files; what else ends with .json or .txt may be data, and large"""
 _TEMPLATES = "additional_chat_templates"
 _Found = TypeVar("_Found")
 
@@ -116,7 +120,7 @@ class Repository:
         folders = (subfolder or ".", _TEMPLATES)
         for name in sorted(self.listed or ()):
             path = PurePosixPath(name)
-            if path.suffix in _SETTINGS and str(path.parent) in folders:
+            if _SETTINGS.fullmatch(path.name) and str(path.parent) in folders:
                 self.file(name)
 
 
