@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+from safetensors.torch import load, save
+
 from hub_ground import PAIR, Ground
 from hub_server import OTHER_TOKEN, TOKEN, Fault, Repository, files_of
 from lazarus.demo import BASE
@@ -111,6 +113,33 @@ def _half_a_cache(ground: Ground) -> None:
         link.unlink()
 
 
+def _cached_without(*names: str) -> Callable[[Ground], None]:
+    def prepare(ground: Ground) -> None:
+        ground.fill()
+        for snapshot in ground.home.glob("hub/models--org--base/snapshots/*"):
+            for name in names:
+                (snapshot / name).unlink()
+
+    return prepare
+
+
+def _half_of_the_shards(ground: Ground) -> None:
+    _holding(_in_shards)(ground)
+    ground.run(*PAIR, "-o", "x.json", "-q")
+    for link in ground.home.glob("hub/models--org--base/snapshots/*/model-00002-of-00002.safetensors"):
+        link.unlink()
+
+
+def _in_shards(files: dict[str, bytes]) -> None:
+    tensors = load(files.pop("model.safetensors"))
+    names, places = sorted(tensors), dict[str, str]()
+    for i, part in enumerate((names[::2], names[1::2]), 1):
+        shard = f"model-{i:05}-of-00002.safetensors"
+        files[shard] = save({name: tensors[name] for name in part}, {"format": "pt"})
+        places |= dict.fromkeys(part, shard)
+    files["model.safetensors.index.json"] = json.dumps({"weight_map": places}).encode()
+
+
 def _a_newer_revision(ground: Ground) -> None:
     ground.fill()
     repository = ground.hub.repositories["org/base"]
@@ -179,6 +208,13 @@ SITUATIONS: Mapping[str, tuple[Situation, ...]] = {
             "/org/base",
             prepare=_with(is_gated=True),
             env={"HF_TOKEN": OTHER_TOKEN},
+        ),
+        refused(
+            "no token",
+            "a token with a letter that no token has",
+            "your token holds a character that no token has",
+            "hf auth login",
+            env={"HF_TOKEN": "hf_\u00e9"},
         ),
         refused(
             "closed",
@@ -418,6 +454,13 @@ SITUATIONS: Mapping[str, tuple[Situation, ...]] = {
             before=READ_ONLY,
         ),
         refused(
+            "no folder",
+            "`HF_HUB_CACHE` in what is no folder",
+            "the cache cannot be written: Not a directory: /dev/null",
+            "HF_HOME",
+            env={"HF_HUB_CACHE": "/dev/null/hub"},
+        ),
+        refused(
             "no room",
             "no room for the weights",
             "no room on the disk",
@@ -437,6 +480,36 @@ SITUATIONS: Mapping[str, tuple[Situation, ...]] = {
             "org/base: its weights are not in the cache",
             "Unset HF_HUB_OFFLINE",
             prepare=_half_a_cache,
+            env={"HF_HUB_OFFLINE": "1"},
+        ),
+        refused(
+            "offline and half of the shards",
+            "the same, of shards",
+            "1 of its 2 files of weights are not in the cache",
+            "Unset HF_HUB_OFFLINE",
+            prepare=_half_of_the_shards,
+            env={"HF_HUB_OFFLINE": "1"},
+        ),
+        refused(
+            "offline and no tokenizer.json",
+            "the same, of a tokenizer",
+            "tokenizer.json is not in the cache",
+            "Unset HF_HUB_OFFLINE",
+            prepare=_cached_without("tokenizer.json"),
+            env={"HF_HUB_OFFLINE": "1"},
+        ),
+        done(
+            "offline and no tokenizer",
+            "the same, without any file of base's tokenizer",
+            "org/base has no tokenizer in the cache; the other model's was used for both",
+            prepare=_cached_without("tokenizer.json", "tokenizer_config.json"),
+            env={"HF_HUB_OFFLINE": "1"},
+        ),
+        done(
+            "offline and no settings of the tokenizer",
+            "the same, without the tokenizer's settings",
+            "org/base: the cache holds tokenizer.json and no tokenizer_config.json, which the Hub may have",
+            prepare=_cached_without("tokenizer_config.json"),
             env={"HF_HUB_OFFLINE": "1"},
         ),
         done(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from factories import tiny_llama, tiny_tokenizer
 from hub_ground import FOLDERS, OUTPUT, PAIR, Ground, Outcome, numbers
-from hub_server import OTHER_TOKEN, TOKEN, Repository, commit_of, files_of
+from hub_server import OTHER_TOKEN, TOKEN, Fault, Repository, commit_of, files_of
 from layouts import save_adapter, save_gguf, save_sentence_transformer
 from lazarus.demo import BASE, FINETUNED
 from lazarus.models.hub import Repository as HubRepository
@@ -128,6 +129,55 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit_and_all_files_are_of_it(ground
         assert numbers(found.result) != at_main
         of_base = [line for line in found.asked if line.startswith("HEAD /org/base/")]
         assert all(f"/resolve/{commit}/" in line for line in of_base)
+
+
+@pytest.mark.parametrize("revision", ["../../../../evil", "/evil", "x/..", "x..y"])
+def test_a_revision_leads_nowhere_out_of_the_cache(revision: str, ground: Ground) -> None:
+    repository = ground.hub.repositories["org/base"]
+    repository.refs[revision] = repository.refs["main"]
+    for name in (f"org/base@{revision}", f"org/base@{revision}:x.gguf"):
+        found = ground.run(*(name if each == "org/base" else each for each in PAIR), *OUTPUT)
+        assert found.code == 1
+        assert "not a Hub id" in found.err
+        assert found.asked == []
+
+
+def test_a_revision_may_be_longer_than_a_name_of_a_file(ground: Ground) -> None:
+    argv = [f"{each}@{'x' * 300}" if each == "org/base" else each for each in PAIR]
+    assert "HF_HUB_OFFLINE keeps it" in ground.run(*argv, *OUTPUT, env={"HF_HUB_OFFLINE": "1"}).err
+
+
+ANSWERS: dict[str, Any] = {
+    "a commit that leads out": {"sha": "../../../../evil", "siblings": []},
+    "a commit that is a folder": {"sha": "/", "siblings": []},
+    "no name": {"sha": "", "siblings": []},
+    "no commit": {"siblings": []},
+    "a file without a name": {"sha": "0" * 40, "siblings": [{}]},
+    "a number": {"sha": "0" * 40, "siblings": [{"rfilename": 3}]},
+    "no answer": [],
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_what_no_hub_answers_is_told_and_nothing_is_written(answer: str, ground: Ground) -> None:
+    told = ANSWERS[answer] | {"id": "org/base"} if isinstance(ANSWERS[answer], dict) else ANSWERS[answer]
+    fault = Fault("GET /api/models/org/base", 200, body=json.dumps(told).encode())
+    found = ground.run(*PAIR, *OUTPUT, faults=[fault])
+    assert (found.code, found.asked) == (1, ["GET /api/models/org/base"])
+    assert "is not a Hub" in found.err
+    assert not ground.home.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.json", "/evil.json", "..\\evil.json", "./config.json", "a\0b.json"]
+)
+def test_a_list_of_files_leads_nowhere_out_of_the_cache(name: str, ground: Ground) -> None:
+    repository = ground.hub.repositories["org/base"]
+    commit = repository.refs["main"]
+    repository.commits[commit][name] = b"{}"
+    ground.run(*PAIR, *OUTPUT)
+    assert ground.faults_of_the_cache() == []
+    assert not list(ground.root.rglob("*evil.json"))
 
 
 @pytest.mark.parametrize("where", ["HF_TOKEN", "file"])

@@ -41,6 +41,8 @@ CODES = {
     # Files and how they were loaded
     "hub-unreachable": "The Hub could not be asked, and a model was read from the cache at the commit that "
     "is told: the Hub may have a newer one.",
+    "partial-cache": "A model was read from the cache, which lacks settings that the Hub may have: with them "
+    "the tokens may be others.",
     "other-weights": "The folder of a model holds other weights than those that were read: these count as "
     "not compared unless they are copies.",
     "wrapped-names": "Names of stored tensors carried a wrapper's prefix and were read without it: the "

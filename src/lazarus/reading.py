@@ -8,7 +8,14 @@ from typing import Any, Literal
 
 from lazarus.errors import PairError, PromptDataError
 from lazarus.messages import option
-from lazarus.models import ChatTemplate, LoadedModel, load_tokenizer, render_chats, render_responses
+from lazarus.models import (
+    ChatTemplate,
+    LoadedModel,
+    load_tokenizer,
+    render_chats,
+    render_responses,
+    uncached_tokenizer,
+)
 from lazarus.notes import Notes
 from lazarus.options import Options
 from lazarus.prompts import Prompt
@@ -108,13 +115,21 @@ def _tokenizers(models: Models, options: Options, notes: Notes) -> tuple[Any, An
     if models[1] is not models[0]:
         finetuned = load_tokenizer(models[1], trust_remote_code=options.trust_remote_code)
     if base is None and finetuned is None:
+        for model in models:
+            if (why := uncached_tokenizer(model)) is not None:
+                raise PairError(f"{model.name}: {why}")
         raise PairError(
             f"neither {models[0].name} nor {models[1].name} brings a tokenizer. Put the tokenizer's "
             "files beside the weights or, from Python, give a tokenizer."
         )
     for own, model in zip((base, finetuned), models, strict=True):
         if own is None:
-            told = f"{model.name} brings no tokenizer; the other model's was used for both"
+            lack = (
+                "brings no tokenizer"
+                if uncached_tokenizer(model) is None
+                else "has no tokenizer in the cache"
+            )
+            told = f"{model.name} {lack}; the other model's was used for both"
             notes.add("missing-tokenizer", told, model=model.name)
     return finetuned if base is None else base, base if finetuned is None else finetuned
 

@@ -70,7 +70,7 @@ from lazarus.models.settings import settings_that_differ
 from lazarus.models.skipping import Clock
 from lazarus.models.stand_in_pager import StandInPager, page
 from lazarus.models.stand_ins import StandIn, stand_in, stand_in_pair
-from lazarus.models.tokenizer import find_tokenizer, load_tokenizer, tokenizer_digest
+from lazarus.models.tokenizer import find_tokenizer, load_tokenizer, tokenizer_digest, uncached_tokenizer
 from lazarus.models.turns import Span, render_responses
 
 __all__ = [
@@ -129,6 +129,7 @@ __all__ = [
     "stand_in",
     "stand_in_pair",
     "tokenizer_digest",
+    "uncached_tokenizer",
     "unwrapped",
     "weights_identical",
     "why_the_same",

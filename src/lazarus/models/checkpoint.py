@@ -62,19 +62,18 @@ def _fetch(source: Source, explicit: str | None, *, pickled: bool) -> None:
     names = [explicit] if explicit else [WEIGHTS, INDEX, *(PICKLED if pickled else ())]
     path = next((path for name in names if (path := source.file(name)) is not None), None)
     if path is None and source.repository.is_cached:
-        raise WeightsError(
-            f"{source.name}: its weights are not in the cache, at commit {source.revision}, and the Hub was "
-            "not asked. Unset HF_HUB_OFFLINE, or run again when the Hub can be reached."
-        )
+        raise WeightsError(f"{source.name}: its weights are {source.repository.not_cached()}")
     if path is None or not path.endswith(".index.json"):
         return
     shards = read_index(source, Path(path), ".bin" if path.endswith(".bin.index.json") else ".safetensors")
     missing = [shard for shard in shards if source.file(shard) is None]
     if missing:
+        told = f"{source.name}: {len(missing)} of its {len(shards)} files of weights are"
+        if source.repository.is_cached:
+            raise WeightsError(f"{told} {source.repository.not_cached()}")
         raise WeightsError(
-            f"{source.name}: {len(missing)} of its {len(shards)} files of weights are missing, first "
-            f"{missing[0]}, which {Path(path).name} names. The upload is not whole: ask its authors, or name "
-            "another revision."
+            f"{told} missing, first {missing[0]}, which {Path(path).name} names. The upload is not whole: "
+            "ask its authors, or name another revision."
         )
 
 

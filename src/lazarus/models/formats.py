@@ -92,10 +92,7 @@ def check_folder(source: Source) -> None:
 
 def _without_config_there(repository: Repository) -> str:
     if repository.is_cached:
-        return (
-            f"config.json is not in the cache, at commit {repository.commit}, and the Hub was not asked. "
-            "Unset HF_HUB_OFFLINE, or run again when the Hub can be reached."
-        )
+        return f"config.json is {repository.not_cached()}"
     names = repository.names()
     held = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return (

@@ -10,6 +10,7 @@ Where the Hub cannot be asked, a repository is what the cache holds of it.
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import repo_folder_name
 
 from lazarus.models.digests import is_right_blob
+from lazarus.models.inside import is_plain
 
 HTTP_ERRORS: tuple[Any, ...] = HfHubHTTPError.__bases__
 """OSError, and the error of the HTTP library under huggingface_hub, which has used several of them"""
@@ -53,6 +55,10 @@ _Found = TypeVar("_Found")
 
 class NoHubError(OSError):
     """What answers is not a Hub."""
+
+
+class NoTokenError(OSError):
+    """The token cannot be one: it has characters that no request can carry."""
 
 
 class FetchError(OSError):
@@ -103,6 +109,17 @@ class Repository:
         except HTTP_ERRORS as error:
             raise FetchError(name) from error
         return path
+
+    def lacks(self, name: str) -> bool:
+        """Return whether a file is not in the cache, and only the Hub, which was not asked, may have it."""
+        return self.is_cached and try_to_load_from_cache(self.hub_id, name, revision=self.commit) is None
+
+    def not_cached(self) -> str:
+        """Return the end of a sentence on a file that only the Hub may have, which was not asked."""
+        return (
+            f"not in the cache, at commit {self.commit}, and the Hub was not asked. Unset HF_HUB_OFFLINE, or "
+            "run again when the Hub can be reached."
+        )
 
     def names(self) -> list[str]:
         """Return the names of its files; of those in the cache, where the Hub does not list them."""
@@ -172,12 +189,18 @@ def _asked(hub_id: str, revision: str | None) -> Repository:
         if error.response.status_code != 404:
             raise
         return Repository(hub_id, _commit_of_a_file(hub_id, revision))
+    except UnicodeEncodeError as error:
+        raise NoTokenError from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise NoHubError("its answer is not that of a Hub") from error
-    if not isinstance(commit, str):
+    # The cache has a folder of that name.
+    if not isinstance(commit, str) or not commit or not is_plain(commit):
         raise NoHubError("its answer names no commit")
+    listed = None if files is None else [each.rfilename for each in files]
+    if listed is not None and not all(isinstance(name, str) for name in listed):
+        raise NoHubError("its answer lists no files")
     _remember(hub_id, revision or constants.DEFAULT_REVISION, commit)
-    return Repository(hub_id, commit, None if files is None else frozenset(each.rfilename for each in files))
+    return Repository(hub_id, commit, None if listed is None else frozenset(listed))
 
 
 def _commit_of_a_file(hub_id: str, revision: str | None) -> str:
@@ -204,7 +227,8 @@ def _cached_commit(hub_id: str, revision: str | None) -> str | None:
     """Return the commit of which the cache holds files under a revision."""
     folder = _cache_of(hub_id)
     commit = _read(folder / "refs" / (revision or constants.DEFAULT_REVISION)) or revision
-    return commit if commit and (folder / "snapshots" / commit).is_dir() else None
+    # Not by `Path.is_dir`, to which a name that is too long is an error.
+    return commit if commit and os.path.isdir(folder / "snapshots" / commit) else None
 
 
 def _cache_of(hub_id: str) -> Path:

@@ -29,6 +29,7 @@ from lazarus.models.hub import (
     DamagedDownloadError,
     FetchError,
     NoHubError,
+    NoTokenError,
     seconds_to_wait,
 )
 
@@ -36,7 +37,7 @@ _LOGIN = "`hf auth login`, or HF_TOKEN"
 _USUAL = "https://huggingface.co"
 _SHORT_READ = re.compile(r"file should be of size (\d+) but has size (\d+)")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
 _LATER = "Run again later: what was fetched whole is kept."
 
 
@@ -109,6 +110,8 @@ def _of_a_fault(fault: BaseException, file: str | None) -> str | None:
     """Return the sentence on a fault that came before any answer, or of no answer."""
     if isinstance(fault, HFValidationError):
         return "no such folder or file, and not a Hub id. Check the path."
+    if isinstance(fault, NoTokenError):
+        return f"your token holds a character that no token has. Log in again ({_LOGIN})."
     if isinstance(fault, NoHubError | FileMetadataError):
         return (
             f"what answers at {constants.ENDPOINT} is not a Hub. Check HF_ENDPOINT; a proxy, or the login "

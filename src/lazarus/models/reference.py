@@ -24,8 +24,9 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _MODEL_FILES = (WEIGHTS, INDEX, *PICKLED)
 _SHARD = re.compile(r"(.*)-\d{5}-of-\d{5}\.safetensors")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[^@+\s]+)?")
-_HUB_FILE = re.compile(r"(?i)(\w[\w.-]*/\w[\w.-]*)(?:@([^@+:\s]+):|[:/])([^:\s]+\.gguf)")
+# In git no name begins with a slash or has two dots: it would lead out of the cache, which has a file for it.
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@(?!/|.*\.\.)[^@+\s]+)?")
+_HUB_FILE = re.compile(r"(?i)(\w[\w.-]*/\w[\w.-]*)(?:@(?!/|[^:]*\.\.)([^@+:\s]+):|[:/])([^:\s]+\.gguf)")
 """org/name:file.gguf, org/name@revision:file.gguf, org/name/file.gguf"""
 
 
@@ -107,7 +108,15 @@ class Source:
         return arguments
 
     def note(self, notes: Notes) -> None:
-        """Note where it is read from the cache because the Hub cannot be asked for its commit."""
+        """Note where it is read from the cache alone, and what the cache may lack."""
+        settings = "tokenizer_config.json"
+        if self.repository and self.repository.lacks(settings) and self.file("tokenizer.json") is not None:
+            notes.add(
+                "partial-cache",
+                f"{self.name}: the cache holds tokenizer.json and no {settings}, which the Hub may have: "
+                "with it the tokens may be others",
+                model=self.name,
+            )
         if self.repository is not None and self.repository.unreachable is not None:
             notes.add(
                 "hub-unreachable",

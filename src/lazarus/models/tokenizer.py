@@ -92,6 +92,12 @@ def first_tokenizer(sources: Iterable[Source], trust_remote_code: bool) -> Any |
     return None
 
 
+def uncached_tokenizer(model: LoadedModel) -> str | None:
+    """Return why a model may have a tokenizer although none was found; None where it has none."""
+    asked = [source.repository for source in model.tokenizer_sources]
+    return next((f"its tokenizer is {each.not_cached()}" for each in asked if each and each.is_cached), None)
+
+
 def tokenizer_digest(tokenizer: Any) -> str:
     """Return the SHA-256 of what a tokenizer is, whatever padding and truncation it is set to.
 
@@ -119,6 +125,8 @@ def _load(source: Source, trust_remote_code: bool) -> Any:
             found = AutoTokenizer.from_pretrained(source.path, **where)
     except ModelError:
         _check_files(source)  # transformers does not say which of the files is at fault
+        if source.repository is not None and source.repository.lacks("tokenizer.json"):
+            raise ModelError(f"{name}: tokenizer.json is {source.repository.not_cached()}") from None
         raise
     if not isinstance(found, PreTrainedTokenizerBase) or not isinstance(found.model_max_length, int | float):
         raise ModelError(
