@@ -1,7 +1,7 @@
 """Measure lazarus on a GPU, as ratios within one run: `python -m benchmarks.gpu` (`make bench-gpu`).
 
 The models are random and made here, so that nothing is fetched: what is measured does not depend on what
-they say. Every figure is a ratio of medians of rounds that are interleaved, after a round to warm up.
+they say. Every time is a ratio of medians of rounds that are interleaved, after a round to warm up.
 `--device cpu --small` runs all of it on a CPU in seconds: that tries the script; its figures mean nothing.
 """
 

@@ -92,7 +92,6 @@ OPTIONS_OF_OTHERS = {
     "--write-docs": "benchmarks",
     "--quick": "benchmarks",
     "--part": "benchmarks",
-    "--index-url": "pip",
     "--repo": "gh",
     "--torch-backend": "uv",
     "--small": "benchmarks",
