@@ -20,7 +20,7 @@ test: $(VENV)/.installed-dev  ## run every test, those of all architectures on o
 test-all: $(VENV)/.installed-dev  ## run every test on every architecture, as CI does
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
 
-test-fast: $(VENV)/.installed-dev  ## run one case of most tests, in a minute
+test-fast: $(VENV)/.installed-dev  ## run one case of most tests, in a few minutes
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q --fast
 
 coverage: $(VENV)/.installed-dev  ## run every test, and write which lines and branches ran to docs/coverage.md

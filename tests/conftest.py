@@ -51,11 +51,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 SLOW = {
-    "anonymous", "architectures", "attribution", "bad_input", "claims", "commands", "compat", "contents",
-    "demo", "docs", "endings", "estimate", "fitting", "flipped", "gguf", "hostile_text", "hub",
-    "hub_situations", "integrations", "lens_cli", "lens_report_browser", "loading", "model_rounding",
-    "noise", "notebook", "outside", "package", "prefix", "quantised", "repeats", "report", "report_browser",
-    "sameness", "shards", "show", "site", "ties", "weight_rounding", "weights_report_browser",
+    "anonymous", "architectures", "attribution", "bad_input", "blame", "claims", "commands", "compat",
+    "contents", "corpus", "demo", "determinism", "docs", "endings", "estimate", "faults", "fitting",
+    "flipped", "gguf", "gpu", "hostile_text", "hub", "hub_situations", "integrations", "lens_cli",
+    "lens_report_browser", "loading", "model_rounding", "noise", "notebook", "outside", "package",
+    "portable", "prefix", "quantised", "repeats", "report", "report_browser", "runtimes", "sameness",
+    "security", "shards", "show", "site", "ties", "weight_components", "weight_rounding",
+    "weights_report_browser",
 }  # fmt: skip
 """Test files that `--fast` leaves out: they start processes or browsers, run whole commands on many models,
 or hold much against much."""
