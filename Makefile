@@ -95,8 +95,12 @@ lock: $(VENV)/.installed-dev $(VENV)/.uv  ## write the versions and hashes of al
 
 dist: $(VENV)/.installed-dev  ## build the sdist, and the wheel from it, into dist/, and check what PyPI will be given
 	rm -rf dist
-	SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct)} $(BIN)/python -m build --no-isolation
+	SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct 2>/dev/null || $(WRITTEN))} \
+		$(BIN)/python -m build --no-isolation
 	$(BIN)/python -m twine check --strict dist/*
+
+# Where git is not, as in the sdist: its files are of the commit's time.
+WRITTEN := $(BIN)/python -c "import os; print(int(os.stat('pyproject.toml').st_mtime))"
 
 test-dist: $(VENV)/.installed-dev  ## hold what is in dist/ against what a release must be
 	LAZARUS_DIST=dist $(BIN)/python -m pytest -q tests/test_package.py
