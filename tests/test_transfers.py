@@ -110,6 +110,13 @@ def test_rows_that_are_not_valid_are_left_out_on_a_device_too() -> None:
     assert ours.keys() == theirs.keys()
     for name, array in ours.items():
         np.testing.assert_array_equal(theirs[name], array)
+    # What is summed up is what the valid rows give by themselves.
+    alone, valid = SiteMeasures(plan), torch.tensor([0, 3])
+    alone.update(prompts[valid], base[valid], finetuned[valid])
+    sums = {name: array for name, array in alone.state().items() if name.startswith("directions")}
+    assert len(sums) > 5
+    for name, array in sums.items():
+        np.testing.assert_array_equal(ours[name], array)
 
 
 def test_rows_that_take_much_memory_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
