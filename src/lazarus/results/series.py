@@ -92,6 +92,11 @@ class SeriesRecord(Record, frozen=True, kw_only=True):
     note_codes: list[str] = field(default_factory=list)
 
 
+_STEP = re.compile(r"(?P<before>.*?)0*(?P<step>\d+)\D*$", re.DOTALL)
+_GGUF_TYPE = re.compile(r"(?i)(?<![a-z0-9])(?:(?:i?q|tq)\d\w*|b?f(?:16|32|64)|mxfp4\w*)(?![a-z0-9])")
+"""what a quantised file has in its name"""
+
+
 def natural(name: str) -> list[tuple[int, int, str]]:
     """Return a key that sorts names by the numbers in them.
 
@@ -104,15 +109,21 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 
 
 def steps_of(names: Sequence[str]) -> list[int | None]:
-    """Return the step of training in each name: the last number of its last part, where all of them differ.
+    """Return the step of training in each name: the last number of its last part.
+
+    Only where all have one, all of them differ, and what stands before it is the same in all but for numbers:
+    other names are of models that are no steps of one run. A type of GGUF, such as q4_0, is no number.
 
     >>> steps_of(["run/checkpoint-100", "run/checkpoint-200"]), steps_of(["a-7b", "b-7b"])
     ([100, 200], [None, None])
+    >>> steps_of(["m-f16.gguf", "m-q8_0.gguf", "m-q8_1.gguf"]), steps_of(["llama-3", "gemma-4"])
+    ([None, None, None], [None, None])
     """
-    found = [re.findall(r"\d+", _last_part(name)) for name in names]
-    steps = [int(numbers[-1]) if numbers else None for numbers in found]
-    known = [step for step in steps if step is not None]
-    return steps if len({*known}) == len(names) else [None] * len(names)
+    found = [_STEP.match(_GGUF_TYPE.sub("", _last_part(name))) for name in names]
+    texts = {re.sub(r"\d+", "", match["before"]) for match in found if match}
+    steps = [int(match["step"]) for match in found if match]
+    is_run = len(texts) == 1 and len({*steps}) == len(names)
+    return list(steps) if is_run else [None] * len(names)
 
 
 def _last_part(name: str) -> str:
