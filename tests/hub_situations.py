@@ -556,7 +556,7 @@ SITUATIONS: Mapping[str, tuple[Situation, ...]] = {
             "down and half cached",
             "the Hub is down, and the cache holds a part of the model",
             "org/base: its weights are not in the cache",
-            "when the Hub can be reached",
+            "the Hub could not be asked. Run again",
             prepare=_half_a_cache,
             faults=(Fault(".*", 503),),
         ),

@@ -116,10 +116,10 @@ class Repository:
 
     def not_cached(self) -> str:
         """Return the end of a sentence on a file that only the Hub may have, which was not asked."""
-        return (
-            f"not in the cache, at commit {self.commit}, and the Hub was not asked. Unset HF_HUB_OFFLINE, or "
-            "run again when the Hub can be reached."
-        )
+        why = "the Hub could not be asked. Run again when it can be reached."
+        if is_offline_mode():
+            why = "the Hub was not asked, since HF_HUB_OFFLINE is set. Unset HF_HUB_OFFLINE, and run again."
+        return f"not in the cache, at commit {self.commit}, and {why}"
 
     def names(self) -> list[str]:
         """Return the names of its files; of those in the cache, where the Hub does not list them."""
