@@ -49,6 +49,7 @@ COMPARE = "lazarus introspect activation-diff"
 IN_RUNTIMES = "needs a runtime that `make test-runtimes` installs: tests/test_runtimes.py runs it"
 NOT_RUN = {
     ("CONTRIBUTING.md", "git clone"): "needs the network; the rest is tests/test_visitor.py's",
+    ("CONTRIBUTING.md", "python3 -m venv"): "needs the network",
     ("CONTRIBUTING.md", "    BadInput("): "a part of a file: tests/test_visitor.py runs it",
     ("CONTRIBUTING.md", ".venv/bin/python -m pytest"): "the tests that this one is beside",
     ("README.md", "src/lazarus/"): "a map; tests/test_docs.py holds it against the source",
