@@ -297,4 +297,5 @@ def test_xet_can_be_left_out(ground: Ground) -> None:
 
 
 def test_a_token_of_another_account_sees_what_is_public(ground: Ground) -> None:
-    done(ground.run(*PAIR, *OUTPUT, env={"HF_TOKEN": OTHER_TOKEN}))
+    found = done(ground.run(*PAIR, *OUTPUT, env={"HF_TOKEN": OTHER_TOKEN}))
+    assert numbers(found.result)["results"] == in_folders(ground, COMPARED["activation-diff"])["results"]

@@ -112,6 +112,7 @@ def test_a_step_runs(name: str, script: str, tmp_path: Path, monkeypatch: pytest
                 filled = {key: _filled(value, matrix) for key, value in told.items()}
                 Terminal(ROOT).run([Step(f"(\nset -eo pipefail\n{script}\n)")], filled)
                 return
+    raise AssertionError("no step has this script, so nothing was run")
 
 
 def _filled(value: str, values: dict[str, str]) -> str:

@@ -56,7 +56,7 @@ STREAMED_AT_LEAST = 224 * 2**20
 
 @dataclass(frozen=True)
 class Work:
-    """Where models run, and on how much at a time."""
+    """The device that models run on, and how many tokens of a batch are compared."""
 
     device: torch.device
     n_rows: int = 1

@@ -54,7 +54,7 @@ _Found = TypeVar("_Found")
 
 
 class NoHubError(OSError):
-    """What answers is not a Hub."""
+    """Raised where something else than a Hub answers."""
 
 
 class NoTokenError(OSError):
@@ -70,7 +70,7 @@ class FetchError(OSError):
 
 
 class DamagedDownloadError(OSError):
-    """What came is not what the Hub holds; it is no longer in the cache."""
+    """Raised where a file came with other bytes than the Hub holds; it is no longer in the cache."""
 
 
 @dataclass(frozen=True)
